@@ -1,0 +1,51 @@
+"""Checkpoint files: plain containers and tensors, written atomically, verified when read."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnest_imagenet.errors import CheckpointError
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a file whole or not at all: to a temporary name, synchronised to the disk, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a file onto the CPU, without executing anything in it.
+
+    Raises:
+        CheckpointError: missing, damaged, or holding more than plain containers and tensors.
+
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        # torch.load does not look at the checksums: a flipped bit would load in silence.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason[0]})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content

@@ -1,0 +1,148 @@
+"""The typed schema of every command: what is allowed. The values stand in conf/, none here.
+
+A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+# Five halvings need 32 pixels.
+Crop = Annotated[int, Field(ge=32)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Options(BaseModel):
+    """Base: no unknown keys, no silent conversions, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NetworkOptions(Options):
+    """Which network; conf/model/ has one file for each."""
+
+    name: str
+
+
+class ModelOptions(NetworkOptions):
+    """The network to train."""
+
+    num_classes: Positive | None  # null: as many as there are class folders
+
+
+class DataOptions(Options):
+    """Where the images are: <root>/<train_dir or val_dir>/<class>/<image>."""
+
+    root: str
+    train_dir: str
+    val_dir: str
+
+
+class LoaderOptions(Options):
+    """What decodes them."""
+
+    name: Literal["auto", "dali", "torchvision"]
+    workers: Annotated[int, Field(ge=0)] | None  # per rank; null: this process's cores, at most 8
+
+
+class RecipeOptions(Options):
+    """How to train; conf/recipe/ has the published recipes and the source of each value."""
+
+    epochs: Positive
+    batch_size: Annotated[int, Field(ge=2)]  # images per rank and forward pass; split attention needs 2
+    global_batch: Positive | None  # images per step; null: batch_size * ranks
+    crop: Crop
+    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share of the image
+    lr_per_256: Annotated[float, Field(gt=0)]  # peak learning rate for 256 images per step, scaled linearly
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    momentum: Fraction
+    nesterov: bool
+    weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Fraction
+    mixup_alpha: Annotated[float, Field(ge=0)]  # 0: no mixup
+    dropout: Fraction
+    zero_gamma: bool
+    ema_decay: Fraction | None  # per step; null: no moving average
+    precision: Precision
+    compile: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> "RecipeOptions":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"train.warmup_epochs={self.warmup_epochs} leaves nothing of train.epochs={self.epochs}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("train.nesterov=true needs train.momentum > 0")
+        return self
+
+
+class EvalOptions(Options):
+    """The evaluation after each epoch."""
+
+    crop: Crop
+    ratio: Annotated[float, Field(gt=0, le=1)]  # crop over the short side of the resized image
+
+
+class LogOptions(Options):
+    """How often to report."""
+
+    every_steps: Positive
+
+
+class TrainConfig(Options):
+    """resnest-train."""
+
+    run_dir: str
+    seed: Seed
+    device: Device
+    model: ModelOptions
+    data: DataOptions
+    loader: LoaderOptions
+    train: RecipeOptions
+    eval: EvalOptions
+    log: LogOptions
+
+
+class EvalConfig(Options):
+    """resnest-eval."""
+
+    ckpt: str
+    weights: Literal["auto", "model", "ema"]
+    crop: Annotated[list[Crop], Field(min_length=1)]
+    ratio: Annotated[float, Field(gt=0, le=1)]
+    batch_size: Positive
+    precision: Precision
+    device: Device
+    out: str | None
+    model: NetworkOptions | None
+    data: DataOptions
+    loader: LoaderOptions
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_crops(cls, values: dict) -> dict:
+        """Take crop=224 for crop=[224]."""
+        return {**values, "crop": [values["crop"]]} if isinstance(values.get("crop"), int) else values
+
+
+class DemoDataConfig(Options):
+    """resnest-data demo."""
+
+    out: str
+    seed: Seed
+    train_per_class: Positive
+    val_per_class: Positive
+
+
+def option_names(schema: type[Options], prefix: str = "") -> list[str]:
+    """Return every option of a schema and its parts, dotted."""
+    names = []
+    for name, field in schema.model_fields.items():
+        names.append(prefix + name)
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, Options):
+                names += option_names(part, f"{prefix}{name}.")
+    return names

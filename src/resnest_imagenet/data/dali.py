@@ -1,0 +1,173 @@
+"""The DALI loader: the same plan, draws and windows as the torchvision loader, in a DALI graph.
+
+Image sizes are known only inside the graph (`peek_image_shape`), so `TrainTransform.window` and `EvalTransform`'s
+rules stand here a second time as DALI arithmetic; the tests hold the two forms together.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from torch import Tensor
+
+from resnest_imagenet.data.folder import ImageFolder, name_unreadable
+from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
+from resnest_imagenet.errors import DataError
+
+PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
+
+Source = Callable[[], tuple]
+
+
+def _image_size(encoded: DataNode) -> tuple[DataNode, DataNode]:
+    shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.FLOAT64)
+    return shape[0], shape[1]
+
+
+def _integers(vertical: DataNode, horizontal: DataNode) -> DataNode:
+    """Join two scalars to the vector that DALI's slices take."""
+    return fn.cast(fn.stack(vertical, horizontal), dtype=types.INT32)
+
+
+def _train_window(height: DataNode, width: DataNode, draw: DataNode, transform: TrainTransform) -> tuple:
+    """`TrainTransform.window`, the attempts side by side as vectors."""
+    tries = transform.attempts
+    scale = math.sqrt(height * width)
+    heights = math.floor(scale * draw[3 : 3 + tries] + 0.5)
+    widths = math.floor(scale * draw[3 + tries :] + 0.5)
+    fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+    # The first attempt that fits has the highest rank; 0: none does. Reductions take no float64, but the integers
+    # here are exact in float32 too.
+    ranks = fn.cast(fits, dtype=types.INT32) * types.Constant(list(range(tries, 0, -1)), device="cpu")
+    best = fn.reductions.max(ranks)
+    chosen = fn.cast(ranks == best, dtype=types.FLOAT)
+    none = fn.cast(best == 0, dtype=types.FLOAT64)
+    found = 1 - none
+    centre_height = math.min(height, math.floor(width * transform.max_aspect + 0.5))
+    centre_width = math.min(width, math.floor(height * transform.max_aspect + 0.5))
+    crop_height = found * fn.reductions.sum(fn.cast(heights, dtype=types.FLOAT) * chosen) + none * centre_height
+    crop_width = found * fn.reductions.sum(fn.cast(widths, dtype=types.FLOAT) * chosen) + none * centre_width
+    top = math.floor(found * draw[1] * (height - crop_height + 1) + none * (height - crop_height) / 2)
+    left = math.floor(found * draw[2] * (width - crop_width + 1) + none * (width - crop_width) / 2)
+    return _integers(top, left), _integers(crop_height, crop_width)
+
+
+def _eval_size(height: DataNode, width: DataNode, transform: EvalTransform) -> tuple[DataNode, DataNode]:
+    """`EvalTransform.resized`."""
+    short = math.min(height, width)
+    return math.floor(transform.short_side * height / short), math.floor(transform.short_side * width / short)
+
+
+def _round_half_even(value: DataNode) -> DataNode:
+    """Round multiples of 1/2, as Python's `round` does."""
+    return math.ceil(value / 2 - 0.25) + math.floor(value / 2 + 0.25)
+
+
+def _normalise(images: DataNode, mirror: DataNode | int) -> DataNode:
+    # Height and width stay in front of the channels: that is channels_last, seen as NCHW by a permutation.
+    return fn.crop_mirror_normalize(
+        images, mirror=mirror, mean=list(MEAN), std=list(STD), dtype=types.FLOAT, output_layout="HWC"
+    )
+
+
+@pipeline_def
+def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> tuple[DataNode, DataNode]:
+    paths, labels, draw = fn.external_source(source, num_outputs=3)
+    encoded = fn.io.file.read(paths)
+    start, size = _train_window(*_image_size(encoded), draw, transform)
+    images = fn.decoders.image_slice(
+        encoded, start=start, shape=size, axes=[0, 1], device=decoder, adjust_orientation=False
+    )
+    # Without antialiasing, as in the Gluon recipe.
+    images = fn.resize(images, size=[transform.crop] * 2, antialias=False)
+    return _normalise(images, mirror=fn.cast(draw[0], dtype=types.INT32)), labels
+
+
+@pipeline_def
+def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tuple[DataNode, DataNode]:
+    paths, labels = fn.external_source(source, num_outputs=2)
+    encoded = fn.io.file.read(paths)
+    height, width = (fn.cast(side, dtype=types.FLOAT) for side in _eval_size(*_image_size(encoded), transform))
+    crop = transform.crop
+    start = _integers(_round_half_even((height - crop) / 2), _round_half_even((width - crop) / 2))
+    interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[transform.interpolation]
+    images = fn.decoders.image(encoded, device=decoder, adjust_orientation=False)
+    images = fn.resize(images, resize_y=height, resize_x=width, interp_type=interpolation, antialias=True)
+    images = fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
+    return _normalise(images, mirror=0), labels
+
+
+class DaliLoader:
+    """Implements `data.loader.Loader` with DALI: on a CPU, or decoding and cropping on a CUDA device."""
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        plan: BatchPlan,
+        transform: TrainTransform | EvalTransform,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        self.plan = plan
+        self._folder = folder
+        self._transform = transform
+        self._device = device
+        self._workers = max(1, workers)
+        self._pipeline: Pipeline | None = None
+        self._pending: Iterator[np.ndarray] = iter(())
+        self._epoch = 0
+        self._recent: deque[np.ndarray] = deque(maxlen=PREFETCHED_BATCHES + 2)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self._epoch = epoch
+        self._pending = self.plan.batches(epoch, start)
+        pipeline = self._pipeline or self._build()
+        # Dropped until the pass is over: after a failure or an early exit its queue holds foreign batches.
+        self._pipeline = None
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        while True:
+            try:
+                images, labels = pipeline.run(stream)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                raise self._explain(error) from error
+            nhwc = torch.from_dlpack(images.as_tensor())
+            label = torch.from_dlpack(labels.as_tensor())
+            yield nhwc.permute(0, 3, 1, 2), label.to(self._device, non_blocking=True)
+        pipeline.reset()
+        self._pipeline = pipeline
+
+    def _build(self) -> Pipeline:
+        on_gpu = self._device.type == "cuda"
+        build = _train_pipeline if isinstance(self._transform, TrainTransform) else _eval_pipeline
+        pipeline = build(
+            self._next_inputs,
+            self._transform,
+            "mixed" if on_gpu else "cpu",
+            batch_size=self.plan.batch_size,
+            num_threads=self._workers,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=PREFETCHED_BATCHES,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _next_inputs(self) -> tuple:
+        """Return the next batch's paths, labels and, in training, draws; StopIteration ends the pass."""
+        indices = next(self._pending)
+        self._recent.append(indices)
+        paths = [np.frombuffer(self._folder.path(index), dtype=np.uint8) for index in indices]
+        labels = self._folder.labels[indices]
+        if isinstance(self._transform, TrainTransform):
+            return paths, labels, np.stack([self._transform.draw(self._epoch, index) for index in indices.tolist()])
+        return paths, labels
+
+    def _explain(self, error: RuntimeError) -> Exception:
+        """Name the file behind a failure (DALI does not); any other failure stays what it is."""
+        unreadable = name_unreadable(self._folder.path(index) for indices in self._recent for index in indices)
+        return DataError(unreadable) if unreadable else error

@@ -1,0 +1,109 @@
+"""Demo images: ten classes of shapes and textures, in the ImageNet folder layout.
+
+Only the figure tells the class: its position, size and rotation, all colours, which of figure and background is the
+brighter, the shading, the noise, the size of the file and its JPEG quality are drawn alike for every class.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from resnest_imagenet.errors import DataError
+
+Mask = np.ndarray  # bool (H, W)
+Coordinates = np.ndarray  # float64 (H, W)
+
+CELL = 0.4  # side of a cell of the textures, which are four cells wide and high
+
+
+def _within(x: Coordinates, y: Coordinates, side: float = 2 * CELL) -> Mask:
+    return np.maximum(abs(x), abs(y)) < side
+
+
+def _wave(x: Coordinates) -> Coordinates:
+    return np.sin(np.pi * x / CELL)
+
+
+def _triangle(x: Coordinates, y: Coordinates) -> Mask:
+    return (y < 0.6) & (np.sqrt(3) * abs(x) - y < 1.1)
+
+
+# Each maps coordinates in which the figure fills the square from -1 to 1 to the pixels of the figure.
+FIGURES: dict[str, Callable[[Coordinates, Coordinates], Mask]] = {
+    "checker": lambda x, y: _within(x, y) & (_wave(x) * _wave(y) > 0),
+    "cross": lambda x, y: _within(x, y, 1) & (np.minimum(abs(x), abs(y)) < 0.28),
+    "disk": lambda x, y: np.hypot(x, y) < 0.9,
+    "dots": lambda x, y: _within(x, y) & (np.hypot(x % CELL - CELL / 2, y % CELL - CELL / 2) < 0.13),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.78) < 0.2,
+    "spokes": lambda x, y: (np.hypot(x, y) < 1) & (np.sin(5 * np.arctan2(y, x)) > 0),
+    "square": _within,
+    "stripes": lambda x, y: _within(x, y) & (_wave(2 * x) > 0),
+    "target": lambda x, y: (np.hypot(x, y) < 1) & (np.cos(2.5 * np.pi * np.hypot(x, y)) > 0),
+    "triangle": _triangle,
+}
+
+OVERSAMPLING = 3  # of the mask, for smooth edges
+
+
+def draw_figure(name: str, rng: np.random.Generator) -> Image.Image:
+    """Draw one image of a class, 64 to 96 pixels on each side, the figure within the centre crop of evaluation."""
+    height, width = rng.integers(64, 97, size=2).tolist()
+    short = min(height, width)
+    radius = rng.uniform(0.3, 0.42) * short
+    reach = 0.45 * short - radius
+    centre_y, centre_x = height / 2 + rng.uniform(-reach, reach), width / 2 + rng.uniform(-reach, reach)
+    angle = rng.uniform(0, 2 * np.pi)
+    rows, columns = np.mgrid[: height * OVERSAMPLING, : width * OVERSAMPLING] / OVERSAMPLING
+    dy, dx = (rows - centre_y) / radius, (columns - centre_x) / radius
+    mask = FIGURES[name](dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle))
+    coverage = mask.reshape(height, OVERSAMPLING, width, OVERSAMPLING).mean((1, 3))[..., None]
+    figure, background = _draw_colours(rng)
+    image = coverage * figure + (1 - coverage) * background
+    image += _draw_shading(rng, height, width) + rng.normal(0, rng.uniform(1, 8), size=image.shape)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def _draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw two RGB colours that can be told apart."""
+    while True:
+        one, other = rng.uniform(20, 235, size=(2, 3))
+        if np.abs(one - other).mean() > 80:
+            return one, other
+
+
+def _draw_shading(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Draw a slope of brightness across the image, (H, W, 1)."""
+    slope_y, slope_x = rng.uniform(-15, 15, size=2)
+    rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    return (slope_y * rows + slope_x * columns)[..., None]
+
+
+def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class: int) -> bool:
+    """Write train/<class>/*.JPEG and val/<class>/*.JPEG; the same seed writes the same pixels.
+
+    Returns:
+        False where `out` holds these images already.
+
+    Raises:
+        DataError: where `out` holds something else.
+
+    """
+    settings = {"seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
+    marker = out / "demo.json"  # written last: its presence says that the set is complete
+    if marker.exists() and json.loads(marker.read_text()) == settings:
+        return False
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"out={out}: is not empty; remove it or choose another folder")
+    for part, count in ((0, train_per_class), (1, val_per_class)):
+        for label, name in enumerate(FIGURES):
+            folder = out / ("train", "val")[part] / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                rng = np.random.default_rng([seed, part, label, number])
+                image = draw_figure(name, rng)
+                image.save(folder / f"{name}_{number:05d}.JPEG", quality=int(rng.integers(70, 96)))
+    marker.write_text(json.dumps(settings) + "\n")
+    return True

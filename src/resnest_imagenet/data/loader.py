@@ -1,0 +1,84 @@
+"""The contract of a loader, and the choice of one."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
+from resnest_imagenet.errors import ConfigError
+
+
+class Loader(Protocol):
+    """Batches of one rank.
+
+    A loader has no state of its own: what it yields is a function of the plan, the epoch and the first batch, so a
+    run resumes by asking for the batches that it has not seen.
+    """
+
+    plan: BatchPlan
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels) from the rank's `start`-th batch of the epoch on.
+
+        images: float32 (B, 3, crop, crop), normalised, channels_last in memory; labels: int64 (B,); both on the
+        loader's device.
+
+        Raises:
+            DataError: for an image that cannot be decoded, with its path.
+
+        """
+        ...
+
+
+def choose_loader(name: str) -> str:
+    """Resolve "auto" to "dali" where DALI is installed, else "torchvision".
+
+    Raises:
+        ConfigError: for "dali" where it is not installed.
+
+    """
+    if name == "torchvision":
+        return name
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if name == "dali" and not installed:
+        raise ConfigError("loader=dali: DALI is not installed; pip install 'resnest-imagenet[dali]' or loader=auto")
+    return "dali" if installed else "torchvision"
+
+
+def build_loader(
+    name: str,
+    folder: ImageFolder,
+    plan: BatchPlan,
+    transform: TrainTransform | EvalTransform,
+    device: torch.device,
+    workers: int | None = None,
+) -> Loader:
+    """Build a loader.
+
+    Args:
+        name: auto, dali or torchvision.
+        folder: the images.
+        plan: their order.
+        transform: what is done to each.
+        device: where the batches are wanted; DALI decodes there too.
+        workers: DALI's threads or torchvision's processes; None takes the cores this process may use, at most 8.
+
+    Raises:
+        ConfigError: for "dali" where it is not installed.
+
+    """
+    if workers is None:
+        workers = min(8, len(os.sched_getaffinity(0)))
+    if choose_loader(name) == "dali":
+        from resnest_imagenet.data.dali import DaliLoader
+
+        return DaliLoader(folder, plan, transform, device, workers)
+    from resnest_imagenet.data.torchvision import TorchvisionLoader
+
+    return TorchvisionLoader(folder, plan, transform, device, workers)

@@ -1,0 +1,104 @@
+"""The torchvision loader: worker processes decode and crop, the device normalises."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from resnest_imagenet.data.folder import ImageFolder, name_unreadable
+from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
+from resnest_imagenet.errors import DataError
+
+
+class _Samples(Dataset[tuple[Tensor, int]]):
+    """Cropped images as uint8 (3, crop, crop) with their labels, by (epoch, index)."""
+
+    def __init__(self, folder: ImageFolder, transform: TrainTransform | EvalTransform) -> None:
+        self.folder = folder
+        self.transform = transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        image = decode_image(os.fsdecode(self.folder.path(index)), ImageReadMode.RGB)
+        if isinstance(self.transform, TrainTransform):
+            crop = _train_crop(image, self.transform, epoch, index)
+        else:
+            crop = _eval_crop(image, self.transform)
+        return crop, int(self.folder.labels[index])
+
+
+def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> Tensor:
+    draw = transform.draw(epoch, index)
+    height, width = image.shape[-2:]
+    window = transform.window(height, width, draw)
+    # Without antialiasing, as in the Gluon recipe.
+    crop = F.resized_crop(image, *window, size=[transform.crop] * 2, antialias=False)
+    return F.horizontal_flip(crop) if draw[0] else crop
+
+
+def _eval_crop(image: Tensor, transform: EvalTransform) -> Tensor:
+    height, width = transform.resized(*image.shape[-2:])
+    image = F.resize(image, [height, width], InterpolationMode(transform.interpolation), antialias=True)
+    return F.crop(image, *transform.window(height, width))
+
+
+class _Keys:
+    """The batch sampler: an epoch's batches of (epoch, index), set before each pass."""
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
+        self.epoch = 0
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for indices in self.plan.batches(self.epoch, self.start):
+            yield [(self.epoch, index) for index in indices.tolist()]
+
+
+class TorchvisionLoader:
+    """Implements `data.loader.Loader` with torchvision's decoder and torch's DataLoader."""
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        plan: BatchPlan,
+        transform: TrainTransform | EvalTransform,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        self.plan = plan
+        self._folder = folder
+        self._device = device
+        self._keys = _Keys(plan)
+        self._loader = DataLoader(
+            _Samples(folder, transform),
+            batch_sampler=self._keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        self._mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self._keys.epoch, self._keys.start = epoch, start
+        batches = iter(self._loader)
+        for indices in self.plan.batches(epoch, start):
+            try:
+                images, labels = next(batches)
+            except RuntimeError as error:
+                raise self._explain(indices, error) from error
+            images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
+            yield images.float().sub_(self._mean).div_(self._std), labels.to(self._device, non_blocking=True)
+
+    def _explain(self, indices: np.ndarray, error: RuntimeError) -> Exception:
+        """Name the file behind a failed batch; any other failure stays what it is."""
+        unreadable = name_unreadable(self._folder.path(index) for index in indices)
+        return DataError(unreadable) if unreadable else error

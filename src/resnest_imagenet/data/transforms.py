@@ -1,0 +1,104 @@
+"""The geometry of training and evaluation crops, computed once for every loader.
+
+The random numbers of a crop are drawn here, from (seed, epoch, sample); the loaders only apply them. Windows are
+(top, left, height, width) in pixels of the original image.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from resnest_imagenet.randomness import Purpose, stream
+
+# Of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
+MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+Window = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop (Szegedy et al. 2015, section 6) and horizontal flip.
+
+    Attributes:
+        crop: side of the output in pixels.
+        seed: the run's.
+        min_area, max_area: bounds of the crop's share of the image area.
+        max_aspect: width / height lies between its inverse and itself, uniform in the logarithm.
+        flip: probability.
+        attempts: draws until the centre crop is taken instead.
+
+    """
+
+    crop: int
+    seed: int
+    min_area: float = 0.08
+    max_area: float = 1.0
+    max_aspect: float = 4 / 3
+    flip: float = 0.5
+    attempts: int = 10
+
+    def draw(self, epoch: int, index: int) -> np.ndarray:
+        """Draw what one sample needs: float64, (3 + 2 * attempts,).
+
+        [mirror (0 or 1), vertical position in 0..1, horizontal position in 0..1, then the crop's height of each
+        attempt, then its width, both over the square root of the image's area].
+        """
+        u = stream(self.seed, Purpose.CROP, epoch, index).random(3 + 2 * self.attempts)
+        area = self.min_area + (self.max_area - self.min_area) * u[3 : 3 + self.attempts]
+        aspect = np.exp((2 * u[3 + self.attempts :] - 1) * math.log(self.max_aspect))
+        u[0] = u[0] < self.flip
+        u[3 : 3 + self.attempts] = np.sqrt(area / aspect)
+        u[3 + self.attempts :] = np.sqrt(area * aspect)
+        return u
+
+    def window(self, height: int, width: int, draw: np.ndarray) -> Window:
+        """Return the crop of an image under a draw: of the first attempt that fits, or the largest centre crop."""
+        scale = math.sqrt(height * width)
+        heights, widths = np.floor(scale * draw[3:].reshape(2, self.attempts) + 0.5).astype(int)
+        for h, w in zip(heights.tolist(), widths.tolist(), strict=True):
+            if 1 <= h <= height and 1 <= w <= width:
+                return int(draw[1] * (height - h + 1)), int(draw[2] * (width - w + 1)), h, w
+        h = min(height, math.floor(width * self.max_aspect + 0.5))
+        w = min(width, math.floor(height * self.max_aspect + 0.5))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize the short side to crop / ratio, then take the centre (the paper's protocol, section 5.1).
+
+    Attributes:
+        crop: side of the output in pixels.
+        ratio: crop over the resized short side.
+
+    """
+
+    crop: int
+    ratio: float = 0.875
+
+    @property
+    def short_side(self) -> int:
+        """Short side after the resize, in pixels."""
+        return math.floor(self.crop / self.ratio + 0.5)
+
+    @property
+    def interpolation(self) -> str:
+        """The filter of the resize, antialiased: bicubic above 256 pixels, else bilinear."""
+        return "bicubic" if self.crop > 256 else "bilinear"
+
+    @property
+    def protocol(self) -> str:
+        """The rule in words, to stand beside every number."""
+        return f"short side {self.short_side} {self.interpolation}, centre crop {self.crop}"
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size of the whole image after the resize; the long side is rounded down, as Pillow users do."""
+        short = min(height, width)
+        return self.short_side * height // short, self.short_side * width // short
+
+    def window(self, height: int, width: int) -> Window:
+        """Return the centre crop of a resized image; odd margins are halved to the even side, as torchvision does."""
+        return round((height - self.crop) / 2), round((width - self.crop) / 2), self.crop, self.crop

@@ -1,0 +1,1 @@
+"""Exact accuracy under a stated protocol."""

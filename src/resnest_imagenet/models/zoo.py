@@ -1,0 +1,147 @@
+"""Every architecture by name: the ResNeSt family (ours) and the peers of Table 3 (timm's).
+
+Architecture numbers stand here and nowhere else; conf/model/ has the names.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
+
+
+@dataclass(frozen=True)
+class PeerSpec:
+    """A peer of Table 3, built by timm.
+
+    Attributes:
+        timm_name: name in timm's registry, or "resnet" for timm's ResNet class with `arguments`.
+        arguments: keyword arguments beyond the classifier's.
+
+    """
+
+    timm_name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+_SKNET101 = {  # timm registers no SKNet-101: its SKNet-50 with the depth of a ResNet-101
+    "layers": (3, 4, 23, 3),
+    "cardinality": 32,
+    "base_width": 4,
+    "block_args": {"sk_kwargs": {"rd_ratio": 1 / 16, "rd_divisor": 32, "split_input": False}},
+}
+
+ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
+    # The family as released (official repository).
+    "resnest14": ResNeStSpec((1, 1, 1, 1)),
+    "resnest26": ResNeStSpec((2, 2, 2, 2)),
+    "resnest50": ResNeStSpec((3, 4, 6, 3)),
+    "resnest101": ResNeStSpec((3, 4, 23, 3), stem_width=64),
+    "resnest200": ResNeStSpec((3, 24, 36, 3), stem_width=64),
+    "resnest269": ResNeStSpec((3, 30, 48, 8), stem_width=64),
+    # The settings of the ablation (section 5.2): radix s, cardinality x, width d.
+    "resnest50_fast_1s1x64d": ResNeStSpec((3, 4, 6, 3), radix=1, avd_first=True),
+    "resnest50_fast_2s1x64d": ResNeStSpec((3, 4, 6, 3), avd_first=True),
+    "resnest50_fast_4s1x64d": ResNeStSpec((3, 4, 6, 3), radix=4, avd_first=True),
+    "resnest50_fast_1s2x40d": ResNeStSpec((3, 4, 6, 3), radix=1, cardinality=2, width=40, avd_first=True),
+    "resnest50_fast_2s2x40d": ResNeStSpec((3, 4, 6, 3), radix=2, cardinality=2, width=40, avd_first=True),
+    "resnest50_fast_4s2x40d": ResNeStSpec((3, 4, 6, 3), radix=4, cardinality=2, width=40, avd_first=True),
+    "resnest50_fast_1s4x24d": ResNeStSpec((3, 4, 6, 3), radix=1, cardinality=4, width=24, avd_first=True),
+    "resnest101_fast": ResNeStSpec((3, 4, 23, 3), avd_first=True),
+    # Not in the paper: half of ResNeSt-14's channels, for the demo, tests and small pictures.
+    "resnest14_half": ResNeStSpec((1, 1, 1, 1), stem_width=16, planes=32),
+    # The peers of Table 3.
+    "resnet50": PeerSpec("resnet50"),
+    "resnet101": PeerSpec("resnet101"),
+    "resnext50_32x4d": PeerSpec("resnext50_32x4d"),
+    "resnext101_32x4d": PeerSpec("resnext101_32x4d"),
+    "seresnext50_32x4d": PeerSpec("seresnext50_32x4d"),
+    "seresnext101_32x4d": PeerSpec("seresnext101_32x4d"),
+    "resnet50d": PeerSpec("resnet50d"),
+    "resnet101d": PeerSpec("resnet101d"),
+    "skresnext50_32x4d": PeerSpec("skresnext50_32x4d"),
+    "skresnext101_32x4d": PeerSpec("resnet", _SKNET101),
+}
+
+# The rows of Table 3 in the paper's order: the name printed there and the network it is.
+TABLE3: dict[str, str] = {
+    "ResNet-50": "resnet50",
+    "ResNeXt-50": "resnext50_32x4d",
+    "SENet-50": "seresnext50_32x4d",
+    "ResNetD-50": "resnet50d",
+    "SKNet-50": "skresnext50_32x4d",
+    "ResNeSt-50-fast": "resnest50_fast_2s1x64d",
+    "ResNeSt-50": "resnest50",
+    "ResNet-101": "resnet101",
+    "ResNeXt-101": "resnext101_32x4d",
+    "SENet-101": "seresnext101_32x4d",
+    "ResNetD-101": "resnet101d",
+    "SKNet-101": "skresnext101_32x4d",
+    "ResNeSt-101-fast": "resnest101_fast",
+    "ResNeSt-101": "resnest101",
+}
+
+
+def list_models() -> list[str]:
+    """Return the names that `build_model` takes, sorted."""
+    return sorted(ARCHITECTURES)
+
+
+def require_model(name: str) -> None:
+    """Raise a ConfigError, with the nearest name, unless `build_model` knows the name."""
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"unknown model {name!r}{suggest(name, list_models())}")
+
+
+def build_model(
+    name: str,
+    num_classes: int = 1000,
+    dropout: float = 0.0,
+    zero_gamma: bool = True,
+    output_stride: int = 32,
+) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: width of the classifier.
+        dropout: probability before the classifier.
+        zero_gamma: the weight of each block's last BN starts at 0 (Goyal et al. 2017, section 5.1).
+        output_stride: input pixels per output pixel of the last features: 32, 16 or 8.
+
+    Returns:
+        A module that maps normalised images (B, 3, H, W) to logits (B, num_classes).
+
+    Raises:
+        ConfigError: (a ValueError) for a name that is not in the table.
+
+    """
+    require_model(name)
+    spec = ARCHITECTURES[name]
+    if isinstance(spec, ResNeStSpec):
+        return ResNeSt(spec, num_classes, dropout, zero_gamma, output_stride)
+    arguments = {
+        "num_classes": num_classes,
+        "drop_rate": dropout,
+        "zero_init_last": zero_gamma,
+        "output_stride": output_stride,
+        **spec.arguments,
+    }
+    # timm takes seconds to import, and the family does not need it.
+    if spec.timm_name == "resnet":
+        from timm.models.resnet import ResNet
+        from timm.models.sknet import SelectiveKernelBottleneck
+
+        return ResNet(SelectiveKernelBottleneck, **arguments)
+    from timm import create_model
+
+    return create_model(spec.timm_name, **arguments)
+
+
+def list_imagenet_classes() -> list[str]:
+    """Return ImageNet's 1000 synset ids in the order of the labels, from timm's table."""
+    from timm.data import ImageNetInfo
+
+    return list(ImageNetInfo("imagenet-1k").label_names())

@@ -1,0 +1,31 @@
+"""Randomness without state: every draw is a function of the seed and of what it is for.
+
+Nothing has to be remembered for an exact resumption, and neither the number of workers nor of ranks changes a draw.
+"""
+
+import enum
+
+import numpy as np
+
+
+class Purpose(enum.IntEnum):
+    """What a draw decides; streams of different purposes are independent."""
+
+    ORDER = 0  # of the samples of an epoch
+    CROP = 1  # and flip of one sample
+    MIXING = 2  # of one batch
+    MODEL = 3  # dropout and the like, in one batch
+
+
+def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.random.Generator:
+    """Return the generator of one decision.
+
+    Args:
+        seed: the run's, 0 <= seed < 2**63.
+        purpose: what is decided.
+        epoch: counted from 0.
+        number: of the sample or the batch within its epoch.
+
+    """
+    # Philox is counter-based: the two upper counter words choose the stream, the lower two count within it.
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, number, epoch]))

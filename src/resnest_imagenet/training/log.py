@@ -1,0 +1,130 @@
+"""What a run says: a progress bar or plain lines, metrics.jsonl and TensorBoard."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from resnest_imagenet.evaluation.counting import Accuracy
+from resnest_imagenet.training.schedule import StepPlan
+from resnest_imagenet.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Report:
+    """Some steps of training.
+
+    Attributes:
+        loss: mean over the steps and ranks.
+        steps: how many.
+        seconds: they took.
+        waited: seconds of them spent waiting for data.
+
+    """
+
+    loss: float
+    steps: int
+    seconds: float
+    waited: float
+
+
+class RunLog:
+    """Reports of rank 0; for the other ranks nothing is shown or written."""
+
+    def __init__(self, folder: Path, plan: StepPlan, every_steps: int, state: TrainingState, is_main: bool) -> None:
+        self._plan = plan
+        self._every_steps = every_steps
+        self._is_main = is_main
+        self._bar = tqdm(disable=True)
+        self._seconds_per_step = 0.0
+        if is_main:
+            _drop_events_after(folder / "metrics.jsonl", state.step)
+            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until close()
+            # Points that an interrupted run logged after its checkpoint come again.
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=state.step + 1)
+
+    def is_due(self, state: TrainingState) -> bool:
+        """Say whether to report now: every so many steps and at the end of an epoch; the same on all ranks."""
+        return state.step % self._every_steps == 0 or state.step % self._plan.steps_per_epoch == 0
+
+    def start_epoch(self, state: TrainingState) -> None:
+        """Show a new bar, on a terminal."""
+        if self._is_main:
+            # disable=None: no bar where stderr is no terminal; there `training` prints plain lines.
+            self._bar = tqdm(
+                total=self._plan.steps_per_epoch,
+                initial=state.step - state.epoch * self._plan.steps_per_epoch,
+                desc=self._name_epoch(state.epoch),
+                disable=None,
+                leave=False,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def advance(self) -> None:
+        """Move the bar by one step."""
+        self._bar.update()
+
+    def training(self, state: TrainingState, lr: float, report: Report) -> None:
+        """Show and write the steps since the last report; `state` is after the last of them."""
+        if not self._is_main:
+            return
+        speed = report.steps * self._plan.global_batch / report.seconds
+        wait = report.waited / report.seconds
+        self._write("train", state, {"loss": report.loss, "lr": lr, "images_per_s": speed, "data_wait": wait})
+        self._seconds_per_step = report.seconds / report.steps
+        end_of_epoch = (state.epoch + 1) * self._plan.steps_per_epoch
+        line = (
+            f"loss {report.loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  data wait {wait:.0%}  "
+            f"left: epoch {self._time(end_of_epoch - state.step)}, "
+            f"run {self._time(self._plan.total_steps - state.step)}"
+        )
+        if self._bar.disable:
+            done = self._plan.steps_per_epoch - (end_of_epoch - state.step)
+            print(f"{self._name_epoch(state.epoch)}  {done}/{self._plan.steps_per_epoch}  {line}", flush=True)
+        else:
+            self._bar.set_postfix_str(line)
+
+    def evaluation(self, state: TrainingState, accuracy: Accuracy, protocol: str) -> None:
+        """Show and write the evaluation that ended an epoch; `state` counts that epoch already."""
+        if not self._is_main:
+            return
+        self._bar.close()
+        values = {"top1": accuracy.top1, "top5": accuracy.top5, "count": accuracy.count, "protocol": protocol}
+        self._write("eval", state, values)
+        print(
+            f"{self._name_epoch(state.epoch - 1)}  top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  "
+            f"({accuracy.count} images)",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._is_main:
+            self._bar.close()
+            self._metrics.close()
+            self._tensorboard.close()
+
+    def _write(self, event: str, state: TrainingState, values: dict[str, Any]) -> None:
+        line = {"event": event, "epoch": state.epoch, "step": state.step, **values, "time": time.time()}
+        self._metrics.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            if isinstance(value, float):
+                self._tensorboard.add_scalar(f"{event}/{name}", value, state.step)
+
+    def _name_epoch(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{self._plan.total_steps // self._plan.steps_per_epoch}"
+
+    def _time(self, steps: int) -> str:
+        return tqdm.format_interval(steps * self._seconds_per_step)
+
+
+def _drop_events_after(path: Path, step: int) -> None:
+    """Keep the events up to a step: those of an interrupted epoch come again."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))

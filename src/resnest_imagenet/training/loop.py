@@ -1,0 +1,160 @@
+"""One epoch of training."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnest_imagenet.compute import autocast
+from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.distributed import Ranks, sum_over_ranks
+from resnest_imagenet.errors import NonFiniteLossError
+from resnest_imagenet.randomness import Purpose, stream
+from resnest_imagenet.training.log import Report, RunLog
+from resnest_imagenet.training.mixing import draw_mixup_weight, mix_with_reversed, one_hot, smoothed_cross_entropy
+from resnest_imagenet.training.schedule import StepPlan
+from resnest_imagenet.training.state import TrainingState
+
+Batch = tuple[Tensor, Tensor]
+
+
+def train_epoch(
+    state: TrainingState,
+    network: nn.Module,
+    loader: Loader,
+    plan: StepPlan,
+    recipe: RecipeOptions,
+    seed: int,
+    ranks: Ranks,
+    log: RunLog,
+) -> None:
+    """Take the remaining steps of the epoch; `state` moves along.
+
+    Args:
+        state: what is trained.
+        network: `state.model`, wrapped for this run: distributed, compiled.
+        loader: this rank's training batches, `plan.accumulation` for each step.
+        plan: the steps.
+        recipe: how to train.
+        seed: of mixing and dropout.
+        ranks: who takes part.
+        log: where to report.
+
+    Raises:
+        NonFiniteLossError: noticed when the loss is read for the log.
+
+    """
+    network.train()
+    log.start_epoch(state)
+    meter = _Meter(ranks)
+    start = (state.step - state.epoch * plan.steps_per_epoch) * plan.accumulation
+    for index, (images, labels) in enumerate(meter.timing(loader.batches(state.epoch, start)), start):
+        # The number of the batch over all ranks: what is drawn for it depends on nothing else.
+        number = index * ranks.world_size + ranks.rank
+        ends_step = (index + 1) % plan.accumulation == 0
+        with nullcontext() if ends_step else _keep_gradients_local(network):
+            loss = compute_loss(network, images, labels, recipe, seed, state.epoch, number) / plan.accumulation
+            state.scaler.scale(loss).backward()
+        meter.add_loss(loss.detach())
+        if not ends_step:
+            continue
+        lr = plan.learning_rate(state.step)
+        _apply_gradients(state, lr)
+        meter.add_step()
+        if log.is_due(state):
+            report = meter.read()
+            if not math.isfinite(report.loss):
+                raise NonFiniteLossError(f"the loss is {report.loss} at step {state.step}, learning rate {lr:.4g}")
+            log.training(state, lr, report)
+        log.advance()
+
+
+def compute_loss(
+    network: nn.Module, images: Tensor, labels: Tensor, recipe: RecipeOptions, seed: int, epoch: int, number: int
+) -> Tensor:
+    """Return the loss of one batch: mixed, forwarded under autocast, against smoothed targets.
+
+    Args:
+        network: maps (B, 3, H, W) to logits (B, K).
+        images: (B, 3, H, W), normalised.
+        labels: int64 (B,).
+        recipe: how to train.
+        seed: the run's; with the next two it determines mixing and dropout.
+        epoch: counted from 0.
+        number: of the batch in the epoch, over all ranks.
+
+    """
+    mixing = recipe.mixup_alpha > 0
+    if mixing:
+        weight = draw_mixup_weight(recipe.mixup_alpha, stream(seed, Purpose.MIXING, epoch, number))
+        images = mix_with_reversed(images, weight)
+    torch.manual_seed(int(stream(seed, Purpose.MODEL, epoch, number).integers(2**63)))
+    with autocast(images.device, recipe.precision):
+        logits = network(images)
+    targets = mix_with_reversed(one_hot(labels, logits.shape[1]), weight) if mixing else labels
+    return smoothed_cross_entropy(logits, targets, recipe.label_smoothing)
+
+
+def _apply_gradients(state: TrainingState, lr: float) -> None:
+    """Take one optimiser step."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+    state.step += 1
+
+
+def _keep_gradients_local(network: nn.Module) -> AbstractContextManager[None]:
+    """Leave the reduction over ranks to the last batch of a step."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+
+
+class _Meter:
+    """Sums since the last report."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._restart()
+
+    def _restart(self) -> None:
+        # The loss stays on the device: reading it waits for the device, so it is read only for a report.
+        self._loss = torch.zeros((), device=self._ranks.device)
+        self._steps = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def timing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass the batches on and sum the time spent waiting for them."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - before
+            yield batch
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add one batch's share of the step's loss."""
+        self._loss += loss
+
+    def add_step(self) -> None:
+        """Count an optimiser step."""
+        self._steps += 1
+
+    def read(self) -> Report:
+        """Return the means over the steps and ranks since the last reading, and start anew."""
+        loss = float(sum_over_ranks(self._loss)) / (self._steps * self._ranks.world_size)
+        report = Report(loss, self._steps, time.perf_counter() - self._started, self._waited)
+        self._restart()
+        return report

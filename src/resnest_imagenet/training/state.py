@@ -1,0 +1,68 @@
+"""All that the future of a run depends on."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.training.optimizer import build_optimizer
+
+
+class TrainingState:
+    """Model, optimiser, loss scaler, moving average and counters.
+
+    Attributes:
+        model: the bare network: its state dict has plain keys, whatever wraps it for training.
+        optimizer: SGD with momentum.
+        scaler: of the fp16 loss; inert for other precisions.
+        ema: exponential moving average of weights and BN statistics, or None.
+        step: optimiser steps done.
+        epoch: epochs done.
+        best_top1: best accuracy of an evaluation so far, in percent.
+
+    """
+
+    def __init__(self, model: nn.Module, recipe: RecipeOptions) -> None:
+        device = next(model.parameters()).device
+        self.model = model
+        self.optimizer = build_optimizer(model, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.ema: AveragedModel | None = None
+        if recipe.ema_decay is not None:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.step = 0
+        self.epoch = 0
+        self.best_top1 = -1.0
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network that is evaluated: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain containers and tensors; `model` and `ema` are plain state dicts."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "best_top1": self.best_top1,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned for the same configuration."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(state["ema_updates"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.epoch = state["epoch"]
+        self.best_top1 = state["best_top1"]

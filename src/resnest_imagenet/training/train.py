@@ -1,0 +1,160 @@
+"""A run, from its configuration to its checkpoints, in the order of its life."""
+
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnest_imagenet import distributed
+from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.compute import place
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.data.folder import ImageFolder, read_image_folder, require_same_classes
+from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
+from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
+from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
+from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.evaluation.counting import evaluate
+from resnest_imagenet.models.zoo import build_model, require_model
+from resnest_imagenet.training.log import RunLog
+from resnest_imagenet.training.loop import train_epoch
+from resnest_imagenet.training.run_folder import RunFolder
+from resnest_imagenet.training.schedule import StepPlan, count_accumulation, plan_steps
+from resnest_imagenet.training.state import TrainingState
+
+
+def train(config: TrainConfig) -> TrainingState:
+    """Train, or go on where the run folder's last checkpoint stands; return the final state.
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+
+    """
+    # 1. What can be refused before any data is touched.
+    require_model(config.model.name)
+    choose_loader(config.loader.name)
+    _, _, world_size = distributed.launched_as()
+    count_accumulation(config.train, world_size)
+    device = distributed.choose_device(config.device)
+    # 2. The data, and with it the steps and the width of the classifier.
+    train_set = read_image_folder(config.data.root, config.data.train_dir, "data.train_dir")
+    val_set = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+    require_same_classes(train_set, val_set)
+    config = _fix_num_classes(config, train_set)
+    plan = plan_steps(len(train_set), config.train, world_size)
+    with distributed.join(device) as ranks:
+        # 3. The loaders: this rank's share of both sets.
+        train_loader = _build_train_loader(config, train_set, plan, ranks)
+        eval_transform = EvalTransform(config.eval.crop, config.eval.ratio)
+        eval_plan = plan_evaluation(len(val_set), config.train.batch_size, ranks.rank, ranks.world_size)
+        eval_loader = build_loader(
+            config.loader.name, val_set, eval_plan, eval_transform, ranks.device, config.loader.workers
+        )
+        # 4. The model, the same on every rank, and all that changes with it.
+        state = _build_state(config, len(train_set.classes), ranks)
+        # 5. The run folder. Where it holds a checkpoint of the same run, that run goes on.
+        run = RunFolder(config.run_dir, ranks)
+        identity = describe_identity(config, plan, len(train_set))
+        _resume(state, run, identity, ranks)
+        run.open(config.model_dump())
+        network = _wrap(state.model, config.train.compile, ranks)
+        # 6. The epochs.
+        log = RunLog(run.path, plan, config.log.every_steps, state, ranks.is_main)
+        with run.recording_status(), closing(log):
+            while state.epoch < config.train.epochs:
+                train_epoch(state, network, train_loader, plan, config.train, config.seed, ranks, log)
+                state.epoch += 1
+                distributed.broadcast_buffers(state.evaluated_model)
+                accuracy = evaluate(state.evaluated_model, eval_loader, ranks, config.train.precision)
+                log.evaluation(state, accuracy, eval_transform.protocol)
+                is_best = accuracy.top1 > state.best_top1
+                state.best_top1 = max(state.best_top1, accuracy.top1)
+                content = {
+                    **state.state_dict(),
+                    "identity": identity,
+                    "config": config.model_dump(),
+                    "classes": list(train_set.classes),
+                }
+                run.save(content, is_best)
+            run.write_status("finished", epoch=state.epoch, step=state.step, best_top1=state.best_top1)
+    return state
+
+
+def describe_identity(config: TrainConfig, plan: StepPlan, num_samples: int) -> dict[str, Any]:
+    """Return what must not change when a run goes on: plain values by option name."""
+    recipe = config.train.model_dump()
+    # The number of ranks and with it these may change, as long as their product, the global batch, stays.
+    for name in ("batch_size", "global_batch", "compile"):
+        del recipe[name]
+    return {
+        "model.name": config.model.name,
+        "model.num_classes": config.model.num_classes,
+        **{f"train.{name}": value for name, value in recipe.items()},
+        "train.global_batch": plan.global_batch,
+        "seed": config.seed,
+        "number of training images": num_samples,
+    }
+
+
+def _fix_num_classes(config: TrainConfig, train_set: ImageFolder) -> TrainConfig:
+    """Set the classifier's width to the number of class folders."""
+    found = len(train_set.classes)
+    if config.model.num_classes not in (None, found):
+        raise ConfigError(f"model.num_classes={config.model.num_classes}, but {train_set.root} has {found} classes")
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": found})})
+
+
+def _build_train_loader(config: TrainConfig, train_set: ImageFolder, plan: StepPlan, ranks: Ranks) -> Loader:
+    recipe = config.train
+    batches = BatchPlan(
+        num_samples=len(train_set),
+        batch_size=recipe.batch_size,
+        num_batches=plan.steps_per_epoch * plan.accumulation * ranks.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        shuffle=True,
+        seed=config.seed,
+    )
+    transform = TrainTransform(recipe.crop, config.seed, recipe.min_crop_area)
+    return build_loader(config.loader.name, train_set, batches, transform, ranks.device, config.loader.workers)
+
+
+def _build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainingState:
+    recipe = config.train
+    torch.manual_seed(config.seed)
+    model = build_model(config.model.name, num_classes, recipe.dropout, recipe.zero_gamma)
+    return TrainingState(place(model, ranks.device), recipe)
+
+
+def _resume(state: TrainingState, run: RunFolder, identity: dict[str, Any], ranks: Ranks) -> None:
+    """Restore the run folder's last checkpoint, if there is one, unless it belongs to another run."""
+    if run.last.exists():
+        saved = load_checkpoint(run.last)
+        theirs = saved.get("identity", {})
+        changed = [
+            f"{name}={theirs.get(name)}, not {value}" for name, value in identity.items() if theirs.get(name) != value
+        ]
+        if changed:
+            raise CheckpointError(f"{run.last} was trained with {'; '.join(changed)}: choose another run_dir")
+        state.load_state_dict(saved)
+        if ranks.is_main:
+            print(f"going on from {run.last}: {state.epoch} epochs, {state.step} steps", flush=True)
+    steps = distributed.gather(state.step, ranks)
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the ranks found different checkpoints (steps {steps}): run_dir={run.path} is not shared"
+        )
+
+
+def _wrap(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
+    """Make the module that is called in training; the model's own keys stay what they are."""
+    network = model
+    if ranks.world_size > 1:
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    if compiled:
+        network.compile()
+    return network

@@ -1,0 +1,138 @@
+"""The commands as a user calls them: what is refused, in which words, with which exit code."""
+
+import sys
+import zipfile
+
+import pytest
+
+from conftest import run_module
+from resnest_imagenet.commands import data, evaluate, train
+from resnest_imagenet.commands.launch import explain_torchvision, find_conf
+from resnest_imagenet.config import DemoDataConfig, EvalConfig, TrainConfig, option_names
+
+
+def call(command, arguments, monkeypatch, capsys):
+    """Run a command in this process; return its exit code and last error line."""
+    monkeypatch.setattr(sys, "argv", [f"/bin/resnest-{command.__name__.rpartition('.')[2]}", *arguments])
+    try:
+        command.main()
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    return code, lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data.root is not set: give data.root=..."),
+        (["trian.epochs=3"], "unknown option trian.epochs; did you mean 'train.epochs'?"),
+        (["data.root=/x", "train.epoch=3"], "unknown option train.epoch; did you mean 'train.epochs'?"),
+        (["data.root=/x", "+train.epoch=3"], "unknown option train.epoch; did you mean 'train.epochs'?"),
+        (["data.root=/x", "sed=1"], "unknown option sed; did you mean 'seed'?"),
+        (["modle=resnest50"], "unknown option modle; did you mean 'model'?"),
+        (["model=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
+        (["recipe=resnst"], "unknown recipe 'resnst'; did you mean 'resnest'?"),
+        (["loader=dalli"], "unknown loader 'dalli'; did you mean 'dali'?"),
+        (["+experiment=resnest5"], "unknown experiment 'resnest5'; did you mean 'resnest50'?"),
+        (["experiment=resnest50"], "experiment is added, not overridden: write +experiment=..."),
+        (["data.root=/x", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
+        (["data.root=/x", "train.epochs=abc"], "train.epochs=abc: input should be a valid integer"),
+        (["data.root=/x", "train.epochs=1.5"], "train.epochs=1.5: input should be a valid integer"),
+        (["data.root=/x", "train.epochs=true"], "train.epochs=True: input should be a valid integer"),
+        (["data.root=/x", "train.nesterov=3"], "train.nesterov=3: input should be a valid boolean"),
+        (["data.root=/x", "train.epochs=0"], "train.epochs=0: input should be greater than or equal to 1"),
+        (["data.root=/x", "train.batch_size=1"], "train.batch_size=1: input should be greater than or equal to 2"),
+        (["data.root=/x", "train.momentum=1"], "train.momentum=1: input should be less than 1"),
+        (["data.root=/x", "train.precision=fp8"], "train.precision=fp8: input should be 'fp32', 'bf16' or 'fp16'"),
+        (["data.root=/x", "train.crop=[224]"], "train.crop=[224]: input should be a valid integer"),
+        (["data.root=/x", "eval.ratio=1.5"], "eval.ratio=1.5: input should be less than or equal to 1"),
+        (["data.root=/x", "~train.epochs"], "train.epochs is not set"),
+        (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
+        (["data.root=/a=b"], "cannot read 'data.root=/a=b': write option=value, and quote a value with = in it"),
+        (["data.root"], "cannot read 'data.root': write option=value"),
+        (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
+        (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
+        (["data.root=/x", "train.global_batch=100"], "train.batch_size=64 x 1 ranks = 64"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+    code, lines = call(train, arguments, monkeypatch, capsys)
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("resnest-train: ")
+    assert message in lines[0]
+
+
+def test_data_faults_have_exit_code_3(monkeypatch, capsys):
+    assert call(train, ["data.root=/nowhere"], monkeypatch, capsys) == (
+        3,
+        ["resnest-train: data.root=/nowhere: no such folder"],
+    )
+
+
+def test_checkpoint_faults_have_exit_code_4(demo_images, monkeypatch, capsys):
+    code, lines = call(evaluate, ["ckpt=/nowhere.pt", f"data.root={demo_images}"], monkeypatch, capsys)
+    assert (code, lines) == (4, ["resnest-evaluate: /nowhere.pt: no such checkpoint"])
+
+
+def test_a_crop_below_32_in_a_list(monkeypatch, capsys):
+    code, lines = call(evaluate, ["ckpt=a", "data.root=/x", "crop=[224,16]"], monkeypatch, capsys)
+    assert code == 2
+    assert "crop.1=16: input should be greater than or equal to 32" in lines[0]
+
+
+def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
+    small = ["train_per_class=1", "val_per_class=1"]
+    assert call(data, ["demo", f"out={tmp_path / 'demo'}", *small], monkeypatch, capsys)[0] == 0
+    assert len(list((tmp_path / "demo/train").iterdir())) == 10
+    assert call(data, ["demmo"], monkeypatch, capsys)[0] == 2
+    assert call(data, [], monkeypatch, capsys) == (0, [])
+
+
+def test_a_torchvision_for_another_torch_is_explained():
+    error = explain_torchvision(RuntimeError("operator torchvision::nms does not exist"))
+    assert error.exit_code == 2
+    assert "was not built for torch" in str(error)
+    with pytest.raises(RuntimeError, match="something else"):
+        explain_torchvision(RuntimeError("something else"))
+
+
+def test_every_option_in_conf_is_in_the_schema_and_the_reverse():
+    assert "train.epochs" in option_names(TrainConfig)
+    assert "model.name" in option_names(EvalConfig)
+    assert option_names(DemoDataConfig) == ["out", "seed", "train_per_class", "val_per_class"]
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_help_needs_no_torch_and_lists_examples_and_choices(module):
+    """--help answers at once because torch is not imported: the interpreter says what was."""
+    result = run_module(f"resnest_imagenet.commands.{module}", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0
+    assert result.stdout.count("\n  resnest-") + result.stdout.count("\n  torchrun") == 3
+    assert "resnest50_fast_2s1x64d" in result.stdout
+    if module == "train":
+        assert "experiment: demo, resnest50" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "hydra" in imported
+    assert not imported & {"torch", "timm", "torchvision", "nvidia.dali"}
+
+
+def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path):
+    project = find_conf().parent
+    built = run_module("hatchling", "build", "--target", "wheel", "--directory", str(tmp_path), cwd=project)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for command in ("train", "evaluate", "data"):
+        result = run_module(
+            f"resnest_imagenet.commands.{command}", "--help", cwd=tmp_path, env={"PYTHONPATH": str(site)}
+        )
+        assert result.returncode == 0, result.stderr
+    where = run_module(
+        "resnest_imagenet.commands.data", "demo", "--info", "searchpath", cwd=tmp_path, env={"PYTHONPATH": str(site)}
+    )
+    assert str(site / "resnest_imagenet" / "conf") in where.stdout

@@ -1,0 +1,130 @@
+"""Both loaders against the contract, and against each other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import CPU
+from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
+from resnest_imagenet.data.transforms import STD, EvalTransform, TrainTransform
+from resnest_imagenet.errors import ConfigError, DataError
+
+LOADERS = ["dali", "torchvision"]
+TRAIN = TrainTransform(48, seed=5)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """37 photographs-to-be: smooth random textures of odd sizes, colour and grey, one with an EXIF rotation."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(37):
+        height, width = rng.integers(40, 300, size=2).tolist()
+        coarse = Image.fromarray(rng.integers(0, 256, size=(6, 6, 3), dtype=np.uint8))
+        picture = coarse.resize((width, height), Image.Resampling.BICUBIC).convert("L" if number % 5 == 0 else "RGB")
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number == 3 else 1
+        path = root / "train" / f"class{number % 3}" / f"{number:02d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=90, exif=exif)
+    return read_image_folder(str(root), "train", "data.train_dir")
+
+
+def make_loader(name, folder, transform, workers=1, **plan):
+    shuffle = isinstance(transform, TrainTransform)
+    batches = BatchPlan(**{"num_samples": len(folder), "batch_size": 8, "num_batches": 5, "shuffle": shuffle, **plan})
+    return build_loader(name, folder, batches, transform, CPU, workers)
+
+
+def to_pixels(images):
+    """Undo the normalisation: 0..255 up to the mean, which differences cancel."""
+    return images * torch.tensor(STD).view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("transform", [TRAIN, EvalTransform(48)])
+def test_yields_what_the_contract_says(name, transform, images):
+    loader = make_loader(name, images, transform)
+    batches = list(loader.batches(epoch=0))
+    assert [len(labels) for _, labels in batches] == [8, 8, 8, 8, 5]
+    for batch, labels in batches:
+        assert batch.shape == (len(labels), 3, 48, 48)
+        assert (batch.dtype, labels.dtype) == (torch.float32, torch.int64)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+    expected = [images.labels[indices].tolist() for indices in loader.plan.batches(0)]
+    assert [labels.tolist() for _, labels in batches] == expected
+
+
+@pytest.mark.parametrize("transform", [TRAIN, EvalTransform(48), EvalTransform(288), EvalTransform(45, ratio=0.9)])
+def test_the_loaders_agree_to_a_rounding(transform, images):
+    """The same crops and flips; resampling differs in the last bit of a pixel."""
+    pairs = zip(*(make_loader(name, images, transform).batches(epoch=1) for name in LOADERS), strict=True)
+    differences = torch.cat([(to_pixels(a) - to_pixels(b)).abs() for (a, _), (b, _) in pairs])
+    assert differences.mean() < 0.3
+    assert (differences > 1.01).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_batches_are_a_function_of_epoch_and_start_only(name, images):
+    loader = make_loader(name, images, TRAIN, seed=7)
+    first = list(loader.batches(epoch=0))
+    other_epoch = list(loader.batches(epoch=1))
+    again = list(loader.batches(epoch=0))
+    rest = list(make_loader(name, images, TRAIN, seed=7, workers=2).batches(epoch=0, start=3))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first[3:], rest, strict=True))
+    assert not torch.equal(first[0][0], other_epoch[0][0])
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_an_abandoned_pass_leaves_no_trace(name, images):
+    loader = make_loader(name, images, TRAIN)
+    next(iter(loader.batches(epoch=4)))
+    expected = next(iter(make_loader(name, images, TRAIN).batches(epoch=0)))
+    assert torch.equal(next(iter(loader.batches(epoch=0)))[0], expected[0])
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_ranks_share_the_batches(name, images):
+    alone = list(make_loader(name, images, TRAIN, num_batches=4).batches(epoch=0))
+    for rank in range(2):
+        share = make_loader(name, images, TRAIN, num_batches=4, rank=rank, world_size=2).batches(epoch=0)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(alone[rank::2], share, strict=True))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_rank_may_have_nothing_to_evaluate(name, images):
+    plan = plan_evaluation(len(images), 64, rank=2, world_size=3)
+    assert list(build_loader(name, images, plan, EvalTransform(48), CPU, 1).batches(epoch=0)) == []
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("damage", [b"", b"<html>not found</html>", None])
+def test_an_unreadable_file_is_named(name, damage, images, tmp_path):
+    files = [Path(images.path(index).decode()) for index in range(len(images))]
+    for index, source in enumerate(files):
+        data = source.read_bytes()
+        if index == 20:
+            data = data[: len(data) // 2] if damage is None else damage
+        target = tmp_path / "train" / source.parent.name / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    broken = replace(images, root=tmp_path / "train")
+    loader = make_loader(name, broken, EvalTransform(48))
+    with pytest.raises(DataError, match=str(broken.path(20).decode())):
+        list(loader.batches(epoch=0))
+
+
+def test_choice(monkeypatch):
+    assert choose_loader("auto") == "dali"
+    assert choose_loader("torchvision") == "torchvision"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert choose_loader("auto") == "torchvision"
+    with pytest.raises(ConfigError, match=r"pip install 'resnest-imagenet\[dali\]'"):
+        choose_loader("dali")

@@ -1,0 +1,91 @@
+"""The family against timm's implementation with the same weights, and what timm does differently."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from resnest_imagenet import build_model
+from resnest_imagenet.models.resnest import Bottleneck
+
+TIMM_TWINS = {
+    "resnest14": "resnest14d",
+    "resnest26": "resnest26d",
+    "resnest50": "resnest50d",
+    "resnest101": "resnest101e",
+    "resnest50_fast_1s4x24d": "resnest50d_1s4x24d",
+    "resnest50_fast_4s2x40d": "resnest50d_4s2x40d",
+}
+
+
+def randomise_statistics(model: nn.Module) -> None:
+    """Give every batch norm statistics and weights of its own, so that none of them can be swapped unseen."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+
+
+@pytest.mark.parametrize(("name", "twin"), TIMM_TWINS.items())
+def test_logits_equal_timms(name, twin):
+    torch.manual_seed(0)
+    theirs = timm.create_model(twin).double().eval()
+    randomise_statistics(theirs)
+    ours = build_model(name).double().eval()
+    ours.load_state_dict(theirs.state_dict())  # strict: the official key names
+    images = torch.randn(2, 3, 97, 130, dtype=torch.float64)  # odd sizes show the pools' ceil modes
+    with torch.no_grad():
+        difference = (ours(images) - theirs(images)).abs().max().item()
+    assert difference < 1e-10
+
+
+@pytest.mark.parametrize(("output_stride", "size"), [(32, 4), (16, 8), (8, 16)])
+def test_output_stride(output_stride, size):
+    model = build_model("resnest14", output_stride=output_stride).eval()
+    with torch.no_grad():
+        assert model.forward_features(torch.randn(1, 3, 128, 128)).shape == (1, 2048, size, size)
+
+
+def test_dilated_semantics_are_the_official_ones():
+    """In layer3 and layer4 timm drops the stride-1 average pool and pools the shortcut 2x2; mended, the two are equal."""
+    torch.manual_seed(0)
+    ours = build_model("resnest26", output_stride=8).double().eval()
+    theirs = timm.create_model("resnest26d", output_stride=8).double().eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert (ours(images) - theirs(images)).abs().max() > 1e-3
+        for layer in (theirs.layer3, theirs.layer4):
+            layer[0].avd_last = nn.AvgPool2d(3, 1, padding=1)
+            layer[0].downsample[0] = nn.Identity()
+        assert (ours(images) - theirs(images)).abs().max() < 1e-10
+    dilations = [[b.conv2.conv.dilation[0] for b in layer] for layer in (ours.layer2, ours.layer3, ours.layer4)]
+    assert dilations == [[1, 1], [1, 2], [2, 4]]
+
+
+def test_zero_gamma_makes_every_block_its_shortcut():
+    blocks = [m for m in build_model("resnest26").modules() if isinstance(m, Bottleneck)]
+    assert len(blocks) == 8
+    assert all(block.bn3.weight.count_nonzero() == 0 for block in blocks)
+    plain = build_model("resnest26", zero_gamma=False)
+    assert all(m.bn3.weight.min() == 1 for m in plain.modules() if isinstance(m, Bottleneck))
+
+
+def test_initialisation_is_normal_with_two_over_fan_in():
+    torch.manual_seed(0)
+    model = build_model("resnest14")
+    for weight, fan_in in (
+        (model.layer4[0].conv1.weight, 1024),
+        (model.layer4[0].conv2.conv.weight, 256 * 9),  # 512 input channels in 2 groups
+        (model.fc.weight, 2048),
+    ):
+        assert weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.01)
+        assert abs(weight.mean().item()) < 0.01 * weight.std().item()
+    assert model.fc.bias.count_nonzero() == 0
+
+
+def test_unknown_output_stride():
+    with pytest.raises(ValueError, match="8, 16 or 32"):
+        build_model("resnest14", output_stride=4)

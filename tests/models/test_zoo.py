@@ -1,0 +1,93 @@
+"""Parameters and multiply-adds of every row, and the names in conf/."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnest_imagenet import build_model, list_models
+from resnest_imagenet.commands.launch import find_conf
+from resnest_imagenet.models.zoo import TABLE3, list_imagenet_classes
+
+# Parameters, and multiply-adds of convolutions and fc at 224 and 320 pixels.
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
+
+# Parameters in millions and multiply-adds at 224 in billions, as published or counted by others (these count batch
+# norms too): an independent check of the golden figures.
+PUBLISHED = {
+    "resnest14": (10.612, 2.77),
+    "resnest26": (17.069, 3.64),
+    "resnest50": (27.483, 5.40),
+    "resnest101": (48.275, 10.25),
+    "resnest200": (70.202, 17.50),
+    "resnest269": (110.929, 22.54),
+    "resnest50_fast_1s1x64d": (26.218, 4.35),
+    "resnest50_fast_2s1x64d": (27.483, 4.36),
+    "resnest50_fast_4s1x64d": (31.913, 4.37),
+    "resnest50_fast_1s2x40d": (25.947, 4.39),
+    "resnest50_fast_2s2x40d": (26.944, 4.40),
+    "resnest50_fast_4s2x40d": (30.418, 4.41),
+    "resnest50_fast_1s4x24d": (25.677, 4.43),
+    "resnest101_fast": (48.170, 8.09),
+    "resnet50": (25.557, 4.11),
+    "resnet101": (44.55, 7.83),
+    "resnext50_32x4d": (25.03, 4.26),
+    "resnext101_32x4d": (44.18, 8.01),
+    "seresnext50_32x4d": (27.56, 4.26),
+    "seresnext101_32x4d": (48.96, 8.02),
+    "resnet50d": (25.58, 4.35),
+    "resnet101d": (44.57, 8.08),
+    "skresnext50_32x4d": (27.48, 4.50),
+    "skresnext101_32x4d": (48.74, 8.50),
+}
+
+
+def count_multiply_adds(model: torch.nn.Module, size: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_parameters_and_multiply_adds(name):
+    with torch.device("meta"):
+        model = build_model(name).eval()
+    with torch.no_grad():
+        macs = [count_multiply_adds(model, size) for size in (224, 320)]
+    assert [sum(p.numel() for p in model.parameters()), *macs] == GOLDEN[name]
+    if name in PUBLISHED:
+        parameters, billions = PUBLISHED[name]
+        assert GOLDEN[name][0] / 1e6 == pytest.approx(parameters, abs=0.006)
+        assert GOLDEN[name][1] / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_table3_has_fourteen_rows():
+    assert len(TABLE3) == 14
+    assert set(TABLE3.values()) <= set(list_models())
+
+
+def test_every_architecture_has_a_name_in_conf_and_the_reverse():
+    files = {path.stem: path.read_text() for path in (find_conf() / "model").glob("*.yaml")}
+    assert sorted(files) == list_models()
+    assert all(text == f"name: {name}\n" for name, text in files.items())
+
+
+def test_unknown_name_gets_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'resnest50'"):
+        build_model("resnest_50")
+
+
+def test_peers_take_the_same_arguments():
+    model = build_model("skresnext50_32x4d", num_classes=7, dropout=0.3)
+    assert model.fc.out_features == 7
+    assert model.drop_rate == 0.3
+    assert model.layer1[0].conv3.bn.weight.count_nonzero() == 0
+
+
+def test_imagenet_classes():
+    classes = list_imagenet_classes()
+    assert len(classes) == 1000
+    assert classes == sorted(classes)
+    assert classes[207] == "n02099601"  # golden retriever

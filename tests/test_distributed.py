@@ -1,0 +1,88 @@
+"""Real process groups under torchrun, on the CPU."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import SMALL, run_module
+from resnest_imagenet import build_model
+from resnest_imagenet.checkpoint import load_checkpoint
+
+TRAIN = "resnest_imagenet.commands.train"
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_path):
+    """The same batches, mixed alike, and gradients that are summed in the same order: equal parameters, bit for bit."""
+    models = {}
+    for ranks in (1, 2):
+        options = ("train.batch_size=8", "train.global_batch=16", "train.mixup_alpha=0.2", f"loader={loader}")
+        places = (f"data.root={demo_images}", f"run_dir={tmp_path / str(ranks)}")
+        result = run_module(TRAIN, *SMALL, *options, *places, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("epoch 2/2  top-1") == 1  # one rank speaks
+        checkpoint = load_checkpoint(tmp_path / str(ranks) / "checkpoints/last.pt")
+        assert checkpoint["step"] == 12
+        models[ranks] = checkpoint["model"]
+    parameters = [name for name, _ in build_model("resnest14_half", 10).named_parameters()]
+    assert all(torch.equal(models[1][name], models[2][name]) for name in parameters)
+    environment = json.loads((tmp_path / "2/environment.json").read_text())
+    assert environment["ranks"] == 2
+
+
+def test_103_images_give_the_same_integers_with_1_2_and_3_ranks(demo_images, tmp_path):
+    torch.manual_seed(0)
+    torch.save(build_model("resnest14_half", 10).state_dict(), tmp_path / "bare.pth")
+    counts = []
+    for ranks in (1, 2, 3):
+        out = tmp_path / f"{ranks}.json"
+        result = run_module(
+            "resnest_imagenet.commands.evaluate",
+            f"ckpt={tmp_path / 'bare.pth'}",
+            "model=resnest14_half",
+            f"data.root={demo_images}",
+            "data.val_dir=train",
+            "crop=[32,48]",
+            "batch_size=16",
+            "loader.workers=1",
+            f"out={out}",
+            ranks=ranks,
+        )
+        assert result.returncode == 0, result.stderr
+        counts.append([(r["correct1"], r["correct5"], r["count"]) for r in json.loads(out.read_text())["results"]])
+    assert counts[0] == counts[1] == counts[2]
+    assert [count for _, _, count in counts[0]] == [103, 103]
+    assert 0 < counts[0][0][0] < 103
+
+
+def test_an_error_before_the_ranks_meet_is_said_once(tmp_path):
+    result = run_module(TRAIN, "data.root=/nowhere", f"run_dir={tmp_path}", ranks=2)
+    assert result.returncode != 0
+    assert result.stderr.count("data.root=/nowhere: no such folder") == 1
+
+
+def test_a_run_folder_that_is_not_shared_is_noticed(demo_images, tmp_path):
+    """Ranks that would resume at different steps stop instead."""
+    places = (f"data.root={demo_images}", "loader=torchvision", "train.epochs=1", "train.warmup_epochs=0")
+    first = run_module(TRAIN, *SMALL, *places, "train.global_batch=32", f"run_dir={tmp_path / 'run'}", ranks=2)
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "empty").mkdir()
+    script = tmp_path / "chdir_by_rank.py"
+    script.write_text(
+        "import os, sys\n"
+        f"os.chdir({str(tmp_path)!r} if os.environ['RANK'] == '0' else {str(tmp_path / 'empty')!r})\n"
+        "from resnest_imagenet.commands.train import main\n"
+        "main()\n"
+    )
+    result = run_module(
+        "chdir_by_rank",
+        *SMALL,
+        *places,
+        "train.global_batch=32",
+        "run_dir=run",
+        ranks=2,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert result.returncode != 0
+    assert "the ranks found different checkpoints (steps [3, 0]): run_dir=run is not shared" in result.stderr

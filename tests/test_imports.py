@@ -1,0 +1,74 @@
+"""Who may import whom: the rooms of the README's picture."""
+
+import ast
+from pathlib import Path
+
+import resnest_imagenet
+
+PACKAGE = Path(resnest_imagenet.__file__).parent
+
+# Leaves: every room may use them, and they use none of ours (distributed and randomness: only errors).
+LEAVES = {"errors", "randomness"}
+MAY_IMPORT = {
+    "errors": set(),
+    "randomness": set(),
+    "compute": set(),
+    "config": set(),
+    "distributed": {"errors"},
+    "checkpoint": {"errors"},
+    "models": LEAVES,
+    "data": LEAVES,
+    "evaluation": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "data"},
+    "training": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "data", "evaluation"},
+    "commands": LEAVES | {"config", "distributed", "data", "training", "evaluation"},
+    "__init__": {"models"},
+}
+# Packages that one place only may know.
+ONLY_IN = {"hydra": {"commands"}, "omegaconf": {"commands"}, "nvidia": {"data/dali.py"}, "timm": {"models/zoo.py"}}
+ONLY_IN["torchvision"] = {"data/torchvision.py"}
+
+
+def imports():
+    """Yield (file below the package, room, imported module) for every import, late ones too."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file = path.relative_to(PACKAGE)
+        room = file.parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                names = [node.module]
+                if node.module == "resnest_imagenet":
+                    names = [f"resnest_imagenet.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                yield file.as_posix(), room, name
+
+
+def test_rooms_import_only_what_they_may():
+    seen = set()
+    for file, room, name in imports():
+        if name.startswith("resnest_imagenet."):
+            target = name.split(".")[1]
+            seen.add(room)
+            assert target == room or target in MAY_IMPORT[room], f"{file} imports {name}"
+    assert {"commands", "training", "evaluation", "data", "models"} <= seen
+
+
+def test_each_library_has_its_place():
+    found = set()
+    for file, room, name in imports():
+        package = name.partition(".")[0]
+        if package in ONLY_IN:
+            found.add(package)
+            assert room in ONLY_IN[package] or file in ONLY_IN[package], f"{file} imports {name}"
+    assert found == set(ONLY_IN)
+
+
+def test_nothing_but_distributed_asks_who_it_is():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "distributed.py":
+            text = path.read_text()
+            assert "WORLD_SIZE" not in text and "LOCAL_RANK" not in text, path

@@ -1,0 +1,160 @@
+"""Whole runs of the shipped configuration, shrunk."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.training import train as train_module
+from resnest_imagenet.training.train import train
+
+
+def read_events(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(events):
+    return [{k: v for k, v in e.items() if k not in ("time", "images_per_s", "data_wait")} for e in events]
+
+
+def assert_equal(one, other):
+    """Compare nested plain containers bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(loader, small_run, evaluation_of, tmp_path):
+    config = small_run(f"loader={loader}", "log.every_steps=4", "train.mixup_alpha=0.2")
+    state = train(config)
+    run = tmp_path / "run"
+    assert (state.epoch, state.step) == (2, 12)
+
+    events = read_events(run)
+    assert [(e["event"], e["epoch"], e["step"]) for e in events] == [
+        ("train", 0, 4), ("train", 0, 6), ("eval", 1, 6), ("train", 1, 8), ("train", 1, 12), ("eval", 2, 12),
+    ]  # fmt: skip
+    first = events[0]
+    assert first["images_per_s"] > 0 and 0 <= first["data_wait"] <= 1 and 1.5 < first["loss"] < 5
+    assert first["lr"] == pytest.approx(0.4 * 16 / 256 * 3 / 6)
+
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "finished" and status["step"] == 12
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert "resnest14_half" in (run / "config.yaml").read_text()
+
+    scalars = EventAccumulator(str(run / "tensorboard"))
+    scalars.Reload()
+    logged = [(e["step"], e["loss"]) for e in events if e["event"] == "train"]
+    assert [(s.step, pytest.approx(s.value)) for s in scalars.Scalars("train/loss")] == logged
+
+    checkpoint = load_checkpoint(run / "checkpoints/last.pt")
+    assert_equal(checkpoint["model"], state.model.state_dict())
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/last.pt", f"loader={loader}"))
+    assert (result.top1, result.top5, result.count) == (events[-1]["top1"], events[-1]["top5"], 40)
+    best = max(e["top1"] for e in events if e["event"] == "eval")
+    (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/best.pt", f"loader={loader}"))
+    assert result.top1 == best == state.best_top1
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monkeypatch, capsys):
+    options = (f"loader={loader}", "train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
+    train(small_run(*options, run="whole"))
+
+    real = train_module.train_epoch
+
+    def interrupt_second_epoch(state, *rest):
+        real(state, *rest)  # its steps are lost: they come after the last checkpoint
+        if state.step == 12:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "train_epoch", interrupt_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_run(*options, run="interrupted"))
+    assert json.loads((tmp_path / "interrupted/status.json").read_text())["state"] == "stopped"
+    monkeypatch.undo()
+    train(small_run(*options, run="interrupted"))
+
+    assert "going on from" in capsys.readouterr().out
+    whole, resumed = (load_checkpoint(tmp_path / run / "checkpoints/last.pt") for run in ("whole", "interrupted"))
+    assert whole.pop("config")["run_dir"] != resumed.pop("config")["run_dir"]
+    assert_equal(whole, resumed)
+    assert without_clock(read_events(tmp_path / "whole")) == without_clock(read_events(tmp_path / "interrupted"))
+
+
+def test_a_finished_run_is_not_trained_again(small_run, tmp_path):
+    train(small_run("train.epochs=1", "train.warmup_epochs=0"))
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    state = train(small_run("train.epochs=1", "train.warmup_epochs=0"))
+    assert state.step == 6
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(small_run):
+    train(small_run("train.epochs=1", "train.warmup_epochs=0"))
+    with pytest.raises(
+        CheckpointError, match=r"trained with train.weight_decay=0.0001, not 0.01: choose another run_dir"
+    ):
+        train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.weight_decay=0.01"))
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(small_run, tmp_path):
+    """Two batches of 8 accumulated are, but for BN statistics, one step of 16: the same number of steps and rate."""
+    state = train(small_run("train.batch_size=8", "train.global_batch=16"))
+    assert state.step == 12
+    events = read_events(tmp_path / "run")
+    assert events[0]["lr"] == pytest.approx(0.4 * 16 / 256 * 5 / 6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_keeps_float32_weights(precision, small_run, tmp_path):
+    state = train(small_run(f"train.precision={precision}", "train.epochs=1", "train.warmup_epochs=0"))
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+    assert state.scaler.is_enabled() == (precision == "fp16")
+    assert 1.5 < read_events(tmp_path / "run")[0]["loss"] < 6
+
+
+def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_path):
+    state = train(small_run("train.ema_decay=0.5"))
+    last = tmp_path / "run/checkpoints/last.pt"
+    logged = read_events(tmp_path / "run")[-1]["top1"]
+    assert evaluate_checkpoint(evaluation_of(last))[0].top1 == logged
+    saved = load_checkpoint(last)
+    assert saved["ema_updates"] == 12
+    assert_equal(saved["ema"], state.ema.module.state_dict())
+    assert not torch.equal(saved["ema"]["fc.weight"], saved["model"]["fc.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="the loss is (nan|inf) at step"):
+        train(small_run("train.lr_per_256=1e30", "train.warmup_epochs=0"))
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "failed" and "the loss is" in status["error"]
+
+
+def test_refusals_before_training(small_run, tmp_path):
+    with pytest.raises(ConfigError, match="model.num_classes=37, but .*train has 10 classes"):
+        train(small_run("model.num_classes=37"))
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        train(small_run("data.val_dir=nowhere"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device=cuda"):
+            train(small_run("device=cuda", "data.root=/nowhere"))
+    assert not (tmp_path / "run").exists()
