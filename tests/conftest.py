@@ -71,6 +71,7 @@ def run_module(module: str, *arguments: str, ranks: int = 1, **options) -> subpr
         [sys.executable, "-m", *launcher, module, *arguments],
         env=environment,
         capture_output=True,
+        check=False,
         text=True,
         timeout=300,
         **options,

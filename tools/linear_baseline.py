@@ -47,7 +47,9 @@ def main() -> None:
 
         optimizer.step(closure)
         with torch.no_grad():
-            scores = [(model(x).argmax(1) == y).float().mean().item() for x, y in ((pixels, labels), (val_pixels, val_labels))]
+            scores = [
+                (model(x).argmax(1) == y).float().mean().item() for x, y in ((pixels, labels), (val_pixels, val_labels))
+            ]
         print(f"{weight_decay:>12g} {100 * scores[0]:>8.1f} {100 * scores[1]:>8.1f}")
 
 

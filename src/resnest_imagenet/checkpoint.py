@@ -31,7 +31,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: missing, damaged, or holding more than plain containers and tensors.
-
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such checkpoint")

@@ -25,7 +25,6 @@ class Ranks:
         rank: 0 .. world_size - 1 over all nodes.
         local_rank: within this node.
         device: where this rank computes.
-
     """
 
     rank: int
@@ -50,7 +49,6 @@ def choose_device(name: str) -> "torch.device":
 
     Raises:
         ConfigError: for cuda where there is none.
-
     """
     import torch
 

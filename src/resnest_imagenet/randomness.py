@@ -25,7 +25,6 @@ def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.rando
         purpose: what is decided.
         epoch: counted from 0.
         number: of the sample or the batch within its epoch.
-
     """
     # Philox is counter-based: the two upper counter words choose the stream, the lower two count within it.
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, number, epoch]))

@@ -49,7 +49,7 @@ def test_output_stride(output_stride, size):
 
 
 def test_dilated_semantics_are_the_official_ones():
-    """In layer3 and layer4 timm drops the stride-1 average pool and pools the shortcut 2x2; mended, the two are equal."""
+    """timm drops the stride-1 average pool of layer3 and 4 and pools the shortcut 2x2; mended, the two are equal."""
     torch.manual_seed(0)
     ours = build_model("resnest26", output_stride=8).double().eval()
     theirs = timm.create_model("resnest26d", output_stride=8).double().eval()

@@ -16,7 +16,7 @@ def batch_norm(x: Tensor, bn: nn.BatchNorm2d, channels: slice) -> Tensor:
 
 
 def attend_naively(module: SplitAttention, x: Tensor) -> Tensor:
-    """Section 3.1, one cardinal group k after the other: U_r, s = GAP(sum U_r), a = r-softmax(G(s)), V = sum a_r U_r."""
+    """Section 3.1, cardinal group by cardinal group: U_r, s = GAP(sum U_r), a = r-softmax(G(s)), V = sum a_r U_r."""
     radix, cardinality = module.radix, module.cardinality
     channels = x.shape[1]
     width, inner = channels // cardinality, module.fc1.out_channels // cardinality

@@ -31,7 +31,6 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], None]) 
         name: the primary configuration.
         schema: what it must satisfy.
         job: the command's work; imports torch itself, so that --help need not.
-
     """
     # Idle OpenMP threads sleep instead of spinning: 20 times faster where processes share cores. Before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,7 +63,6 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
 
     Raises:
         ConfigError: names the first option that is unknown, missing, of the wrong type or out of range.
-
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException

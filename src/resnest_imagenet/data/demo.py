@@ -89,7 +89,6 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
 
     Raises:
         DataError: where `out` holds something else.
-
     """
     settings = {"seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
     marker = out / "demo.json"  # written last: its presence says that the set is complete

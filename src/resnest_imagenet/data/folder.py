@@ -23,7 +23,6 @@ class ImageFolder:
         files: (N,) array of bytes, paths below root, sorted by class and name. An array and not a list of strings:
             worker processes share it without copying, and 1.28 million entries take 40 MB.
         labels: (N,) int64.
-
     """
 
     root: Path
@@ -49,7 +48,6 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
 
     Raises:
         DataError: root or part missing, no classes, a class without images.
-
     """
     if not os.path.isdir(root):
         raise DataError(f"data.root={root}: no such folder")
@@ -83,7 +81,6 @@ def label_by_classes(folder: ImageFolder, classes: Sequence[str], whose: str) ->
 
     Raises:
         DataError: for a class folder that is not in the list.
-
     """
     label_of = {name: label for label, name in enumerate(classes)}
     unknown = [name for name in folder.classes if name not in label_of]

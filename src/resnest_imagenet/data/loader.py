@@ -31,7 +31,6 @@ class Loader(Protocol):
 
         Raises:
             DataError: for an image that cannot be decoded, with its path.
-
         """
         ...
 
@@ -41,7 +40,6 @@ def choose_loader(name: str) -> str:
 
     Raises:
         ConfigError: for "dali" where it is not installed.
-
     """
     if name == "torchvision":
         return name
@@ -71,7 +69,6 @@ def build_loader(
 
     Raises:
         ConfigError: for "dali" where it is not installed.
-
     """
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)))

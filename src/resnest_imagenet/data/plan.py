@@ -24,7 +24,6 @@ class BatchPlan:
         rank, world_size: whose share this is.
         shuffle: a new order in every epoch; otherwise the order of the set.
         seed: of the order.
-
     """
 
     num_samples: int

@@ -29,7 +29,6 @@ class TrainTransform:
         max_aspect: width / height lies between its inverse and itself, uniform in the logarithm.
         flip: probability.
         attempts: draws until the centre crop is taken instead.
-
     """
 
     crop: int
@@ -73,7 +72,6 @@ class EvalTransform:
     Attributes:
         crop: side of the output in pixels.
         ratio: crop over the resized short side.
-
     """
 
     crop: int

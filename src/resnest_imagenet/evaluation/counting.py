@@ -18,7 +18,6 @@ class Accuracy:
         correct1: images whose label is the highest logit.
         correct5: images whose label is among the five highest.
         count: images.
-
     """
 
     correct1: int
@@ -48,7 +47,6 @@ def evaluate(model: nn.Module, loader: Loader, ranks: Ranks, precision: str = "f
 
     Raises:
         RuntimeError: where the ranks together did not see each image once.
-
     """
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=ranks.device)

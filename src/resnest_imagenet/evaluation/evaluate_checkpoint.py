@@ -30,7 +30,6 @@ class CropResult:
         top1, top5: percent.
         correct1, correct5, count: the integers behind them.
         protocol: how the images were resized and cropped.
-
     """
 
     crop: int
@@ -47,7 +46,6 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
 
     Raises:
         UserError: for what a user can cause, as one line.
-
     """
     if config.model is not None:
         require_model(config.model.name)
@@ -92,7 +90,6 @@ def restore_model(config: EvalConfig) -> tuple[nn.Module, list[str] | None]:
     Raises:
         CheckpointError: unreadable, or other keys or shapes than the network's.
         ConfigError: options that the checkpoint cannot meet.
-
     """
     content = load_checkpoint(config.ckpt)
     if "config" not in content:
@@ -126,7 +123,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str) -> N
 
     Raises:
         CheckpointError: names the first key that is missing, superfluous or of another shape.
-
     """
     expected = model.state_dict()
     for key, value in expected.items():

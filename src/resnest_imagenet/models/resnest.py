@@ -25,7 +25,6 @@ class ResNeStSpec:
         stem_width: channels of the first two stem convolutions; the third has twice as many.
         avd_first: average downsampling before split attention ("fast") or after it.
         planes: planes of layer1, doubled in each layer; 64 in every published network.
-
     """
 
     layers: tuple[int, int, int, int]
@@ -100,7 +99,6 @@ class ResNeSt(nn.Module):
 
     Raises:
         ValueError: for another output_stride.
-
     """
 
     layer1: nn.Sequential

@@ -16,7 +16,6 @@ def r_softmax(logits: Tensor, radix: int, cardinality: int) -> Tensor:
 
     Returns:
         Weights of the same shape, radix-major: [r][k][c / cardinality], the order of the splits.
-
     """
     if radix == 1:
         return logits.sigmoid()
@@ -44,7 +43,6 @@ class SplitAttention(nn.Module):
 
     Raises:
         ValueError: in training with one image on the device, where bn1 has one value per channel.
-
     """
 
     def __init__(

@@ -19,7 +19,6 @@ class PeerSpec:
     Attributes:
         timm_name: name in timm's registry, or "resnet" for timm's ResNet class with `arguments`.
         arguments: keyword arguments beyond the classifier's.
-
     """
 
     timm_name: str
@@ -116,7 +115,6 @@ def build_model(
 
     Raises:
         ConfigError: (a ValueError) for a name that is not in the table.
-
     """
     require_model(name)
     spec = ARCHITECTURES[name]

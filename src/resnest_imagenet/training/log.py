@@ -23,7 +23,6 @@ class Report:
         steps: how many.
         seconds: they took.
         waited: seconds of them spent waiting for data.
-
     """
 
     loss: float

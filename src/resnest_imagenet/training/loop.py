@@ -47,7 +47,6 @@ def train_epoch(
 
     Raises:
         NonFiniteLossError: noticed when the loss is read for the log.
-
     """
     network.train()
     log.start_epoch(state)
@@ -87,7 +86,6 @@ def compute_loss(
         seed: the run's; with the next two it determines mixing and dropout.
         epoch: counted from 0.
         number: of the batch in the epoch, over all ranks.
-
     """
     mixing = recipe.mixup_alpha > 0
     if mixing:

@@ -17,7 +17,6 @@ def mix_with_reversed(values: Tensor, weight: float) -> Tensor:
     Args:
         values: (B, ...): normalised images, or class probabilities.
         weight: share of the entry itself; the partner has 1 - weight.
-
     """
     return torch.lerp(values.flip(0), values, weight)
 
@@ -34,6 +33,5 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) ->
         logits: (B, K).
         targets: labels (B,), or class probabilities (B, K).
         smoothing: e: a target t becomes t (1 - e) + e / K.
-
     """
     return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)

@@ -43,7 +43,6 @@ class RunFolder:
 
         Raises:
             UserError: where it cannot be written.
-
         """
         if not self.ranks.is_main:
             return

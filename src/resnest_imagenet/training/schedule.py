@@ -18,7 +18,6 @@ class StepPlan:
         total_steps: of the run.
         warmup_steps: of them, with a rising learning rate.
         peak_lr: learning rate at the end of the warm-up.
-
     """
 
     global_batch: int
@@ -45,7 +44,6 @@ def count_accumulation(recipe: RecipeOptions, world_size: int) -> int:
 
     Raises:
         ConfigError: where the numbers do not divide.
-
     """
     per_pass = recipe.batch_size * world_size
     global_batch = recipe.global_batch or per_pass
@@ -63,7 +61,6 @@ def plan_steps(num_samples: int, recipe: RecipeOptions, world_size: int) -> Step
     Raises:
         ConfigError: where batch size, ranks and global batch do not divide.
         DataError: where the set is smaller than one step.
-
     """
     accumulation = count_accumulation(recipe, world_size)
     global_batch = recipe.batch_size * world_size * accumulation

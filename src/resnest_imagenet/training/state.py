@@ -21,7 +21,6 @@ class TrainingState:
         step: optimiser steps done.
         epoch: epochs done.
         best_top1: best accuracy of an evaluation so far, in percent.
-
     """
 
     def __init__(self, model: nn.Module, recipe: RecipeOptions) -> None:

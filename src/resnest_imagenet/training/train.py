@@ -31,7 +31,6 @@ def train(config: TrainConfig) -> TrainingState:
 
     Raises:
         UserError: for what a user can cause, as one line.
-
     """
     # 1. What can be refused before any data is touched.
     require_model(config.model.name)
@@ -134,11 +133,10 @@ def _resume(state: TrainingState, run: RunFolder, identity: dict[str, Any], rank
     if run.last.exists():
         saved = load_checkpoint(run.last)
         theirs = saved.get("identity", {})
-        changed = [
-            f"{name}={theirs.get(name)}, not {value}" for name, value in identity.items() if theirs.get(name) != value
-        ]
+        changed = [name for name, value in identity.items() if theirs.get(name) != value]
         if changed:
-            raise CheckpointError(f"{run.last} was trained with {'; '.join(changed)}: choose another run_dir")
+            differences = "; ".join(f"{name}={theirs.get(name)}, not {identity[name]}" for name in changed)
+            raise CheckpointError(f"{run.last} was trained with {differences}: choose another run_dir")
         state.load_state_dict(saved)
         if ranks.is_main:
             print(f"going on from {run.last}: {state.epoch} epochs, {state.step} steps", flush=True)

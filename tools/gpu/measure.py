@@ -1,0 +1,113 @@
+"""What no CPU can show: training on CUDA by the real commands, and the step against timm's.
+
+python tools/gpu/measure.py OUT [--device cuda]      (--device cpu tries the script itself)
+
+Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
+under torchrun (NCCL), resnest-eval for each loader, and tools/bench_step.py. Prints a table last and writes
+OUT/gpu.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = "resnest_imagenet.commands"
+
+
+def run(module: str, *arguments: str, torchrun: bool = False) -> tuple[int, float, str]:
+    """Run a module of ours; return its exit code, seconds and the end of its output."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"] if torchrun else []
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, module, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    return result.returncode, time.perf_counter() - started, (result.stdout + result.stderr)[-2000:]
+
+
+def summarise(run_dir: Path) -> dict[str, float]:
+    """Read a run's last top-1 and its speed and data wait, without the first report (start-up)."""
+    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    train = [e for e in events if e["event"] == "train"][1:]
+    return {
+        "top1": [e["top1"] for e in events if e["event"] == "eval"][-1],
+        "images_per_s": max(e["images_per_s"] for e in train),
+        "data_wait": sorted(e["data_wait"] for e in train)[len(train) // 2],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--epochs", type=int, default=12)
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    data = out / "demo"
+    run(f"{COMMANDS}.data", "demo", f"out={data}")
+
+    cases = [(loader, precision, False, False) for loader in ("dali", "torchvision") for precision in ("fp32", "bf16")]
+    cases += [("dali", "fp16", False, False), ("dali", "bf16", True, False), ("dali", "bf16", False, True)]
+    rows = []
+    for loader, precision, compiled, torchrun in cases:
+        name = f"{loader} {precision}{' compile' * compiled}{' torchrun' * torchrun}"
+        run_dir = out / name.replace(" ", "-")
+        code, seconds, tail = run(
+            f"{COMMANDS}.train",
+            *("+experiment=demo", f"data.root={data}", f"run_dir={run_dir}", f"device={args.device}"),
+            *(f"loader={loader}", f"train.precision={precision}", f"train.compile={str(compiled).lower()}"),
+            f"train.epochs={args.epochs}",
+            torchrun=torchrun,
+        )
+        row = {"case": name, "exit": code, "seconds": seconds}
+        row |= summarise(run_dir) if code == 0 else {"output": tail}
+        rows.append(row)
+        print(row, flush=True)
+    for loader in ("dali", "torchvision"):
+        result = out / f"eval-{loader}.json"
+        checkpoint = out / "dali-fp32" / "checkpoints" / "best.pt"
+        code, seconds, tail = run(
+            f"{COMMANDS}.evaluate",
+            *(f"ckpt={checkpoint}", f"data.root={data}", "crop=[56,64]", f"loader={loader}"),
+            *(f"device={args.device}", f"out={result}"),
+        )
+        tops = [r["top1"] for r in json.loads(result.read_text())["results"]] if code == 0 else tail
+        rows.append({"case": f"eval {loader}", "exit": code, "seconds": seconds, "top1": tops})
+        print(rows[-1], flush=True)
+
+    on_gpu = args.device == "cuda"
+    machine = {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    (out / "gpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    size = ["--batch", "128", "--steps", "10", "--rounds", "7"] if on_gpu else ["--batch", "2", "--crop", "64"]
+    bench = [sys.executable, str(REPOSITORY / "tools/bench_step.py"), "--device", args.device, "--precision", "bf16"]
+    subprocess.run(
+        [*bench, *size, "--out", str(out / "bench_step.json")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+        check=False,
+    )
+    print(machine)
+    print(f"{'case':<28}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
+    for row in rows:
+        speed, wait = row.get("images_per_s"), row.get("data_wait")
+        columns = f"{speed:>10.0f}{wait:>10.1%}" if speed is not None else ""
+        print(f"{row['case']:<28}{row['exit']:>5}{row.get('top1', '-')!s:>16}{columns}")
+
+
+if __name__ == "__main__":
+    main()
