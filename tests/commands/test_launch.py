@@ -106,9 +106,10 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse():
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate"])
-def test_help_needs_no_torch_and_lists_examples_and_choices(module):
-    """--help answers at once because torch is not imported: the interpreter says what was."""
-    result = run_module(f"resnest_imagenet.commands.{module}", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+def test_help_needs_no_torch_and_lists_examples_and_choices(module, tmp_path):
+    """--help answers at once because torch is not imported: the interpreter says what was. From any folder."""
+    profiled = {"PYTHONPROFILEIMPORTTIME": "1"}
+    result = run_module(f"resnest_imagenet.commands.{module}", "--help", cwd=tmp_path, env=profiled)
     assert result.returncode == 0
     assert result.stdout.count("\n  resnest-") + result.stdout.count("\n  torchrun") == 3
     assert "resnest50_fast_2s1x64d" in result.stdout

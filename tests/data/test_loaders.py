@@ -1,6 +1,8 @@
 """Both loaders against the contract, and against each other."""
 
-from dataclasses import replace
+import gc
+import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,42 @@ def test_an_abandoned_pass_leaves_no_trace(name, images):
     assert torch.equal(next(iter(loader.batches(epoch=0)))[0], expected[0])
 
 
+def test_a_dali_pipeline_goes_with_its_loader(images):
+    """Without the garbage collector, which could free it in a forked worker and hang there."""
+    loader = make_loader("dali", images, TRAIN)
+    list(loader.batches(epoch=0))
+    pipeline = weakref.ref(loader._pipeline)
+    gc.disable()
+    try:
+        del loader
+        assert pipeline() is None
+    finally:
+        gc.enable()
+
+
+def test_workers_do_not_collect_the_parents_garbage(images):
+    """A pipeline in a reference cycle, as an error's traceback makes one: workers that freed it would hang."""
+    garbage = [make_loader("dali", images, TRAIN)]
+    list(garbage[0].batches(epoch=0))
+    garbage.append(garbage)
+    gc.disable()
+    try:
+        del garbage
+        loader = make_loader("torchvision", images, CollectsGarbage(48))
+        assert len(list(loader.batches(epoch=0))) == 5
+    finally:
+        gc.enable()
+
+
+@dataclass(frozen=True)
+class CollectsGarbage(EvalTransform):
+    """Forces a collection in the worker."""
+
+    def resized(self, height, width):
+        gc.collect()
+        return super().resized(height, width)
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_ranks_share_the_batches(name, images):
     alone = list(make_loader(name, images, TRAIN, num_batches=4).batches(epoch=0))
@@ -126,5 +164,5 @@ def test_choice(monkeypatch):
     assert choose_loader("torchvision") == "torchvision"
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert choose_loader("auto") == "torchvision"
-    with pytest.raises(ConfigError, match=r"pip install 'resnest-imagenet\[dali\]'"):
+    with pytest.raises(ConfigError, match=r"DALI is not installed: add the extra \[dali\]"):
         choose_loader("dali")

@@ -158,3 +158,6 @@ def test_refusals_before_training(small_run, tmp_path):
         with pytest.raises(ConfigError, match="device=cuda"):
             train(small_run("device=cuda", "data.root=/nowhere"))
     assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="run_dir=.*file/run: cannot be written"):
+        train(small_run(run="file/run"))

@@ -101,6 +101,37 @@ def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tu
     return _normalise(images, mirror=0), labels
 
 
+class _Inputs:
+    """What DALI's external source asks for: the next batch's paths, labels and, in training, draws.
+
+    Apart from the loader, so that loader and pipeline do not hold each other: a pipeline is freed with its loader and
+    not by the garbage collector, which may run in a forked process, where DALI's threads are not.
+    """
+
+    def __init__(self, folder: ImageFolder, plan: BatchPlan, transform: TrainTransform | EvalTransform) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.transform = transform
+        self.recent: deque[np.ndarray] = deque(maxlen=PREFETCHED_BATCHES + 2)
+        self._epoch = 0
+        self._pending: Iterator[np.ndarray] = iter(())
+
+    def start(self, epoch: int, start: int) -> None:
+        """Begin a pass with the rank's `start`-th batch."""
+        self._epoch = epoch
+        self._pending = self.plan.batches(epoch, start)
+
+    def __call__(self) -> tuple:
+        """Return one batch; StopIteration ends the pass."""
+        indices = next(self._pending)
+        self.recent.append(indices)
+        paths = [np.frombuffer(self.folder.path(index), dtype=np.uint8) for index in indices]
+        labels = self.folder.labels[indices]
+        if isinstance(self.transform, TrainTransform):
+            return paths, labels, np.stack([self.transform.draw(self._epoch, index) for index in indices.tolist()])
+        return paths, labels
+
+
 class DaliLoader:
     """Implements `data.loader.Loader` with DALI: on a CPU, or decoding and cropping on a CUDA device."""
 
@@ -113,18 +144,13 @@ class DaliLoader:
         workers: int,
     ) -> None:
         self.plan = plan
-        self._folder = folder
-        self._transform = transform
+        self._inputs = _Inputs(folder, plan, transform)
         self._device = device
         self._workers = max(1, workers)
         self._pipeline: Pipeline | None = None
-        self._pending: Iterator[np.ndarray] = iter(())
-        self._epoch = 0
-        self._recent: deque[np.ndarray] = deque(maxlen=PREFETCHED_BATCHES + 2)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        self._epoch = epoch
-        self._pending = self.plan.batches(epoch, start)
+        self._inputs.start(epoch, start)
         pipeline = self._pipeline or self._build()
         # Dropped until the pass is over: after a failure or an early exit its queue holds foreign batches.
         self._pipeline = None
@@ -144,10 +170,10 @@ class DaliLoader:
 
     def _build(self) -> Pipeline:
         on_gpu = self._device.type == "cuda"
-        build = _train_pipeline if isinstance(self._transform, TrainTransform) else _eval_pipeline
+        build = _train_pipeline if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
         pipeline = build(
-            self._next_inputs,
-            self._transform,
+            self._inputs,
+            self._inputs.transform,
             "mixed" if on_gpu else "cpu",
             batch_size=self.plan.batch_size,
             num_threads=self._workers,
@@ -157,17 +183,8 @@ class DaliLoader:
         pipeline.build()
         return pipeline
 
-    def _next_inputs(self) -> tuple:
-        """Return the next batch's paths, labels and, in training, draws; StopIteration ends the pass."""
-        indices = next(self._pending)
-        self._recent.append(indices)
-        paths = [np.frombuffer(self._folder.path(index), dtype=np.uint8) for index in indices]
-        labels = self._folder.labels[indices]
-        if isinstance(self._transform, TrainTransform):
-            return paths, labels, np.stack([self._transform.draw(self._epoch, index) for index in indices.tolist()])
-        return paths, labels
-
     def _explain(self, error: RuntimeError) -> Exception:
         """Name the file behind a failure (DALI does not); any other failure stays what it is."""
-        unreadable = name_unreadable(self._folder.path(index) for indices in self._recent for index in indices)
+        folder = self._inputs.folder
+        unreadable = name_unreadable(folder.path(index) for indices in self._inputs.recent for index in indices)
         return DataError(unreadable) if unreadable else error

@@ -52,8 +52,8 @@ def draw_figure(name: str, rng: np.random.Generator) -> Image.Image:
     """Draw one image of a class, 64 to 96 pixels on each side, the figure within the centre crop of evaluation."""
     height, width = rng.integers(64, 97, size=2).tolist()
     short = min(height, width)
-    radius = rng.uniform(0.3, 0.42) * short
-    reach = 0.45 * short - radius
+    radius = rng.uniform(0.33, 0.43) * short
+    reach = 0.46 * short - radius
     centre_y, centre_x = height / 2 + rng.uniform(-reach, reach), width / 2 + rng.uniform(-reach, reach)
     angle = rng.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[: height * OVERSAMPLING, : width * OVERSAMPLING] / OVERSAMPLING

@@ -45,7 +45,9 @@ def choose_loader(name: str) -> str:
         return name
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not installed:
-        raise ConfigError("loader=dali: DALI is not installed; pip install 'resnest-imagenet[dali]' or loader=auto")
+        raise ConfigError(
+            "loader=dali: DALI is not installed: add the extra [dali] of resnest-imagenet, or set loader=auto"
+        )
     return "dali" if installed else "torchvision"
 
 

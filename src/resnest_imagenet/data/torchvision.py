@@ -1,5 +1,6 @@
 """The torchvision loader: worker processes decode and crop, the device normalises."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -89,7 +90,11 @@ class TorchvisionLoader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._keys.epoch, self._keys.start = epoch, start
+        # Frozen objects are not collected: a forked worker that collected the parent's garbage would run destructors
+        # there, and one that waits for a thread, as DALI's do, would wait for ever.
+        gc.freeze()
         batches = iter(self._loader)
+        gc.unfreeze()
         for indices in self.plan.batches(epoch, start):
             try:
                 images, labels = next(batches)

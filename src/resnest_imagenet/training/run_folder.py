@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import UserError
+from resnest_imagenet.errors import ConfigError
 
 _PACKAGES = ("resnest-imagenet", "torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130")
 
@@ -42,7 +42,7 @@ class RunFolder:
         """Make the folder and describe the run in it.
 
         Raises:
-            UserError: where it cannot be written.
+            ConfigError: where it cannot be written.
         """
         if not self.ranks.is_main:
             return
@@ -51,7 +51,7 @@ class RunFolder:
             (self.path / "config.yaml").write_text(_to_yaml(config))
             self._write_json("environment.json", describe_environment(self.ranks))
         except OSError as error:
-            raise UserError(f"run_dir={self.path}: cannot be written ({error.strerror})") from error
+            raise ConfigError(f"run_dir={self.path}: cannot be written ({error.strerror})") from error
 
     @contextmanager
     def recording_status(self) -> Iterator[None]:
@@ -63,7 +63,8 @@ class RunFolder:
             self.write_status("stopped")
             raise
         except BaseException as error:
-            self.write_status("failed", error=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # a full disk, say: what failed first is what is reported
+                self.write_status("failed", error=f"{type(error).__name__}: {error}")
             raise
 
     def write_status(self, state: str, **details: Any) -> None:
