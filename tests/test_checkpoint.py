@@ -41,7 +41,9 @@ class Canary:
         return print, ("executed",)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", pickle.dumps(Canary()), b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>not found</html>", pickle.dumps(Canary()), b"PK\x03\x04 cut off", b"hello"]
+)
 def test_what_is_no_checkpoint_is_refused_unexecuted(content, tmp_path, capsys):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a.pt: not a readable checkpoint") as caught:

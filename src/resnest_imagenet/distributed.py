@@ -48,13 +48,16 @@ def choose_device(name: str) -> "torch.device":
     """Return this rank's device: auto takes CUDA where there is one.
 
     Raises:
-        ConfigError: for cuda where there is none.
+        ConfigError: for cuda where there is none, or none left for this rank.
     """
     import torch
 
     # Not torch.accelerator: it says cuda on a CUDA build without a GPU.
     if name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", launched_as()[1])
+        _, local_rank, _ = launched_as()
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"more ranks than the {torch.cuda.device_count()} CUDA devices: lower --nproc-per-node")
+        return torch.device("cuda", local_rank)
     if name == "cuda":
         raise ConfigError("device=cuda: torch sees no CUDA device; device=auto takes the CPU then")
     return torch.device("cpu")
@@ -69,7 +72,7 @@ def join(device: "torch.device") -> Iterator[Ranks]:
     rank, local_rank, world_size = launched_as()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size == 1:
+    if "WORLD_SIZE" not in os.environ:
         yield Ranks(0, 1, 0, device)
         return
     if device.type == "cuda":

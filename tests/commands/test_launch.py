@@ -4,10 +4,13 @@ import sys
 import zipfile
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from conftest import run_module
 from resnest_imagenet.commands import data, evaluate, train
-from resnest_imagenet.commands.launch import explain_torchvision, find_conf
+from resnest_imagenet.commands.launch import explain_runtime, find_conf
 from resnest_imagenet.config import DemoDataConfig, EvalConfig, TrainConfig, option_names
 
 
@@ -50,8 +53,10 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "eval.ratio=1.5"], "eval.ratio=1.5: input should be less than or equal to 1"),
         (["data.root=/x", "~train.epochs"], "train.epochs is not set"),
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
-        (["data.root=/a=b"], "cannot read 'data.root=/a=b': write option=value, and quote a value with = in it"),
+        (["data.root=/a=b"], "cannot read 'data.root=/a=b': write option=value, quote special characters"),
         (["data.root"], "cannot read 'data.root': write option=value"),
+        (["data.root=/x", "train.lr_per_256=inf"], "train.lr_per_256=inf: input should be a finite number"),
+        (["model=null"], "Config group override must be a string or a list"),
         (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
         (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
         (["data.root=/x", "train.global_batch=100"], "train.batch_size=64 x 1 ranks = 64"),
@@ -91,18 +96,35 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     assert call(data, [], monkeypatch, capsys) == (0, [])
 
 
-def test_a_torchvision_for_another_torch_is_explained():
-    error = explain_torchvision(RuntimeError("operator torchvision::nms does not exist"))
+def test_torch_errors_that_a_user_can_mend_are_explained():
+    error = explain_runtime(RuntimeError("operator torchvision::nms does not exist"))
     assert error.exit_code == 2
     assert "was not built for torch" in str(error)
+    assert "Lower the batch size" in str(explain_runtime(torch.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(RuntimeError, match="something else"):
-        explain_torchvision(RuntimeError("something else"))
+        explain_runtime(RuntimeError("something else"))
 
 
-def test_every_option_in_conf_is_in_the_schema_and_the_reverse():
-    assert "train.epochs" in option_names(TrainConfig)
-    assert "model.name" in option_names(EvalConfig)
-    assert option_names(DemoDataConfig) == ["out", "seed", "train_per_class", "val_per_class"]
+def list_keys(values, prefix=""):
+    """Return every key of nested mappings, dotted."""
+    parts = [list_keys(value, f"{prefix}{key}.") for key, value in values.items() if isinstance(value, dict)]
+    return [prefix + key for key in values] + [key for part in parts for key in part]
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "overrides"),
+    [
+        ("train", TrainConfig, []),
+        ("train", TrainConfig, ["+experiment=demo"]),
+        ("train", TrainConfig, ["+experiment=resnest50"]),
+        ("eval", EvalConfig, ["model=resnest50"]),
+        ("data_demo", DemoDataConfig, []),
+    ],
+)
+def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, overrides):
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        composed = OmegaConf.to_container(compose(name, overrides))
+    assert sorted(list_keys(composed)) == sorted(option_names(schema))
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate"])

@@ -53,3 +53,6 @@ def test_does_not_write_into_a_folder_in_use(tmp_path):
     assert not write_demo_images(tmp_path, 0, train_per_class=1, val_per_class=1)
     with pytest.raises(DataError, match="not empty"):
         write_demo_images(tmp_path, 0, train_per_class=2, val_per_class=1)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be written"):
+        write_demo_images(tmp_path / "file" / "demo", 0, train_per_class=1, val_per_class=1)

@@ -79,3 +79,7 @@ def test_names_the_first_unreadable_file(tmp_path):
     paths = [bytes(tmp_path / name) for name in ("a.JPEG", "b.JPEG", "c.JPEG")]
     assert name_unreadable(paths[:2]) is None
     assert str(tmp_path / "c.JPEG") in name_unreadable(paths)
+    Image.new("RGB", (8, 8)).save(tmp_path / "d.JPEG", format="GIF")
+    Image.new("I;16", (8, 8)).save(tmp_path / "e.png")
+    assert "d.JPEG: neither a JPEG nor an 8-bit PNG image (GIF" in name_unreadable([bytes(tmp_path / "d.JPEG")])
+    assert "e.png: neither a JPEG nor an 8-bit PNG image (PNG" in name_unreadable([bytes(tmp_path / "e.png")])

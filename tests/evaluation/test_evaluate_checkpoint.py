@@ -113,6 +113,11 @@ def test_thousand_outputs_are_imagenets_classes(tmp_path, evaluation_of, demo_im
         evaluate_checkpoint(config)
 
 
+def test_results_that_cannot_be_written_are_refused_first(bare_weights, evaluation_of, tmp_path):
+    with pytest.raises(ConfigError, match="out=.*: cannot be written"):
+        evaluate_checkpoint(evaluation_of(bare_weights, f"out={tmp_path}"))
+
+
 def test_weights_options_that_the_file_cannot_meet(bare_weights, evaluation_of):
     with pytest.raises(ConfigError, match="weights=ema, but .* holds bare weights"):
         restore_model(evaluation_of(bare_weights, "model=resnest14_half", "weights=ema"))

@@ -1,15 +1,27 @@
 """Whole runs of the shipped configuration, shrunk."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+from conftest import ALONE, CPU
 from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.data.demo import write_demo_images
+from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.loader import build_loader
+from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.transforms import TrainTransform
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.training import train as train_module
+from resnest_imagenet.training.loop import train_epoch
+from resnest_imagenet.training.schedule import plan_steps
+from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import train
 
 
@@ -115,12 +127,32 @@ def test_another_recipe_in_the_same_folder_is_refused(small_run):
         train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.weight_decay=0.01"))
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(small_run, tmp_path):
-    """Two batches of 8 accumulated are, but for BN statistics, one step of 16: the same number of steps and rate."""
-    state = train(small_run("train.batch_size=8", "train.global_batch=16"))
-    assert state.step == 12
-    events = read_events(tmp_path / "run")
-    assert events[0]["lr"] == pytest.approx(0.4 * 16 / 256 * 5 / 6)
+def test_another_training_set_in_the_same_folder_is_refused(small_run, tmp_path):
+    train(small_run("train.epochs=1", "train.warmup_epochs=0"))
+    write_demo_images(tmp_path / "other", seed=1, train_per_class=11, val_per_class=4)
+    with pytest.raises(CheckpointError, match="was trained with training images="):
+        train(small_run("train.epochs=1", "train.warmup_epochs=0", f"data.root={tmp_path / 'other'}"))
+
+
+def test_accumulated_gradients_are_the_mean_over_the_whole_batch(small_run, demo_images):
+    """Without batch norm, whose statistics are of one batch: a linear network, one step of 16 and of 2 x 8 images."""
+    weights = []
+    for batch_size in (16, 8):
+        config = small_run(f"train.batch_size={batch_size}", "train.global_batch=16", "train.warmup_epochs=0")
+        train_set = read_image_folder(str(demo_images), "train", "data.train_dir")
+        plan = replace(plan_steps(len(train_set), config.train, 1), steps_per_epoch=1)
+        batches = BatchPlan(len(train_set), batch_size, plan.accumulation, shuffle=True)
+        loader = build_loader("torchvision", train_set, batches, TrainTransform(32, seed=0), CPU, 0)
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        state = TrainingState(network, config.train)
+        initial = network[1].weight.detach().clone()
+        log = SimpleNamespace(start_epoch=id, is_due=lambda _: False, advance=lambda: None)
+        train_epoch(state, network, loader, plan, config.train, 0, ALONE, log)
+        assert state.step == 1
+        weights.append(network[1].weight.detach() - initial)
+    assert weights[0].abs().max() > 1e-3
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -58,17 +58,23 @@ def main() -> None:
     data = out / "demo"
     run(f"{COMMANDS}.data", "demo", f"out={data}")
 
-    cases = [(loader, precision, False, False) for loader in ("dali", "torchvision") for precision in ("fp32", "bf16")]
-    cases += [("dali", "fp16", False, False), ("dali", "bf16", True, False), ("dali", "bf16", False, True)]
+    accumulate = ["train.batch_size=16", "train.global_batch=32"]
+    compiled = ["train.compile=true"]
+    cases: list[tuple[str, str, list[str], bool]] = [  # loader, precision, overrides, under torchrun (NCCL)
+        *((loader, precision, [], False) for loader in ("dali", "torchvision") for precision in ("fp32", "bf16")),
+        ("dali", "fp16", accumulate, False),
+        ("dali", "bf16", compiled, False),
+        ("dali", "bf16", [], True),
+        ("dali", "fp16", compiled + accumulate, True),
+    ]
     rows = []
-    for loader, precision, compiled, torchrun in cases:
-        name = f"{loader} {precision}{' compile' * compiled}{' torchrun' * torchrun}"
-        run_dir = out / name.replace(" ", "-")
+    for loader, precision, overrides, torchrun in cases:
+        name = " ".join([loader, precision, *overrides, *["torchrun"] * torchrun]).replace("train.", "")
+        run_dir = out / name.replace(" ", "-").replace("=", "-")
         code, seconds, tail = run(
             f"{COMMANDS}.train",
             *("+experiment=demo", f"data.root={data}", f"run_dir={run_dir}", f"device={args.device}"),
-            *(f"loader={loader}", f"train.precision={precision}", f"train.compile={str(compiled).lower()}"),
-            f"train.epochs={args.epochs}",
+            *(f"loader={loader}", f"train.precision={precision}", f"train.epochs={args.epochs}", *overrides),
             torchrun=torchrun,
         )
         row = {"case": name, "exit": code, "seconds": seconds}
@@ -102,11 +108,11 @@ def main() -> None:
         check=False,
     )
     print(machine)
-    print(f"{'case':<28}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
+    print(f"{'case':<60}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
     for row in rows:
         speed, wait = row.get("images_per_s"), row.get("data_wait")
         columns = f"{speed:>10.0f}{wait:>10.1%}" if speed is not None else ""
-        print(f"{row['case']:<28}{row['exit']:>5}{row.get('top1', '-')!s:>16}{columns}")
+        print(f"{row['case']:<60}{row['exit']:>5}{row.get('top1', '-')!s:>16}{columns}")
 
 
 if __name__ == "__main__":

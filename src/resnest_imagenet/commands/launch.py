@@ -40,21 +40,27 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], None]) 
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    composing = True
+
     def task(composed: "DictConfig") -> None:
+        nonlocal composing
+        composing = False
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
             job(check_config(composed, schema))
         except UserError as error:
             _leave(error)
         except RuntimeError as error:
-            _leave(explain_torchvision(error))
+            _leave(explain_runtime(error))
         except KeyboardInterrupt:
-            print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).stem}: interrupted", file=sys.stderr)
             sys.exit(130)
 
     try:
         hydra.main(version_base="1.3", config_path=str(find_conf()), config_name=name)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if not composing:
+            raise
         _leave(explain_composition(error, schema))
 
 
@@ -96,7 +102,7 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"unknown {group} {choice!r}{suggest(choice, error.options)} ({', '.join(error.options)})")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"cannot read {error.override!r}: write option=value, and quote a value with = in it")
+        return ConfigError(f"cannot read {error.override!r}: write option=value, quote special characters")
     overridden = re.match(r"Could not override '([^']+)'", str(error))
     if overridden:
         option = overridden[1]
@@ -107,16 +113,18 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
     return ConfigError(_first_line(error))
 
 
-def explain_torchvision(error: RuntimeError) -> UserError:
-    """Explain a torchvision that was built for another torch; any other error goes on as it is."""
-    if "torchvision::nms" not in str(error):
-        raise error
-    from importlib.metadata import version
+def explain_runtime(error: RuntimeError) -> UserError:
+    """Explain the torch errors that a user can mend; any other goes on as it is."""
+    if "torchvision::nms" in str(error):
+        from importlib.metadata import version
 
-    return ConfigError(
-        f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
-        "install both from the same index (make setup does, with uv)"
-    )
+        return ConfigError(
+            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
+            "install both from the same index (make setup does, with uv)"
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return ConfigError(f"{_first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
+    raise error
 
 
 def _leave(error: UserError) -> NoReturn:

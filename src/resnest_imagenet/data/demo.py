@@ -5,6 +5,7 @@ brighter, the shading, the noise, the size of the file and its JPEG quality are 
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ OVERSAMPLING = 3  # of the mask, for smooth edges
 
 
 def draw_figure(name: str, rng: np.random.Generator) -> Image.Image:
-    """Draw one image of a class, 64 to 96 pixels on each side, the figure within the centre crop of evaluation."""
+    """Draw one image of a class, 64 to 96 pixels on each side, the figure near the centre."""
     height, width = rng.integers(64, 97, size=2).tolist()
     short = min(height, width)
     radius = rng.uniform(0.33, 0.43) * short
@@ -88,21 +89,27 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
         False where `out` holds these images already.
 
     Raises:
-        DataError: where `out` holds something else.
+        DataError: where `out` holds something else or cannot be written.
     """
     settings = {"seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
-    marker = out / "demo.json"  # written last: its presence says that the set is complete
-    if marker.exists() and json.loads(marker.read_text()) == settings:
-        return False
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"out={out}: is not empty; remove it or choose another folder")
-    for part, count in ((0, train_per_class), (1, val_per_class)):
-        for label, name in enumerate(FIGURES):
-            folder = out / ("train", "val")[part] / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                rng = np.random.default_rng([seed, part, label, number])
-                image = draw_figure(name, rng)
-                image.save(folder / f"{name}_{number:05d}.JPEG", quality=int(rng.integers(70, 96)))
-    marker.write_text(json.dumps(settings) + "\n")
+    marker = "demo.json"
+    unfinished = out.with_name(f"{out.name}.tmp")
+    try:
+        if (out / marker).exists() and (out / marker).read_text() == json.dumps(settings):
+            return False
+        if out.exists() and any(out.iterdir()):
+            raise DataError(f"out={out}: is not empty; remove it or choose another folder")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for part, name in ((0, "train"), (1, "val")):
+            for label, figure in enumerate(FIGURES):
+                folder = unfinished / name / figure
+                folder.mkdir(parents=True)
+                for number in range((train_per_class, val_per_class)[part]):
+                    rng = np.random.default_rng([seed, part, label, number])
+                    image = draw_figure(figure, rng)
+                    image.save(folder / f"{figure}_{seed}_{number:05d}.JPEG", quality=int(rng.integers(70, 96)))
+        (unfinished / marker).write_text(json.dumps(settings))
+        unfinished.replace(out)
+    except OSError as error:
+        raise DataError(f"out={out}: cannot be written ({error.strerror})") from error
     return True

@@ -99,10 +99,12 @@ def require_same_classes(train: ImageFolder, val: ImageFolder) -> None:
 
 
 def name_unreadable(paths: Iterable[bytes]) -> str | None:
-    """Return one line about the first image that Pillow cannot decode, or None where all are sound."""
+    """Return one line about the first image that not every loader can decode, or None where all are sound."""
     for path in paths:
         try:
             with Image.open(os.fsdecode(path)) as image:
+                if image.format not in ("JPEG", "PNG") or image.mode.startswith("I"):
+                    return f"{os.fsdecode(path)}: neither a JPEG nor an 8-bit PNG image ({image.format}, {image.mode})"
                 image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"{os.fsdecode(path)}: not a readable image ({error})"

@@ -73,7 +73,8 @@ def build_loader(
         ConfigError: for "dali" where it is not installed.
     """
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(8, cores)
     if choose_loader(name) == "dali":
         from resnest_imagenet.data.dali import DaliLoader
 

@@ -51,6 +51,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         require_model(config.model.name)
     choose_loader(config.loader.name)
     device = distributed.choose_device(config.device)
+    _require_writable(config.out)
     folder = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
     model, classes = restore_model(config)
     folder = _label(folder, classes, num_outputs=len(model.get_parameter("fc.bias")))
@@ -66,11 +67,20 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
                 CropResult(crop, accuracy.top1, accuracy.top5, **asdict(accuracy), protocol=transform.protocol)
             )
         if ranks.is_main and config.out is not None:
-            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
             Path(config.out).write_text(
                 json.dumps({"results": [asdict(result) for result in results]}, indent=2) + "\n"
             )
     return results
+
+
+def _require_writable(out: str | None) -> None:
+    """Make the folder of the results file, and raise a ConfigError now rather than after the evaluation."""
+    if out is not None:
+        try:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).open("a").close()
+        except OSError as error:
+            raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
 
 
 def format_results(results: list[CropResult]) -> str:
@@ -92,7 +102,7 @@ def restore_model(config: EvalConfig) -> tuple[nn.Module, list[str] | None]:
         ConfigError: options that the checkpoint cannot meet.
     """
     content = load_checkpoint(config.ckpt)
-    if "config" not in content:
+    if not {"model", "ema", "config", "classes"} <= content.keys():
         return _restore_bare(content, config), None
     options = content["config"]["model"]
     if config.model is not None and config.model.name != options["name"]:
@@ -111,7 +121,7 @@ def _restore_bare(weights: dict[str, Any], config: EvalConfig) -> nn.Module:
     if config.weights == "ema":
         raise ConfigError(f"weights=ema, but {config.ckpt} holds bare weights")
     classifier = weights.get("fc.weight")
-    if not isinstance(classifier, Tensor):
+    if not isinstance(classifier, Tensor) or classifier.ndim != 2:
         raise CheckpointError(f"{config.ckpt}: lacks fc.weight: not a checkpoint of {config.model.name}")
     model = build_model(config.model.name, num_classes=len(classifier))
     load_weights(model, weights, config.ckpt)
@@ -126,7 +136,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str) -> N
     """
     expected = model.state_dict()
     for key, value in expected.items():
-        if key not in weights:
+        if not isinstance(weights.get(key), Tensor):
             raise CheckpointError(f"{source}: lacks {key}: not a checkpoint of this network")
         if weights[key].shape != value.shape:
             theirs, ours = tuple(weights[key].shape), tuple(value.shape)

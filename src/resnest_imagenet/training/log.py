@@ -40,6 +40,7 @@ class RunLog:
         self._is_main = is_main
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
+        self._loss = float("nan")
         if is_main:
             _drop_events_after(folder / "metrics.jsonl", state.step)
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until close()
@@ -60,7 +61,7 @@ class RunLog:
                 desc=self._name_epoch(state.epoch),
                 disable=None,
                 leave=False,
-                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
+                bar_format="{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}",
             )
 
     def advance(self) -> None:
@@ -75,15 +76,16 @@ class RunLog:
         wait = report.waited / report.seconds
         self._write("train", state, {"loss": report.loss, "lr": lr, "images_per_s": speed, "data_wait": wait})
         self._seconds_per_step = report.seconds / report.steps
+        self._loss = report.loss
         end_of_epoch = (state.epoch + 1) * self._plan.steps_per_epoch
+        # What matters most comes first: a narrow terminal cuts the end.
         line = (
-            f"loss {report.loss:.4f}  lr {lr:.4g}  {speed:.0f} images/s  data wait {wait:.0%}  "
-            f"left: epoch {self._time(end_of_epoch - state.step)}, "
-            f"run {self._time(self._plan.total_steps - state.step)}"
+            f"left {self._time(end_of_epoch - state.step)}, run {self._time(self._plan.total_steps - state.step)}, "
+            f"loss {report.loss:.3f}, lr {lr:.3g}, {speed:.0f} images/s, data wait {wait:.0%}"
         )
         if self._bar.disable:
             done = self._plan.steps_per_epoch - (end_of_epoch - state.step)
-            print(f"{self._name_epoch(state.epoch)}  {done}/{self._plan.steps_per_epoch}  {line}", flush=True)
+            print(f"{self._name_epoch(state.epoch)} {done}/{self._plan.steps_per_epoch}, {line}", flush=True)
         else:
             self._bar.set_postfix_str(line)
 
@@ -95,8 +97,8 @@ class RunLog:
         values = {"top1": accuracy.top1, "top5": accuracy.top5, "count": accuracy.count, "protocol": protocol}
         self._write("eval", state, values)
         print(
-            f"{self._name_epoch(state.epoch - 1)}  top-1 {accuracy.top1:.2f} %  top-5 {accuracy.top5:.2f} %  "
-            f"({accuracy.count} images)",
+            f"{self._name_epoch(state.epoch - 1)}: loss {self._loss:.3f}, top-1 {accuracy.top1:.2f} %, "
+            f"top-5 {accuracy.top5:.2f} % of {accuracy.count} images",
             flush=True,
         )
 

@@ -110,7 +110,10 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of this source tree, with "-dirty" where it was changed; None for an installed wheel."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    repository = Path(__file__).parents[3]
+    if not (repository / ".git").exists():
+        return None
+    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,5 +1,6 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
+import hashlib
 from contextlib import closing
 from typing import Any
 
@@ -56,7 +57,7 @@ def train(config: TrainConfig) -> TrainingState:
         state = _build_state(config, len(train_set.classes), ranks)
         # 5. The run folder. Where it holds a checkpoint of the same run, that run goes on.
         run = RunFolder(config.run_dir, ranks)
-        identity = describe_identity(config, plan, len(train_set))
+        identity = describe_identity(config, plan, train_set)
         _resume(state, run, identity, ranks)
         run.open(config.model_dump())
         network = _wrap(state.model, config.train.compile, ranks)
@@ -82,8 +83,8 @@ def train(config: TrainConfig) -> TrainingState:
     return state
 
 
-def describe_identity(config: TrainConfig, plan: StepPlan, num_samples: int) -> dict[str, Any]:
-    """Return what must not change when a run goes on: plain values by option name."""
+def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageFolder) -> dict[str, Any]:
+    """Return what must not change when a run goes on: plain values by option name, and a digest of the file names."""
     recipe = config.train.model_dump()
     # The number of ranks and with it these may change, as long as their product, the global batch, stays.
     for name in ("batch_size", "global_batch", "compile"):
@@ -94,7 +95,7 @@ def describe_identity(config: TrainConfig, plan: StepPlan, num_samples: int) -> 
         **{f"train.{name}": value for name, value in recipe.items()},
         "train.global_batch": plan.global_batch,
         "seed": config.seed,
-        "number of training images": num_samples,
+        "training images": f"{len(train_set)} {hashlib.sha256(train_set.files.tobytes()).hexdigest()[:16]}",
     }
 
 
@@ -139,7 +140,7 @@ def _resume(state: TrainingState, run: RunFolder, identity: dict[str, Any], rank
             raise CheckpointError(f"{run.last} was trained with {differences}: choose another run_dir")
         state.load_state_dict(saved)
         if ranks.is_main:
-            print(f"going on from {run.last}: {state.epoch} epochs, {state.step} steps", flush=True)
+            print(f"going on from {run.last}: {state.epoch} epochs, {state.step} steps done", flush=True)
     steps = distributed.gather(state.step, ranks)
     if len(set(steps)) > 1:
         raise CheckpointError(
@@ -150,7 +151,7 @@ def _resume(state: TrainingState, run: RunFolder, identity: dict[str, Any], rank
 def _wrap(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
     """Make the module that is called in training; the model's own keys stay what they are."""
     network = model
-    if ranks.world_size > 1:
+    if distributed.has_joined():
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     if compiled:
