@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -133,6 +134,9 @@ def _leave(error: UserError) -> NoReturn:
     who = f"rank {rank}: " if world_size > 1 and has_joined() else ""
     if who or local_rank == 0:
         print(f"{Path(sys.argv[0]).stem}: {who}{error}", file=sys.stderr)
+    else:
+        # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
+        time.sleep(30)
     sys.exit(error.exit_code)
 
 
