@@ -51,7 +51,9 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         require_model(config.model.name)
     choose_loader(config.loader.name)
     device = distributed.choose_device(config.device)
-    _require_writable(config.out)
+    rank, _, _ = distributed.launched_as()
+    if rank == 0 and config.out is not None:
+        _require_writable(Path(config.out))
     folder = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
     model, classes = restore_model(config)
     folder = _label(folder, classes, num_outputs=len(model.get_parameter("fc.bias")))
@@ -73,14 +75,13 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     return results
 
 
-def _require_writable(out: str | None) -> None:
+def _require_writable(out: Path) -> None:
     """Make the folder of the results file, and raise a ConfigError now rather than after the evaluation."""
-    if out is not None:
-        try:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).open("a").close()
-        except OSError as error:
-            raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
 
 
 def format_results(results: list[CropResult]) -> str:
