@@ -52,19 +52,29 @@ class LoaderOptions(Options):
 class RecipeOptions(Options):
     """How to train; conf/recipe/ has the published recipes and the source of each value."""
 
+    recipe: str  # its name: what a result says it was trained with
     epochs: Positive
     batch_size: Annotated[int, Field(ge=2)]  # images per rank and forward pass; split attention needs 2
     global_batch: Positive | None  # images per step; null: batch_size * ranks
     crop: Crop
     min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share of the image
+    schedule: Literal["cosine", "step"]
+    step_epochs: Positive | None  # schedule=step: the learning rate is multiplied by step_factor every so many epochs
+    step_factor: Annotated[float, Field(gt=0, lt=1)]
     lr_per_256: Annotated[float, Field(gt=0)]  # peak learning rate for 256 images per step, scaled linearly
     warmup_epochs: Annotated[float, Field(ge=0)]
     momentum: Fraction
     nesterov: bool
     weight_decay: Annotated[float, Field(ge=0)]
+    decay_all: bool  # biases and BN weights too; otherwise convolution and fc weights only
     label_smoothing: Fraction
     mixup_alpha: Annotated[float, Field(ge=0)]  # 0: no mixup
-    dropout: Fraction
+    mixup_per_sample: bool  # a weight for each image, otherwise one per batch
+    mixup_partner: Literal["reversed", "permuted"]  # of the image, in its batch
+    dropout: Fraction  # before fc
+    dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
+    init: Literal["fan_in", "fan_out"]
+    init_from: str | None  # weights to start from, with a new classifier where the classes are others
     zero_gamma: bool
     ema_decay: Fraction | None  # per step; null: no moving average
     precision: Precision
@@ -76,6 +86,8 @@ class RecipeOptions(Options):
             raise ValueError(f"train.warmup_epochs={self.warmup_epochs} leaves nothing of train.epochs={self.epochs}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov=true needs train.momentum > 0")
+        if self.schedule == "step" and self.step_epochs is None:
+            raise ValueError("train.schedule=step needs train.step_epochs=...")
         return self
 
 

@@ -59,7 +59,8 @@ def call(command, arguments, monkeypatch, capsys):
         (["model=null"], "Config group override must be a string or a list"),
         (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
         (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
-        (["data.root=/x", "train.global_batch=100"], "train.batch_size=64 x 1 ranks = 64"),
+        (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
+        (["data.root=/x", "train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
@@ -136,7 +137,7 @@ def test_help_needs_no_torch_and_lists_examples_and_choices(module, tmp_path):
     assert result.stdout.count("\n  resnest-") + result.stdout.count("\n  torchrun") == 3
     assert "resnest50_fast_2s1x64d" in result.stdout
     if module == "train":
-        assert "experiment: demo, resnest50" in result.stdout
+        assert "experiment: demo, resnest101, resnest101_fast" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "hydra" in imported
     assert not imported & {"torch", "timm", "torchvision", "nvidia.dali"}

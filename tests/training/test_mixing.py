@@ -4,26 +4,43 @@ import numpy as np
 import pytest
 import torch
 
-from resnest_imagenet.training.mixing import draw_mixup_weight, mix_with_reversed, one_hot, smoothed_cross_entropy
+from resnest_imagenet.training.mixing import Mixup, draw_mixup, one_hot, smoothed_cross_entropy
 
 
-def test_each_image_is_mixed_with_its_partner_in_the_reversed_batch():
+@pytest.mark.parametrize(
+    ("mixup", "weights", "partners"),
+    [
+        (Mixup(0.7, None), [0.7] * 4, [3, 2, 1, 0]),
+        (Mixup(torch.tensor([0.1, 0.2, 0.6, 1.0]), None), [0.1, 0.2, 0.6, 1.0], [3, 2, 1, 0]),
+        (Mixup(0.7, torch.tensor([1, 3, 2, 0])), [0.7] * 4, [1, 3, 2, 0]),
+    ],
+)
+def test_each_image_is_mixed_with_its_partner(mixup, weights, partners):
     images = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     targets = one_hot(torch.tensor([0, 1, 2, 2]), 3)
-    mixed, soft = mix_with_reversed(images, 0.7), mix_with_reversed(targets, 0.7)
-    for i in range(4):
-        torch.testing.assert_close(mixed[i], 0.7 * images[i] + 0.3 * images[3 - i])
-        torch.testing.assert_close(soft[i], 0.7 * targets[i] + 0.3 * targets[3 - i])
+    mixed, soft = mixup(images), mixup(targets)
+    for i, (w, j) in enumerate(zip(weights, partners, strict=True)):
+        torch.testing.assert_close(mixed[i], w * images[i] + (1 - w) * images[j])
+        torch.testing.assert_close(soft[i], w * targets[i] + (1 - w) * targets[j])
     assert mixed.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(mix_with_reversed(images, 1.0), images)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_weights_follow_the_beta_distribution(alpha):
     rng = np.random.default_rng(0)
-    weights = np.array([draw_mixup_weight(alpha, rng) for _ in range(20000)])
-    assert weights.mean() == pytest.approx(0.5, abs=0.01)
-    assert weights.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)
+    per_sample = draw_mixup(alpha, True, "reversed", 20000, rng).weight.numpy()
+    per_batch = np.array([draw_mixup(alpha, False, "reversed", 2, rng).weight for _ in range(20000)])
+    for weights in (per_sample, per_batch):
+        assert weights.shape == (20000,)
+        assert weights.mean() == pytest.approx(0.5, abs=0.01)
+        assert weights.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)
+
+
+def test_partners_are_a_permutation_or_the_reversed_batch():
+    rng = np.random.default_rng(0)
+    partner = draw_mixup(0.2, False, "permuted", 50, rng).partner
+    assert sorted(partner.tolist()) == list(range(50)) != partner.tolist()
+    assert draw_mixup(0.2, False, "reversed", 50, rng).partner is None
 
 
 def test_smoothing_by_the_formula():
@@ -36,5 +53,5 @@ def test_smoothing_by_the_formula():
 
 
 def test_uniform_logits_cost_log_k_whatever_the_target():
-    soft = mix_with_reversed(one_hot(torch.tensor([1, 3]), 8), 0.4)
+    soft = Mixup(0.4, None)(one_hot(torch.tensor([1, 3]), 8))
     assert smoothed_cross_entropy(torch.zeros(2, 8), soft, 0.1).item() == pytest.approx(math.log(8))

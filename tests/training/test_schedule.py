@@ -1,9 +1,11 @@
+import math
+
 import pytest
 
 from conftest import compose_config
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.training.schedule import plan_steps
+from resnest_imagenet.training.schedule import dropblock_probability, plan_steps
 
 IMAGENET = 1_281_167
 
@@ -12,16 +14,51 @@ def recipe_of(*overrides):
     return compose_config("train", TrainConfig, "data.root=/imagenet", *overrides).train
 
 
-def test_resnest50_on_64_gpus_by_hand():
-    """8192 images per step: 156 steps an epoch, 780 of warm-up, 42120 in all, peak 0.1 * 8192 / 256 = 3.2."""
+def cosine_tail(peak, steps):
+    """A cosine's last step: 1 - cos(x) is x * x / 2 for small x."""
+    return peak * (math.pi / steps) ** 2 / 4
+
+
+# By hand, for 1,281,167 images: steps per epoch, in all, of warm-up, then the learning rate at the first step, the
+# warm-up's last, the middle (of what follows the warm-up) and the last.
+SCHEDULES = {
+    # 8192 a step; peak .1 * 8192 / 256 = 3.2; 270 and 5 epochs of 156 steps
+    "resnest": (156, 42120, 780, [0, 3.2 * 779 / 780, 1.6, cosine_tail(3.2, 41340)]),
+    # 2048 a step; peak .8; 270 and 5 epochs of 625 steps
+    "resnest_torch": (625, 168750, 3125, [0, 0.8 * 3124 / 3125, 0.4, cosine_tail(0.8, 165625)]),
+    # 1024 a step; peak .4; 200 and 5 epochs of 1251 steps
+    "bag_of_tricks": (1251, 250200, 6255, [0, 0.4 * 6254 / 6255, 0.2, cosine_tail(0.4, 243945)]),
+    # 256 a step; 5004 steps an epoch; .1, .01 from epoch 30, .001 from epoch 60
+    "torchvision_v1": (5004, 450360, 0, [0.1, 0.1, 0.01, 0.001]),
+    # the same, 100 epochs: .0001 from epoch 90
+    "sknet": (5004, 500400, 0, [0.1, 0.1, 0.01, 0.0001]),
+}
+
+
+@pytest.mark.parametrize("recipe", SCHEDULES)
+def test_learning_rates_of_each_recipe_by_hand(recipe):
+    steps, total, warmup, rates = SCHEDULES[recipe]
+    plan = plan_steps(IMAGENET, recipe_of(f"recipe={recipe}", "train.batch_size=32"), world_size=8)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (steps, total, warmup)
+    # An odd number of steps has its middle between two of them: 1e-5.
+    at = [0, max(warmup - 1, 0), warmup + (total - warmup) // 2, total - 1]
+    assert [plan.learning_rate(step) for step in at] == pytest.approx(rates, rel=1e-5)
+
+
+def test_steps_of_a_step_schedule_are_at_whole_epochs():
+    plan = plan_steps(IMAGENET, recipe_of("+experiment=resnet50"), world_size=8)
+    edges = [30 * 5004 - 1, 30 * 5004, 60 * 5004 - 1, 60 * 5004]
+    assert [plan.learning_rate(step) for step in edges] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+
+
+def test_the_peak_is_reached_after_the_warm_up():
     plan = plan_steps(IMAGENET, recipe_of("+experiment=resnest50"), world_size=64)
-    assert (plan.global_batch, plan.accumulation, plan.steps_per_epoch) == (8192, 1, 156)
-    assert (plan.total_steps, plan.warmup_steps, plan.peak_lr) == (42120, 780, 3.2)
-    assert plan.learning_rate(0) == 0
-    assert plan.learning_rate(779) == pytest.approx(3.2 * 779 / 780, rel=1e-12)
-    assert plan.learning_rate(780) == 3.2
-    assert plan.learning_rate(780 + 41340 // 2) == pytest.approx(1.6, rel=1e-12)  # the cosine's middle
-    assert plan.learning_rate(42119) == pytest.approx(3.2 * (3.141592653589793 / 41340) ** 2 / 4, rel=1e-6)
+    assert (plan.global_batch, plan.accumulation, plan.learning_rate(780)) == (8192, 1, 3.2)
+
+
+def test_dropblock_rises_linearly_to_the_last_epoch():
+    recipe = recipe_of("recipe=resnest")
+    assert [dropblock_probability(recipe, epoch) for epoch in (0, 134, 269)] == pytest.approx([0.1 / 270, 0.05, 0.1])
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(64, 1), (8, 8), (1, 64)])
@@ -33,13 +70,13 @@ def test_fewer_gpus_accumulate_to_the_same_steps(world_size, accumulation):
 
 
 def test_the_global_batch_defaults_to_what_the_ranks_hold():
-    plan = plan_steps(1000, recipe_of("train.batch_size=50"), world_size=4)
+    plan = plan_steps(1000, recipe_of("train.batch_size=50", "train.global_batch=null"), world_size=4)
     assert (plan.global_batch, plan.accumulation, plan.steps_per_epoch) == (200, 1, 5)
     assert plan.peak_lr == pytest.approx(0.1 * 200 / 256)
 
 
 def test_no_warm_up_starts_at_the_peak():
-    plan = plan_steps(1000, recipe_of("train.warmup_epochs=0", "train.epochs=2"), world_size=1)
+    plan = plan_steps(1000, recipe_of("train.warmup_epochs=0", "train.global_batch=128"), world_size=1)
     assert plan.learning_rate(0) == plan.peak_lr
 
 
@@ -49,5 +86,5 @@ def test_numbers_that_do_not_divide_are_named():
 
 
 def test_a_set_smaller_than_a_step():
-    with pytest.raises(DataError, match="63 training images do not fill one step of 64"):
-        plan_steps(63, recipe_of(), world_size=1)
+    with pytest.raises(DataError, match="63 training images do not fill a step of 64"):
+        plan_steps(63, recipe_of("recipe=torchvision_v1", "train.global_batch=64"), world_size=1)

@@ -88,6 +88,8 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(loader, 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monkeypatch, capsys):
     options = (f"loader={loader}", "train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
+    # At 48 pixels layer3's maps hold one 3x3 block.
+    options += ("train.dropblock=0.2", "train.crop=48", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
     train(small_run(*options, run="whole"))
 
     real = train_module.train_epoch

@@ -141,17 +141,10 @@ class ResNeSt(nn.Module):
             channels = planes * EXPANSION
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
-        self._initialise(zero_gamma)
-
-    def _initialise(self, zero_gamma: bool) -> None:
-        """Draw convolutions and fc from N(0, 2 / fan_in) (He et al. 2015, equation 10); biases are 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Bottleneck) and zero_gamma:
-                nn.init.zeros_(module.bn3.weight)
+        if zero_gamma:
+            for module in self.modules():
+                if isinstance(module, Bottleneck):
+                    nn.init.zeros_(module.bn3.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to the features of layer4 (B, 32 planes, H / output_stride, W / output_stride)."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.models.initialise import initialise
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 
 
@@ -100,6 +101,7 @@ def build_model(
     dropout: float = 0.0,
     zero_gamma: bool = True,
     output_stride: int = 32,
+    init: str = "fan_in",
 ) -> nn.Module:
     """Build a network with random weights.
 
@@ -109,6 +111,7 @@ def build_model(
         dropout: probability before the classifier.
         zero_gamma: the weight of each block's last BN starts at 0 (Goyal et al. 2017, section 5.1).
         output_stride: input pixels per output pixel of the last features: 32, 16 or 8.
+        init: what `initialise` does: "fan_in" or "fan_out".
 
     Returns:
         A module that maps normalised images (B, 3, H, W) to logits (B, num_classes).
@@ -119,7 +122,14 @@ def build_model(
     require_model(name)
     spec = ARCHITECTURES[name]
     if isinstance(spec, ResNeStSpec):
-        return ResNeSt(spec, num_classes, dropout, zero_gamma, output_stride)
+        model: nn.Module = ResNeSt(spec, num_classes, dropout, zero_gamma, output_stride)
+    else:
+        model = _build_peer(spec, num_classes, dropout, zero_gamma, output_stride)
+    initialise(model, init)
+    return model
+
+
+def _build_peer(spec: PeerSpec, num_classes: int, dropout: float, zero_gamma: bool, output_stride: int) -> nn.Module:
     arguments = {
         "num_classes": num_classes,
         "drop_rate": dropout,

@@ -16,7 +16,7 @@ from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import NonFiniteLossError
 from resnest_imagenet.randomness import Purpose, stream
 from resnest_imagenet.training.log import Report, RunLog
-from resnest_imagenet.training.mixing import draw_mixup_weight, mix_with_reversed, one_hot, smoothed_cross_entropy
+from resnest_imagenet.training.mixing import draw_mixup, one_hot, smoothed_cross_entropy
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -41,7 +41,7 @@ def train_epoch(
         loader: this rank's training batches, `plan.accumulation` for each step.
         plan: the steps.
         recipe: how to train.
-        seed: of mixing and dropout.
+        seed: of mixing, dropout and DropBlock.
         ranks: who takes part.
         log: where to report.
 
@@ -83,18 +83,19 @@ def compute_loss(
         images: (B, 3, H, W), normalised.
         labels: int64 (B,).
         recipe: how to train.
-        seed: the run's; with the next two it determines mixing and dropout.
+        seed: the run's; with the next two it determines mixing, dropout and DropBlock.
         epoch: counted from 0.
         number: of the batch in the epoch, over all ranks.
     """
-    mixing = recipe.mixup_alpha > 0
-    if mixing:
-        weight = draw_mixup_weight(recipe.mixup_alpha, stream(seed, Purpose.MIXING, epoch, number))
-        images = mix_with_reversed(images, weight)
+    mixup = None
+    if recipe.mixup_alpha > 0:
+        rng = stream(seed, Purpose.MIXING, epoch, number)
+        mixup = draw_mixup(recipe.mixup_alpha, recipe.mixup_per_sample, recipe.mixup_partner, len(labels), rng)
+        images = mixup(images)
     torch.manual_seed(int(stream(seed, Purpose.MODEL, epoch, number).integers(2**63)))
     with autocast(images.device, recipe.precision):
         logits = network(images)
-    targets = mix_with_reversed(one_hot(labels, logits.shape[1]), weight) if mixing else labels
+    targets = mixup(one_hot(labels, logits.shape[1])) if mixup else labels
     return smoothed_cross_entropy(logits, targets, recipe.label_smoothing)
 
 

@@ -1,24 +1,47 @@
 """Mixup and label smoothing: pure functions on a batch that is already on the device."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def draw_mixup_weight(alpha: float, rng: np.random.Generator) -> float:
-    """Draw the share of the first image, Beta(alpha, alpha)."""
-    return float(rng.beta(alpha, alpha))
+@dataclass(frozen=True)
+class Mixup:
+    """Who is mixed with whom in one batch, and how much (mixup, Zhang et al. 2018).
+
+    Attributes:
+        weight: share of the image itself, its partner has the rest: one for the batch, or float32 (B,).
+        partner: int64 (B,), the index of each image's partner; None: its counterpart in the reversed batch.
+    """
+
+    weight: float | Tensor
+    partner: Tensor | None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Mix normalised images or class probabilities, (B, ...), on any device."""
+        partners = values.flip(0) if self.partner is None else values[self.partner.to(values.device)]
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            weight = weight.to(values.device).view(-1, *[1] * (values.ndim - 1))
+        return torch.lerp(partners, values, weight)
 
 
-def mix_with_reversed(values: Tensor, weight: float) -> Tensor:
-    """Mix each entry with its partner in the reversed batch (mixup, Zhang et al. 2018; the pairing of Gluon's recipe).
+def draw_mixup(alpha: float, per_sample: bool, partner: str, batch: int, rng: np.random.Generator) -> Mixup:
+    """Draw weights from Beta(alpha, alpha), and partners.
 
     Args:
-        values: (B, ...): normalised images, or class probabilities.
-        weight: share of the entry itself; the partner has 1 - weight.
+        alpha: greater than 0.
+        per_sample: a weight for each image (the paper, section 4.2), or one for the batch (Gluon's recipe).
+        partner: "reversed" (Gluon's recipe) or "permuted" (the released PyTorch code).
+        batch: number of images B.
+        rng: of this batch.
     """
-    return torch.lerp(values.flip(0), values, weight)
+    drawn = rng.beta(alpha, alpha, batch if per_sample else None)
+    weight = torch.from_numpy(drawn).float() if per_sample else float(drawn)
+    return Mixup(weight, torch.from_numpy(rng.permutation(batch)) if partner == "permuted" else None)
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

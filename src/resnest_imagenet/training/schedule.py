@@ -18,6 +18,8 @@ class StepPlan:
         total_steps: of the run.
         warmup_steps: of them, with a rising learning rate.
         peak_lr: learning rate at the end of the warm-up.
+        decay_steps: for a step schedule, steps between two reductions; None: half a cosine.
+        decay_factor: of one reduction.
     """
 
     global_batch: int
@@ -26,15 +28,20 @@ class StepPlan:
     total_steps: int
     warmup_steps: int
     peak_lr: float
+    decay_steps: int | None
+    decay_factor: float
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0 over the run.
 
         Linear from 0 over the warm-up (Goyal et al. 2017, section 2.2), then half a cosine that would reach 0 at step
-        `total_steps` (Loshchilov & Hutter 2017, without restarts), both per step.
+        `total_steps` (Loshchilov & Hutter 2017, without restarts), both per step; or constant between the reductions
+        of a step schedule, which are counted from the start of the run (He et al. 2016, section 3.4).
         """
         if step < self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
+        if self.decay_steps is not None:
+            return self.peak_lr * self.decay_factor ** (step // self.decay_steps)
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return self.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -66,7 +73,7 @@ def plan_steps(num_samples: int, recipe: RecipeOptions, world_size: int) -> Step
     global_batch = recipe.batch_size * world_size * accumulation
     steps = num_samples // global_batch
     if steps == 0:
-        raise DataError(f"{num_samples} training images do not fill one step of {global_batch}: lower train.batch_size")
+        raise DataError(f"{num_samples} training images do not fill a step of {global_batch}: lower train.global_batch")
     return StepPlan(
         global_batch=global_batch,
         accumulation=accumulation,
@@ -74,4 +81,11 @@ def plan_steps(num_samples: int, recipe: RecipeOptions, world_size: int) -> Step
         total_steps=steps * recipe.epochs,
         warmup_steps=round(recipe.warmup_epochs * steps),
         peak_lr=recipe.lr_per_256 * global_batch / 256,
+        decay_steps=(recipe.step_epochs or 0) * steps if recipe.schedule == "step" else None,
+        decay_factor=recipe.step_factor,
     )
+
+
+def dropblock_probability(recipe: RecipeOptions, epoch: int) -> float:
+    """Return DropBlock's probability in an epoch, counted from 0: linear, the recipe's in the last epoch (Gluon)."""
+    return recipe.dropblock * (epoch + 1) / recipe.epochs

@@ -19,11 +19,12 @@ from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.evaluation.counting import evaluate
+from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.zoo import build_model, require_model
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import train_epoch
 from resnest_imagenet.training.run_folder import RunFolder
-from resnest_imagenet.training.schedule import StepPlan, count_accumulation, plan_steps
+from resnest_imagenet.training.schedule import StepPlan, count_accumulation, dropblock_probability, plan_steps
 from resnest_imagenet.training.state import TrainingState
 
 
@@ -60,11 +61,14 @@ def train(config: TrainConfig) -> TrainingState:
         identity = describe_identity(config, plan, train_set)
         _resume(state, run, identity, ranks)
         run.open(config.model_dump())
+        dropblock = DropBlock(state.model) if config.train.dropblock > 0 else None
         network = _wrap(state.model, config.train.compile, ranks)
         # 6. The epochs.
         log = RunLog(run.path, plan, config.log.every_steps, state, ranks.is_main)
         with run.recording_status(), closing(log):
             while state.epoch < config.train.epochs:
+                if dropblock:
+                    dropblock.set_probability(dropblock_probability(config.train, state.epoch))
                 train_epoch(state, network, train_loader, plan, config.train, config.seed, ranks, log)
                 state.epoch += 1
                 distributed.broadcast_buffers(state.evaluated_model)
@@ -125,7 +129,7 @@ def _build_train_loader(config: TrainConfig, train_set: ImageFolder, plan: StepP
 def _build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainingState:
     recipe = config.train
     torch.manual_seed(config.seed)
-    model = build_model(config.model.name, num_classes, recipe.dropout, recipe.zero_gamma)
+    model = build_model(config.model.name, num_classes, recipe.dropout, recipe.zero_gamma, init=recipe.init)
     return TrainingState(place(model, ranks.device), recipe)
 
 

@@ -1,0 +1,55 @@
+"""DropBlock (Ghiasi et al. 2018) as the Gluon recipe used it, for every network of the zoo."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 3  # side of a dropped block, in activations
+
+
+def drop_blocks(x: Tensor, probability: Tensor) -> Tensor:
+    """Zero blocks of activations, the same ones in every image, and scale the rest up.
+
+    Args:
+        x: (B, C, H, W); maps smaller than a block pass as they are.
+        probability: scalar p; block centres are Bernoulli(p HW / 9 / ((H - 2)(W - 2))), independent per channel.
+
+    Returns:
+        x * keep * CHW / sum(keep), of x's type and memory format.
+    """
+    _, channels, height, width = x.shape
+    if min(height, width) < BLOCK:
+        return x
+    gamma = probability * (height * width / BLOCK**2 / ((height - BLOCK + 1) * (width - BLOCK + 1)))
+    centres = (torch.rand(1, channels, height, width, device=x.device) < gamma).float()
+    keep = 1 - F.max_pool2d(centres, BLOCK, stride=1, padding=BLOCK // 2)
+    return x * (keep * (keep.numel() / keep.sum().clamp(min=1))).to(x.dtype)
+
+
+class DropBlock:
+    """Drops blocks in a network's layer3 and layer4 while it trains.
+
+    There are three places in a block: after the first convolution's BN, after split attention (or the second
+    convolution's BN, or the selective kernel), and after the last BN, before the shortcut is added. They are forward
+    hooks, so the networks and their state dicts know nothing of DropBlock. Where a ReLU follows or precedes makes no
+    difference: it commutes with factors that are not negative.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # A tensor: a compiled network would be compiled anew for every other number.
+        self._probability = torch.zeros((), device=next(model.parameters()).device)
+        for layer in (model.layer3, model.layer4):
+            for block in layer:  # type: ignore[union-attr]
+                for number in (1, 2, 3):
+                    # Split attention and timm's selective kernel units have their BN inside: no bn of that number.
+                    unit = getattr(block, f"bn{number}" if hasattr(block, f"bn{number}") else f"conv{number}")
+                    unit.register_forward_hook(self._after)
+
+    def set_probability(self, probability: float) -> None:
+        """Set the probability for the coming steps."""
+        self._probability.fill_(probability)
+
+    def _after(self, unit: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return drop_blocks(output, self._probability) if unit.training else output

@@ -1,0 +1,18 @@
+"""The initialisation of a network's weights, a part of the recipe."""
+
+from torch import nn
+
+
+def initialise(model: nn.Module, mode: str) -> None:
+    """Draw the weights of a new network from N(0, 2 / fan) (He et al. 2015); BN weights and biases are left alone.
+
+    Args:
+        model: any of the zoo's networks.
+        mode: "fan_in" (equation 10; Gluon's recipe): convolutions and fc, their biases 0; fan: inputs of one group.
+            "fan_out" (torchvision, timm, the released PyTorch code): convolutions only; fan: outputs of all groups.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and mode == "fan_in"):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")  # type: ignore[arg-type]
+            if module.bias is not None and mode == "fan_in":
+                nn.init.zeros_(module.bias)
