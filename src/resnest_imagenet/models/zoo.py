@@ -65,6 +65,18 @@ ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     "skresnext101_32x4d": PeerSpec("resnet", _SKNET101),
 }
 
+# The ResNeSts that timm has under names of its own.
+TIMM_RESNESTS: dict[str, str] = {
+    "resnest14": "resnest14d",
+    "resnest26": "resnest26d",
+    "resnest50": "resnest50d",
+    "resnest101": "resnest101e",
+    "resnest200": "resnest200e",
+    "resnest269": "resnest269e",
+    "resnest50_fast_4s2x40d": "resnest50d_4s2x40d",
+    "resnest50_fast_1s4x24d": "resnest50d_1s4x24d",
+}
+
 # The rows of Table 3 in the paper's order: the name printed there and the network it is.
 TABLE3: dict[str, str] = {
     "ResNet-50": "resnet50",
@@ -153,3 +165,26 @@ def list_imagenet_classes() -> list[str]:
     from timm.data import ImageNetInfo
 
     return list(ImageNetInfo("imagenet-1k").label_names())
+
+
+def find_by_timm_name(name: str) -> str:
+    """Return the network of weights that timm publishes, such as resnest50 for resnest50d.in1k.
+
+    Raises:
+        ConfigError: timm has no such weights for a network of ours, or they need another normalisation than ImageNet's.
+    """
+    from timm import get_pretrained_cfg, list_pretrained
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    networks = {theirs: ours for ours, theirs in TIMM_RESNESTS.items()}
+    networks |= {spec.timm_name: ours for ours, spec in ARCHITECTURES.items() if isinstance(spec, PeerSpec)}
+    valid = [weights for weights in list_pretrained() if weights.partition(".")[0] in networks]
+    if name not in valid:
+        raise ConfigError(f"unknown timm weights {name!r}{suggest(name, valid)}")
+    expected = get_pretrained_cfg(name)
+    # resnet50d.ra4_e3600_r224_in1k is the one in timm 1.0.31.
+    if (expected.mean, expected.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        raise ConfigError(
+            f"timm weights {name!r} need pixels of mean {expected.mean} and std {expected.std}, not ImageNet's"
+        )
+    return networks[name.partition(".")[0]]

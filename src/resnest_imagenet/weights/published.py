@@ -1,0 +1,142 @@
+"""Published weights by name: fetched once, verified each time."""
+
+import hashlib
+import re
+import socket
+import sys
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from resnest_imagenet.errors import CheckpointError, ConfigError, suggest
+from resnest_imagenet.models.zoo import find_by_timm_name
+
+# SHA-256 of the official files: whole where it is known, else the 8 digits in the file's name.
+OFFICIAL: dict[str, str] = {
+    "resnest50": "528c19ca6509420548c8359f63ff37975e7d92f42eaf72a7af152a015c8ef48c",
+    "resnest101": "22405ba7",
+    "resnest200": "75117900",
+    "resnest269": "0cc87c48",
+    "resnest50_fast_1s1x64d": "d8fbf808",
+    "resnest50_fast_2s1x64d": "44938639",
+    "resnest50_fast_4s1x64d": "f74f3fc3",
+    "resnest50_fast_1s2x40d": "32830b84",
+    "resnest50_fast_2s2x40d": "9d126481",
+    "resnest50_fast_4s2x40d": "41d14ed0",
+    "resnest50_fast_1s4x24d": "d4a4f76f",
+}
+MIRRORS = (
+    "https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1",
+    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-resnest",
+)
+SILENCE = 30.0  # seconds after which a mirror that sends nothing is given up
+
+
+def fetch(source: str) -> tuple[Path, str]:
+    """Return the local file of published weights and the name of their network (in models/zoo.py's names).
+
+    Args:
+        source: official:NAME (`OFFICIAL`), kept in torch.hub's folder, or timm:NAME (a pretrained name of timm's such
+            as resnet50.tv_in1k), kept in the Hugging Face cache. Several processes may ask at once.
+
+    Raises:
+        ConfigError: an unknown source or name.
+        CheckpointError: neither in the cache nor to be had, or damaged wherever it came from.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "timm":
+        network = find_by_timm_name(name)
+        return _fetch_timm(name, network), network
+    if kind != "official" or name not in OFFICIAL:
+        valid = [f"official:{known}" for known in OFFICIAL]
+        raise ConfigError(f"unknown weights {source!r}, neither official:NAME nor timm:NAME{suggest(source, valid)}")
+    return _fetch_official(name), name
+
+
+def _fetch_official(name: str) -> Path:
+    file = f"{name}-{OFFICIAL[name][:8]}.pth"
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if _has_sha256(path, OFFICIAL[name]):  # before the lock, so that a cache may be read-only
+        return path
+    url, failure = f"{MIRRORS[0]}/{file}", ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{file}.lock")):  # the other ranks wait for the first one's file
+            if _has_sha256(path, OFFICIAL[name]):
+                return path
+            if path.exists():
+                _say_damaged(path)
+            for mirror in MIRRORS:
+                url = f"{mirror}/{file}"
+                try:
+                    _download(url, path, OFFICIAL[name])
+                    return path
+                except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: torch.hub's for a wrong hash
+                    failure = _line(error)
+    except OSError as error:
+        failure = _line(error)
+    raise CheckpointError(f"official:{name} not fetched ({failure}): put {url} by hand at {path}")
+
+
+def _download(url: str, path: Path, sha256: str) -> None:
+    # torch.hub gives no timeout, and without one a silent mirror is waited for without end.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _fetch_timm(name: str, network: str) -> Path:
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HTTPError
+
+    place = f"timm/{name}", "model.safetensors"
+    cause = None
+    try:
+        path = Path(hf_hub_download(*place))
+        if _is_sound(path):
+            return path
+        _say_damaged(path)
+        # Replaced rather than deleted: other ranks may be about to open it.
+        path = Path(hf_hub_download(*place, force_download=True))
+        if _is_sound(path):
+            return path
+        failure = f"{path} differs from its SHA-256 again"
+    # Transport errors are HTTPErrors, hf_xet's may be RuntimeErrors, and a forced download says offline by ValueError.
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
+        cause = error
+        failure = _line(error.__cause__ or error)
+    raise CheckpointError(
+        f"timm:{name} not fetched ({failure}): {hf_hub_url(*place)}; set HF_HOME to a cache that has it, "
+        f"or give ckpt=FILE model={network}"
+    ) from cause
+
+
+def _is_sound(path: Path) -> bool:
+    # A snapshot's file links to a blob that is named after its SHA-256; one step only, for the blob itself may link to
+    # a store with other names. Where there are no links, nothing is known to compare with.
+    name = path.readlink().name if path.is_symlink() else ""
+    return not re.fullmatch("[0-9a-f]{64}", name) or _has_sha256(path, name)
+
+
+def _has_sha256(path: Path, expected: str) -> bool:
+    """Whether the file is there and its SHA-256 starts with the expected hexadecimal digits."""
+    if not path.is_file():
+        return False
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest().startswith(expected)
+
+
+def _say_damaged(path: Path) -> None:
+    print(f"{path}: damaged (it differs from its SHA-256), fetching it again", file=sys.stderr, flush=True)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
