@@ -19,16 +19,17 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "checkpoint": {"errors"},
     "models": LEAVES,
-    "weights": LEAVES | {"checkpoint", "models"},
+    "weights": LEAVES | {"config", "checkpoint", "models"},
     "data": LEAVES,
-    "evaluation": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "data"},
-    "training": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "data", "evaluation"},
-    "commands": LEAVES | {"config", "distributed", "data", "training", "evaluation"},
+    "evaluation": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "weights", "data"},
+    "training": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "weights", "data", "evaluation"},
+    "commands": LEAVES | {"config", "distributed", "weights", "data", "training", "evaluation"},
     "__init__": {"models"},
 }
 # Packages that one place only may know.
 ONLY_IN = {"hydra": {"commands"}, "omegaconf": {"commands"}, "nvidia": {"data/dali.py"}, "timm": {"models/zoo.py"}}
 ONLY_IN["torchvision"] = {"data/torchvision.py"}
+ONLY_IN["safetensors"] = {"checkpoint"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py"}
 
 

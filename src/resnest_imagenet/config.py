@@ -140,6 +140,17 @@ class EvalConfig(Options):
         return {**values, "crop": [values["crop"]]} if isinstance(values.get("crop"), int) else values
 
 
+class ExportConfig(Options):
+    """resnest-export."""
+
+    ckpt: str
+    weights: Literal["auto", "model", "ema"]
+    model: NetworkOptions | None
+    layout: Literal["official", "timm", "mmpretrain", "detectron2"]
+    format: Literal["pth", "safetensors"]
+    out: str | None
+
+
 class DemoDataConfig(Options):
     """resnest-data demo."""
 

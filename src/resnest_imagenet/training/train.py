@@ -26,6 +26,7 @@ from resnest_imagenet.training.loop import train_epoch
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.schedule import StepPlan, count_accumulation, dropblock_probability, plan_steps
 from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.weights.load import read_weights, start_from
 
 
 def train(config: TrainConfig) -> TrainingState:
@@ -55,9 +56,9 @@ def train(config: TrainConfig) -> TrainingState:
             config.loader.name, val_set, eval_plan, eval_transform, ranks.device, config.loader.workers
         )
         # 4. The model, the same on every rank, and all that changes with it.
-        state = _build_state(config, len(train_set.classes), ranks)
-        # 5. The run folder. Where it holds a checkpoint of the same run, that run goes on.
         run = RunFolder(config.run_dir, ranks)
+        state = _build_state(config, train_set, ranks, is_new=not run.last.exists())
+        # 5. The run folder. Where it holds a checkpoint of the same run, that run goes on.
         identity = describe_identity(config, plan, train_set)
         _resume(state, run, identity, ranks)
         run.open(config.model_dump())
@@ -126,10 +127,16 @@ def _build_train_loader(config: TrainConfig, train_set: ImageFolder, plan: StepP
     return build_loader(config.loader.name, train_set, batches, transform, ranks.device, config.loader.workers)
 
 
-def _build_state(config: TrainConfig, num_classes: int, ranks: Ranks) -> TrainingState:
+def _build_state(config: TrainConfig, train_set: ImageFolder, ranks: Ranks, is_new: bool) -> TrainingState:
     recipe = config.train
     torch.manual_seed(config.seed)
-    model = build_model(config.model.name, num_classes, recipe.dropout, recipe.zero_gamma, init=recipe.init)
+    classes = list(train_set.classes)
+    model = build_model(config.model.name, len(classes), recipe.dropout, recipe.zero_gamma, init=recipe.init)
+    if is_new and recipe.init_from is not None:
+        same_classes = start_from(model, config.model.name, classes, read_weights(recipe.init_from))
+        if ranks.is_main:
+            head = "its classifier too" if same_classes else f"with a new classifier of {len(classes)} classes"
+            print(f"starting from {recipe.init_from}, {head}", flush=True)
     return TrainingState(place(model, ranks.device), recipe)
 
 

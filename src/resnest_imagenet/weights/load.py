@@ -1,0 +1,175 @@
+"""Weights from any file into a network: everything fits, or one line says what does not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.models.zoo import build_model, list_models, require_model
+from resnest_imagenet.weights.layouts import recognise, rename
+from resnest_imagenet.weights.published import fetch
+
+_CLASSIFIER = ("fc.weight", "fc.bias")  # of every network of the zoo
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+        source: the file, or official:NAME or timm:NAME, as the user gave it.
+        tensors: by the names of the file's layout, without the prefixes of wrappers.
+        model: the network's name, where the source tells.
+        classes: class names in the order of the outputs, where the source tells.
+        recipe: the training options, in this project's checkpoints.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    model: str | None = None
+    classes: list[str] | None = None
+    recipe: dict[str, Any] | None = None
+
+
+def read_weights(source: str, choice: str = "auto") -> Weights:
+    """Read the weights of a network.
+
+    Args:
+        source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
+            "state_dict" or "model"; or published weights, official:NAME or timm:NAME.
+        choice: of this project's checkpoints: "model", "ema" (the moving average), or "auto": the moving average where
+            there is one.
+
+    Raises:
+        CheckpointError: missing, unreadable, damaged or not a state dict.
+        ConfigError: for an unknown published name, or a moving average that is not there.
+    """
+    path, model = fetch(source) if source.startswith(("official:", "timm:")) else (Path(source), None)
+    content = load_checkpoint(path)
+    if {"model", "ema", "config", "classes"} <= content.keys():
+        if choice == "ema" and content["ema"] is None:
+            raise ConfigError(f"weights=ema, but {source} was trained without a moving average")
+        tensors = content["model" if choice == "model" or content["ema"] is None else "ema"]
+        config = content["config"]
+        return Weights(source, tensors, config["model"]["name"], content["classes"], config["train"])
+    if choice == "ema":
+        raise ConfigError(f"weights=ema, but {source} holds bare weights")
+    for container in ("state_dict", "model"):
+        if isinstance(content.get(container), dict):
+            content = content[container]
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{source}: {key} is no tensor: not a state dict")
+    return Weights(source, _without_wrappers(content), model)
+
+
+def restore_network(weights: Weights, name: str | None) -> tuple[nn.Module, str]:
+    """Build a network with as many classes as the weights have, and load them.
+
+    Args:
+        weights: with a classifier.
+        name: of the network; None where the weights tell.
+
+    Returns:
+        The network, on the CPU, and its name.
+
+    Raises:
+        CheckpointError: names the first key that is missing, superfluous or of another shape, and what would fit.
+        ConfigError: no name, or another than the weights'.
+    """
+    name, tensors = match_tensors(weights, name)
+    if "fc.weight" not in tensors:
+        raise CheckpointError(f"{weights.source}: lacks the classifier: train one with train.init_from=...")
+    model = build_model(name, num_classes=len(tensors["fc.weight"]))
+    model.load_state_dict(tensors)
+    return model, name
+
+
+def start_from(model: nn.Module, name: str, classes: list[str], weights: Weights) -> bool:
+    """Load the weights into a new network, the classifier too where it is for the same classes.
+
+    Bare weights do not know their classes: as many are taken for the same.
+
+    Returns:
+        Whether the classifier was loaded.
+    """
+    _, tensors = match_tensors(weights, name)
+    same = "fc.weight" in tensors and len(tensors["fc.weight"]) == len(classes)
+    same = same and weights.classes in (None, classes)
+    if not same:
+        own = model.state_dict()
+        tensors.update({key: own[key] for key in _CLASSIFIER})
+    model.load_state_dict(tensors)
+    return same
+
+
+def match_tensors(weights: Weights, name: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Return the network's name and the tensors by its own key names: all, the classifier only where there is one.
+
+    Counters of batches (num_batches_tracked), which no computation reads, start at 0 where a file has none.
+
+    Args:
+        weights: in any layout.
+        name: of the network; None where the weights tell.
+
+    Raises:
+        CheckpointError: names the first key that is missing, superfluous or of another shape, and what would fit.
+        ConfigError: no name, or another than the weights'.
+    """
+    if name is not None:
+        require_model(name)
+    if name is not None and weights.model not in (None, name):
+        raise ConfigError(f"model={name}, but {weights.source} holds a {weights.model}")
+    name = name or weights.model
+    if name is None:
+        raise ConfigError(f"{weights.source} holds bare weights, and {_advise(weights)}")
+    problem, tensors = _match(weights, name)
+    if problem:
+        raise CheckpointError(f"{weights.source}: {problem}: not the weights of {name}; {_advise(weights)}")
+    return name, tensors
+
+
+def _advise(weights: Weights) -> str:
+    """Name the networks that the weights fit: those with another place of the pool share all their shapes."""
+    fitting = [f"model={name}" for name in list_models() if not _match(weights, name)[0]]
+    return f"they fit {' or '.join(fitting)}" if fitting else "they fit no model of this project"
+
+
+def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
+    """Return what does not fit, or None, and the tensors by the network's own key names."""
+    with torch.device("meta"):
+        expected = build_model(name).state_dict()
+    layout = recognise(weights.tensors)
+    left = dict(weights.tensors)
+    found = {}
+    for key, value in expected.items():
+        theirs = rename(key, layout)
+        tensor = left.pop(theirs, None) if theirs else None
+        # The number of classes is the file's.
+        of_classes = 1 if key in _CLASSIFIER else 0
+        if tensor is not None and tensor.shape[of_classes:] != value.shape[of_classes:]:
+            return f"{theirs} has shape {tuple(tensor.shape)}, not {tuple(value.shape)}", {}
+        if tensor is not None:
+            found[key] = tensor
+        elif key.endswith(".num_batches_tracked"):
+            found[key] = torch.zeros((), dtype=torch.int64)
+        elif key not in _CLASSIFIER:
+            return f"{theirs} is missing", {}
+    if left:
+        return f"{next(iter(left))} is one key too many", {}
+    heads = {len(found[key]) for key in _CLASSIFIER if key in found}
+    if len(heads) > 1 or (heads and not set(_CLASSIFIER) <= found.keys()):
+        return "fc.weight and fc.bias do not belong together", {}
+    return None, found
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what DistributedDataParallel and torch.compile put in front of every key, in any order."""
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            return _without_wrappers({key.removeprefix(prefix): value for key, value in tensors.items()})
+    return tensors

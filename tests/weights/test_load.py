@@ -1,0 +1,193 @@
+"""Every layout, wrapper and file format into a network, and each way in which weights do not fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import resnest_imagenet
+from conftest import compose_config
+from resnest_imagenet import build_model
+from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.weights import published
+from resnest_imagenet.weights.export import export_weights
+from resnest_imagenet.weights.load import match_tensors, read_weights, restore_network, start_from
+
+NAME = "resnest14_half"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(NAME, 7, zero_gamma=False).to(memory_format=torch.channels_last).eval()
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write a state dict and return its path."""
+
+    def write(content, name="weights.pth"):
+        save_checkpoint(content, tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def export(source, out, *overrides):
+    arguments = (f"ckpt={source}", f"out={out}", f"format={str(out).rpartition('.')[2]}", *overrides)
+    return export_weights(compose_config("export", ExportConfig, *arguments))
+
+
+def assert_same_logits(one, other):
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(one(images), other(images))  # in another memory format
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("layout", ["official", "timm", "mmpretrain"])
+def test_exported_weights_come_back(layout, suffix, model, save, tmp_path):
+    source, out = save(model.state_dict()), tmp_path / f"new/out.{suffix}"
+    line = export(source, out, f"layout={layout}", f"model={NAME}")
+    assert re.fullmatch(rf"wrote {out}: {NAME}, \d+ tensors, SHA-256 [0-9a-f]{{64}}", line)
+    restored, name = restore_network(read_weights(str(out)), NAME)
+    assert name == NAME
+    assert_same_logits(restored.eval(), model)
+    assert all(value.is_contiguous() for value in load_checkpoint(out).values())
+    export(out, tmp_path / f"back.{suffix}", f"model={NAME}")
+    back, original = load_checkpoint(tmp_path / f"back.{suffix}"), model.state_dict()
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_detectron2_has_the_backbone_only(suffix, model, save, tmp_path):
+    out = tmp_path / f"out.{suffix}"
+    export(save(model.state_dict()), out, "layout=detectron2", f"model={NAME}")
+    _, tensors = match_tensors(read_weights(str(out)), NAME)
+    original = model.state_dict()
+    assert tensors.keys() == original.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(tensors[key], original[key]) for key in tensors)
+    with pytest.raises(CheckpointError, match=r"out\.\w+: lacks the classifier: train one with train.init_from"):
+        restore_network(read_weights(str(out)), NAME)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+        lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+        lambda state: {"state_dict": state, "meta": {"epoch": 3}},
+        lambda state: {"model": {f"module.{key}": value for key, value in state.items()}, "optimizer": {}},
+        lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+        lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
+    ],
+)
+def test_wrappers_are_taken_off(wrap, model, save):
+    restored, _ = restore_network(read_weights(save(wrap(model.state_dict()))), NAME)
+    assert restored.fc.weight.dtype == torch.float32
+    torch.testing.assert_close(restored.fc.weight, model.fc.weight, rtol=1e-3, atol=1e-4)
+    assert restored.bn1.num_batches_tracked == 0
+
+
+def test_files_of_torch_before_1_6_are_read(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_same_logits(restore_network(read_weights(str(tmp_path / "old.pth")), NAME)[0].eval(), model)
+
+
+def without(state, key):
+    return {k: v for k, v in state.items() if k != key}
+
+
+# What is done to the official file, and what the line must say.
+FAULTS = [
+    (lambda s: without(s, "layer4.0.conv2.fc1.bias"), "layer4.0.conv2.fc1.bias is missing: not the weights of"),
+    (lambda s: without(s, "fc.bias"), "fc.weight and fc.bias do not belong together"),
+    (lambda s: {**s, "fc.bias": torch.zeros(8)}, "fc.weight and fc.bias do not belong together"),
+    (lambda s: {**s, "extra.bias": torch.zeros(1)}, "extra.bias is one key too many: not the weights of"),
+    (lambda s: {**s, "bn1.weight": torch.zeros(3)}, r"bn1.weight has shape \(3,\), not \(32,\)"),
+    (lambda s: {**s, "fc.weight": torch.zeros(7, 5)}, r"fc.weight has shape \(7, 5\), not \(1000, 1024\)"),
+    (lambda s: {**s, "epoch": 3}, "epoch is no tensor: not a state dict"),
+    (lambda s: {}, "conv1.0.weight is missing"),
+    (lambda s: s["fc.bias"], "holds a Tensor, not a state dict"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FAULTS)
+def test_what_does_not_fit_is_named(damage, message, model, save):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        restore_network(read_weights(save(damage(model.state_dict()))), NAME)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named_as_in_its_file(model, save, tmp_path):
+    export(save(model.state_dict()), tmp_path / "mm.pth", "layout=mmpretrain", f"model={NAME}")
+    broken = without(load_checkpoint(tmp_path / "mm.pth"), "backbone.stem.2.bn.bias")
+    with pytest.raises(CheckpointError, match="backbone.stem.2.bn.bias is missing"):
+        restore_network(read_weights(save(broken)), NAME)
+
+
+def test_another_network_is_told_which_would_fit(model, save):
+    weights = read_weights(save(model.state_dict()))
+    with pytest.raises(CheckpointError, match=r"conv1.0.weight has shape .* resnest14; they fit model=resnest14_half$"):
+        restore_network(weights, "resnest14")
+    with pytest.raises(ConfigError, match="holds bare weights, and they fit model=resnest14_half$"):
+        restore_network(weights, None)
+    with pytest.raises(ConfigError, match="unknown model 'resnest14_hal'; did you mean 'resnest14_half'"):
+        restore_network(weights, "resnest14_hal")
+
+
+def test_networks_of_the_same_shapes_are_both_named(save):
+    """The place of the pool is not in the weights: a wrong choice would load, and compute something else."""
+    weights = read_weights(save(build_model("resnest50", 3).state_dict()))
+    with pytest.raises(ConfigError, match="they fit model=resnest50 or model=resnest50_fast_2s1x64d$"):
+        restore_network(weights, None)
+
+
+def test_published_weights_know_their_network(model, save, monkeypatch):
+    path = Path(save(model.state_dict()))
+    monkeypatch.setattr("resnest_imagenet.weights.load.fetch", lambda source: (path, NAME))
+    assert restore_network(read_weights("official:this"), None)[1] == NAME
+    with pytest.raises(ConfigError, match="model=resnest50, but official:this holds a resnest14_half"):
+        restore_network(read_weights("official:this"), "resnest50")
+    with pytest.raises(ConfigError, match="weights=ema, but official:this holds bare weights"):
+        read_weights("official:this", "ema")
+    assert set(published.OFFICIAL) <= set(resnest_imagenet.list_models())
+
+
+def test_a_new_classifier_for_other_classes(model, save):
+    weights = read_weights(save(model.state_dict()))
+    new = build_model(NAME, 3)
+    own = new.fc.weight.clone()
+    assert not start_from(new, NAME, ["a", "b", "c"], weights)
+    assert torch.equal(new.fc.weight, own)
+    assert torch.equal(new.layer4[0].conv1.weight, model.layer4[0].conv1.weight)
+    same = build_model(NAME, 7)
+    assert start_from(same, NAME, list("abcdefg"), weights)
+    assert torch.equal(same.fc.weight, model.fc.weight)
+
+
+def test_export_refuses_what_it_cannot_do(model, save, tmp_path):
+    source = save(model.state_dict())
+    with pytest.raises(ConfigError, match="out=.*out.pt does not end in .pth"):
+        export_weights(
+            compose_config(
+                "export", ExportConfig, f"ckpt={source}", f"model={NAME}", "format=pth", f"out={tmp_path}/out.pt"
+            )
+        )
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        export(source, tmp_path / "file/out.pth", f"model={NAME}")
+    peer = save(build_model("resnet50", 2).state_dict(), "peer.pth")
+    with pytest.raises(ConfigError, match="layout=mmpretrain is known for ResNeSts, and .* holds a resnet50"):
+        export(peer, tmp_path / "out.pth", "layout=mmpretrain", "model=resnet50")
+
+
+def test_nothing_in_a_file_is_ever_executed():
+    for path in Path(resnest_imagenet.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        assert "weights_only=False" not in text and text.count("torch.load(") == text.count("weights_only=True"), path
