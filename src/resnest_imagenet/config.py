@@ -91,11 +91,19 @@ class RecipeOptions(Options):
         return self
 
 
+class ProtocolOptions(Options):
+    """How images are brought to the crop in evaluation; conf/protocol/ has the named protocols and their sources."""
+
+    order: Literal["resize_crop", "crop_resize"]
+    ratio: Annotated[float, Field(gt=0, le=1)] | None  # crop over the short side; null: crop / (crop + 32)
+    interpolation: Literal["auto", "bilinear", "bicubic"]  # auto: bicubic above 256 pixels, else bilinear
+    antialias: bool
+
+
 class EvalOptions(Options):
     """The evaluation after each epoch."""
 
     crop: Crop
-    ratio: Annotated[float, Field(gt=0, le=1)]  # crop over the short side of the resized image
 
 
 class LogOptions(Options):
@@ -115,6 +123,7 @@ class TrainConfig(Options):
     loader: LoaderOptions
     train: RecipeOptions
     eval: EvalOptions
+    protocol: ProtocolOptions
     log: LogOptions
 
 
@@ -124,11 +133,11 @@ class EvalConfig(Options):
     ckpt: str
     weights: Literal["auto", "model", "ema"]
     crop: Annotated[list[Crop], Field(min_length=1)]
-    ratio: Annotated[float, Field(gt=0, le=1)]
     batch_size: Positive
     precision: Precision
     device: Device
     out: str | None
+    protocol: ProtocolOptions
     model: NetworkOptions | None
     data: DataOptions
     loader: LoaderOptions

@@ -50,7 +50,14 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "train.momentum=1"], "train.momentum=1: input should be less than 1"),
         (["data.root=/x", "train.precision=fp8"], "train.precision=fp8: input should be 'fp32', 'bf16' or 'fp16'"),
         (["data.root=/x", "train.crop=[224]"], "train.crop=[224]: input should be a valid integer"),
-        (["data.root=/x", "eval.ratio=1.5"], "eval.ratio=1.5: input should be less than or equal to 1"),
+        (["data.root=/x", "protocol.ratio=1.5"], "protocol.ratio=1.5: input should be less than or equal to 1"),
+        (["data.root=/x", "protocol.ratio=0"], "protocol.ratio=0: input should be greater than 0"),
+        (
+            ["data.root=/x", "protocol.order=crop"],
+            "protocol.order=crop: input should be 'resize_crop' or 'crop_resize'",
+        ),
+        (["data.root=/x", "eval.ratio=0.9"], "unknown option eval.ratio"),
+        (["protocol=ecentrecrop"], "unknown protocol 'ecentrecrop'; did you mean 'ecentercrop'?"),
         (["data.root=/x", "~train.epochs"], "train.epochs is not set"),
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
         (["data.root=/a=b"], "cannot read 'data.root=/a=b': write option=value, quote special characters"),
@@ -119,6 +126,7 @@ def list_keys(values, prefix=""):
         ("train", TrainConfig, ["+experiment=demo"]),
         ("train", TrainConfig, ["+experiment=resnest50"]),
         ("eval", EvalConfig, ["model=resnest50"]),
+        ("eval", EvalConfig, ["model=resnest50", "protocol=ecentercrop"]),
         ("data_demo", DemoDataConfig, []),
     ],
 )

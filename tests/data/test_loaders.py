@@ -1,6 +1,7 @@
 """Both loaders against the contract, and against each other."""
 
 import gc
+import itertools
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +22,15 @@ LOADERS = ["dali", "torchvision"]
 TRAIN = TrainTransform(48, seed=5)
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """37 photographs-to-be: smooth random textures of odd sizes, colour and grey, one with an EXIF rotation."""
-    root = tmp_path_factory.mktemp("images")
+def write_images(root, detail):
+    """Write 37 photographs-to-be: random textures of odd sizes, colour and grey, one with an EXIF rotation.
+
+    The textures are `detail` x `detail` random colours, interpolated.
+    """
     rng = np.random.default_rng(0)
     for number in range(37):
         height, width = rng.integers(40, 300, size=2).tolist()
-        coarse = Image.fromarray(rng.integers(0, 256, size=(6, 6, 3), dtype=np.uint8))
+        coarse = Image.fromarray(rng.integers(0, 256, size=(detail, detail, 3), dtype=np.uint8))
         picture = coarse.resize((width, height), Image.Resampling.BICUBIC).convert("L" if number % 5 == 0 else "RGB")
         exif = Image.Exif()
         exif[0x0112] = 6 if number == 3 else 1
@@ -36,6 +38,18 @@ def images(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=90, exif=exif)
     return read_image_folder(str(root), "train", "data.train_dir")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Smooth: what the loaders do at the edges hardly shows."""
+    return write_images(tmp_path_factory.mktemp("images"), detail=6)
+
+
+@pytest.fixture(scope="module")
+def rough_images(tmp_path_factory):
+    """Detailed: filters differ on them by far more than a rounding."""
+    return write_images(tmp_path_factory.mktemp("rough"), detail=50)
 
 
 def make_loader(name, folder, transform, workers=1, **plan):
@@ -63,13 +77,54 @@ def test_yields_what_the_contract_says(name, transform, images):
     assert [labels.tolist() for _, labels in batches] == expected
 
 
-@pytest.mark.parametrize("transform", [TRAIN, EvalTransform(48), EvalTransform(288), EvalTransform(45, ratio=0.9)])
+RESIZE_CROP = [EvalTransform(48), EvalTransform(288), EvalTransform(45, ratio=0.9), EvalTransform(48, ratio=1.0)]
+CROP_RESIZE = [
+    EvalTransform(48, "crop_resize", None, "bicubic"),
+    EvalTransform(47, "crop_resize", 0.875, "bilinear"),
+    EvalTransform(288, "crop_resize", None, "bilinear"),
+    EvalTransform(288, "crop_resize", 1.0, "bicubic"),
+]
+ALIASED = [
+    EvalTransform(48, antialias=False),
+    EvalTransform(288, antialias=False),
+    EvalTransform(47, "crop_resize", None, "bicubic", antialias=False),
+    EvalTransform(47, "crop_resize", 0.875, "bilinear", antialias=False),
+]
+
+
+def differences(folder, transform):
+    """Return how far the loaders are apart, in 0..255: (N, 3, crop, crop)."""
+    pairs = zip(*(make_loader(name, folder, transform).batches(epoch=1) for name in LOADERS), strict=True)
+    return torch.cat([(to_pixels(a) - to_pixels(b)).abs() for (a, _), (b, _) in pairs])
+
+
+@pytest.mark.parametrize("transform", [TRAIN, *RESIZE_CROP, *CROP_RESIZE])
 def test_the_loaders_agree_to_a_rounding(transform, images):
-    """The same crops and flips; resampling differs in the last bit of a pixel."""
-    pairs = zip(*(make_loader(name, images, transform).batches(epoch=1) for name in LOADERS), strict=True)
-    differences = torch.cat([(to_pixels(a) - to_pixels(b)).abs() for (a, _), (b, _) in pairs])
-    assert differences.mean() < 0.3
-    assert (differences > 1.01).float().mean() < 1e-4
+    """The same crops and flips; resampling differs in the last bit of a pixel.
+
+    And a little at the edges of what is resized, where antialiasing filters repeat the last pixel (DALI) or end there.
+    """
+    apart = differences(images, transform)
+    assert apart.mean() < 0.3
+    assert apart.max() < 2.01
+    assert (apart[..., 1:-1, 1:-1] > 1.01).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("transform", [TRAIN, *ALIASED])
+def test_without_antialiasing_they_agree_on_every_texture(transform, rough_images):
+    """Both repeat the last pixel at the edges, and neither rounds between the two axes."""
+    apart = differences(rough_images, transform)
+    assert apart.mean() < 0.3
+    assert apart.max() < 1.01
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_each_option_of_a_protocol_changes_the_images(name, rough_images):
+    """So that neither loader can leave one out; the same options agree between them, see above."""
+    options = itertools.product(["resize_crop", "crop_resize"], [0.8, 0.9], ["bilinear", "bicubic"], [True, False])
+    transforms = [EvalTransform(40, *each) for each in options]
+    batches = [to_pixels(next(iter(make_loader(name, rough_images, each).batches(0)))[0]) for each in transforms]
+    assert all((one - other).abs().mean() > 1 for one, other in itertools.combinations(batches, 2))
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -66,6 +66,19 @@ def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
     assert len(table) == 3 and table[2].split()[0] == "64"
 
 
+def test_each_number_carries_its_protocol(bare_weights, evaluation_of):
+    options = ["protocol=ecentercrop", "protocol.interpolation=bilinear", "protocol.antialias=false", "crop=[32,64]"]
+    results = evaluate_checkpoint(evaluation_of(bare_weights, "model=resnest14_half", *options))
+    words = [
+        "centre square of 0.5 of the short side, resized to 32 bilinear, no antialiasing",
+        "centre square of 0.666667 of the short side, resized to 64 bilinear, no antialiasing",
+    ]
+    assert [r.protocol for r in results] == words
+    assert [line.partition("  centre")[2] for line in format_results(results).splitlines()[1:]] == [
+        word.removeprefix("centre") for word in words
+    ]
+
+
 def test_bare_weights_need_the_networks_name(bare_weights, evaluation_of):
     with pytest.raises(ConfigError, match="holds bare weights, and they fit model=resnest14_half"):
         evaluate_checkpoint(evaluation_of(bare_weights))

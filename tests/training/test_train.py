@@ -50,8 +50,10 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(loader, small_run, evaluation_of, tmp_path):
-    config = small_run(f"loader={loader}", "log.every_steps=4", "train.mixup_alpha=0.2")
+def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
+    loader, small_run, evaluation_of, tmp_path, capsys
+):
+    config = small_run(f"loader={loader}", "log.every_steps=4", "train.mixup_alpha=0.2", "protocol=full")
     state = train(config)
     run = tmp_path / "run"
     assert (state.epoch, state.step) == (2, 12)
@@ -63,6 +65,9 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(loader, 
     first = events[0]
     assert first["images_per_s"] > 0 and 0 <= first["data_wait"] <= 1 and 1.5 < first["loss"] < 5
     assert first["lr"] == pytest.approx(0.4 * 16 / 256 * 3 / 6)
+    protocol = "short side 32 bilinear, centre crop 32"
+    assert [e["protocol"] for e in events if e["event"] == "eval"] == [protocol] * 2
+    assert capsys.readouterr().out.count(f"of 40 images ({protocol})") == 2
 
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "finished" and status["step"] == 12
@@ -78,10 +83,10 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(loader, 
     checkpoint = load_checkpoint(run / "checkpoints/last.pt")
     assert_equal(checkpoint["model"], state.model.state_dict())
     assert not list((run / "checkpoints").glob("*.tmp"))
-    (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/last.pt", f"loader={loader}"))
+    (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/last.pt", f"loader={loader}", "protocol=full"))
     assert (result.top1, result.top5, result.count) == (events[-1]["top1"], events[-1]["top5"], 40)
     best = max(e["top1"] for e in events if e["event"] == "eval")
-    (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/best.pt", f"loader={loader}"))
+    (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/best.pt", f"loader={loader}", "protocol=full"))
     assert result.top1 == best == state.best_top1
 
 

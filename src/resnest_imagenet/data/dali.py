@@ -65,8 +65,24 @@ def _eval_size(height: DataNode, width: DataNode, transform: EvalTransform) -> t
     return math.floor(transform.short_side * height / short), math.floor(transform.short_side * width / short)
 
 
+def _eval_square(height: DataNode, width: DataNode, transform: EvalTransform) -> tuple[DataNode, DataNode]:
+    """`EvalTransform.square`, as (top, left) and (height, width)."""
+    side = _float64(transform.share) * math.min(height, width)
+    top, left = _round_half_even((height - side) / 2), _round_half_even((width - side) / 2)
+    bottom, right = _round_half_even(top + side), _round_half_even(left + side)
+    return _integers(top, left), _integers(math.max(bottom - top, 1), math.max(right - left, 1))
+
+
+def _float64(value: float) -> DataNode:
+    """Make a constant. DALI's own are float32, whatever type is asked for; three of them hold a float64's 53 bits."""
+    high = float(np.float32(value))
+    middle = float(np.float32(value - high))
+    constant = types.Constant(high, dtype=types.FLOAT, shape=[], device="cpu")
+    return fn.cast(constant, dtype=types.FLOAT64) + middle + (value - high - middle)
+
+
 def _round_half_even(value: DataNode) -> DataNode:
-    """Round multiples of 1/2, as Python's `round` does."""
+    """Round as Python's `round` does, values >= 0: every sum here is exact where it decides."""
     return math.ceil(value / 2 - 0.25) + math.floor(value / 2 + 0.25)
 
 
@@ -92,13 +108,19 @@ def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> 
 def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tuple[DataNode, DataNode]:
     paths, labels = fn.external_source(source, num_outputs=2)
     encoded = fn.io.file.read(paths)
-    height, width = (fn.cast(side, dtype=types.FLOAT) for side in _eval_size(*_image_size(encoded), transform))
     crop = transform.crop
-    start = _integers(_round_half_even((height - crop) / 2), _round_half_even((width - crop) / 2))
-    interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[transform.interpolation]
-    images = fn.decoders.image(encoded, device=decoder, **DECODING)
-    images = fn.resize(images, resize_y=height, resize_x=width, interp_type=interpolation, antialias=True)
-    images = fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
+    interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[transform.filter]
+    resampling = {"interp_type": interpolation, "antialias": transform.antialias}
+    if transform.order == "crop_resize":
+        start, size = _eval_square(*_image_size(encoded), transform)
+        images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
+        images = fn.resize(images, size=[crop, crop], **resampling)
+    else:
+        height, width = (fn.cast(side, dtype=types.FLOAT) for side in _eval_size(*_image_size(encoded), transform))
+        start = _integers(_round_half_even((height - crop) / 2), _round_half_even((width - crop) / 2))
+        images = fn.decoders.image(encoded, device=decoder, **DECODING)
+        images = fn.resize(images, resize_y=height, resize_x=width, **resampling)
+        images = fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
     return _normalise(images, mirror=0), labels
 
 

@@ -6,6 +6,7 @@ The random numbers of a crop are drawn here, from (seed, epoch, sample); the loa
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -67,30 +68,48 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the short side to crop / ratio, then take the centre (the paper's protocol, section 5.1).
+    """The centre of an image, at one size: either the whole image resized, then cropped, or cropped, then resized.
 
     Attributes:
         crop: side of the output in pixels.
-        ratio: crop over the resized short side.
+        order: "resize_crop": the short side resized to crop / ratio, then the centre taken (the paper, section 5.1);
+            "crop_resize": the centre square of ratio * the short side taken, then resized to crop.
+        ratio: crop over the short side, above 0 and up to 1; None: crop / (crop + 32).
+        interpolation: "auto": the paper's rule, bicubic above 256 pixels, else bilinear.
+        antialias: whether the filter widens with the reduction, as Pillow's does and OpenCV's does not.
     """
 
     crop: int
-    ratio: float = 0.875
+    order: Literal["resize_crop", "crop_resize"] = "resize_crop"
+    ratio: float | None = 0.875
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    antialias: bool = True
+
+    @property
+    def share(self) -> float:
+        """The ratio in numbers."""
+        return self.crop / (self.crop + 32) if self.ratio is None else self.ratio
+
+    @property
+    def filter(self) -> Literal["bilinear", "bicubic"]:
+        """The interpolation, chosen."""
+        if self.interpolation == "auto":
+            return "bicubic" if self.crop > 256 else "bilinear"
+        return self.interpolation
 
     @property
     def short_side(self) -> int:
-        """Short side after the resize, in pixels."""
-        return math.floor(self.crop / self.ratio + 0.5)
-
-    @property
-    def interpolation(self) -> str:
-        """The filter of the resize, antialiased: bicubic above 256 pixels, else bilinear."""
-        return "bicubic" if self.crop > 256 else "bilinear"
+        """Short side after the resize of "resize_crop", in pixels."""
+        return math.floor(self.crop / self.share + 0.5)
 
     @property
     def protocol(self) -> str:
         """The rule in words, to stand beside every number."""
-        return f"short side {self.short_side} {self.interpolation}, centre crop {self.crop}"
+        if self.order == "crop_resize":
+            rule = f"centre square of {self.share:.6g} of the short side, resized to {self.crop} {self.filter}"
+        else:
+            rule = f"short side {self.short_side} {self.filter}, centre crop {self.crop}"
+        return rule if self.antialias else f"{rule}, no antialiasing"
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the size of the whole image after the resize; the long side is rounded down, as Pillow users do."""
@@ -100,3 +119,14 @@ class EvalTransform:
     def window(self, height: int, width: int) -> Window:
         """Return the centre crop of a resized image; odd margins are halved to the even side, as torchvision does."""
         return round((height - self.crop) / 2), round((width - self.crop) / 2), self.crop, self.crop
+
+    def square(self, height: int, width: int) -> Window:
+        """Return what "crop_resize" takes of an image.
+
+        The side is a real number. Each edge of the square is rounded to the even side, as Pillow crops a box of floats,
+        so that height and width may differ by a pixel; no edge can leave the image.
+        """
+        side = self.share * min(height, width)
+        top, left = round((height - side) / 2), round((width - side) / 2)
+        # A side below a pixel may round to none.
+        return top, left, max(1, round(top + side) - top), max(1, round(left + side) - left)

@@ -60,7 +60,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         plan = plan_evaluation(len(folder), config.batch_size, ranks.rank, ranks.world_size)
         results = []
         for crop in config.crop:
-            transform = EvalTransform(crop, config.ratio)
+            transform = EvalTransform(crop, **config.protocol.model_dump())
             loader = build_loader(config.loader.name, folder, plan, transform, ranks.device, config.loader.workers)
             accuracy = evaluate(model, loader, ranks, config.precision)
             results.append(

@@ -98,7 +98,7 @@ class RunLog:
         self._write("eval", state, values)
         print(
             f"{self._name_epoch(state.epoch - 1)}: loss {self._loss:.3f}, top-1 {accuracy.top1:.2f} %, "
-            f"top-5 {accuracy.top5:.2f} % of {accuracy.count} images",
+            f"top-5 {accuracy.top5:.2f} % of {accuracy.count} images ({protocol})",
             flush=True,
         )
 

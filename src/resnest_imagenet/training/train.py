@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> TrainingState:
     with distributed.join(device) as ranks:
         # 3. The loaders: this rank's share of both sets.
         train_loader = _build_train_loader(config, train_set, plan, ranks)
-        eval_transform = EvalTransform(config.eval.crop, config.eval.ratio)
+        eval_transform = EvalTransform(config.eval.crop, **config.protocol.model_dump())
         eval_plan = plan_evaluation(len(val_set), config.train.batch_size, ranks.rank, ranks.world_size)
         eval_loader = build_loader(
             config.loader.name, val_set, eval_plan, eval_transform, ranks.device, config.loader.workers
