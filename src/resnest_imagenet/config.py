@@ -3,9 +3,9 @@
 A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 # Five halvings need 32 pixels.
@@ -14,6 +14,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _as_list(value: Any) -> Any:
+    """Take crop=224 for crop=[224]."""
+    return value if isinstance(value, list) else [value]
 
 
 class Options(BaseModel):
@@ -132,7 +137,7 @@ class EvalConfig(Options):
 
     ckpt: str
     weights: Literal["auto", "model", "ema"]
-    crop: Annotated[list[Crop], Field(min_length=1)]
+    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)]
     batch_size: Positive
     precision: Precision
     device: Device
@@ -141,12 +146,6 @@ class EvalConfig(Options):
     model: NetworkOptions | None
     data: DataOptions
     loader: LoaderOptions
-
-    @model_validator(mode="before")
-    @classmethod
-    def _list_crops(cls, values: dict) -> dict:
-        """Take crop=224 for crop=[224]."""
-        return {**values, "crop": [values["crop"]]} if isinstance(values.get("crop"), int) else values
 
 
 class ExportConfig(Options):
@@ -158,6 +157,13 @@ class ExportConfig(Options):
     layout: Literal["official", "timm", "mmpretrain", "detectron2"]
     format: Literal["pth", "safetensors"]
     out: str | None
+
+
+class Table3Config(Options):
+    """resnest-table3."""
+
+    results: Annotated[list[str], BeforeValidator(_as_list)]
+    format: Literal["markdown", "json", "csv"]
 
 
 class DemoDataConfig(Options):

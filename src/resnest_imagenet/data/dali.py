@@ -17,7 +17,7 @@ from torch import Tensor
 from resnest_imagenet.data.folder import ImageFolder, name_unreadable
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.errors import ConfigError, DataError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
 # As Pillow and torchvision decode: EXIF orientation ignored, and on a GPU the same chroma upsampling as on a CPU.
@@ -166,6 +166,9 @@ class DaliLoader:
         device: torch.device,
         workers: int,
     ) -> None:
+        if isinstance(transform, EvalTransform) and transform.filter == "bicubic" and not transform.antialias:
+            # Keys' a is -1/2 in DALI, and -3/4 in OpenCV and torchvision.
+            raise ConfigError("protocol.antialias=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan
         self._inputs = _Inputs(folder, plan, transform)
         self._device = device

@@ -45,33 +45,13 @@ def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int
 
 
 def _eval_crop(image: Tensor, transform: EvalTransform) -> Tensor:
+    filter_ = InterpolationMode(transform.filter)
     if transform.order == "crop_resize":
-        image = F.crop(image, *transform.square(*image.shape[-2:]))
-        return _resize(image, transform.crop, transform.crop, transform)
+        window = transform.square(*image.shape[-2:])
+        return F.resized_crop(image, *window, [transform.crop] * 2, filter_, antialias=transform.antialias)
     height, width = transform.resized(*image.shape[-2:])
-    return F.crop(_resize(image, height, width, transform), *transform.window(height, width))
-
-
-def _resize(image: Tensor, height: int, width: int, transform: EvalTransform) -> Tensor:
-    """Resize uint8 (3, H, W), in the filters that DALI has too."""
-    if transform.filter == "bilinear" or transform.antialias:
-        mode = InterpolationMode(transform.filter)
-        return F.resize(image, [height, width], mode, antialias=transform.antialias)
-    # Without antialiasing torch's bicubic is another kernel than with it (a = -3/4, not -1/2), and than DALI's.
-    rows, columns = _cubic_weights(image.shape[-2], height), _cubic_weights(image.shape[-1], width)
-    return (rows @ image.float() @ columns.T).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _cubic_weights(size: int, resized: int) -> Tensor:
-    """Return what each input pixel gives to each output pixel: float32 (resized, size).
-
-    Keys' cubic convolution (1981) with a = -1/2; beyond the edges the last pixel is repeated.
-    """
-    centres = (torch.arange(resized)[:, None] + 0.5) * size / resized - 0.5
-    pixels = centres.floor() + torch.arange(-1, 3)
-    d = (centres - pixels).abs()
-    weights = torch.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2)
-    return torch.zeros(resized, size).scatter_add_(1, pixels.long().clamp_(0, size - 1), weights)
+    image = F.resize(image, [height, width], filter_, antialias=transform.antialias)
+    return F.crop(image, *transform.window(height, width))
 
 
 class _Keys:

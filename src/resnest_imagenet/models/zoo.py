@@ -1,4 +1,4 @@
-"""Every architecture by name: the ResNeSt family (ours) and the peers of Table 3 (timm's).
+"""Every architecture by name: the ResNeSt family (ours) and the peers of the paper's Table 3 (timm's).
 
 Architecture numbers stand here and nowhere else; conf/model/ has the names.
 """
@@ -75,24 +75,6 @@ TIMM_RESNESTS: dict[str, str] = {
     "resnest269": "resnest269e",
     "resnest50_fast_4s2x40d": "resnest50d_4s2x40d",
     "resnest50_fast_1s4x24d": "resnest50d_1s4x24d",
-}
-
-# The rows of Table 3 in the paper's order: the name printed there and the network it is.
-TABLE3: dict[str, str] = {
-    "ResNet-50": "resnet50",
-    "ResNeXt-50": "resnext50_32x4d",
-    "SENet-50": "seresnext50_32x4d",
-    "ResNetD-50": "resnet50d",
-    "SKNet-50": "skresnext50_32x4d",
-    "ResNeSt-50-fast": "resnest50_fast_2s1x64d",
-    "ResNeSt-50": "resnest50",
-    "ResNet-101": "resnet101",
-    "ResNeXt-101": "resnext101_32x4d",
-    "SENet-101": "seresnext101_32x4d",
-    "ResNetD-101": "resnet101d",
-    "SKNet-101": "skresnext101_32x4d",
-    "ResNeSt-101-fast": "resnest101_fast",
-    "ResNeSt-101": "resnest101",
 }
 
 
