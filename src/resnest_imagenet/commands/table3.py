@@ -19,7 +19,7 @@ def load_recipes() -> dict[str, dict[str, Any]]:
 
     common = OmegaConf.load(find_conf() / "train.yaml").train
     files = (find_conf() / "recipe").glob("*.yaml")
-    return {file.stem: OmegaConf.to_container(OmegaConf.merge(common, OmegaConf.load(file))) for file in files}
+    return {file.stem: dict(OmegaConf.merge(common, OmegaConf.load(file))) for file in files}
 
 
 def main() -> None:
