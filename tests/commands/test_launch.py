@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from conftest import run_module
 from resnest_imagenet.commands import data, evaluate, train
 from resnest_imagenet.commands.launch import explain_runtime, find_conf
-from resnest_imagenet.config import DemoDataConfig, EvalConfig, TrainConfig, option_names
+from resnest_imagenet.config import DemoDataConfig, EvalConfig, ExportConfig, Table3Config, TrainConfig, option_names
 
 
 def call(command, arguments, monkeypatch, capsys):
@@ -127,6 +127,8 @@ def list_keys(values, prefix=""):
         ("train", TrainConfig, ["+experiment=resnest50"]),
         ("eval", EvalConfig, ["model=resnest50"]),
         ("eval", EvalConfig, ["model=resnest50", "protocol=ecentercrop"]),
+        ("export", ExportConfig, ["model=resnest50"]),
+        ("table3", Table3Config, []),
         ("data_demo", DemoDataConfig, []),
     ],
 )
@@ -136,14 +138,14 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
     assert sorted(list_keys(composed)) == sorted(option_names(schema))
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "export", "table3"])
 def test_help_needs_no_torch_and_lists_examples_and_choices(module, tmp_path):
     """--help answers at once because torch is not imported: the interpreter says what was. From any folder."""
     profiled = {"PYTHONPROFILEIMPORTTIME": "1"}
     result = run_module(f"resnest_imagenet.commands.{module}", "--help", cwd=tmp_path, env=profiled)
     assert result.returncode == 0
     assert result.stdout.count("\n  resnest-") + result.stdout.count("\n  torchrun") == 3
-    assert "resnest50_fast_2s1x64d" in result.stdout
+    assert "resnest50_fast_2s1x64d" in result.stdout or module == "table3"
     if module == "train":
         assert "experiment: demo, resnest101, resnest101_fast" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
@@ -159,7 +161,7 @@ def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    for command in ("train", "evaluate", "data"):
+    for command in ("train", "evaluate", "export", "table3", "data"):
         result = run_module(
             f"resnest_imagenet.commands.{command}", "--help", cwd=tmp_path, env={"PYTHONPATH": str(site)}
         )

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from conftest import ALONE, CPU
-from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet import build_model
+from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader
@@ -132,6 +133,27 @@ def test_another_recipe_in_the_same_folder_is_refused(small_run):
         CheckpointError, match=r"trained with train.weight_decay=0.0001, not 0.01: choose another run_dir"
     ):
         train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.weight_decay=0.01"))
+
+
+def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run, tmp_path, capsys):
+    source = tmp_path / "imagenet.safetensors"
+    backbone = build_model("resnest14_half", 1000, zero_gamma=False)
+    save_checkpoint(backbone.state_dict(), source)
+    # A step of almost nothing leaves the weights where they started.
+    options = (f"train.init_from={source}", "train.epochs=1", "train.lr_per_256=1e-9", "train.warmup_epochs=0")
+    state = train(small_run(*options, "model.num_classes=10", "train.ema_decay=0.5"))
+    torch.testing.assert_close(state.model.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
+    torch.testing.assert_close(state.ema.module.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
+    assert state.model.fc.out_features == 10
+    assert f"starting from {source}, with a new classifier of 10 classes" in capsys.readouterr().out
+    source.unlink()
+    assert train(small_run(*options, "model.num_classes=10", "train.ema_decay=0.5")).step == 6
+    with pytest.raises(CheckpointError, match="trained with train.init_from=.*imagenet.safetensors, not None"):
+        train(small_run("train.epochs=1", "train.lr_per_256=1e-9", "train.warmup_epochs=0", "train.ema_decay=0.5"))
+
+    again = small_run(*options, f"train.init_from={tmp_path}/run/checkpoints/best.pt", run="again")
+    torch.testing.assert_close(train(again).model.fc.weight, state.ema.module.fc.weight)
+    assert "best.pt, its classifier too" in capsys.readouterr().out
 
 
 def test_another_training_set_in_the_same_folder_is_refused(small_run, tmp_path):

@@ -93,7 +93,9 @@ def _download(url: str, path: Path, sha256: str) -> None:
 def _fetch_timm(name: str, network: str) -> Path:
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # it warns of each of its retries: what failed in the end is our one line
     place = f"timm/{name}", "model.safetensors"
     cause = None
     try:

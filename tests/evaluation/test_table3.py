@@ -1,0 +1,135 @@
+"""The paper's figures against the counted ones, and the table with and without results."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from resnest_imagenet.commands import table3 as command
+from resnest_imagenet.commands.launch import find_conf
+from resnest_imagenet.commands.table3 import load_recipes
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.evaluation.table3 import PAPER, build_table, format_table, read_measured
+from resnest_imagenet.training.train import train
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "models/golden.json").read_text())
+
+
+@pytest.mark.parametrize("row", PAPER, ids=lambda row: row.name)
+def test_counted_figures_are_the_papers(row):
+    parameters, multiply_adds, _ = GOLDEN[row.model]
+    assert parameters / 1e6 == pytest.approx(row.parameters, rel=0.006)
+    assert multiply_adds / 1e9 == pytest.approx(row.gflops, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def empty_table():
+    return build_table([])
+
+
+def test_the_readmes_table_is_the_commands(empty_table):
+    readme = (find_conf().parent / "README.md").read_text()
+    assert f"\n{format_table(empty_table, 'markdown')}\n" in readme
+    assert [[row["parameters"], row["gflops"]] for row in empty_table] == [
+        [GOLDEN[row.model][0] / 1e6, GOLDEN[row.model][1] / 1e9] for row in PAPER
+    ]
+
+
+def with_results(table, measured):
+    """Add results to a table, whose counting takes seconds."""
+    return [{**row, "measured": [vars(one) for one in measured if one.model == row["model"]]} for row in table]
+
+
+@pytest.fixture
+def run(small_run):
+    """Train ResNeSt-50 for six steps, and return the run folder."""
+    options = ("model=resnest50", "train.epochs=1", "train.warmup_epochs=0", "train.batch_size=16")
+    config = small_run(*options, "recipe=resnest", "train.global_batch=16", "train.crop=32", "protocol=full", run="r50")
+    train(config)
+    return Path(config.run_dir)
+
+
+CHANGED = "resnest, epochs=1, batch_size=16, global_batch=16, crop=32, warmup_epochs=0.0"
+
+
+def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table):
+    (of_run,) = read_measured([str(run)], load_recipes())
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (of_run.model, of_run.crop, of_run.top1, of_run.count) == ("resnest50", 32, events[-1]["top1"], 40)
+    assert of_run.protocol == "short side 32 bilinear, centre crop 32"
+    assert set(of_run.recipe.split(", ")) == set(CHANGED.split(", "))
+
+    # An evaluation in the folder stands for it.
+    out = run / "eval.json"
+    results = evaluate_checkpoint(evaluation_of(run / "checkpoints/last.pt", "crop=[32,320]", f"out={out}"))
+    measured = read_measured([str(run.parent / "*")], load_recipes())
+    assert [(one.crop, one.top1, one.source) for one in measured] == [(r.crop, r.top1, str(out)) for r in results]
+    assert measured == read_measured([str(out)], load_recipes())
+
+    table = with_results(empty_table, measured)
+    markdown = format_table(table, "markdown").splitlines()
+    assert "| @32: here | top-1 @224: paper | here | top-1 @320: paper | here |" in markdown[0]
+    cells = [cell.strip() for cell in markdown[8].strip("|").split("|")]
+    assert cells[:2] == ["ResNeSt-50", "resnest50"]
+    assert cells[6:] == [f"{results[0].top1:.2f} [1]", "81.13", "", "81.82", f"{results[1].top1:.2f} [2]"]
+    assert markdown[17].startswith("1. resnest, ")
+    assert markdown[17].endswith(
+        "short side 37 bilinear, centre crop 32; NOT ImageNet's validation set: 40 images, 10 classes"
+    )
+    assert len({line.count("|") for line in markdown[:16]}) == 1
+
+    lines = list(csv.DictReader(format_table(table, "csv").splitlines()))
+    assert len(lines) == 14 * 2 + 1
+    (line,) = [one for one in lines if one["model"] == "resnest50" and one["crop"] == "320"]
+    assert (line["top1_paper"], float(line["top1"]), line["count"]) == ("81.82", results[1].top1, "40")
+    rows = json.loads(format_table(table, "json"))
+    assert rows[6]["measured"][1]["protocol"] == results[1].protocol
+    assert rows[6]["top1_paper"] == {"224": 81.13, "320": 81.82}
+
+
+def test_two_results_of_a_row_are_both_shown(tmp_path, empty_table):
+    result = {"crop": 224, "top1": 81.0, "count": 50000, "protocol": "short side 256 bilinear, centre crop 224"}
+    for number, top1 in enumerate((81.0, 81.25)):
+        content = {"model": "resnest50", "ckpt": "official:resnest50", "num_classes": 1000, "recipe": None}
+        content["results"] = [{**result, "top1": top1}]
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    measured = read_measured([f"{tmp_path}/0.json", f"{tmp_path}/1.json"], {})
+    markdown = format_table(with_results(empty_table, measured), "markdown")
+    assert "| 81.13 | 81.00 [1]; 81.25 [1] | 81.82 |" in markdown
+    assert markdown.endswith("\n1. weights official:resnest50; short side 256 bilinear, centre crop 224")
+
+
+def test_a_run_that_is_not_finished_says_so(run):
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("epochs: 1\n", "epochs: 9\n", 1))
+    assert read_measured([str(run)], load_recipes())[0].recipe.endswith(", after 1 epochs")
+    (run / "metrics.jsonl").unlink()
+    assert read_measured([str(run)], load_recipes()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file or run folder"),
+        ("{}", "not written by resnest-eval out=... .lacks 'recipe'"),
+        ("<html>", "not a readable JSON file"),
+        ("folder", "neither a results file nor a run folder"),
+    ],
+)
+def test_what_is_no_result_is_refused(content, message, tmp_path):
+    path = tmp_path / "results.json"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_measured([str(path)], {})
+    assert read_measured([f"{tmp_path}/no*"], {}) == []
+
+
+def test_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["resnest-table3", "results=[]", "format=json"])
+    command.main()
+    assert [row["row"] for row in json.loads(capsys.readouterr().out)] == [row.name for row in PAPER]
