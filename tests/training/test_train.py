@@ -133,6 +133,9 @@ def test_another_recipe_in_the_same_folder_is_refused(small_run):
         CheckpointError, match=r"trained with train.weight_decay=0.0001, not 0.01: choose another run_dir"
     ):
         train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.weight_decay=0.01"))
+    # The best accuracy so far would be compared with one of another protocol.
+    with pytest.raises(CheckpointError, match="trained with evaluation=short side 37 bilinear, centre crop 32, not "):
+        train(small_run("train.epochs=1", "train.warmup_epochs=0", "protocol=full"))
 
 
 def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run, tmp_path, capsys):

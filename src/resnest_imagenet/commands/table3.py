@@ -8,7 +8,8 @@ from resnest_imagenet.config import Table3Config
 
 def run(config: Table3Config) -> None:
     """Print the table."""
-    from resnest_imagenet.evaluation.table3 import build_table, format_table, read_measured
+    from resnest_imagenet.evaluation.results import read_measured
+    from resnest_imagenet.evaluation.table3 import build_table, format_table
 
     print(format_table(build_table(read_measured(config.results, load_recipes())), config.format))
 

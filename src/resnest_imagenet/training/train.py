@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> TrainingState:
         run = RunFolder(config.run_dir, ranks)
         state = _build_state(config, train_set, ranks, is_new=not run.last.exists())
         # 5. The run folder. Where it holds a checkpoint of the same run, that run goes on.
-        identity = describe_identity(config, plan, train_set)
+        identity = describe_identity(config, plan, train_set, eval_transform.protocol)
         _resume(state, run, identity, ranks)
         run.open(config.model_dump())
         dropblock = DropBlock(state.model) if config.train.dropblock > 0 else None
@@ -88,8 +88,11 @@ def train(config: TrainConfig) -> TrainingState:
     return state
 
 
-def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageFolder) -> dict[str, Any]:
-    """Return what must not change when a run goes on: plain values by option name, and a digest of the file names."""
+def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageFolder, protocol: str) -> dict[str, Any]:
+    """Return what must not change when a run goes on: plain values by option name, and a digest of the file names.
+
+    The evaluation's protocol is one of them: the best accuracy so far is comparable under the same only.
+    """
     recipe = config.train.model_dump()
     # The number of ranks and with it these may change, as long as their product, the global batch, stays.
     for name in ("batch_size", "global_batch", "compile"):
@@ -100,6 +103,7 @@ def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageFolde
         **{f"train.{name}": value for name, value in recipe.items()},
         "train.global_batch": plan.global_batch,
         "seed": config.seed,
+        "evaluation": protocol,
         "training images": f"{len(train_set)} {hashlib.sha256(train_set.files.tobytes()).hexdigest()[:16]}",
     }
 
