@@ -48,54 +48,63 @@ BEHIND = {"resnet": "torchvision_v1", "resnext": "sknet", "seresnext": "sknet", 
 def test_a_row_has_the_recipe_behind_its_number(row):
     family = re.match("[a-z]+", row.model)[0]
     expected = "bag_of_tricks" if row.model.endswith("d") and family == "resnet" else BEHIND.get(family, "resnest")
+    expected += "101" if row.model.startswith("resnest101") else ""
     assert compose_train(f"+experiment={row.model}").train.recipe == expected
 
 
-def test_one_recipe_for_all_rows_is_one_override():
-    """Apart from the ResNeSt-101s, whose global batch in the paper is half."""
-    runs = {row.model: compose_train(f"+experiment={row.model}", "recipe=resnest").train for row in PAPER}
-    for name in ("resnest101", "resnest101_fast"):
-        assert (runs[name].batch_size, runs[name].global_batch) == (64, 4096)
-        runs[name] = runs[name].model_copy(update={"batch_size": 128, "global_batch": 8192})
-    assert len(set(map(str, runs.values()))) == 1
+@pytest.mark.parametrize("recipe", ["resnest", "torchvision_v1"])
+def test_one_recipe_for_all_models_is_one_override(recipe):
+    runs = [compose_train(f"+experiment={name}", f"recipe={recipe}").train for name in EXPERIMENTS.keys() - {"demo"}]
+    assert len(runs) == 24
+    assert set(map(str, runs)) == {str(compose_train(f"recipe={recipe}").train)}
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"demo"}))
-def test_every_value_of_a_recipe_has_a_source(name):
+def test_every_value_of_a_recipe_has_a_comment(name):
     lines = RECIPES[name].splitlines()
     assert f"recipe: {name}" in lines
-    values = [line for line in lines if not line.startswith(("#", "recipe:"))]
-    assert len(values) > 15
-    assert all(re.fullmatch(r"\w+: \S+ # \S.+", line) for line in values)
+    values = [line for line in lines if line and not line.startswith(("#", "recipe:", "defaults:", "  - "))]
+    assert values and all(re.fullmatch(r"\w+: \S+ # \S.+", line) for line in values)
 
 
-# FACTS of the recipes, as (recipe, options).
+COMMON = {"momentum": 0.9, "weight_decay": 1e-4, "lr_per_256": 0.1, "crop": 224, "dropout": 0, "ema_decay": None}
+COMMON |= {"step_factor": 0.1, "mixup_per_sample": False, "init_from": None, "compile": False}
+COSINE = {**COMMON, "schedule": "cosine", "step_epochs": None, "warmup_epochs": 5, "decay_all": False}
+COSINE |= {"label_smoothing": 0.1, "mixup_alpha": 0.2, "zero_gamma": True}
+GLUON = {**COSINE, "nesterov": True, "mixup_partner": "reversed", "init": "fan_in", "antialias": False}
+GLUON |= {"min_crop_area": 0.08}
+STEPS = {**COMMON, "schedule": "step", "step_epochs": 30, "warmup_epochs": 0, "decay_all": True, "nesterov": False}
+STEPS |= {"mixup_alpha": 0, "mixup_partner": "reversed", "zero_gamma": False, "init": "fan_out", "dropblock": 0}
+STEPS |= {"batch_size": 32, "global_batch": 256, "min_crop_area": 0.08, "antialias": True, "precision": "fp32"}
+RESNEST = {**GLUON, "epochs": 270, "dropblock": 0.1, "precision": "fp32", "batch_size": 128, "global_batch": 8192}
+# Whole recipes, typed from their sources a second time.
 FIGURES = {
-    "resnest": {"epochs": 270, "global_batch": 8192, "nesterov": True, "mixup_alpha": 0.2, "dropblock": 0.1},
-    "resnest_torch": {"epochs": 270, "global_batch": 2048, "nesterov": False, "mixup_partner": "permuted"},
-    "bag_of_tricks": {"epochs": 200, "global_batch": 1024, "nesterov": True, "mixup_alpha": 0.2, "zero_gamma": True},
-    "torchvision_v1": {"epochs": 90, "global_batch": 256, "label_smoothing": 0, "decay_all": True, "step_epochs": 30},
-    "sknet": {"epochs": 100, "global_batch": 256, "label_smoothing": 0.1, "mixup_alpha": 0, "step_epochs": 30},
-}
+    "resnest": RESNEST,
+    "resnest14": {**RESNEST, "global_batch": 1024, "dropblock": 0},
+    "resnest26": {**RESNEST, "global_batch": 1024},
+    "resnest101": {**RESNEST, "batch_size": 64, "global_batch": 4096},
+    "resnest200": {**RESNEST, "batch_size": 32, "global_batch": 2048, "crop": 256, "dropout": 0.2},
+    "resnest269": {**RESNEST, "batch_size": 32, "global_batch": 2048, "crop": 320, "dropout": 0.2},
+    "resnest_torch": {
+        **COSINE, "epochs": 270, "batch_size": 32, "global_batch": 2048, "min_crop_area": 0.1, "nesterov": False,
+        "mixup_partner": "permuted", "init": "fan_out", "dropblock": 0, "antialias": True, "precision": "fp32",
+    },
+    "bag_of_tricks": {
+        **GLUON, "epochs": 200, "dropblock": 0, "precision": "fp16", "batch_size": 128, "global_batch": 1024,
+    },
+    "torchvision_v1": {**STEPS, "epochs": 90, "label_smoothing": 0},
+    "sknet": {**STEPS, "epochs": 100, "label_smoothing": 0.1},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"demo"}))
 def test_figures_of_the_recipes(name):
-    recipe = compose_train(f"recipe={name}").train
-    assert {key: getattr(recipe, key) for key in FIGURES[name]} == FIGURES[name]
-    assert (recipe.momentum, recipe.weight_decay, recipe.lr_per_256, recipe.crop) == (0.9, 1e-4, 0.1, 224)
+    assert compose_train(f"recipe={name}").train.model_dump() == {"recipe": name, **FIGURES[name]}
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("resnest14", {"global_batch": 1024, "dropblock": 0, "crop": 224}),
-        ("resnest26", {"global_batch": 1024, "dropblock": 0.1, "crop": 224}),
-        ("resnest200", {"global_batch": 2048, "dropout": 0.2, "crop": 256}),
-        ("resnest269", {"global_batch": 2048, "dropout": 0.2, "crop": 320}),
-    ],
+    ("name", "crop"), [("resnest14", 224), ("resnest26", 224), ("resnest200", 320), ("resnest269", 416)]
 )
-def test_figures_of_the_rest_of_the_family(name, expected):
+def test_the_rest_of_the_family_is_evaluated_at_its_published_crop(name, crop):
     config = compose_train(f"+experiment={name}")
-    assert {key: getattr(config.train, key) for key in expected} == expected
-    assert config.eval.crop == {"resnest200": 320, "resnest269": 416}.get(name, 224)
+    assert (config.train.recipe, config.eval.crop) == (name, crop)

@@ -1,6 +1,5 @@
 """Checkpoint files: plain containers and tensors, written atomically, verified when read."""
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,19 @@ import safetensors.torch
 import torch
 
 from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.files import replacing
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a file whole or not at all: to a temporary name, synchronised to the disk, then renamed.
+    """Write a file whole or not at all.
 
     A .safetensors file holds contiguous tensors only, any other suffix means torch's format.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         if path.suffix == ".safetensors":
             file.write(safetensors.torch.save(content, metadata={"format": "pt"}))
         else:
             torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -40,9 +31,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or holding more than plain containers and tensors.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
     try:
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path}: no such checkpoint")
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         # torch.load does not look at the checksums: a flipped bit would load in silence.
@@ -54,6 +45,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # what torch's unpickler raises on foreign bytes has no common type
         raise CheckpointError(f"{path}: not a readable checkpoint of plain containers and tensors") from error
     if not isinstance(content, dict):

@@ -63,6 +63,7 @@ class RecipeOptions(Options):
     global_batch: Positive | None  # images per step; null: batch_size * ranks
     crop: Crop
     min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share of the image
+    antialias: bool  # of the crop's resize
     schedule: Literal["cosine", "step"]
     step_epochs: Positive | None  # schedule=step: the learning rate is multiplied by step_factor every so many epochs
     step_factor: Annotated[float, Field(gt=0, lt=1)]
@@ -79,7 +80,9 @@ class RecipeOptions(Options):
     dropout: Fraction  # before fc
     dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
     init: Literal["fan_in", "fan_out"]
-    init_from: str | None  # weights to start from, with a new classifier where the classes are others
+    init_from: (
+        Annotated[str, Field(min_length=1)] | None
+    )  # weights to start from, with a new classifier where the classes are others
     zero_gamma: bool
     ema_decay: Fraction | None  # per step; null: no moving average
     precision: Precision
@@ -93,6 +96,10 @@ class RecipeOptions(Options):
             raise ValueError("train.nesterov=true needs train.momentum > 0")
         if self.schedule == "step" and self.step_epochs is None:
             raise ValueError("train.schedule=step needs train.step_epochs=...")
+        if self.schedule == "step" and self.warmup_epochs >= (self.step_epochs or 0):
+            raise ValueError(
+                f"train.warmup_epochs={self.warmup_epochs} outlasts the first train.step_epochs={self.step_epochs}"
+            )
         return self
 
 

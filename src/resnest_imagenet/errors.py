@@ -38,3 +38,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest of the valid names, or "" where none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from conftest import run_module
-from resnest_imagenet.commands import data, evaluate, train
+from resnest_imagenet.commands import data, evaluate, table3, train
 from resnest_imagenet.commands.launch import explain_runtime, find_conf
 from resnest_imagenet.config import DemoDataConfig, EvalConfig, ExportConfig, Table3Config, TrainConfig, option_names
 
@@ -67,6 +67,8 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
         (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
         (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
+        (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts the first train.step_epochs=30"),
+        (["data.root=/x", "train.init_from="], "train.init_from=: string should have at least 1 character"),
         (["data.root=/x", "train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
     ],
 )
@@ -94,6 +96,13 @@ def test_a_crop_below_32_in_a_list(monkeypatch, capsys):
     code, lines = call(evaluate, ["ckpt=a", "data.root=/x", "crop=[224,16]"], monkeypatch, capsys)
     assert code == 2
     assert "crop.1=16: input should be greater than or equal to 32" in lines[0]
+
+
+def test_a_group_option_without_its_group_and_a_list_without_brackets(monkeypatch, capsys):
+    code, lines = call(evaluate, ["ckpt=a", "data.root=/x", "model.name=resnest50"], monkeypatch, capsys)
+    assert (code, lines) == (2, ["resnest-evaluate: model.name is set by its group: write model=NAME"])
+    code, lines = call(table3, ["results=a,b"], monkeypatch, capsys)
+    assert code == 2 and lines[0].endswith(": write a list as [a,b]")
 
 
 def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):

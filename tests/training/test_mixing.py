@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import CPU
 from resnest_imagenet.training.mixing import Mixup, draw_mixup, one_hot, smoothed_cross_entropy
 
 
@@ -28,8 +29,8 @@ def test_each_image_is_mixed_with_its_partner(mixup, weights, partners):
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 def test_weights_follow_the_beta_distribution(alpha):
     rng = np.random.default_rng(0)
-    per_sample = draw_mixup(alpha, True, "reversed", 20000, rng).weight.numpy()
-    per_batch = np.array([draw_mixup(alpha, False, "reversed", 2, rng).weight for _ in range(20000)])
+    per_sample = draw_mixup(alpha, True, "reversed", 20000, rng, CPU).weight.numpy()
+    per_batch = np.array([draw_mixup(alpha, False, "reversed", 2, rng, CPU).weight for _ in range(20000)])
     for weights in (per_sample, per_batch):
         assert weights.shape == (20000,)
         assert weights.mean() == pytest.approx(0.5, abs=0.01)
@@ -38,9 +39,9 @@ def test_weights_follow_the_beta_distribution(alpha):
 
 def test_partners_are_a_permutation_or_the_reversed_batch():
     rng = np.random.default_rng(0)
-    partner = draw_mixup(0.2, False, "permuted", 50, rng).partner
+    partner = draw_mixup(0.2, False, "permuted", 50, rng, CPU).partner
     assert sorted(partner.tolist()) == list(range(50)) != partner.tolist()
-    assert draw_mixup(0.2, False, "reversed", 50, rng).partner is None
+    assert draw_mixup(0.2, False, "reversed", 50, rng, CPU).partner is None
 
 
 def test_smoothing_by_the_formula():

@@ -1,5 +1,6 @@
 """Whole runs of the shipped configuration, shrunk."""
 
+import inspect
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import TrainTransform
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.models.dropblock import DropBlock
+from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.loop import train_epoch
 from resnest_imagenet.training.schedule import plan_steps
@@ -136,6 +139,40 @@ def test_another_recipe_in_the_same_folder_is_refused(small_run):
     # The best accuracy so far would be compared with one of another protocol.
     with pytest.raises(CheckpointError, match="trained with evaluation=short side 37 bilinear, centre crop 32, not "):
         train(small_run("train.epochs=1", "train.warmup_epochs=0", "protocol=full"))
+
+
+def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
+    """Two runs that lose the same option are equal: so what each part is given is looked at, all off their defaults."""
+    seen = {}
+
+    def spy(module, name):
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            seen[name] = inspect.signature(real).bind(*args, **kwargs).arguments
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("build_model", "TrainTransform", "dropblock_probability"):
+        spy(train_module, name)
+    for name in ("draw_mixup", "smoothed_cross_entropy"):
+        spy(loop_module, name)
+    spy(DropBlock, "set_probability")
+    options = {"dropblock": 0.3, "mixup_alpha": 0.7, "mixup_per_sample": True, "mixup_partner": "permuted"}
+    options |= {"label_smoothing": 0.17, "init": "fan_out", "zero_gamma": False, "dropout": 0.13, "crop": 40}
+    options |= {"min_crop_area": 0.6, "antialias": True, "decay_all": True, "weight_decay": 0.003, "momentum": 0.8}
+    overrides = [f"train.{name}={value}" for name, value in options.items()]
+    state = train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.nesterov=false", *overrides))
+    assert seen["set_probability"]["probability"] == 0.3
+    assert [seen["draw_mixup"][name] for name in ("alpha", "per_sample", "partner")] == [0.7, True, "permuted"]
+    assert seen["smoothed_cross_entropy"]["smoothing"] == 0.17
+    assert seen["smoothed_cross_entropy"]["targets"].shape == (16, 10)
+    built = seen["build_model"]
+    assert (built["dropout"], built["zero_gamma"], built["init"]) == (0.13, False, "fan_out")
+    assert list(seen["TrainTransform"].values()) == [40, 0, 0.6, True]
+    groups = state.optimizer.param_groups
+    assert [(g["weight_decay"], g["momentum"], g["nesterov"]) for g in groups] == [(0.003, 0.8, False)] * 2
 
 
 def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run, tmp_path, capsys):

@@ -10,8 +10,10 @@ import resnest_imagenet
 from conftest import compose_config
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.commands import export as command
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.models.zoo import list_imagenet_classes
 from resnest_imagenet.weights import published
 from resnest_imagenet.weights.export import export_weights
 from resnest_imagenet.weights.load import match_tensors, read_weights, restore_network, start_from
@@ -21,8 +23,15 @@ NAME = "resnest14_half"
 
 @pytest.fixture(scope="module")
 def model():
+    """Every tensor different from any other and from a new network's."""
     torch.manual_seed(0)
-    return build_model(NAME, 7, zero_gamma=False).to(memory_format=torch.channels_last).eval()
+    model = build_model(NAME, 7).to(memory_format=torch.channels_last).eval()
+    for number, (key, value) in enumerate(model.state_dict().items()):
+        if key.endswith("num_batches_tracked"):
+            value.fill_(number)
+        elif value.ndim == 1:
+            value.uniform_(0.5, 1.5)
+    return model
 
 
 @pytest.fixture
@@ -44,7 +53,8 @@ def export(source, out, *overrides):
 def assert_same_logits(one, other):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(one(images), other(images))  # in another memory format
+        # In one memory format: the other sums in another order.
+        assert torch.equal(*(each.to(memory_format=torch.channels_last)(images) for each in (one, other)))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -81,6 +91,7 @@ def test_detectron2_has_the_backbone_only(suffix, model, save, tmp_path):
         lambda state: {f"module.{key}": value for key, value in state.items()},
         lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
         lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+        lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3},
         lambda state: {"state_dict": state, "meta": {"epoch": 3}},
         lambda state: {"model": {f"module.{key}": value for key, value in state.items()}, "optimizer": {}},
         lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
@@ -89,9 +100,28 @@ def test_detectron2_has_the_backbone_only(suffix, model, save, tmp_path):
 )
 def test_wrappers_are_taken_off(wrap, model, save):
     restored, _ = restore_network(read_weights(save(wrap(model.state_dict()))), NAME)
-    assert restored.fc.weight.dtype == torch.float32
-    torch.testing.assert_close(restored.fc.weight, model.fc.weight, rtol=1e-3, atol=1e-4)
-    assert restored.bn1.num_batches_tracked == 0
+    for key, value in model.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(restored.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_counters_that_a_file_lacks_start_at_0(model, save):
+    state = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    assert restore_network(read_weights(save(state)), NAME)[0].bn1.num_batches_tracked == 0
+    assert restore_network(read_weights(save(model.state_dict())), NAME)[0].bn1.num_batches_tracked > 0
+
+
+@pytest.mark.parametrize(("raw", "average"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_a_moving_average_beside_the_weights(raw, average, model, save):
+    """As torchvision's references and timm's training keep it; torch's AveragedModel adds a counter and a prefix."""
+    trained = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    averaged = {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in model.state_dict().items()}}
+    source = save({raw: trained, average: averaged})
+    for choice, is_average in (("auto", True), ("ema", True), ("model", False)):
+        weights = read_weights(source, choice)
+        assert weights.is_average == is_average
+        restored, _ = restore_network(weights, NAME)
+        assert torch.equal(restored.bn1.bias, model.bn1.bias if is_average else torch.zeros(32))
 
 
 def test_files_of_torch_before_1_6_are_read(model, tmp_path):
@@ -110,10 +140,16 @@ FAULTS = [
     (lambda s: {**s, "fc.bias": torch.zeros(8)}, "fc.weight and fc.bias do not belong together"),
     (lambda s: {**s, "extra.bias": torch.zeros(1)}, "extra.bias is one key too many: not the weights of"),
     (lambda s: {**s, "bn1.weight": torch.zeros(3)}, r"bn1.weight has shape \(3,\), not \(32,\)"),
-    (lambda s: {**s, "fc.weight": torch.zeros(7, 5)}, r"fc.weight has shape \(7, 5\), not \(1000, 1024\)"),
+    (lambda s: {**s, "fc.weight": torch.zeros(7, 5)}, r"fc.weight has shape \(7, 5\), not \(7, 1024\)"),
     (lambda s: {**s, "epoch": 3}, "epoch is no tensor: not a state dict"),
     (lambda s: {}, "conv1.0.weight is missing"),
     (lambda s: s["fc.bias"], "holds a Tensor, not a state dict"),
+    (lambda s: {3: s["fc.bias"]}, "3 is no tensor: not a state dict"),
+    (lambda s: {**s, "fc.bias": torch.tensor(1.0)}, r"fc.bias has shape \(\), not \(1000,\)"),
+    (lambda s: {**s, "fc.weight": torch.zeros(0, 1024)}, r"fc.weight has shape \(0, 1024\)"),
+    (lambda s: {**s, "fc.weight": torch.ones(7, 1024).int()}, "fc.weight is no dense tensor of floating-point numbers"),
+    (lambda s: {**s, "fc.bias": torch.zeros(7).to_sparse()}, "fc.bias is no dense tensor of floating-point numbers"),
+    (lambda s: {"model": s, "ema": None, "config": {}, "classes": [], "epoch": 1}, "without its configuration"),
 ]
 
 
@@ -148,15 +184,25 @@ def test_networks_of_the_same_shapes_are_both_named(save):
         restore_network(weights, None)
 
 
-def test_published_weights_know_their_network(model, save, monkeypatch):
-    path = Path(save(model.state_dict()))
+def test_published_weights_know_their_network_and_classes(save, monkeypatch):
+    path = Path(save(build_model(NAME, 1000).state_dict()))
     monkeypatch.setattr("resnest_imagenet.weights.load.fetch", lambda source: (path, NAME))
-    assert restore_network(read_weights("official:this"), None)[1] == NAME
+    weights = read_weights("official:this")
+    assert restore_network(weights, None)[1] == NAME
     with pytest.raises(ConfigError, match="model=resnest50, but official:this holds a resnest14_half"):
-        restore_network(read_weights("official:this"), "resnest50")
-    with pytest.raises(ConfigError, match="weights=ema, but official:this holds bare weights"):
+        restore_network(weights, "resnest50")
+    with pytest.raises(ConfigError, match="weights=ema, but official:this holds no moving average"):
         read_weights("official:this", "ema")
+    # A thousand other classes get a classifier of their own.
+    assert weights.classes == list_imagenet_classes()
+    assert not start_from(build_model(NAME, 1000), NAME, [f"place{n:04}" for n in range(1000)], weights)
     assert set(published.OFFICIAL) <= set(resnest_imagenet.list_models())
+
+
+def test_misspelt_sources_get_the_nearest():
+    for source in ("offical:resnest50", "official:resnest_50", "Official:resnest50"):
+        with pytest.raises(ConfigError, match=f"unknown weights '{source}'.*did you mean 'official:resnest50'"):
+            read_weights(source)
 
 
 def test_a_new_classifier_for_other_classes(model, save):
@@ -182,9 +228,24 @@ def test_export_refuses_what_it_cannot_do(model, save, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written"):
         export(source, tmp_path / "file/out.pth", f"model={NAME}")
+    with pytest.raises(ConfigError, match="out=.*weights.pth is the checkpoint itself"):
+        export(source, source, f"model={NAME}")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(ConfigError, match="folder.pth: cannot be written .it is a folder"):
+        export(source, tmp_path / "folder.pth", f"model={NAME}")
+    assert not list(tmp_path.glob("*.tmp"))
     peer = save(build_model("resnet50", 2).state_dict(), "peer.pth")
     with pytest.raises(ConfigError, match="layout=mmpretrain is known for ResNeSts, and .* holds a resnet50"):
         export(peer, tmp_path / "out.pth", "layout=mmpretrain", "model=resnet50")
+
+
+def test_the_command(model, save, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    arguments = [f"ckpt={save(model.state_dict())}", f"model={NAME}", f"out={out}"]
+    monkeypatch.setattr("sys.argv", ["resnest-export", *arguments])
+    command.main()
+    assert capsys.readouterr().out.startswith(f"wrote {out}: {NAME}, ")
+    assert torch.equal(load_checkpoint(out)["fc.weight"], model.fc.weight)
 
 
 def test_nothing_in_a_file_is_ever_executed():

@@ -179,7 +179,7 @@ def test_official_offline_is_one_line_with_url_and_path(server, cache):
     with pytest.raises(CheckpointError, match="refused") as error:
         fetch("official:resnest50")
     line = one_line(error)
-    assert f"{server.url}/second/{FILE}" in line and str(cache) in line and error.value.exit_code == 4
+    assert f"{server.url}/first/{FILE}" in line and str(cache) in line and error.value.exit_code == 4
 
 
 def test_cache_that_cannot_be_written_is_one_line(cache):

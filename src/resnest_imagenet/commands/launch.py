@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from resnest_imagenet.config import Options, option_names
 from resnest_imagenet.distributed import has_joined, launched_as
-from resnest_imagenet.errors import ConfigError, UserError, suggest
+from resnest_imagenet.errors import ConfigError, UserError, first_line, suggest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -80,7 +80,7 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
     except MissingMandatoryValue as error:
         raise ConfigError(_say_unset(str(error.full_key))) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(first_line(error)) from None
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -110,8 +110,14 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
         groups = [folder.name for folder in find_conf().iterdir() if folder.is_dir()]
         if option in groups:
             return ConfigError(f"{option} is added, not overridden: write +{option}=...")
-        return ConfigError(f"unknown option {option}{suggest(option, option_names(schema) + groups)}")
-    return ConfigError(_first_line(error))
+        known = option_names(schema)
+        if option in known:  # of a group of which nothing is chosen
+            problem = f"{option} is set by its group: write {option.partition('.')[0]}=NAME"
+        else:
+            problem = f"unknown option {option}{suggest(option, known + groups)}"
+        return ConfigError(problem)
+    hint = ": write a list as [a,b]" if "Ambiguous value" in str(error) else ""
+    return ConfigError(first_line(error) + hint)
 
 
 def explain_runtime(error: RuntimeError) -> UserError:
@@ -124,7 +130,7 @@ def explain_runtime(error: RuntimeError) -> UserError:
             "install both from the same index (make setup does, with uv)"
         )
     if type(error).__name__ == "OutOfMemoryError":
-        return ConfigError(f"{_first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
+        return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     raise error
 
 
@@ -142,7 +148,3 @@ def _leave(error: UserError) -> NoReturn:
 
 def _say_unset(option: str) -> str:
     return f"{option} is not set: give {option}=..."
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,5 +1,6 @@
 """resnest-table3: the paper's Table 3 beside what was counted and measured here."""
 
+import sys
 from typing import Any
 
 from resnest_imagenet.commands.launch import find_conf, run_command
@@ -11,16 +12,21 @@ def run(config: Table3Config) -> None:
     from resnest_imagenet.evaluation.results import read_measured
     from resnest_imagenet.evaluation.table3 import build_table, format_table
 
-    print(format_table(build_table(read_measured(config.results, load_recipes())), config.format))
+    measured, left_out = read_measured(config.results, load_recipes())
+    rows = build_table(measured)
+    known = {row["model"] for row in rows}
+    left_out += [f"{one.source}: {one.model} has no row" for one in measured if one.model not in known]
+    for line in left_out:
+        print(f"resnest-table3: left out: {line}", file=sys.stderr)
+    print(format_table(rows, config.format))
 
 
 def load_recipes() -> dict[str, dict[str, Any]]:
     """Return the training options of each recipe by its name, as they are without an experiment or overrides."""
-    from omegaconf import OmegaConf
+    from hydra import compose
 
-    common = OmegaConf.load(find_conf() / "train.yaml").train
-    files = (find_conf() / "recipe").glob("*.yaml")
-    return {file.stem: dict(OmegaConf.merge(common, OmegaConf.load(file))) for file in files}
+    names = [file.stem for file in (find_conf() / "recipe").glob("*.yaml")]
+    return {name: dict(compose("train", [f"recipe={name}"]).train) for name in names}
 
 
 def main() -> None:

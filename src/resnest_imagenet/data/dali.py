@@ -67,7 +67,7 @@ def _eval_size(height: DataNode, width: DataNode, transform: EvalTransform) -> t
 
 def _eval_square(height: DataNode, width: DataNode, transform: EvalTransform) -> tuple[DataNode, DataNode]:
     """`EvalTransform.square`, as (top, left) and (height, width)."""
-    side = _float64(transform.share) * math.min(height, width)
+    side = _float64(transform.resolved_ratio) * math.min(height, width)
     top, left = _round_half_even((height - side) / 2), _round_half_even((width - side) / 2)
     bottom, right = _round_half_even(top + side), _round_half_even(left + side)
     return _integers(top, left), _integers(math.max(bottom - top, 1), math.max(right - left, 1))
@@ -99,8 +99,7 @@ def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> 
     encoded = fn.io.file.read(paths)
     start, size = _train_window(*_image_size(encoded), draw, transform)
     images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
-    # Without antialiasing, as in the Gluon recipe.
-    images = fn.resize(images, size=[transform.crop] * 2, antialias=False)
+    images = fn.resize(images, size=[transform.crop] * 2, antialias=transform.antialias)
     return _normalise(images, mirror=fn.cast(draw[0], dtype=types.INT32)), labels
 
 
@@ -109,7 +108,7 @@ def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tu
     paths, labels = fn.external_source(source, num_outputs=2)
     encoded = fn.io.file.read(paths)
     crop = transform.crop
-    interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[transform.filter]
+    interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[transform.resolved_interpolation]
     resampling = {"interp_type": interpolation, "antialias": transform.antialias}
     if transform.order == "crop_resize":
         start, size = _eval_square(*_image_size(encoded), transform)
@@ -166,7 +165,11 @@ class DaliLoader:
         device: torch.device,
         workers: int,
     ) -> None:
-        if isinstance(transform, EvalTransform) and transform.filter == "bicubic" and not transform.antialias:
+        if (
+            isinstance(transform, EvalTransform)
+            and transform.resolved_interpolation == "bicubic"
+            and not transform.antialias
+        ):
             # Keys' a is -1/2 in DALI, and -3/4 in OpenCV and torchvision.
             raise ConfigError("protocol.antialias=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan

@@ -39,18 +39,17 @@ def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int
     draw = transform.draw(epoch, index)
     height, width = image.shape[-2:]
     window = transform.window(height, width, draw)
-    # Without antialiasing, as in the Gluon recipe.
-    crop = F.resized_crop(image, *window, size=[transform.crop] * 2, antialias=False)
+    crop = F.resized_crop(image, *window, size=[transform.crop] * 2, antialias=transform.antialias)
     return F.horizontal_flip(crop) if draw[0] else crop
 
 
 def _eval_crop(image: Tensor, transform: EvalTransform) -> Tensor:
-    filter_ = InterpolationMode(transform.filter)
+    interpolation = InterpolationMode(transform.resolved_interpolation)
     if transform.order == "crop_resize":
         window = transform.square(*image.shape[-2:])
-        return F.resized_crop(image, *window, [transform.crop] * 2, filter_, antialias=transform.antialias)
+        return F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
     height, width = transform.resized(*image.shape[-2:])
-    image = F.resize(image, [height, width], filter_, antialias=transform.antialias)
+    image = F.resize(image, [height, width], interpolation, antialias=transform.antialias)
     return F.crop(image, *transform.window(height, width))
 
 

@@ -27,6 +27,7 @@ class TrainTransform:
         crop: side of the output in pixels.
         seed: the run's.
         min_area, max_area: bounds of the crop's share of the image area.
+        antialias: whether the bilinear resize widens with the reduction, as Pillow's does and OpenCV's does not.
         max_aspect: width / height lies between its inverse and itself, uniform in the logarithm.
         flip: probability.
         attempts: draws until the centre crop is taken instead.
@@ -35,6 +36,7 @@ class TrainTransform:
     crop: int
     seed: int
     min_area: float = 0.08
+    antialias: bool = False
     max_area: float = 1.0
     max_aspect: float = 4 / 3
     flip: float = 0.5
@@ -86,12 +88,12 @@ class EvalTransform:
     antialias: bool = True
 
     @property
-    def share(self) -> float:
+    def resolved_ratio(self) -> float:
         """The ratio in numbers."""
         return self.crop / (self.crop + 32) if self.ratio is None else self.ratio
 
     @property
-    def filter(self) -> Literal["bilinear", "bicubic"]:
+    def resolved_interpolation(self) -> Literal["bilinear", "bicubic"]:
         """The interpolation, chosen."""
         if self.interpolation == "auto":
             return "bicubic" if self.crop > 256 else "bilinear"
@@ -100,15 +102,16 @@ class EvalTransform:
     @property
     def short_side(self) -> int:
         """Short side after the resize of "resize_crop", in pixels."""
-        return math.floor(self.crop / self.share + 0.5)
+        return math.floor(self.crop / self.resolved_ratio + 0.5)
 
     @property
     def protocol(self) -> str:
         """The rule in words, to stand beside every number."""
+        how = self.resolved_interpolation
         if self.order == "crop_resize":
-            rule = f"centre square of {self.share:.6g} of the short side, resized to {self.crop} {self.filter}"
+            rule = f"centre square of {self.resolved_ratio:.6g} of the short side, resized to {self.crop} {how}"
         else:
-            rule = f"short side {self.short_side} {self.filter}, centre crop {self.crop}"
+            rule = f"short side {self.short_side} {how}, centre crop {self.crop}"
         return rule if self.antialias else f"{rule}, no antialiasing"
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -126,7 +129,7 @@ class EvalTransform:
         The side is a real number. Each edge of the square is rounded to the even side, as Pillow crops a box of floats,
         so that height and width may differ by a pixel; no edge can leave the image.
         """
-        side = self.share * min(height, width)
+        side = self.resolved_ratio * min(height, width)
         top, left = round((height - side) / 2), round((width - side) / 2)
         # A side below a pixel may round to none.
         return top, left, max(1, round(top + side) - top), max(1, round(left + side) - left)

@@ -1,7 +1,6 @@
 """The accuracy of a checkpoint at one or several crops."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from resnest_imagenet import distributed
@@ -11,30 +10,12 @@ from resnest_imagenet.data.folder import ImageFolder, label_by_classes, read_ima
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import evaluate
+from resnest_imagenet.evaluation.results import CropResult, Results
+from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import list_imagenet_classes, require_model
 from resnest_imagenet.weights.load import Weights, read_weights, restore_network
-
-
-@dataclass(frozen=True)
-class CropResult:
-    """Accuracy under one protocol.
-
-    Attributes:
-        crop: side of the images the model saw, in pixels.
-        top1, top5: percent.
-        correct1, correct5, count: the integers behind them.
-        protocol: how the images were resized and cropped.
-    """
-
-    crop: int
-    top1: float
-    top5: float
-    correct1: int
-    correct5: int
-    count: int
-    protocol: str
 
 
 def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
@@ -49,7 +30,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     device = distributed.choose_device(config.device)
     rank, _, _ = distributed.launched_as()
     if rank == 0 and config.out is not None:
-        _require_writable(Path(config.out))
+        require_writable(Path(config.out), "out")
     folder = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
@@ -58,33 +39,32 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     with distributed.join(device) as ranks:
         model = place(model, ranks.device)
         plan = plan_evaluation(len(folder), config.batch_size, ranks.rank, ranks.world_size)
+        transforms = [EvalTransform(crop, **config.protocol.model_dump()) for crop in config.crop]
+        # All before the first is used: what one of them refuses is known at once.
+        loaders = [
+            build_loader(config.loader.name, folder, plan, transform, ranks.device, config.loader.workers)
+            for transform in transforms
+        ]
         results = []
-        for crop in config.crop:
-            transform = EvalTransform(crop, **config.protocol.model_dump())
-            loader = build_loader(config.loader.name, folder, plan, transform, ranks.device, config.loader.workers)
-            accuracy = evaluate(model, loader, ranks, config.precision)
+        for crop, transform in zip(config.crop, transforms, strict=True):
+            accuracy = evaluate(model, loaders.pop(0), ranks, config.precision)
+            counts = asdict(accuracy)
             results.append(
-                CropResult(crop, accuracy.top1, accuracy.top5, **asdict(accuracy), protocol=transform.protocol)
+                CropResult(crop=crop, top1=accuracy.top1, top5=accuracy.top5, **counts, protocol=transform.protocol)
             )
         if ranks.is_main and config.out is not None:
-            measured = {
-                "model": name,
-                "ckpt": config.ckpt,
-                "num_classes": num_outputs,
-                "recipe": weights.recipe,
-                "results": [asdict(result) for result in results],
-            }
-            Path(config.out).write_text(json.dumps(measured, indent=2) + "\n")
+            measured = Results(
+                model=name,
+                ckpt=config.ckpt,
+                is_average=weights.is_average,
+                num_classes=num_outputs,
+                epoch=weights.epoch,
+                training=weights.training,
+                results=results,
+            )
+            with replacing(Path(config.out)) as file:
+                file.write(measured.model_dump_json(indent=2).encode() + b"\n")
     return results
-
-
-def _require_writable(out: Path) -> None:
-    """Make the folder of the results file, and raise a ConfigError now rather than after the evaluation."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
 
 
 def format_results(results: list[CropResult]) -> str:
@@ -99,10 +79,11 @@ def _label(folder: ImageFolder, weights: Weights, num_outputs: int) -> ImageFold
     """Number the images as the model's outputs are; a folder may hold a part of the classes."""
     if weights.classes is not None:
         return label_by_classes(folder, weights.classes, "the checkpoint's classes")
-    if len(folder.classes) == num_outputs:
+    imagenet = list_imagenet_classes() if num_outputs == 1000 else []
+    if len(folder.classes) == num_outputs and not set(folder.classes) <= set(imagenet):
         return folder
-    if num_outputs == 1000:
-        return label_by_classes(folder, list_imagenet_classes(), "ImageNet's 1000")
+    if imagenet:
+        return label_by_classes(folder, imagenet, "ImageNet's 1000")
     raise DataError(
         f"{folder.root} has {len(folder.classes)} classes, fc.weight of {weights.source} {num_outputs}: "
         "set data.root or ckpt"

@@ -1,14 +1,57 @@
-"""Accuracies that were measured, read from results files and run folders."""
+"""Accuracies that were measured: the file they are written to, and what is read back from files and run folders."""
 
 import glob
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
+
+
+class CropResult(Options):
+    """Accuracy under one protocol.
+
+    Attributes:
+        crop: side of the images the model saw, in pixels.
+        top1, top5: percent.
+        correct1, correct5, count: the integers behind them.
+        protocol: how the images were resized and cropped.
+    """
+
+    crop: int
+    top1: float
+    top5: float
+    correct1: int
+    correct5: int
+    count: int
+    protocol: str
+
+
+class Results(Options):
+    """A results file, of resnest-eval out=...
+
+    Attributes:
+        model: name of the network.
+        ckpt: what was evaluated.
+        is_average: whether it was the moving average of the weights.
+        num_classes: of the model.
+        epoch, training: epochs done and all training options, where the checkpoint knows them.
+        results: one for each crop.
+    """
+
+    model: str
+    ckpt: str
+    is_average: bool
+    num_classes: int
+    epoch: int | None
+    training: dict[str, Any] | None
+    results: list[CropResult]
 
 
 @dataclass(frozen=True)
@@ -16,7 +59,7 @@ class Measured:
     """One accuracy that was measured here.
 
     Attributes:
-        model: a name of models/zoo.py.
+        model: name of the network.
         crop: side of the images in pixels.
         top1: percent.
         count, num_classes: of the images it was measured on; ImageNet's are 50000 and 1000.
@@ -35,80 +78,86 @@ class Measured:
     source: str
 
 
-def read_measured(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> list[Measured]:
-    """Read results files (of resnest-eval out=...) and run folders.
+def read_measured(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[list[Measured], list[str]]:
+    """Read results files and run folders.
 
-    A run folder stands for the results files in it, or without any for the evaluation after its last epoch.
+    A run folder stands for the results files in it, or without any for its last evaluation.
 
     Args:
-        patterns: paths, or patterns with * that may find none.
+        patterns: paths, or patterns with * of which what is no result is left out.
         recipes: the values of each recipe by its name: what a run changed is named.
 
+    Returns:
+        The accuracies, and a line for everything that was left out.
+
     Raises:
-        ConfigError: for a path that is not there, or is neither.
+        ConfigError: for a path that is not there, or holds no results.
     """
-    found: list[Measured] = []
+    found: dict[Path, list[Measured]] = {}
+    left_out = []
     for pattern in patterns:
-        paths = [Path(path) for path in sorted(glob.glob(pattern))]
-        if not paths and not glob.has_magic(pattern):
-            raise ConfigError(f"results={pattern}: no such file or run folder")
-        for path in paths:
-            if path.is_file():
-                found += _read_results(path, recipes)
-            elif (path / "config.yaml").is_file():
-                files = [file for file in sorted(path.glob("*.json")) if "results" in _read_json(file)]
-                found += [one for file in files for one in _read_results(file, recipes)] or _read_run(path, recipes)
-            elif not glob.has_magic(pattern):
-                raise ConfigError(f"results={path}: neither a results file nor a run folder")
-    return found
+        is_path = Path(pattern).exists() or not glob.has_magic(pattern)
+        for path in [Path(pattern)] if is_path else [Path(name) for name in sorted(glob.glob(pattern))]:
+            try:
+                found |= dict(_read(path, recipes))
+            except ConfigError as error:
+                if is_path:
+                    raise
+                left_out.append(str(error))
+    return [one for measured in found.values() for one in measured], left_out
+
+
+def _read(path: Path, recipes: dict[str, dict[str, Any]]) -> Iterator[tuple[Path, list[Measured]]]:
+    """Yield the files of a path with the accuracies in them."""
+    if not path.exists():
+        raise ConfigError(f"results={path}: no such file or run folder")
+    if path.is_file():
+        yield path, _read_results(path, recipes)
+        return
+    files = [file for file in sorted(path.glob("*.json")) if '"results"' in file.read_text(errors="replace")]
+    for file in files:
+        yield file, _read_results(file, recipes)
+    if not files:
+        yield path, [_read_run(path, recipes)]
 
 
 def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measured]:
-    content = _read_json(path)
     try:
-        recipe = f"weights {content['ckpt']}" if content["recipe"] is None else _describe(content["recipe"], recipes)
-        return [
-            Measured(
-                content["model"],
-                r["crop"],
-                r["top1"],
-                r["count"],
-                content["num_classes"],
-                recipe,
-                r["protocol"],
-                str(path),
-            )
-            for r in content["results"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"results={path}: not written by resnest-eval out=... (lacks {error})") from error
+        content = Results.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"results={path}: not a file of resnest-eval out=...") from error
+    if content.training is None:
+        recipe = f"weights {content.ckpt}"
+    else:
+        recipe = _describe(content.training, recipes, content.epoch or 0)
+        # Where there is a moving average, it is what a reader expects.
+        if content.training.get("ema_decay") is not None and not content.is_average:
+            recipe += ", not the moving average"
+    return [
+        Measured(content.model, r.crop, r.top1, r.count, content.num_classes, recipe, r.protocol, str(path))
+        for r in content.results
+    ]
 
 
-def _read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> list[Measured]:
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    metrics = folder / "metrics.jsonl"
-    events = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    evaluations = [event for event in events if event["event"] == "eval"]
-    if not evaluations:
-        return []
-    last, model, recipe = evaluations[-1], config["model"], _describe(config["train"], recipes)
-    if last["epoch"] < config["train"]["epochs"]:
-        recipe += f", after {last['epoch']} epochs"
-    crop, top1, count, protocol = config["eval"]["crop"], last["top1"], last["count"], last["protocol"]
-    return [Measured(model["name"], crop, top1, count, model["num_classes"], recipe, protocol, str(metrics))]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Measured:
+    """Return the last evaluation of a run. A line that was cut by the run's end is none."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"results={path}: not a readable JSON file") from error
-    return content if isinstance(content, dict) else {}
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        last = [event for event in events if event["event"] == "eval"][-1]
+        recipe = _describe(config["train"], recipes, last["epoch"])
+        model = config["model"]
+        shape = (model["name"], last["crop"], last["top1"], last["count"], model["num_classes"])
+        return Measured(*shape, recipe, last["protocol"], str(folder / "metrics.jsonl"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"results={folder}: not a run folder with an evaluation") from error
 
 
-def _describe(options: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> str:
-    """Name the recipe, and the values that a run set otherwise."""
-    name = options["recipe"]
+def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int) -> str:
+    """Name the recipe, the values that a run set otherwise, and how far it was."""
+    name = training["recipe"]
     published = recipes.get(name, {})
-    changed = [f"{key}={options.get(key)}" for key, value in published.items() if options.get(key) != value]
-    return ", ".join([name if published else f"{name} (unknown)", *changed])
+    changed = [f"{key}={training.get(key)}" for key, value in published.items() if training.get(key) != value]
+    unfinished = [f"after {epoch} epochs"] if epoch < training["epochs"] else []
+    return ", ".join([name if published else f"{name} (no recipe of this project)", *changed, *unfinished])

@@ -86,7 +86,7 @@ def _format_markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in rows:
         cells = [row["row"], row["model"], f"{row['parameters_paper']:.1f}", f"{row['parameters']:.2f}"]
-        cells += [f"{row['gflops_paper']:.3g}", f"{row['gflops']:.2f}"]
+        cells += [f"{row['gflops_paper']:#.3g}", f"{row['gflops']:.2f}"]
         for crop in crops:
             if crop in row["top1_paper"]:
                 cells.append(f"{row['top1_paper'][crop]:.2f}")

@@ -25,11 +25,12 @@ def drop_blocks(x: Tensor, probability: Tensor) -> Tensor:
     gamma = probability * (height * width / BLOCK**2 / ((height - BLOCK + 1) * (width - BLOCK + 1)))
     centres = (torch.rand(1, channels, height, width, device=x.device) < gamma).float()
     keep = 1 - F.max_pool2d(centres, BLOCK, stride=1, padding=BLOCK // 2)
-    return x * (keep * (keep.numel() / keep.sum().clamp(min=1))).to(x.dtype)
+    # The scale apart, in float32: near 1, lower precisions would round it away.
+    return (x * keep.to(x.dtype)).mul_(keep.numel() / keep.sum().clamp(min=1))
 
 
 class DropBlock:
-    """Drops blocks in a network's layer3 and layer4 while it trains.
+    """Drops blocks in a network's layer3 and layer4 while it trains; units in evaluation mode (frozen BNs) drop none.
 
     There are three places in a block: after the first convolution's BN, after split attention (or the second
     convolution's BN, or the selective kernel), and after the last BN, before the shortcut is added. They are forward

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.evaluation.counting import Accuracy
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
@@ -89,16 +90,16 @@ class RunLog:
         else:
             self._bar.set_postfix_str(line)
 
-    def evaluation(self, state: TrainingState, accuracy: Accuracy, protocol: str) -> None:
+    def evaluation(self, state: TrainingState, accuracy: Accuracy, transform: EvalTransform) -> None:
         """Show and write the evaluation that ended an epoch; `state` counts that epoch already."""
         if not self._is_main:
             return
         self._bar.close()
-        values = {"top1": accuracy.top1, "top5": accuracy.top5, "count": accuracy.count, "protocol": protocol}
-        self._write("eval", state, values)
+        values = {"top1": accuracy.top1, "top5": accuracy.top5, "count": accuracy.count}
+        self._write("eval", state, {**values, "crop": transform.crop, "protocol": transform.protocol})
         print(
             f"{self._name_epoch(state.epoch - 1)}: loss {self._loss:.3f}, top-1 {accuracy.top1:.2f} %, "
-            f"top-5 {accuracy.top5:.2f} % of {accuracy.count} images ({protocol})",
+            f"top-5 {accuracy.top5:.2f} % of {accuracy.count} images ({transform.protocol})",
             flush=True,
         )
 

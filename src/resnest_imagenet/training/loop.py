@@ -90,7 +90,8 @@ def compute_loss(
     mixup = None
     if recipe.mixup_alpha > 0:
         rng = stream(seed, Purpose.MIXING, epoch, number)
-        mixup = draw_mixup(recipe.mixup_alpha, recipe.mixup_per_sample, recipe.mixup_partner, len(labels), rng)
+        kind = (recipe.mixup_alpha, recipe.mixup_per_sample, recipe.mixup_partner)
+        mixup = draw_mixup(*kind, len(labels), rng, images.device)
         images = mixup(images)
     torch.manual_seed(int(stream(seed, Purpose.MODEL, epoch, number).integers(2**63)))
     with autocast(images.device, recipe.precision):

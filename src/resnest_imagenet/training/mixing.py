@@ -21,15 +21,17 @@ class Mixup:
     partner: Tensor | None
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Mix normalised images or class probabilities, (B, ...), on any device."""
-        partners = values.flip(0) if self.partner is None else values[self.partner.to(values.device)]
+        """Mix normalised images or class probabilities, (B, ...)."""
+        partners = values.flip(0) if self.partner is None else values[self.partner]
         weight = self.weight
         if isinstance(weight, Tensor):
-            weight = weight.to(values.device).view(-1, *[1] * (values.ndim - 1))
+            weight = weight.view(-1, *[1] * (values.ndim - 1))
         return torch.lerp(partners, values, weight)
 
 
-def draw_mixup(alpha: float, per_sample: bool, partner: str, batch: int, rng: np.random.Generator) -> Mixup:
+def draw_mixup(
+    alpha: float, per_sample: bool, partner: str, batch: int, rng: np.random.Generator, device: torch.device
+) -> Mixup:
     """Draw weights from Beta(alpha, alpha), and partners.
 
     Args:
@@ -38,10 +40,12 @@ def draw_mixup(alpha: float, per_sample: bool, partner: str, batch: int, rng: np
         partner: "reversed" (Gluon's recipe) or "permuted" (the released PyTorch code).
         batch: number of images B.
         rng: of this batch.
+        device: of the values that will be mixed.
     """
     drawn = rng.beta(alpha, alpha, batch if per_sample else None)
-    weight = torch.from_numpy(drawn).float() if per_sample else float(drawn)
-    return Mixup(weight, torch.from_numpy(rng.permutation(batch)) if partner == "permuted" else None)
+    weight = torch.from_numpy(drawn).float().to(device) if per_sample else float(drawn)
+    order = torch.from_numpy(rng.permutation(batch)).to(device) if partner == "permuted" else None
+    return Mixup(weight, order)
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

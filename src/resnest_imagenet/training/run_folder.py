@@ -17,6 +17,7 @@ import torch
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.files import replacing
 
 _PACKAGES = ("resnest-imagenet", "torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130")
 
@@ -80,9 +81,8 @@ class RunFolder:
             save_checkpoint(content, self.last)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(self.path / name)
+        with replacing(self.path / name) as file:
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def describe_environment(ranks: Ranks) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> TrainingState:
                 state.epoch += 1
                 distributed.broadcast_buffers(state.evaluated_model)
                 accuracy = evaluate(state.evaluated_model, eval_loader, ranks, config.train.precision)
-                log.evaluation(state, accuracy, eval_transform.protocol)
+                log.evaluation(state, accuracy, eval_transform)
                 is_best = accuracy.top1 > state.best_top1
                 state.best_top1 = max(state.best_top1, accuracy.top1)
                 content = {
@@ -127,7 +127,7 @@ def _build_train_loader(config: TrainConfig, train_set: ImageFolder, plan: StepP
         shuffle=True,
         seed=config.seed,
     )
-    transform = TrainTransform(recipe.crop, config.seed, recipe.min_crop_area)
+    transform = TrainTransform(recipe.crop, config.seed, recipe.min_crop_area, recipe.antialias)
     return build_loader(config.loader.name, train_set, batches, transform, ranks.device, config.loader.workers)
 
 

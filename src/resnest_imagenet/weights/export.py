@@ -8,6 +8,7 @@ import torch
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.resnest import ResNeStSpec
 from resnest_imagenet.models.zoo import ARCHITECTURES
 from resnest_imagenet.weights.layouts import rename
@@ -27,13 +28,13 @@ def export_weights(config: ExportConfig) -> str:
     out = Path(config.out or f"{name}-{config.layout}.{config.format}")
     if out.suffix != f".{config.format}":
         raise ConfigError(f"out={out} does not end in .{config.format}: set format=... or another name")
+    if out.exists() and Path(config.ckpt).exists() and out.samefile(config.ckpt):
+        raise ConfigError(f"out={out} is the checkpoint itself: set another name")
+    require_writable(out, "out")
     renamed = {rename(key, config.layout): value for key, value in tensors.items()}
     # Contiguous, whatever layout training used, and no views of larger memory.
     content = {key: value.clone(memory_format=torch.contiguous_format) for key, value in renamed.items() if key}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(content, out)
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from error
+    save_checkpoint(content, out)
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    return f"wrote {out}: {name}, {len(content)} tensors, SHA-256 {digest}"
+    kind = "moving average of " if weights.is_average else ""
+    return f"wrote {out}: {kind}{name}, {len(content)} tensors, SHA-256 {digest}"

@@ -1,6 +1,7 @@
 """Weights from any file into a network: everything fits, or one line says what does not."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ from torch import Tensor, nn
 
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.errors import CheckpointError, ConfigError
-from resnest_imagenet.models.zoo import build_model, list_models, require_model
+from resnest_imagenet.models.zoo import build_model, list_imagenet_classes, list_models, require_model
 from resnest_imagenet.weights.layouts import recognise, rename
 from resnest_imagenet.weights.published import fetch
 
 _CLASSIFIER = ("fc.weight", "fc.bias")  # of every network of the zoo
+
+
+# Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
+# mmpretrain, Lightning and timm.
+_CONTAINERS = (("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"))
 
 
 @dataclass(frozen=True)
@@ -23,16 +29,20 @@ class Weights:
     Attributes:
         source: the file, or official:NAME or timm:NAME, as the user gave it.
         tensors: by the names of the file's layout, without the prefixes of wrappers.
+        is_average: whether they are the moving average that was kept beside the trained weights.
         model: the network's name, where the source tells.
         classes: class names in the order of the outputs, where the source tells.
-        recipe: the training options, in this project's checkpoints.
+        training: the training options, in this project's checkpoints.
+        epoch: epochs done, in this project's checkpoints.
     """
 
     source: str
     tensors: dict[str, Tensor]
+    is_average: bool = False
     model: str | None = None
     classes: list[str] | None = None
-    recipe: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    epoch: int | None = None
 
 
 def read_weights(source: str, choice: str = "auto") -> Weights:
@@ -41,30 +51,39 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
             "state_dict" or "model"; or published weights, official:NAME or timm:NAME.
-        choice: of this project's checkpoints: "model", "ema" (the moving average), or "auto": the moving average where
-            there is one.
+        choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
 
     Raises:
         CheckpointError: missing, unreadable, damaged or not a state dict.
         ConfigError: for an unknown published name, or a moving average that is not there.
     """
-    path, model = fetch(source) if source.startswith(("official:", "timm:")) else (Path(source), None)
+    # Not a file, and like no path: a published name, or a misspelt one.
+    is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
+    path, model = fetch(source) if is_published else (Path(source), None)
     content = load_checkpoint(path)
-    if {"model", "ema", "config", "classes"} <= content.keys():
-        if choice == "ema" and content["ema"] is None:
-            raise ConfigError(f"weights=ema, but {source} was trained without a moving average")
-        tensors = content["model" if choice == "model" or content["ema"] is None else "ema"]
-        config = content["config"]
-        return Weights(source, tensors, config["model"]["name"], content["classes"], config["train"])
-    if choice == "ema":
-        raise ConfigError(f"weights=ema, but {source} holds bare weights")
-    for container in ("state_dict", "model"):
+    tensors, average = content, None
+    for container, beside in _CONTAINERS:
         if isinstance(content.get(container), dict):
-            content = content[container]
-    for key, value in content.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{source}: {key} is no tensor: not a state dict")
-    return Weights(source, _without_wrappers(content), model)
+            tensors, average = content[container], average or content.get(beside)
+    if choice == "ema" and average is None:
+        raise ConfigError(f"weights=ema, but {source} holds no moving average")
+    is_average = average is not None and choice != "model"
+    weights = Weights(
+        source, _without_wrappers(_require_tensors(average if is_average else tensors, source)), is_average
+    )
+    if is_published:
+        outputs = weights.tensors.get("fc.weight")
+        classes = list_imagenet_classes() if outputs is not None and len(outputs) == 1000 else None
+        return replace(weights, model=model, classes=classes)
+    if {"config", "classes", "epoch"} <= content.keys():
+        try:
+            options, training = content["config"]["model"], content["config"]["train"]
+            return replace(
+                weights, model=options["name"], classes=content["classes"], training=training, epoch=content["epoch"]
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{source}: a checkpoint without its configuration") from error
+    return weights
 
 
 def restore_network(weights: Weights, name: str | None) -> tuple[nn.Module, str]:
@@ -134,7 +153,10 @@ def match_tensors(weights: Weights, name: str | None) -> tuple[str, dict[str, Te
 
 
 def _advise(weights: Weights) -> str:
-    """Name the networks that the weights fit: those with another place of the pool share all their shapes."""
+    """Name the networks that the weights fit: those with another place of the pool share all their shapes.
+
+    It builds every network, without memory for weights: some seconds, for a better last line.
+    """
     fitting = [f"model={name}" for name in list_models() if not _match(weights, name)[0]]
     return f"they fit {' or '.join(fitting)}" if fitting else "they fit no model of this project"
 
@@ -150,9 +172,11 @@ def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
         theirs = rename(key, layout)
         tensor = left.pop(theirs, None) if theirs else None
         # The number of classes is the file's.
-        of_classes = 1 if key in _CLASSIFIER else 0
-        if tensor is not None and tensor.shape[of_classes:] != value.shape[of_classes:]:
-            return f"{theirs} has shape {tuple(tensor.shape)}, not {tuple(value.shape)}", {}
+        shape = value.shape
+        if tensor is not None and key in _CLASSIFIER and tensor.ndim and len(tensor):
+            shape = torch.Size([len(tensor), *shape[1:]])
+        if tensor is not None and tensor.shape != shape:
+            return f"{theirs} has shape {tuple(tensor.shape)}, not {tuple(shape)}", {}
         if tensor is not None:
             found[key] = tensor
         elif key.endswith(".num_batches_tracked"):
@@ -167,9 +191,24 @@ def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
     return None, found
 
 
+def _require_tensors(content: Any, source: str) -> dict[str, Tensor]:
+    """Return a state dict that is one: names and dense tensors of numbers."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{source}: holds a {type(content).__name__}, not a state dict")
+    # torch's AveragedModel counts beside its module's tensors.
+    tensors = {key: value for key, value in content.items() if key != "n_averaged"}
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{source}: {key} is no tensor: not a state dict")
+        is_number = value.is_floating_point() or key.endswith(".num_batches_tracked")
+        if not is_number or value.is_meta or value.layout != torch.strided:
+            raise CheckpointError(f"{source}: {key} is no dense tensor of floating-point numbers")
+    return tensors
+
+
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what DistributedDataParallel and torch.compile put in front of every key, in any order."""
-    for prefix in ("module.", "_orig_mod."):
+    """Take off what DistributedDataParallel, torch.compile and Lightning put in front of every key, in any order."""
+    for prefix in ("module.", "_orig_mod.", "model."):
         if tensors and all(key.startswith(prefix) for key in tensors):
             return _without_wrappers({key.removeprefix(prefix): value for key, value in tensors.items()})
     return tensors

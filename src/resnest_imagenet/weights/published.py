@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from resnest_imagenet.errors import CheckpointError, ConfigError, suggest
+from resnest_imagenet.errors import CheckpointError, ConfigError, first_line, suggest
 from resnest_imagenet.models.zoo import find_by_timm_name
 
 # SHA-256 of the official files: whole where it is known, else the 8 digits in the file's name.
@@ -60,7 +60,7 @@ def _fetch_official(name: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if _has_sha256(path, OFFICIAL[name]):  # before the lock, so that a cache may be read-only
         return path
-    url, failure = f"{MIRRORS[0]}/{file}", ""
+    failures = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{file}.lock")):  # the other ranks wait for the first one's file
@@ -69,15 +69,15 @@ def _fetch_official(name: str) -> Path:
             if path.exists():
                 _say_damaged(path)
             for mirror in MIRRORS:
-                url = f"{mirror}/{file}"
                 try:
-                    _download(url, path, OFFICIAL[name])
+                    _download(f"{mirror}/{file}", path, OFFICIAL[name])
                     return path
                 except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: torch.hub's for a wrong hash
-                    failure = _line(error)
+                    failures.append(first_line(error))
     except OSError as error:
-        failure = _line(error)
-    raise CheckpointError(f"official:{name} not fetched ({failure}): put {url} by hand at {path}")
+        failures.append(first_line(error))
+    why = "; ".join(dict.fromkeys(failures))
+    raise CheckpointError(f"official:{name} not fetched ({why}): put {MIRRORS[0]}/{file} by hand at {path}")
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
@@ -111,7 +111,7 @@ def _fetch_timm(name: str, network: str) -> Path:
     # Transport errors are HTTPErrors, hf_xet's may be RuntimeErrors, and a forced download says offline by ValueError.
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
         cause = error
-        failure = _line(error.__cause__ or error)
+        failure = first_line(error.__cause__ or error)
     raise CheckpointError(
         f"timm:{name} not fetched ({failure}): {hf_hub_url(*place)}; set HF_HOME to a cache that has it, "
         f"or give ckpt=FILE model={network}"
@@ -138,7 +138,3 @@ def _has_sha256(path: Path, expected: str) -> bool:
 
 def _say_damaged(path: Path) -> None:
     print(f"{path}: damaged (it differs from its SHA-256), fetching it again", file=sys.stderr, flush=True)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
