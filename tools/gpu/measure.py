@@ -64,6 +64,7 @@ def main() -> None:
         *((loader, precision, [], False) for loader in ("dali", "torchvision") for precision in ("fp32", "bf16")),
         ("dali", "fp16", accumulate, False),
         ("dali", "bf16", compiled, False),
+        ("dali", "bf16", ["train.crop=112", "train.dropblock=0.1", *compiled], False),
         ("dali", "bf16", [], True),
         ("dali", "fp16", compiled + accumulate, True),
     ]

@@ -16,7 +16,6 @@ from resnest_imagenet.weights.published import fetch
 
 _CLASSIFIER = ("fc.weight", "fc.bias")  # of every network of the zoo
 
-
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
 # mmpretrain, Lightning and timm.
 _CONTAINERS = (("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"))
@@ -61,16 +60,8 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
     is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
     path, model = fetch(source) if is_published else (Path(source), None)
     content = load_checkpoint(path)
-    tensors, average = content, None
-    for container, beside in _CONTAINERS:
-        if isinstance(content.get(container), dict):
-            tensors, average = content[container], average or content.get(beside)
-    if choice == "ema" and average is None:
-        raise ConfigError(f"weights=ema, but {source} holds no moving average")
-    is_average = average is not None and choice != "model"
-    weights = Weights(
-        source, _without_wrappers(_require_tensors(average if is_average else tensors, source)), is_average
-    )
+    state, is_average = _choose_state(content, choice, source)
+    weights = Weights(source, _without_wrappers(_require_tensors(state, source)), is_average)
     if is_published:
         outputs = weights.tensors.get("fc.weight")
         classes = list_imagenet_classes() if outputs is not None and len(outputs) == 1000 else None
@@ -84,6 +75,17 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{source}: a checkpoint without its configuration") from error
     return weights
+
+
+def _choose_state(content: dict[str, Any], choice: str, source: str) -> tuple[Any, bool]:
+    """Return the state dict in a file's content, and whether it is a moving average."""
+    trained, average = content, None
+    for container, beside in _CONTAINERS:
+        if isinstance(content.get(container), dict):
+            trained, average = content[container], average or content.get(beside)
+    if choice == "ema" and average is None:
+        raise ConfigError(f"weights=ema, but {source} holds no moving average")
+    return (trained, False) if average is None or choice == "model" else (average, True)
 
 
 def restore_network(weights: Weights, name: str | None) -> tuple[nn.Module, str]:
