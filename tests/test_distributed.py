@@ -18,6 +18,8 @@ def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_p
     models = {}
     for ranks in (1, 2):
         options = ("train.batch_size=8", "train.global_batch=16", "train.mixup_alpha=0.2", f"loader={loader}")
+        # At 48 pixels layer3's maps hold one 3x3 block.
+        options += ("train.dropblock=0.2", "train.crop=48", "train.dropout=0.2", "train.mixup_per_sample=true")
         places = (f"data.root={demo_images}", f"run_dir={tmp_path / str(ranks)}")
         result = run_module(TRAIN, *SMALL, *options, *places, ranks=ranks)
         assert result.returncode == 0, result.stderr
