@@ -80,9 +80,8 @@ class RecipeOptions(Options):
     dropout: Fraction  # before fc
     dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
     init: Literal["fan_in", "fan_out"]
-    init_from: (
-        Annotated[str, Field(min_length=1)] | None
-    )  # weights to start from, with a new classifier where the classes are others
+    # Weights to start from, with a new classifier where the classes are others.
+    init_from: Annotated[str, Field(min_length=1)] | None
     zero_gamma: bool
     ema_decay: Fraction | None  # per step; null: no moving average
     precision: Precision
