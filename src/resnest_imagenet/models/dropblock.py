@@ -41,8 +41,8 @@ class DropBlock:
     def __init__(self, model: nn.Module) -> None:
         # A tensor: a compiled network would be compiled anew for every other number.
         self._probability = torch.zeros((), device=next(model.parameters()).device)
-        for layer in (model.layer3, model.layer4):
-            for block in layer:  # type: ignore[union-attr]
+        for layer in ("layer3", "layer4"):
+            for block in model.get_submodule(layer).children():
                 for number in (1, 2, 3):
                     # Split attention and timm's selective kernel units have their BN inside: no bn of that number.
                     unit = getattr(block, f"bn{number}" if hasattr(block, f"bn{number}") else f"conv{number}")

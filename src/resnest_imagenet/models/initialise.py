@@ -1,9 +1,11 @@
 """The initialisation of a network's weights, a part of the recipe."""
 
+from typing import Literal
+
 from torch import nn
 
 
-def initialise(model: nn.Module, mode: str) -> None:
+def initialise(model: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
     """Draw the weights of a new network from N(0, 2 / fan) (He et al. 2015); BN weights and biases are left alone.
 
     Args:
@@ -13,6 +15,6 @@ def initialise(model: nn.Module, mode: str) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and mode == "fan_in"):
-            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")  # type: ignore[arg-type]
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None and mode == "fan_in":
                 nn.init.zeros_(module.bias)

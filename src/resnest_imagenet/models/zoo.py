@@ -4,7 +4,7 @@ Architecture numbers stand here and nowhere else; conf/model/ has the names.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -95,7 +95,7 @@ def build_model(
     dropout: float = 0.0,
     zero_gamma: bool = True,
     output_stride: int = 32,
-    init: str = "fan_in",
+    init: Literal["fan_in", "fan_out"] = "fan_in",
 ) -> nn.Module:
     """Build a network with random weights.
 
