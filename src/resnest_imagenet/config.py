@@ -40,8 +40,9 @@ class ModelOptions(NetworkOptions):
 
 
 class DataOptions(Options):
-    """Where the images are: <root>/<train_dir or val_dir>/<class>/<image>."""
+    """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
+    kind: Literal["folder"]
     root: str
     train_dir: str
     val_dir: str

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from resnest_imagenet.data.demo import FIGURES, write_demo_images
-from resnest_imagenet.data.folder import read_image_folder, require_same_classes
+from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.source import require_same_classes
 from resnest_imagenet.errors import DataError
 
 

@@ -2,12 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnest_imagenet.data.folder import (
-    label_by_classes,
-    name_unreadable,
-    read_image_folder,
-    require_same_classes,
-)
+from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.errors import DataError
 
 
@@ -51,35 +46,3 @@ def test_faults_are_one_line(tmp_path, files, folders, message):
 def test_missing_root():
     with pytest.raises(DataError, match="data.root=/nowhere: no such folder"):
         read_image_folder("/nowhere", "train", "data.train_dir")
-
-
-def test_class_lists_that_differ_are_named_on_either_side(tmp_path):
-    make_tree(
-        tmp_path, "train/a/1.JPEG", "train/b/1.JPEG", "val/a/1.JPEG", "test/a/1.JPEG", "test/b/1.JPEG", "test/c/1.JPEG"
-    )
-    train, val, test = (read_image_folder(str(tmp_path), name, "x") for name in ("train", "val", "test"))
-    require_same_classes(train, train)
-    with pytest.raises(DataError, match="val lacks 1 of the classes of .*train: b"):
-        require_same_classes(train, val)
-    with pytest.raises(DataError, match="train lacks 1 of the classes of .*test: c"):
-        require_same_classes(train, test)
-
-
-def test_a_part_of_the_classes_keeps_the_whole_list_labels(tmp_path):
-    make_tree(tmp_path, "val/b/1.JPEG", "val/d/1.JPEG")
-    val = read_image_folder(str(tmp_path), "val", "data.val_dir")
-    assert label_by_classes(val, ["a", "b", "c", "d"], "the classes").labels.tolist() == [1, 3]
-    with pytest.raises(DataError, match="1 of its classes are not among the classes: d"):
-        label_by_classes(val, ["a", "b"], "the classes")
-
-
-def test_names_the_first_unreadable_file(tmp_path):
-    make_tree(tmp_path, "a.JPEG", "b.JPEG")
-    (tmp_path / "c.JPEG").write_bytes((tmp_path / "a.JPEG").read_bytes()[:200])
-    paths = [bytes(tmp_path / name) for name in ("a.JPEG", "b.JPEG", "c.JPEG")]
-    assert name_unreadable(paths[:2]) is None
-    assert str(tmp_path / "c.JPEG") in name_unreadable(paths)
-    Image.new("RGB", (8, 8)).save(tmp_path / "d.JPEG", format="GIF")
-    Image.new("I;16", (8, 8)).save(tmp_path / "e.png")
-    assert "d.JPEG: neither a JPEG nor an 8-bit PNG image (GIF" in name_unreadable([bytes(tmp_path / "d.JPEG")])
-    assert "e.png: neither a JPEG nor an 8-bit PNG image (PNG" in name_unreadable([bytes(tmp_path / "e.png")])

@@ -14,8 +14,9 @@ from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
-from resnest_imagenet.data.folder import ImageFolder, name_unreadable
+from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.source import ImageSource, name_unreadable
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.errors import ConfigError, DataError
 
@@ -94,9 +95,11 @@ def _normalise(images: DataNode, mirror: DataNode | int) -> DataNode:
 
 
 @pipeline_def
-def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> tuple[DataNode, DataNode]:
-    paths, labels, draw = fn.external_source(source, num_outputs=3)
-    encoded = fn.io.file.read(paths)
+def _train_pipeline(
+    source: Source, in_files: bool, transform: TrainTransform, decoder: str
+) -> tuple[DataNode, DataNode]:
+    images, labels, draw = fn.external_source(source, num_outputs=3)
+    encoded = fn.io.file.read(images) if in_files else images
     start, size = _train_window(*_image_size(encoded), draw, transform)
     images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
     images = fn.resize(images, size=[transform.crop] * 2, antialias=transform.antialias)
@@ -104,9 +107,9 @@ def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> 
 
 
 @pipeline_def
-def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tuple[DataNode, DataNode]:
-    paths, labels = fn.external_source(source, num_outputs=2)
-    encoded = fn.io.file.read(paths)
+def _eval_pipeline(source: Source, in_files: bool, transform: EvalTransform, decoder: str) -> tuple[DataNode, DataNode]:
+    images, labels = fn.external_source(source, num_outputs=2)
+    encoded = fn.io.file.read(images) if in_files else images
     crop = transform.crop
     interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[transform.resolved_interpolation]
     resampling = {"interp_type": interpolation, "antialias": transform.antialias}
@@ -124,14 +127,16 @@ def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tu
 
 
 class _Inputs:
-    """What DALI's external source asks for: the next batch's paths, labels and, in training, draws.
+    """What DALI's external source asks for: the next batch's images, labels and, in training, draws.
+
+    Of files the paths, which DALI's threads read; of other sources the bytes.
 
     Apart from the loader, so that loader and pipeline do not hold each other: a pipeline is freed with its loader and
     not by the garbage collector, which may run in a forked process, where DALI's threads are not.
     """
 
-    def __init__(self, folder: ImageFolder, plan: BatchPlan, transform: TrainTransform | EvalTransform) -> None:
-        self.folder = folder
+    def __init__(self, images: ImageSource, plan: BatchPlan, transform: TrainTransform | EvalTransform) -> None:
+        self.images = images
         self.plan = plan
         self.transform = transform
         self.recent: deque[np.ndarray] = deque(maxlen=PREFETCHED_BATCHES + 2)
@@ -147,11 +152,12 @@ class _Inputs:
         """Return one batch; StopIteration ends the pass."""
         indices = next(self._pending)
         self.recent.append(indices)
-        paths = [np.frombuffer(self.folder.path(index), dtype=np.uint8) for index in indices]
-        labels = self.folder.labels[indices]
+        get = self.images.path if isinstance(self.images, ImageFolder) else self.images.read
+        images = [np.frombuffer(get(index), dtype=np.uint8) for index in indices.tolist()]
+        labels = self.images.labels[indices]
         if isinstance(self.transform, TrainTransform):
-            return paths, labels, np.stack([self.transform.draw(self._epoch, index) for index in indices.tolist()])
-        return paths, labels
+            return images, labels, np.stack([self.transform.draw(self._epoch, index) for index in indices.tolist()])
+        return images, labels
 
 
 class DaliLoader:
@@ -159,7 +165,7 @@ class DaliLoader:
 
     def __init__(
         self,
-        folder: ImageFolder,
+        images: ImageSource,
         plan: BatchPlan,
         transform: TrainTransform | EvalTransform,
         device: torch.device,
@@ -173,7 +179,7 @@ class DaliLoader:
             # Keys' a is -1/2 in DALI, and -3/4 in OpenCV and torchvision.
             raise ConfigError("protocol.antialias=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan
-        self._inputs = _Inputs(folder, plan, transform)
+        self._inputs = _Inputs(images, plan, transform)
         self._device = device
         self._workers = max(1, workers)
         self._pipeline: Pipeline | None = None
@@ -202,6 +208,7 @@ class DaliLoader:
         build = _train_pipeline if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
         pipeline = build(
             self._inputs,
+            isinstance(self._inputs.images, ImageFolder),
             self._inputs.transform,
             "mixed" if on_gpu else "cpu",
             batch_size=self.plan.batch_size,
@@ -214,6 +221,6 @@ class DaliLoader:
 
     def _explain(self, error: RuntimeError) -> Exception:
         """Name the file behind a failure (DALI does not); any other failure stays what it is."""
-        folder = self._inputs.folder
-        unreadable = name_unreadable(folder.path(index) for indices in self._inputs.recent for index in indices)
+        recent = (index for indices in self._inputs.recent for index in indices.tolist())
+        unreadable = name_unreadable(self._inputs.images, recent)
         return DataError(unreadable) if unreadable else error

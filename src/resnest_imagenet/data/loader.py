@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.errors import ConfigError
 
@@ -53,7 +53,7 @@ def choose_loader(name: str) -> str:
 
 def build_loader(
     name: str,
-    folder: ImageFolder,
+    images: ImageSource,
     plan: BatchPlan,
     transform: TrainTransform | EvalTransform,
     device: torch.device,
@@ -63,7 +63,7 @@ def build_loader(
 
     Args:
         name: auto, dali or torchvision.
-        folder: the images.
+        images: where they are.
         plan: their order.
         transform: what is done to each.
         device: where the batches are wanted; DALI decodes there too.
@@ -78,7 +78,7 @@ def build_loader(
     if choose_loader(name) == "dali":
         from resnest_imagenet.data.dali import DaliLoader
 
-        return DaliLoader(folder, plan, transform, device, workers)
+        return DaliLoader(images, plan, transform, device, workers)
     from resnest_imagenet.data.torchvision import TorchvisionLoader
 
-    return TorchvisionLoader(folder, plan, transform, device, workers)
+    return TorchvisionLoader(images, plan, transform, device, workers)

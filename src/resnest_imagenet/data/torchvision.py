@@ -1,7 +1,6 @@
 """The torchvision loader: worker processes decode and crop, the device normalises."""
 
 import gc
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,8 +11,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from resnest_imagenet.data.folder import ImageFolder, name_unreadable
 from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.source import ImageSource, name_unreadable
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.errors import DataError
 
@@ -21,18 +20,19 @@ from resnest_imagenet.errors import DataError
 class _Samples(Dataset[tuple[Tensor, int]]):
     """Cropped images as uint8 (3, crop, crop) with their labels, by (epoch, index)."""
 
-    def __init__(self, folder: ImageFolder, transform: TrainTransform | EvalTransform) -> None:
-        self.folder = folder
+    def __init__(self, images: ImageSource, transform: TrainTransform | EvalTransform) -> None:
+        self.images = images
         self.transform = transform
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        image = decode_image(os.fsdecode(self.folder.path(index)), ImageReadMode.RGB)
+        encoded = np.frombuffer(self.images.read(index), dtype=np.uint8)
+        image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
         if isinstance(self.transform, TrainTransform):
             crop = _train_crop(image, self.transform, epoch, index)
         else:
             crop = _eval_crop(image, self.transform)
-        return crop, int(self.folder.labels[index])
+        return crop, int(self.images.labels[index])
 
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> Tensor:
@@ -71,18 +71,18 @@ class TorchvisionLoader:
 
     def __init__(
         self,
-        folder: ImageFolder,
+        images: ImageSource,
         plan: BatchPlan,
         transform: TrainTransform | EvalTransform,
         device: torch.device,
         workers: int,
     ) -> None:
         self.plan = plan
-        self._folder = folder
+        self._images = images
         self._device = device
         self._keys = _Keys(plan)
         self._loader = DataLoader(
-            _Samples(folder, transform),
+            _Samples(images, transform),
             batch_sampler=self._keys,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -108,5 +108,5 @@ class TorchvisionLoader:
 
     def _explain(self, indices: np.ndarray, error: RuntimeError) -> Exception:
         """Name the file behind a failed batch; any other failure stays what it is."""
-        unreadable = name_unreadable(self._folder.path(index) for index in indices)
+        unreadable = name_unreadable(self._images, indices.tolist())
         return DataError(unreadable) if unreadable else error

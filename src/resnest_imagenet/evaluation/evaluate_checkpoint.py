@@ -6,9 +6,9 @@ from pathlib import Path
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import place
 from resnest_imagenet.config import EvalConfig
-from resnest_imagenet.data.folder import ImageFolder, label_by_classes, read_image_folder
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.source import ImageSource, label_by_classes, open_source
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import evaluate
@@ -31,18 +31,18 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     rank, _, _ = distributed.launched_as()
     if rank == 0 and config.out is not None:
         require_writable(Path(config.out), "out")
-    folder = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+    images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
     num_outputs = len(model.get_parameter("fc.bias"))
-    folder = _label(folder, weights, num_outputs)
+    images = _label(images, weights, num_outputs)
     with distributed.join(device) as ranks:
         model = place(model, ranks.device)
-        plan = plan_evaluation(len(folder), config.batch_size, ranks.rank, ranks.world_size)
+        plan = plan_evaluation(len(images), config.batch_size, ranks.rank, ranks.world_size)
         transforms = [EvalTransform(crop, **config.protocol.model_dump()) for crop in config.crop]
         # All before the first is used: what one of them refuses is known at once.
         loaders = [
-            build_loader(config.loader.name, folder, plan, transform, ranks.device, config.loader.workers)
+            build_loader(config.loader.name, images, plan, transform, ranks.device, config.loader.workers)
             for transform in transforms
         ]
         results = []
@@ -75,16 +75,16 @@ def format_results(results: list[CropResult]) -> str:
     return "\n".join(lines)
 
 
-def _label(folder: ImageFolder, weights: Weights, num_outputs: int) -> ImageFolder:
+def _label(images: ImageSource, weights: Weights, num_outputs: int) -> ImageSource:
     """Number the images as the model's outputs are; a folder may hold a part of the classes."""
     if weights.classes is not None:
-        return label_by_classes(folder, weights.classes, "the checkpoint's classes")
+        return label_by_classes(images, weights.classes, "the checkpoint's classes")
     imagenet = list_imagenet_classes() if num_outputs == 1000 else []
-    if len(folder.classes) == num_outputs and not set(folder.classes) <= set(imagenet):
-        return folder
+    if len(images.classes) == num_outputs and not set(images.classes) <= set(imagenet):
+        return images
     if imagenet:
-        return label_by_classes(folder, imagenet, "ImageNet's 1000")
+        return label_by_classes(images, imagenet, "ImageNet's 1000")
     raise DataError(
-        f"{folder.root} has {len(folder.classes)} classes, fc.weight of {weights.source} {num_outputs}: "
+        f"{images.root} has {len(images.classes)} classes, fc.weight of {weights.source} {num_outputs}: "
         "set data.root or ckpt"
     )

@@ -12,9 +12,9 @@ from resnest_imagenet import distributed
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.compute import place
 from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.folder import ImageFolder, read_image_folder, require_same_classes
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
+from resnest_imagenet.data.source import ImageSource, open_source, require_same_classes
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import CheckpointError, ConfigError
@@ -42,8 +42,9 @@ def train(config: TrainConfig) -> TrainingState:
     count_accumulation(config.train, world_size)
     device = distributed.choose_device(config.device)
     # 2. The data, and with it the steps and the width of the classifier.
-    train_set = read_image_folder(config.data.root, config.data.train_dir, "data.train_dir")
-    val_set = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+    data = config.data
+    train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
+    val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
     require_same_classes(train_set, val_set)
     config = _fix_num_classes(config, train_set)
     plan = plan_steps(len(train_set), config.train, world_size)
@@ -88,7 +89,7 @@ def train(config: TrainConfig) -> TrainingState:
     return state
 
 
-def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageFolder, protocol: str) -> dict[str, Any]:
+def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageSource, protocol: str) -> dict[str, Any]:
     """Return what must not change when a run goes on: plain values by option name, and a digest of the file names.
 
     The evaluation's protocol is one of them: the best accuracy so far is comparable under the same only.
@@ -108,7 +109,7 @@ def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageFolde
     }
 
 
-def _fix_num_classes(config: TrainConfig, train_set: ImageFolder) -> TrainConfig:
+def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig:
     """Set the classifier's width to the number of class folders."""
     found = len(train_set.classes)
     if config.model.num_classes not in (None, found):
@@ -116,7 +117,7 @@ def _fix_num_classes(config: TrainConfig, train_set: ImageFolder) -> TrainConfig
     return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": found})})
 
 
-def _build_train_loader(config: TrainConfig, train_set: ImageFolder, plan: StepPlan, ranks: Ranks) -> Loader:
+def _build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepPlan, ranks: Ranks) -> Loader:
     recipe = config.train
     batches = BatchPlan(
         num_samples=len(train_set),
@@ -131,7 +132,7 @@ def _build_train_loader(config: TrainConfig, train_set: ImageFolder, plan: StepP
     return build_loader(config.loader.name, train_set, batches, transform, ranks.device, config.loader.workers)
 
 
-def _build_state(config: TrainConfig, train_set: ImageFolder, ranks: Ranks, is_new: bool) -> TrainingState:
+def _build_state(config: TrainConfig, train_set: ImageSource, ranks: Ranks, is_new: bool) -> TrainingState:
     recipe = config.train
     torch.manual_seed(config.seed)
     classes = list(train_set.classes)

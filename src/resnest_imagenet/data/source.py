@@ -1,0 +1,113 @@
+"""What a loader reads from: encoded images with labels, wherever they are kept."""
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from resnest_imagenet.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageSource(ABC):
+    """One part of a data set.
+
+    Attributes:
+        root: where it is.
+        classes: names of the classes, in the order of the labels.
+        files: (N,) array of bytes, a name for each image that is unique below root. An array and not a list of strings:
+            worker processes share it without copying, and 1.28 million entries take 40 MB.
+        labels: (N,) int64.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    files: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what a person can find the image by."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Return one image, encoded."""
+
+
+def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
+    """List the images of one part of a data set.
+
+    Args:
+        kind: "folder".
+        root: the data set's folder.
+        name: the part's folder within it, e.g. "train".
+        option: the option that names this part, for the error message.
+
+    Raises:
+        DataError: nothing there, or nothing that can be used.
+    """
+    from resnest_imagenet.data.folder import read_image_folder
+
+    return read_image_folder(root, name, option)
+
+
+def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) -> ImageSource:
+    """Number the images by the given class list, of which the source may hold a part.
+
+    Args:
+        images: the source.
+        classes: all class names, in the order of the labels.
+        whose: the owner of that list, for the error message.
+
+    Raises:
+        DataError: for a class that is not in the list.
+    """
+    label_of = {name: label for label, name in enumerate(classes)}
+    unknown = [name for name in images.classes if name not in label_of]
+    if unknown:
+        raise DataError(f"{images.root}: {len(unknown)} of its classes are not among {whose}: {_some(unknown)}")
+    new_labels = np.array([label_of[name] for name in images.classes], dtype=np.int64)
+    return replace(images, classes=tuple(classes), labels=new_labels[images.labels])
+
+
+def require_same_classes(train: ImageSource, val: ImageSource) -> None:
+    """Raise a DataError unless both parts have the same classes."""
+    for one, other in ((train, val), (val, train)):
+        missing = sorted(set(one.classes) - set(other.classes))
+        if missing:
+            raise DataError(f"{other.root} lacks {len(missing)} of the classes of {one.root}: {_some(missing)}")
+
+
+def find_fault(encoded: bytes) -> str | None:
+    """Return why an image cannot be used by every loader, or None where it can."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.format not in ("JPEG", "PNG") or image.mode.startswith("I"):
+                return f"neither a JPEG nor an 8-bit PNG image ({image.format}, {image.mode})"
+            image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"not a readable image ({error})"
+    return None
+
+
+def name_unreadable(images: ImageSource, indices: Iterable[int]) -> str | None:
+    """Return one line about the first of some images that cannot be used, or None where all can."""
+    for index in indices:
+        try:
+            fault = find_fault(images.read(index))
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        if fault:
+            return f"{images.name(index)}: {fault}"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
