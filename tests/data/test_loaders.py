@@ -1,6 +1,7 @@
 """Both loaders against the contract, and against each other."""
 
 import gc
+import io
 import itertools
 import weakref
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from conftest import CPU
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.transforms import STD, EvalTransform, TrainTransform
+from resnest_imagenet.data.source import name_unreadable
+from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.errors import ConfigError, DataError
 
 LOADERS = ["dali", "torchvision"]
@@ -239,3 +241,71 @@ def test_choice(monkeypatch):
     assert choose_loader("auto") == "torchvision"
     with pytest.raises(ConfigError, match=r"DALI is not installed: add the extra \[dali\]"):
         choose_loader("dali")
+
+
+def write_hard_images():
+    """Return (name, encoded) of images that decoders treat differently, all of them sound."""
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((90, 70), Image.Resampling.BICUBIC)
+    alpha = Image.fromarray(rng.integers(0, 256, (70, 90), dtype=np.uint8))
+    rgba = rgb.copy()
+    rgba.putalpha(alpha)
+    palette = rgb.quantize(30)
+    deep = Image.fromarray(rng.integers(0, 2**16, (70, 90), dtype=np.uint16))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+
+    def encode(image, kind, **options):
+        file = io.BytesIO()
+        image.save(file, format=kind, **options)
+        return file.getvalue()
+
+    return {
+        "rgb": encode(rgb, "JPEG"),
+        "progressive": encode(rgb, "JPEG", progressive=True),
+        "rotated by EXIF": encode(rgb, "JPEG", exif=rotated),
+        "grey": encode(rgb.convert("L"), "JPEG"),
+        "CMYK": encode(rgb.convert("CMYK"), "JPEG"),
+        "without an end marker": encode(rgb, "JPEG")[:-2],
+        "with bytes after its end": encode(rgb, "JPEG") + bytes(1000),
+        "PNG": encode(rgb, "PNG"),
+        "grey PNG": encode(rgb.convert("L"), "PNG"),
+        "black and white PNG": encode(rgb.convert("1"), "PNG"),
+        "palette PNG": encode(palette, "PNG"),
+        "palette PNG with a transparent colour": encode(palette, "PNG", transparency=3),
+        "RGBA PNG": encode(rgba, "PNG"),
+        "grey PNG with transparency": encode(rgba.convert("LA"), "PNG"),
+        "16-bit PNG": encode(deep, "PNG"),
+        "WebP": encode(rgb, "WEBP", lossless=True),
+        "BMP": encode(rgb, "BMP"),
+        "TIFF": encode(rgb, "TIFF"),
+    }
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_hard_files_are_decoded_as_pillow_does(name, tmp_path):
+    """All of them named .JPEG; an evaluation that neither resizes nor crops shows the decoded pixels."""
+    files = write_hard_images()
+    for number, encoded in enumerate(files.values()):
+        path = tmp_path / "val" / "x" / f"{number:02d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded)
+    folder = read_image_folder(str(tmp_path), "val", "data.val_dir")
+    assert name_unreadable(folder, range(len(folder))) is None
+    loader = make_loader(name, folder, EvalTransform(70, ratio=1.0), batch_size=1, num_batches=len(files))
+    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
+    for (kind, encoded), (batch, _) in zip(files.items(), loader.batches(0), strict=True):
+        pixels = (to_pixels(batch) + mean)[0].permute(1, 2, 0).numpy()
+        picture = Image.open(io.BytesIO(encoded))
+        expected = np.array(picture).astype(float) / 257 if picture.mode == "I;16" else np.array(picture.convert("RGB"))
+        expected = expected.round().reshape(70, 90, -1)[:, 10:80]
+        assert np.abs(pixels - expected).max() < 1e-3, kind
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_neither_loader_decodes_a_gif(name, images, tmp_path):
+    (tmp_path / "val" / "x").mkdir(parents=True)
+    Image.new("RGB", (60, 60)).save(tmp_path / "val" / "x" / "0.JPEG", format="GIF")
+    folder = read_image_folder(str(tmp_path), "val", "data.val_dir")
+    with pytest.raises(DataError, match=r"x/0.JPEG: a GIF image \(not one of JPEG"):
+        list(make_loader(name, folder, EvalTransform(48), num_batches=1).batches(0))

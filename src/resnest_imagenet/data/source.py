@@ -11,6 +11,13 @@ from PIL import Image
 
 from resnest_imagenet.errors import DataError
 
+# By content, whatever the file's name says. MPO is what some cameras write into .jpg files: JPEGs, the first counts.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+# As Pillow calls them; besides, PNGs may have 16 bits.
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
+# What Pillow raises on damaged images.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class ImageSource(ABC):
@@ -86,13 +93,15 @@ def require_same_classes(train: ImageSource, val: ImageSource) -> None:
 
 
 def find_fault(encoded: bytes) -> str | None:
-    """Return why an image cannot be used by every loader, or None where it can."""
+    """Return why an image cannot be used, or None where it can: what both loaders decode to the same pixels passes."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            if image.format not in ("JPEG", "PNG") or image.mode.startswith("I"):
-                return f"neither a JPEG nor an 8-bit PNG image ({image.format}, {image.mode})"
+            if image.format not in FORMATS:
+                return f"a {image.format} image (not one of {', '.join(FORMATS)})"
+            if image.mode not in MODES and not (image.format == "PNG" and image.mode.startswith("I")):
+                return f"a {image.format} image of mode {image.mode} (not one of {', '.join(MODES)})"
             image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         return f"not a readable image ({error})"
     return None
 

@@ -1,10 +1,12 @@
 """The torchvision loader: worker processes decode and crop, the device normalises."""
 
 import gc
+import io
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
@@ -12,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.source import ImageSource, name_unreadable
+from resnest_imagenet.data.source import UNREADABLE, ImageSource, name_unreadable
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.errors import DataError
 
@@ -26,13 +28,31 @@ class _Samples(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        encoded = np.frombuffer(self.images.read(index), dtype=np.uint8)
-        image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
+        image = decode(self.images.read(index))
         if isinstance(self.transform, TrainTransform):
             crop = _train_crop(image, self.transform, epoch, index)
         else:
             crop = _eval_crop(image, self.transform)
         return crop, int(self.images.labels[index])
+
+
+def decode(encoded: bytes) -> Tensor:
+    """Decode an image as DALI does: uint8 RGB (3, H, W), EXIF orientation and transparency ignored.
+
+    Raises:
+        UNREADABLE: not an image, or damaged.
+    """
+    if encoded.startswith(b"GIF8"):
+        raise OSError("a GIF image, which DALI does not decode")
+    try:
+        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+    except (RuntimeError, ValueError):
+        # JPEGs without an end marker, BMP and TIFF images: Pillow and DALI read them, and agree.
+        with Image.open(io.BytesIO(encoded)) as picture:
+            image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    if image.dtype == torch.uint16:  # of 16-bit PNGs
+        image = ((image.to(torch.int32) + 128) // 257).to(torch.uint8)
+    return image
 
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> Tensor:
@@ -101,12 +121,12 @@ class TorchvisionLoader:
         for indices in self.plan.batches(epoch, start):
             try:
                 images, labels = next(batches)
-            except RuntimeError as error:
+            except (RuntimeError, *UNREADABLE) as error:
                 raise self._explain(indices, error) from error
             images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
             yield images.float().sub_(self._mean).div_(self._std), labels.to(self._device, non_blocking=True)
 
-    def _explain(self, indices: np.ndarray, error: RuntimeError) -> Exception:
+    def _explain(self, indices: np.ndarray, error: Exception) -> Exception:
         """Name the file behind a failed batch; any other failure stays what it is."""
         unreadable = name_unreadable(self._images, indices.tolist())
         return DataError(unreadable) if unreadable else error
