@@ -28,7 +28,12 @@ MAY_IMPORT = {
     "__init__": {"models"},
 }
 # Packages that one place only may know.
-ONLY_IN = {"hydra": {"commands"}, "omegaconf": {"commands"}, "nvidia": {"data/dali.py"}, "timm": {"models/zoo.py"}}
+ONLY_IN = {
+    "hydra": {"commands"},
+    "omegaconf": {"commands"},
+    "nvidia": {"data/dali.py", "data/dali_ops.py"},
+    "timm": {"models/zoo.py"},
+}
 ONLY_IN["torchvision"] = {"data/torchvision.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py"}

@@ -64,7 +64,15 @@ class RecipeOptions(Options):
     global_batch: Positive | None  # images per step; null: batch_size * ranks
     crop: Crop
     min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share of the image
+    cropping: Literal["random_resized", "erandom"]
     antialias: bool  # of the crop's resize
+    interpolation: Literal["bilinear", "bicubic"]  # of the same
+    # Operations on the whole image, before the crop; null: none.
+    policy: Literal["resnest", "resnest_torch", "autoaugment", "randaugment", "trivialaugment", "rotation"] | None
+    jitter: Fraction  # brightness, contrast and saturation, each by up to this factor
+    lighting: Annotated[float, Field(ge=0)]  # standard deviation of the weights of the principal colours
+    pixel_shift: Annotated[float, Field(ge=0, le=255)]  # bound of what is added to all pixels of an image, of 255
+    erasing: Fraction  # probability of a random rectangle of mean colour in an image
     schedule: Literal["cosine", "step"]
     step_epochs: Positive | None  # schedule=step: the learning rate is multiplied by step_factor every so many epochs
     step_factor: Annotated[float, Field(gt=0, lt=1)]
@@ -76,8 +84,9 @@ class RecipeOptions(Options):
     decay_all: bool  # biases and BN weights too; otherwise convolution and fc weights only
     label_smoothing: Fraction
     mixup_alpha: Annotated[float, Field(ge=0)]  # 0: no mixup
+    cutmix_alpha: Annotated[float, Field(ge=0)]  # 0: no CutMix; with mixup, each batch has one of them
     mixup_per_sample: bool  # a weight for each image, otherwise one per batch
-    mixup_partner: Literal["reversed", "permuted"]  # of the image, in its batch
+    mixup_partner: Literal["reversed", "permuted"]  # of the image, in its batch; CutMix's too
     dropout: Fraction  # before fc
     dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
     init: Literal["fan_in", "fan_out"]

@@ -15,6 +15,8 @@ class Purpose(enum.IntEnum):
     CROP = 1  # and flip of one sample
     MIXING = 2  # of one batch
     MODEL = 3  # dropout and the like, in one batch
+    LOOK = 4  # of one sample: policy, colours
+    ERASING = 5  # in the images of one batch
 
 
 def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.random.Generator:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def
 
-from resnest_imagenet.data.dali import _eval_square, _round_half_even
-from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.data.dali import _round_half_even, _square, _train_window
+from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 
 
 def compute(rule, *columns):
@@ -34,5 +34,24 @@ def test_squares_are_those_of_the_transform(crop, ratio):
     random = np.random.default_rng(0).integers(1, 2000, (4000, 2))
     multiples = np.arange(1, 40)[:, None] * (crop + 32) // 2 + np.array([[0, 1]])
     sizes = np.concatenate([random, multiples, multiples[:, ::-1]])
-    squares = compute(lambda height, width: _eval_square(height, width, transform), *sizes.T)
+    squares = compute(lambda height, width: _square(height, width, transform), *sizes.T)
     assert squares.tolist() == [list(transform.square(*size)) for size in sizes.tolist()]
+
+
+@pytest.mark.parametrize(
+    "cropping", [RandomResizedCrop(), RandomResizedCrop(0.6), ERandomCrop(224), ERandomCrop(64, 0.5)]
+)
+def test_random_windows_are_those_of_the_transform(cropping):
+    """Of 4000 sizes, among them shapes that no attempt fits and images of a few pixels."""
+    transform = TrainTransform(224, 3, cropping)
+    rng = np.random.default_rng(0)
+    sizes = np.concatenate([rng.integers(1, 2000, (3000, 2)), rng.integers(1, 12, (1000, 2))])
+    draws = np.stack([transform.draw_crop(0, index)[1:] for index in range(len(sizes))])
+    height, width, *columns = [*sizes.T, *draws.T]
+
+    def rule(height, width, *draw):
+        return _train_window(height, width, fn.stack(*draw), cropping)
+
+    windows = compute(rule, height, width, *columns)
+    expected = [cropping.window(*size, draw) for size, draw in zip(sizes.tolist(), draws, strict=True)]
+    assert windows.tolist() == [list(window) for window in expected]

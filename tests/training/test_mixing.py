@@ -5,21 +5,21 @@ import pytest
 import torch
 
 from conftest import CPU
-from resnest_imagenet.training.mixing import Mixup, draw_mixup, one_hot, smoothed_cross_entropy
+from resnest_imagenet.training.mixing import Mixing, draw_mixup, one_hot, smoothed_cross_entropy
 
 
 @pytest.mark.parametrize(
     ("mixup", "weights", "partners"),
     [
-        (Mixup(0.7, None), [0.7] * 4, [3, 2, 1, 0]),
-        (Mixup(torch.tensor([0.1, 0.2, 0.6, 1.0]), None), [0.1, 0.2, 0.6, 1.0], [3, 2, 1, 0]),
-        (Mixup(0.7, torch.tensor([1, 3, 2, 0])), [0.7] * 4, [1, 3, 2, 0]),
+        (Mixing(0.7, None), [0.7] * 4, [3, 2, 1, 0]),
+        (Mixing(torch.tensor([0.1, 0.2, 0.6, 1.0]), None), [0.1, 0.2, 0.6, 1.0], [3, 2, 1, 0]),
+        (Mixing(0.7, torch.tensor([1, 3, 2, 0])), [0.7] * 4, [1, 3, 2, 0]),
     ],
 )
 def test_each_image_is_mixed_with_its_partner(mixup, weights, partners):
     images = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     targets = one_hot(torch.tensor([0, 1, 2, 2]), 3)
-    mixed, soft = mixup(images), mixup(targets)
+    mixed, soft = mixup.mix_images(images), mixup.mix_targets(targets)
     for i, (w, j) in enumerate(zip(weights, partners, strict=True)):
         torch.testing.assert_close(mixed[i], w * images[i] + (1 - w) * images[j])
         torch.testing.assert_close(soft[i], w * targets[i] + (1 - w) * targets[j])
@@ -54,5 +54,5 @@ def test_smoothing_by_the_formula():
 
 
 def test_uniform_logits_cost_log_k_whatever_the_target():
-    soft = Mixup(0.4, None)(one_hot(torch.tensor([1, 3]), 8))
+    soft = Mixing(0.4, None).mix_targets(one_hot(torch.tensor([1, 3]), 8))
     assert smoothed_cross_entropy(torch.zeros(2, 8), soft, 0.1).item() == pytest.approx(math.log(8))

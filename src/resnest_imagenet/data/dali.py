@@ -1,7 +1,7 @@
 """The DALI loader: the same plan, draws and windows as the torchvision loader, in a DALI graph.
 
-Image sizes are known only inside the graph (`peek_image_shape`), so `TrainTransform.window` and `EvalTransform`'s
-rules stand here a second time as DALI arithmetic; the tests hold the two forms together.
+Image sizes are known only inside the graph (`peek_image_shape`), so the windows of `transforms.py`
+stand here a second time as DALI arithmetic; the tests hold the two forms together.
 """
 
 from collections import deque
@@ -14,15 +14,17 @@ from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
+from resnest_imagenet.data.dali_ops import apply_operations
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource, name_unreadable
-from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
+from resnest_imagenet.data.transforms import MEAN, STD, ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.errors import ConfigError, DataError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
 # As Pillow and torchvision decode: EXIF orientation ignored, and on a GPU the same chroma upsampling as on a CPU.
 DECODING: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Source = Callable[[], tuple]
 
@@ -37,26 +39,43 @@ def _integers(vertical: DataNode, horizontal: DataNode) -> DataNode:
     return fn.cast(fn.stack(vertical, horizontal), dtype=types.INT32)
 
 
-def _train_window(height: DataNode, width: DataNode, draw: DataNode, transform: TrainTransform) -> tuple:
-    """`TrainTransform.window`, the attempts side by side as vectors."""
-    tries = transform.attempts
-    scale = math.sqrt(height * width)
-    heights = math.floor(scale * draw[3 : 3 + tries] + 0.5)
-    widths = math.floor(scale * draw[3 + tries :] + 0.5)
-    fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+def _train_window(
+    height: DataNode, width: DataNode, draw: DataNode, cropping: RandomResizedCrop | ERandomCrop
+) -> tuple[DataNode, DataNode]:
+    """`cropping.window` as (top, left) and (height, width); the attempts stand side by side, as vectors."""
+    tries = cropping.attempts
+    one, other = draw[2 : 2 + tries], draw[2 + tries :]
+    if isinstance(cropping, RandomResizedCrop):
+        scale = math.sqrt(height * width)
+        heights, widths = math.floor(scale * one + 0.5), math.floor(scale * other + 0.5)
+        fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+        centre_height = math.min(height, math.floor(width * cropping.max_aspect + 0.5))
+        centre_width = math.min(width, math.floor(height * cropping.max_aspect + 0.5))
+        centre_top, centre_left = math.floor((height - centre_height) / 2), math.floor((width - centre_width) / 2)
+    else:
+        area, min_area = height * width, _float64(cropping.min_area) * height * width
+        largest = math.min(_round_half_even(math.sqrt(area / other)), height)
+        largest = math.min(largest, math.floor(width / other))
+        smallest = math.min(_round_half_even(math.sqrt(min_area / other)), largest)
+        heights = _round_half_even(smallest + one * (largest - smallest))
+        widths = _round_half_even(heights * other)
+        fits = (heights * widths >= min_area) & (heights * widths <= area) & (widths <= width)
+        centre_top, centre_left, centre_height, centre_width = _square(height, width, cropping.centre)
     # The first attempt that fits has the highest rank; 0: none does. Reductions take no float64, but the integers
     # here are exact in float32 too.
     ranks = fn.cast(fits, dtype=types.INT32) * types.Constant(list(range(tries, 0, -1)), device="cpu")
     best = fn.reductions.max(ranks)
     chosen = fn.cast(ranks == best, dtype=types.FLOAT)
-    none = fn.cast(best == 0, dtype=types.FLOAT64)
-    found = 1 - none
-    centre_height = math.min(height, math.floor(width * transform.max_aspect + 0.5))
-    centre_width = math.min(width, math.floor(height * transform.max_aspect + 0.5))
-    crop_height = found * fn.reductions.sum(fn.cast(heights, dtype=types.FLOAT) * chosen) + none * centre_height
-    crop_width = found * fn.reductions.sum(fn.cast(widths, dtype=types.FLOAT) * chosen) + none * centre_width
-    top = math.floor(found * draw[1] * (height - crop_height + 1) + none * (height - crop_height) / 2)
-    left = math.floor(found * draw[2] * (width - crop_width + 1) + none * (width - crop_width) / 2)
+    crop_height = fn.reductions.sum(fn.cast(heights, dtype=types.FLOAT) * chosen)
+    crop_width = fn.reductions.sum(fn.cast(widths, dtype=types.FLOAT) * chosen)
+    is_found = best > 0
+    if isinstance(cropping, ERandomCrop):
+        is_found = is_found & ((crop_height < height) | (crop_width < width))
+    found = fn.cast(is_found, dtype=types.FLOAT64)
+    none = 1 - found
+    top = found * math.floor(draw[0] * (height - crop_height + 1)) + none * centre_top
+    left = found * math.floor(draw[1] * (width - crop_width + 1)) + none * centre_left
+    crop_height, crop_width = found * crop_height + none * centre_height, found * crop_width + none * centre_width
     return _integers(top, left), _integers(crop_height, crop_width)
 
 
@@ -66,12 +85,12 @@ def _eval_size(height: DataNode, width: DataNode, transform: EvalTransform) -> t
     return math.floor(transform.short_side * height / short), math.floor(transform.short_side * width / short)
 
 
-def _eval_square(height: DataNode, width: DataNode, transform: EvalTransform) -> tuple[DataNode, DataNode]:
-    """`EvalTransform.square`, as (top, left) and (height, width)."""
+def _square(height: DataNode, width: DataNode, transform: EvalTransform) -> tuple[DataNode, ...]:
+    """`EvalTransform.square`."""
     side = _float64(transform.resolved_ratio) * math.min(height, width)
     top, left = _round_half_even((height - side) / 2), _round_half_even((width - side) / 2)
     bottom, right = _round_half_even(top + side), _round_half_even(left + side)
-    return _integers(top, left), _integers(math.max(bottom - top, 1), math.max(right - left, 1))
+    return top, left, math.max(bottom - top, 1), math.max(right - left, 1)
 
 
 def _float64(value: float) -> DataNode:
@@ -87,23 +106,31 @@ def _round_half_even(value: DataNode) -> DataNode:
     return math.ceil(value / 2 - 0.25) + math.floor(value / 2 + 0.25)
 
 
-def _normalise(images: DataNode, mirror: DataNode | int) -> DataNode:
+def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | list[float] = MEAN) -> DataNode:
     # Height and width stay in front of the channels: that is channels_last, seen as NCHW by a permutation.
-    return fn.crop_mirror_normalize(
-        images, mirror=mirror, mean=list(MEAN), std=list(STD), dtype=types.FLOAT, output_layout="HWC"
-    )
+    return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=STD, dtype=types.FLOAT, output_layout="HWC")
 
 
-@pipeline_def
+@pipeline_def(enable_conditionals=True)
 def _train_pipeline(
     source: Source, in_files: bool, transform: TrainTransform, decoder: str
 ) -> tuple[DataNode, DataNode]:
-    images, labels, draw = fn.external_source(source, num_outputs=3)
+    before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
+    # The operations only where there are some: DALI warns of an input without a use.
+    images, labels, draw, mean, *drawn = fn.external_source(source, num_outputs=5 if before or after else 4)
     encoded = fn.io.file.read(images) if in_files else images
-    start, size = _train_window(*_image_size(encoded), draw, transform)
-    images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
-    images = fn.resize(images, size=[transform.crop] * 2, antialias=transform.antialias)
-    return _normalise(images, mirror=fn.cast(draw[0], dtype=types.INT32)), labels
+    start, size = _train_window(*_image_size(encoded), draw[1:], transform.cropping)
+    if not before:
+        images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
+    else:
+        images = fn.decoders.image(encoded, device=decoder, **DECODING)
+        images = apply_operations(images, drawn[0], before)
+        images = fn.slice(images, start=start, shape=size, axes=[0, 1])
+    resampling = {"interp_type": INTERPOLATIONS[transform.interpolation], "antialias": transform.antialias}
+    images = fn.resize(images, size=[transform.crop] * 2, **resampling)
+    if after:
+        images = apply_operations(images, drawn[0][len(before) :], after)
+    return _normalise(images, fn.cast(draw[0], dtype=types.INT32), mean), labels
 
 
 @pipeline_def
@@ -111,10 +138,10 @@ def _eval_pipeline(source: Source, in_files: bool, transform: EvalTransform, dec
     images, labels = fn.external_source(source, num_outputs=2)
     encoded = fn.io.file.read(images) if in_files else images
     crop = transform.crop
-    interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[transform.resolved_interpolation]
-    resampling = {"interp_type": interpolation, "antialias": transform.antialias}
+    resampling = {"interp_type": INTERPOLATIONS[transform.resolved_interpolation], "antialias": transform.antialias}
     if transform.order == "crop_resize":
-        start, size = _eval_square(*_image_size(encoded), transform)
+        top, left, square_height, square_width = _square(*_image_size(encoded), transform)
+        start, size = _integers(top, left), _integers(square_height, square_width)
         images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
         images = fn.resize(images, size=[crop, crop], **resampling)
     else:
@@ -123,7 +150,7 @@ def _eval_pipeline(source: Source, in_files: bool, transform: EvalTransform, dec
         images = fn.decoders.image(encoded, device=decoder, **DECODING)
         images = fn.resize(images, resize_y=height, resize_x=width, **resampling)
         images = fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
-    return _normalise(images, mirror=0), labels
+    return _normalise(images), labels
 
 
 class _Inputs:
@@ -155,9 +182,14 @@ class _Inputs:
         get = self.images.path if isinstance(self.images, ImageFolder) else self.images.read
         images = [np.frombuffer(get(index), dtype=np.uint8) for index in indices.tolist()]
         labels = self.images.labels[indices]
-        if isinstance(self.transform, TrainTransform):
-            return images, labels, np.stack([self.transform.draw(self._epoch, index) for index in indices.tolist()])
-        return images, labels
+        if isinstance(self.transform, EvalTransform):
+            return images, labels
+        crops = [self.transform.draw_crop(self._epoch, index) for index in indices.tolist()]
+        looks = [self.transform.draw_look(self._epoch, index) for index in indices.tolist()]
+        means = [np.array(MEAN, np.float32) - look.offset for look in looks]
+        operations = [np.concatenate([look.before, look.after]) for look in looks]
+        drawn = [np.stack(operations)] if len(operations[0]) else []
+        return images, labels, np.stack(crops), np.stack(means), *drawn
 
 
 class DaliLoader:
@@ -171,13 +203,13 @@ class DaliLoader:
         device: torch.device,
         workers: int,
     ) -> None:
-        if (
-            isinstance(transform, EvalTransform)
-            and transform.resolved_interpolation == "bicubic"
-            and not transform.antialias
-        ):
+        if isinstance(transform, EvalTransform):
+            interpolation = transform.resolved_interpolation
+        else:
+            interpolation = transform.interpolation
+        if interpolation == "bicubic" and not transform.antialias:
             # Keys' a is -1/2 in DALI, and -3/4 in OpenCV and torchvision.
-            raise ConfigError("protocol.antialias=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
+            raise ConfigError("antialias=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan
         self._inputs = _Inputs(images, plan, transform)
         self._device = device

@@ -13,27 +13,28 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from resnest_imagenet.data.pillow_ops import apply_operations
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import UNREADABLE, ImageSource, name_unreadable
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.errors import DataError
 
 
-class _Samples(Dataset[tuple[Tensor, int]]):
-    """Cropped images as uint8 (3, crop, crop) with their labels, by (epoch, index)."""
+class _Samples(Dataset[tuple[Tensor, np.ndarray, int]]):
+    """Cropped images as uint8 (3, crop, crop), offsets of their colours (3,) and labels, by (epoch, index)."""
 
     def __init__(self, images: ImageSource, transform: TrainTransform | EvalTransform) -> None:
         self.images = images
         self.transform = transform
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, np.ndarray, int]:
         epoch, index = key
         image = decode(self.images.read(index))
         if isinstance(self.transform, TrainTransform):
-            crop = _train_crop(image, self.transform, epoch, index)
+            crop, offset = _train_crop(image, self.transform, epoch, index)
         else:
-            crop = _eval_crop(image, self.transform)
-        return crop, int(self.images.labels[index])
+            crop, offset = _eval_crop(image, self.transform), np.zeros(3, np.float32)
+        return crop, offset, int(self.images.labels[index])
 
 
 def decode(encoded: bytes) -> Tensor:
@@ -55,12 +56,26 @@ def decode(encoded: bytes) -> Tensor:
     return image
 
 
-def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> Tensor:
-    draw = transform.draw(epoch, index)
+def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
+    """Return the crop and the offset of its colours."""
+    draw = transform.draw_crop(epoch, index)
+    look = transform.draw_look(epoch, index)
+    image = _apply(look.before, image)
     height, width = image.shape[-2:]
-    window = transform.window(height, width, draw)
-    crop = F.resized_crop(image, *window, size=[transform.crop] * 2, antialias=transform.antialias)
-    return F.horizontal_flip(crop) if draw[0] else crop
+    window = transform.cropping.window(height, width, draw[1:])
+    interpolation = InterpolationMode(transform.interpolation)
+    crop = F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
+    if draw[0]:
+        crop = F.horizontal_flip(crop)
+    return _apply(look.after, crop), look.offset
+
+
+def _apply(operations: np.ndarray, image: Tensor) -> Tensor:
+    """Apply operations to a uint8 image (3, H, W), through Pillow."""
+    if not operations[:, 0].any():
+        return image
+    picture = apply_operations(Image.fromarray(image.permute(1, 2, 0).numpy()), operations)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _eval_crop(image: Tensor, transform: EvalTransform) -> Tensor:
@@ -120,11 +135,12 @@ class TorchvisionLoader:
         gc.unfreeze()
         for indices in self.plan.batches(epoch, start):
             try:
-                images, labels = next(batches)
+                images, offsets, labels = next(batches)
             except (RuntimeError, *UNREADABLE) as error:
                 raise self._explain(indices, error) from error
             images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
-            yield images.float().sub_(self._mean).div_(self._std), labels.to(self._device, non_blocking=True)
+            mean = self._mean - offsets.to(self._device, non_blocking=True).view(-1, 3, 1, 1)
+            yield images.float().sub_(mean).div_(self._std), labels.to(self._device, non_blocking=True)
 
     def _explain(self, indices: np.ndarray, error: Exception) -> Exception:
         """Name the file behind a failed batch; any other failure stays what it is."""

@@ -1,4 +1,4 @@
-"""The geometry of training and evaluation crops, computed once for every loader.
+"""What is done to training and evaluation images; the geometry of crops, computed once for every loader.
 
 The random numbers of a crop are drawn here, from (seed, epoch, sample); the loaders only apply them. Windows are
 (top, left, height, width) in pixels of the original image.
@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from resnest_imagenet.data.augment import NO_AUGMENTATION, Augmentation, Look
 from resnest_imagenet.randomness import Purpose, stream
 
 # Of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
@@ -20,52 +21,125 @@ Window = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class TrainTransform:
-    """Random resized crop (Szegedy et al. 2015, section 6) and horizontal flip.
+class RandomResizedCrop:
+    """A part of the image of random area and aspect (Szegedy et al. 2015, section 6).
 
     Attributes:
-        crop: side of the output in pixels.
-        seed: the run's.
-        min_area, max_area: bounds of the crop's share of the image area.
-        antialias: whether the bilinear resize widens with the reduction, as Pillow's does and OpenCV's does not.
+        min_area: smallest share of the image's area; the largest is 1.
         max_aspect: width / height lies between its inverse and itself, uniform in the logarithm.
-        flip: probability.
         attempts: draws until the centre crop is taken instead.
     """
 
-    crop: int
-    seed: int
     min_area: float = 0.08
-    antialias: bool = False
-    max_area: float = 1.0
     max_aspect: float = 4 / 3
-    flip: float = 0.5
     attempts: int = 10
 
-    def draw(self, epoch: int, index: int) -> np.ndarray:
-        """Draw what one sample needs: float64, (3 + 2 * attempts,).
+    def scale(self, u: np.ndarray) -> np.ndarray:
+        """Turn uniform numbers in 0..1 to what `window` takes, in place.
 
-        [mirror (0 or 1), vertical position in 0..1, horizontal position in 0..1, then the crop's height of each
-        attempt, then its width, both over the square root of the image's area].
+        (2 + 2 * attempts,): vertical and horizontal position in 0..1, then the crop's height of each attempt, then its
+        width, both over the square root of the image's area.
         """
-        u = stream(self.seed, Purpose.CROP, epoch, index).random(3 + 2 * self.attempts)
-        area = self.min_area + (self.max_area - self.min_area) * u[3 : 3 + self.attempts]
-        aspect = np.exp((2 * u[3 + self.attempts :] - 1) * math.log(self.max_aspect))
-        u[0] = u[0] < self.flip
-        u[3 : 3 + self.attempts] = np.sqrt(area / aspect)
-        u[3 + self.attempts :] = np.sqrt(area * aspect)
+        area = self.min_area + (1 - self.min_area) * u[2 : 2 + self.attempts]
+        aspect = np.exp((2 * u[2 + self.attempts :] - 1) * math.log(self.max_aspect))
+        u[2 : 2 + self.attempts] = np.sqrt(area / aspect)
+        u[2 + self.attempts :] = np.sqrt(area * aspect)
         return u
 
     def window(self, height: int, width: int, draw: np.ndarray) -> Window:
         """Return the crop of an image under a draw: of the first attempt that fits, or the largest centre crop."""
         scale = math.sqrt(height * width)
-        heights, widths = np.floor(scale * draw[3:].reshape(2, self.attempts) + 0.5).astype(int)
+        heights, widths = np.floor(scale * draw[2:].reshape(2, self.attempts) + 0.5).astype(int)
         for h, w in zip(heights.tolist(), widths.tolist(), strict=True):
             if 1 <= h <= height and 1 <= w <= width:
-                return int(draw[1] * (height - h + 1)), int(draw[2] * (width - w + 1)), h, w
+                return int(draw[0] * (height - h + 1)), int(draw[1] * (width - w + 1)), h, w
         h = min(height, math.floor(width * self.max_aspect + 0.5))
         w = min(width, math.floor(height * self.max_aspect + 0.5))
         return (height - h) // 2, (width - w) // 2, h, w
+
+
+RANDOM_RESIZED_CROP = RandomResizedCrop()
+
+
+@dataclass(frozen=True)
+class ERandomCrop:
+    """The random crop of Fast AutoAugment and of the released ResNeSt code (TensorFlow's distorted bounding box).
+
+    The height is uniform, the area is not: larger crops are rarer than under RandomResizedCrop.
+
+    Attributes:
+        min_area: smallest share of the image's area; the largest is 1.
+        max_aspect: width / height lies between its inverse and itself, uniform.
+        attempts: draws until the centre square is taken instead, as for a crop that is the whole image.
+    """
+
+    crop: int
+    min_area: float = 0.1
+    max_aspect: float = 4 / 3
+    attempts: int = 10
+
+    def scale(self, u: np.ndarray) -> np.ndarray:
+        """Turn uniform numbers in 0..1 to what `window` takes, in place.
+
+        (2 + 2 * attempts,): vertical and horizontal position in 0..1, then the place of the crop's height between the
+        smallest and the largest of each attempt, then its aspect.
+        """
+        smallest = 1 / self.max_aspect
+        u[2 + self.attempts :] = smallest + (self.max_aspect - smallest) * u[2 + self.attempts :]
+        return u
+
+    def window(self, height: int, width: int, draw: np.ndarray) -> Window:
+        """Return the crop of an image under a draw: of the first attempt that fits, or the centre square."""
+        area = height * width
+        for place, aspect in draw[2:].reshape(2, self.attempts).T.tolist():
+            largest = min(round(math.sqrt(area / aspect)), height, math.floor(width / aspect))
+            smallest = min(round(math.sqrt(self.min_area * area / aspect)), largest)
+            h = round(smallest + place * (largest - smallest))
+            w = round(h * aspect)
+            if self.min_area * area <= h * w <= area and w <= width:
+                if (h, w) == (height, width):
+                    break
+                return int(draw[0] * (height - h + 1)), int(draw[1] * (width - w + 1)), h, w
+        return self.centre.square(height, width)
+
+    @property
+    def centre(self) -> "EvalTransform":
+        """What is taken where no attempt fits."""
+        return EvalTransform(self.crop, "crop_resize", ratio=None)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A random crop, a horizontal flip and other variations.
+
+    Attributes:
+        crop: side of the output in pixels.
+        seed: the run's.
+        cropping: the rule of the crop.
+        antialias: whether the resize widens with the reduction, as Pillow's does and OpenCV's does not.
+        interpolation: of the resize.
+        augmentation: what else is varied.
+        flip: probability.
+    """
+
+    crop: int
+    seed: int
+    cropping: RandomResizedCrop | ERandomCrop = RANDOM_RESIZED_CROP
+    antialias: bool = False
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    augmentation: Augmentation = NO_AUGMENTATION
+    flip: float = 0.5
+
+    def draw_crop(self, epoch: int, index: int) -> np.ndarray:
+        """Draw crop and flip of one sample: float64, [mirror (0 or 1), then what `cropping.window` takes]."""
+        u = stream(self.seed, Purpose.CROP, epoch, index).random(3 + 2 * self.cropping.attempts)
+        u[0] = u[0] < self.flip
+        self.cropping.scale(u[1:])
+        return u
+
+    def draw_look(self, epoch: int, index: int) -> Look:
+        """Draw the other variations of one sample."""
+        return self.augmentation.draw(self.seed, epoch, index)
 
 
 @dataclass(frozen=True)

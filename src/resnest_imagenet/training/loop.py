@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +17,14 @@ from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import NonFiniteLossError
 from resnest_imagenet.randomness import Purpose, stream
 from resnest_imagenet.training.log import Report, RunLog
-from resnest_imagenet.training.mixing import draw_mixup, one_hot, smoothed_cross_entropy
+from resnest_imagenet.training.mixing import (
+    Mixing,
+    draw_cutmix,
+    draw_mixup,
+    erase_rectangles,
+    one_hot,
+    smoothed_cross_entropy,
+)
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -80,24 +88,37 @@ def compute_loss(
 
     Args:
         network: maps (B, 3, H, W) to logits (B, K).
-        images: (B, 3, H, W), normalised.
+        images: (B, 3, H, W), normalised; may be changed in place.
         labels: int64 (B,).
         recipe: how to train.
         seed: the run's; with the next two it determines mixing, dropout and DropBlock.
         epoch: counted from 0.
         number: of the batch in the epoch, over all ranks.
     """
-    mixup = None
-    if recipe.mixup_alpha > 0:
-        rng = stream(seed, Purpose.MIXING, epoch, number)
-        kind = (recipe.mixup_alpha, recipe.mixup_per_sample, recipe.mixup_partner)
-        mixup = draw_mixup(*kind, len(labels), rng, images.device)
-        images = mixup(images)
+    if recipe.erasing > 0:
+        erase_rectangles(images, recipe.erasing, stream(seed, Purpose.ERASING, epoch, number))
+    mixing = _draw_mixing(recipe, images, stream(seed, Purpose.MIXING, epoch, number))
+    if mixing is not None:
+        images = mixing.mix_images(images)
     torch.manual_seed(int(stream(seed, Purpose.MODEL, epoch, number).integers(2**63)))
     with autocast(images.device, recipe.precision):
         logits = network(images)
-    targets = mixup(one_hot(labels, logits.shape[1])) if mixup else labels
+    targets = labels if mixing is None else mixing.mix_targets(one_hot(labels, logits.shape[1]))
     return smoothed_cross_entropy(logits, targets, recipe.label_smoothing)
+
+
+def _draw_mixing(recipe: RecipeOptions, images: Tensor, rng: np.random.Generator) -> Mixing | None:
+    """Draw mixup or CutMix; where a recipe has both, either with probability 1/2."""
+    mixup, cutmix = recipe.mixup_alpha > 0, recipe.cutmix_alpha > 0
+    if mixup and cutmix:
+        mixup = rng.random() < 0.5
+    batch, size = len(images), images.shape[-1]
+    if mixup:
+        kind = (recipe.mixup_alpha, recipe.mixup_per_sample, recipe.mixup_partner)
+        return draw_mixup(*kind, batch, rng, images.device)
+    if cutmix:
+        return draw_cutmix(recipe.cutmix_alpha, recipe.mixup_partner, batch, size, rng, images.device)
+    return None
 
 
 def _apply_gradients(state: TrainingState, lr: float) -> None:

@@ -1,5 +1,6 @@
-"""Mixup and label smoothing: pure functions on a batch that is already on the device."""
+"""Mixup, CutMix, random erasing and label smoothing, of a batch that is already on the device."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,31 +8,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Window = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
+
 
 @dataclass(frozen=True)
-class Mixup:
-    """Who is mixed with whom in one batch, and how much (mixup, Zhang et al. 2018).
+class Mixing:
+    """Who is mixed with whom in one batch, and how much.
 
     Attributes:
         weight: share of the image itself, its partner has the rest: one for the batch, or float32 (B,).
         partner: int64 (B,), the index of each image's partner; None: its counterpart in the reversed batch.
+        window: what is the partner's in CutMix (Yun et al. 2019); None: mixup of all pixels (Zhang et al. 2018).
     """
 
     weight: float | Tensor
     partner: Tensor | None
+    window: Window | None = None
 
-    def __call__(self, values: Tensor) -> Tensor:
-        """Mix normalised images or class probabilities, (B, ...)."""
-        partners = values.flip(0) if self.partner is None else values[self.partner]
+    def mix_images(self, images: Tensor) -> Tensor:
+        """Mix normalised images, (B, 3, H, W); CutMix does so in place."""
+        if self.window is None:
+            return self.mix_targets(images)
+        top, left, bottom, right = self.window
+        rectangle = images[:, :, top:bottom, left:right]
+        rectangle.copy_(self._partners_of(rectangle))
+        return images
+
+    def mix_targets(self, targets: Tensor) -> Tensor:
+        """Mix class probabilities, (B, K)."""
         weight = self.weight
         if isinstance(weight, Tensor):
-            weight = weight.view(-1, *[1] * (values.ndim - 1))
-        return torch.lerp(partners, values, weight)
+            weight = weight.view(-1, *[1] * (targets.ndim - 1))
+        return torch.lerp(self._partners_of(targets), targets, weight)
+
+    def _partners_of(self, values: Tensor) -> Tensor:
+        return values.flip(0) if self.partner is None else values[self.partner]
 
 
 def draw_mixup(
     alpha: float, per_sample: bool, partner: str, batch: int, rng: np.random.Generator, device: torch.device
-) -> Mixup:
+) -> Mixing:
     """Draw weights from Beta(alpha, alpha), and partners.
 
     Args:
@@ -44,8 +60,63 @@ def draw_mixup(
     """
     drawn = rng.beta(alpha, alpha, batch if per_sample else None)
     weight = torch.from_numpy(drawn).float().to(device) if per_sample else float(drawn)
-    order = torch.from_numpy(rng.permutation(batch)).to(device) if partner == "permuted" else None
-    return Mixup(weight, order)
+    return Mixing(weight, _draw_partner(partner, batch, rng, device))
+
+
+def draw_cutmix(
+    alpha: float, partner: str, batch: int, size: int, rng: np.random.Generator, device: torch.device
+) -> Mixing:
+    """Draw a rectangle that covers a share of 1 - w of the image, w from Beta(alpha, alpha), and partners.
+
+    Its centre is uniform; what leaves the image is cut off, and the weight is the share that is left.
+
+    Args:
+        alpha: greater than 0.
+        partner: "reversed" or "permuted".
+        batch: number of images B.
+        size: their side in pixels.
+        rng: of this batch.
+        device: of the images.
+    """
+    half = math.sqrt(1 - rng.beta(alpha, alpha)) / 2
+    centre = rng.random(2)
+    top, left = (max(0, round(size * (place - half))) for place in centre.tolist())
+    bottom, right = (min(size, round(size * (place + half))) for place in centre.tolist())
+    weight = 1 - (bottom - top) * (right - left) / size**2
+    return Mixing(weight, _draw_partner(partner, batch, rng, device), (top, left, bottom, right))
+
+
+def _draw_partner(kind: str, batch: int, rng: np.random.Generator, device: torch.device) -> Tensor | None:
+    return torch.from_numpy(rng.permutation(batch)).to(device) if kind == "permuted" else None
+
+
+def erase_rectangles(images: Tensor, probability: float, rng: np.random.Generator) -> None:
+    """Set a random rectangle of some images to zero, the mean colour, in place (random erasing, Zhong et al. 2020).
+
+    Its share of the image is uniform in .02 to .33, the logarithm of height / width uniform in .3 to 3.3; the first of
+    10 attempts that fits is taken.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+        probability: of an image to have one.
+        rng: of this batch.
+    """
+    batch, _, height, width = images.shape
+    is_chosen = rng.random(batch) < probability
+    area = rng.uniform(0.02, 0.33, (batch, 10)) * height * width
+    aspect = np.exp(rng.uniform(math.log(0.3), math.log(3.3), (batch, 10)))
+    heights, widths = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
+    places = rng.random((2, batch))
+    fits = (heights < height) & (widths < width)
+    first = fits.argmax(1)
+    h, w = heights[range(batch), first], widths[range(batch), first]
+    top, left = np.floor(places[0] * (height - h + 1)), np.floor(places[1] * (width - w + 1))
+    bounds = np.stack([top, top + h, left, left + w]) * (is_chosen & fits.any(1))
+    top, bottom, left, right = torch.from_numpy(bounds).to(images.device, non_blocking=True).view(4, batch, 1)
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    images.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

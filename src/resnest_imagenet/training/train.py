@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from resnest_imagenet import distributed
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.compute import place
-from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config import RecipeOptions, TrainConfig
+from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, open_source, require_same_classes
-from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
+from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.evaluation.counting import evaluate
@@ -128,8 +129,17 @@ def _build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepP
         shuffle=True,
         seed=config.seed,
     )
-    transform = TrainTransform(recipe.crop, config.seed, recipe.min_crop_area, recipe.antialias)
+    transform = build_train_transform(recipe, config.seed)
     return build_loader(config.loader.name, train_set, batches, transform, ranks.device, config.loader.workers)
+
+
+def build_train_transform(recipe: RecipeOptions, seed: int) -> TrainTransform:
+    """Make what a recipe does to single images."""
+    cropping: RandomResizedCrop | ERandomCrop = RandomResizedCrop(recipe.min_crop_area)
+    if recipe.cropping == "erandom":
+        cropping = ERandomCrop(recipe.crop, recipe.min_crop_area)
+    augmentation = Augmentation(recipe.policy, recipe.jitter, recipe.lighting, recipe.pixel_shift)
+    return TrainTransform(recipe.crop, seed, cropping, recipe.antialias, recipe.interpolation, augmentation)
 
 
 def _build_state(config: TrainConfig, train_set: ImageSource, ranks: Ranks, is_new: bool) -> TrainingState:

@@ -1,0 +1,314 @@
+"""What is drawn for the look of a training image: operations of a policy, colour jitter, lighting.
+
+Only numbers are made here, from (seed, epoch, sample). A policy is a table of rows, from which one is taken at random;
+its steps are applied in turn. `pillow_ops.py` and `dali.py` apply them.
+"""
+
+import enum
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from resnest_imagenet.randomness import Purpose, stream
+
+
+class Op(enum.IntEnum):
+    """An operation on an image of uint8 RGB; v is its value, W and H the image's size in pixels."""
+
+    IDENTITY = 0
+    AUTO_CONTRAST = 1  # each channel stretched to 0..255
+    EQUALIZE = 2  # the histogram of each channel
+    INVERT = 3
+    POSTERIZE = 4  # to v bits
+    SOLARIZE = 5  # inverted from v on
+    SOLARIZE_ADD = 6  # v added, then inverted from 128 on
+    BRIGHTNESS = 7  # 0 gives black, v the weight of the image
+    COLOR = 8  # 0 gives grey
+    CONTRAST = 9  # 0 gives the mean of the grey image
+    SHARPNESS = 10  # 0 gives the smoothed image
+    ROTATE = 11  # by v degrees, counter-clockwise; nearest pixel, black outside, as in all that follow
+    SHEAR_X = 12  # a row shifted by v times its distance from the top
+    SHEAR_Y = 13  # a column, by v times its distance from the left
+    SHEAR_X_BICUBIC = 14
+    SHEAR_Y_BICUBIC = 15
+    TRANSLATE_X = 16  # by v pixels
+    TRANSLATE_Y = 17
+    TRANSLATE_X_REL = 18  # by v W pixels, rounded toward zero
+    TRANSLATE_Y_REL = 19  # by v H pixels
+    CUTOUT = 20  # a square of v pixels, at x W, y H, of the mean colour
+
+
+# ImageNet's mean, rounded up (the released PyTorch code).
+CUTOUT_COLOUR = (125, 123, 114)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a row.
+
+    Attributes:
+        op: what is done.
+        probability: of doing it.
+        values: one of them is drawn.
+    """
+
+    op: Op
+    probability: float = 1.0
+    values: tuple[float, ...] = (0.0,)
+
+
+Rows = tuple[tuple[Step, ...], ...]
+
+
+def _signed(*values: float) -> tuple[float, ...]:
+    return (*values, *(-value for value in values))
+
+
+def _around_one(*distances: float) -> tuple[float, ...]:
+    """Return factors of the four blending operations on either side of the image itself."""
+    return tuple(1 + each for each in _signed(*distances))
+
+
+# AutoAugment's rows for ImageNet: operation, probability, level of 10 (Cubuk et al. 2019, arXiv 1805.09501, table 9).
+_AUTOAUGMENT = (
+    ((Op.POSTERIZE, 0.4, 8), (Op.ROTATE, 0.6, 9)),
+    ((Op.SOLARIZE, 0.6, 5), (Op.AUTO_CONTRAST, 0.6, 5)),
+    ((Op.EQUALIZE, 0.8, 8), (Op.EQUALIZE, 0.6, 3)),
+    ((Op.POSTERIZE, 0.6, 7), (Op.POSTERIZE, 0.6, 6)),
+    ((Op.EQUALIZE, 0.4, 7), (Op.SOLARIZE, 0.2, 4)),
+    ((Op.EQUALIZE, 0.4, 4), (Op.ROTATE, 0.8, 8)),
+    ((Op.SOLARIZE, 0.6, 3), (Op.EQUALIZE, 0.6, 7)),
+    ((Op.POSTERIZE, 0.8, 5), (Op.EQUALIZE, 1.0, 2)),
+    ((Op.ROTATE, 0.2, 3), (Op.SOLARIZE, 0.6, 8)),
+    ((Op.EQUALIZE, 0.6, 8), (Op.POSTERIZE, 0.4, 6)),
+    ((Op.ROTATE, 0.8, 8), (Op.COLOR, 0.4, 0)),
+    ((Op.ROTATE, 0.4, 9), (Op.EQUALIZE, 0.6, 2)),
+    ((Op.EQUALIZE, 0.0, 7), (Op.EQUALIZE, 0.8, 8)),
+    ((Op.INVERT, 0.6, 4), (Op.EQUALIZE, 1.0, 8)),
+    ((Op.COLOR, 0.6, 4), (Op.CONTRAST, 1.0, 8)),
+    ((Op.ROTATE, 0.8, 8), (Op.COLOR, 1.0, 2)),
+    ((Op.COLOR, 0.8, 8), (Op.SOLARIZE, 0.8, 7)),
+    ((Op.SHARPNESS, 0.4, 7), (Op.INVERT, 0.6, 8)),
+    ((Op.SHEAR_X, 0.6, 5), (Op.EQUALIZE, 1.0, 9)),
+    ((Op.COLOR, 0.4, 0), (Op.EQUALIZE, 0.6, 3)),
+    ((Op.EQUALIZE, 0.4, 7), (Op.SOLARIZE, 0.2, 4)),
+    ((Op.SOLARIZE, 0.6, 5), (Op.AUTO_CONTRAST, 0.6, 5)),
+    ((Op.INVERT, 0.6, 4), (Op.EQUALIZE, 1.0, 8)),
+    ((Op.COLOR, 0.6, 4), (Op.CONTRAST, 1.0, 8)),
+    ((Op.EQUALIZE, 0.8, 8), (Op.EQUALIZE, 0.6, 3)),
+)
+
+
+def _resnest() -> Rows:
+    """AutoAugment with the values that the published ResNeSt weights were trained with (resnest/gluon)."""
+
+    def step(op: Op, probability: float, level: int) -> Step:
+        if op == Op.ROTATE:
+            return Step(op, probability, _signed(3 * level))
+        if op == Op.SHEAR_X:
+            return Step(Op.SHEAR_X_BICUBIC, probability, _signed(0.03 * level))
+        if op == Op.POSTERIZE:
+            return Step(op, probability, (4 - int(0.4 * level),))
+        if op == Op.SOLARIZE:
+            return Step(op, probability, (256 - int(25.6 * level),))
+        if (op, level) == (Op.COLOR, 2):
+            level = 0  # so it stands in that code
+        if op in (Op.COLOR, Op.CONTRAST, Op.SHARPNESS):
+            return Step(op, probability, (0.1 + 0.18 * level,))
+        return Step(op, probability)
+
+    return tuple(tuple(step(*each) for each in row) for row in _AUTOAUGMENT)
+
+
+def _resnest_torch() -> Rows:
+    """RandAugment(2, 12) of the released PyTorch code: two of 16 operations, at 12/30 of their ranges.
+
+    Each is skipped where a uniform number exceeds another between .2 and .8: half the time.
+    """
+    share = 12 / 30
+    enhance = (0.1 + share * 1.8,)
+    steps = (
+        Step(Op.AUTO_CONTRAST, 0.5),
+        Step(Op.EQUALIZE, 0.5),
+        Step(Op.INVERT, 0.5),
+        Step(Op.ROTATE, 0.5, _signed(share * 30)),
+        Step(Op.POSTERIZE, 0.5, (int(share * 4),)),
+        Step(Op.SOLARIZE, 0.5, (share * 256,)),
+        Step(Op.SOLARIZE_ADD, 0.5, (share * 110,)),
+        Step(Op.COLOR, 0.5, enhance),
+        Step(Op.CONTRAST, 0.5, enhance),
+        Step(Op.BRIGHTNESS, 0.5, enhance),
+        Step(Op.SHARPNESS, 0.5, enhance),
+        Step(Op.SHEAR_X_BICUBIC, 0.5, _signed(share * 0.3)),
+        Step(Op.SHEAR_Y_BICUBIC, 0.5, _signed(share * 0.3)),
+        Step(Op.CUTOUT, 0.5, (share * 40,)),
+        Step(Op.TRANSLATE_X, 0.5, _signed(share * 100)),
+        Step(Op.TRANSLATE_Y, 0.5, _signed(share * 100)),
+    )
+    return tuple(itertools.product(steps, steps))
+
+
+def _stock_steps(level: slice, bins: int, shear: float, rotate: float, enhance: float, bits: int) -> dict[Op, Step]:
+    """Return what torchvision's stock policies share: its operations at some levels of `bins`.
+
+    Args:
+        level: which of the levels.
+        bins: their number.
+        shear: the value at the highest level.
+        rotate: the degrees there.
+        enhance: the distance from 1 of the blending factors there.
+        bits: what posterize takes away there.
+    """
+
+    def at_levels(highest: float) -> list[float]:
+        return np.linspace(0.0, highest, bins)[level].tolist()
+
+    kept_bits = (8 - np.round(np.arange(bins) / ((bins - 1) / bits)))[level].tolist()
+    thresholds = np.linspace(255.0, 0.0, bins)[level].tolist()
+    steps = [
+        Step(Op.SHEAR_X, 1.0, _signed(*at_levels(shear))),
+        Step(Op.SHEAR_Y, 1.0, _signed(*at_levels(shear))),
+        Step(Op.ROTATE, 1.0, _signed(*at_levels(rotate))),
+        *(
+            Step(op, 1.0, _around_one(*at_levels(enhance)))
+            for op in (Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS)
+        ),
+        Step(Op.POSTERIZE, 1.0, tuple(kept_bits)),
+        Step(Op.SOLARIZE, 1.0, tuple(thresholds)),
+        Step(Op.AUTO_CONTRAST),
+        Step(Op.EQUALIZE),
+        Step(Op.INVERT),
+        Step(Op.IDENTITY),
+    ]
+    return {step.op: step for step in steps}
+
+
+def _autoaugment() -> Rows:
+    """AutoAugment with torchvision's values: each operation at one of 10 levels."""
+
+    def step(op: Op, probability: float, level: int) -> Step:
+        steps = _stock_steps(slice(level, level + 1), 10, shear=0.3, rotate=30.0, enhance=0.9, bits=4)
+        return Step(op, probability, steps[op].values)
+
+    return tuple(tuple(step(*each) for each in row) for row in _AUTOAUGMENT)
+
+
+def _randaugment() -> Rows:
+    """RandAugment (Cubuk et al. 2020) with torchvision's defaults: two operations at level 9 of 31."""
+    level = slice(9, 10)
+    shift = _signed(150 / 331 * 9 / 30)
+    stock = _stock_steps(level, 31, shear=0.3, rotate=30.0, enhance=0.9, bits=4)
+    del stock[Op.INVERT]
+    steps = [*stock.values(), Step(Op.TRANSLATE_X_REL, 1.0, shift), Step(Op.TRANSLATE_Y_REL, 1.0, shift)]
+    return tuple(itertools.product(steps, steps))
+
+
+def _trivialaugment() -> Rows:
+    """TrivialAugment (Müller and Hutter 2021), wide: one operation at any of 31 levels."""
+    shift = _signed(*np.trunc(np.linspace(0, 32, 31)).tolist())
+    stock = _stock_steps(slice(None), 31, shear=0.99, rotate=135.0, enhance=0.99, bits=6)
+    del stock[Op.INVERT]
+    steps = [*stock.values(), Step(Op.TRANSLATE_X, 1.0, shift), Step(Op.TRANSLATE_Y, 1.0, shift)]
+    return tuple((step,) for step in steps)
+
+
+def _rotation() -> Rows:
+    """A rotation by up to 10 degrees, in tenths (SENet's training, Hu et al. 2018)."""
+    return ((Step(Op.ROTATE, 1.0, tuple((np.arange(-100, 101) / 10).tolist())),),)
+
+
+POLICIES: dict[str, Callable[[], Rows]] = {
+    "resnest": _resnest,
+    "resnest_torch": _resnest_torch,
+    "autoaugment": _autoaugment,
+    "randaugment": _randaugment,
+    "trivialaugment": _trivialaugment,
+    "rotation": _rotation,
+}
+
+JITTER_OPS = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)
+JITTER_ORDERS = tuple(itertools.permutations(range(3)))
+
+# Of ImageNet's colours, in 0..1 and RGB order (Krizhevsky et al. 2012, section 4.1).
+PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
+PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was drawn for one image. An operation is (Op, value, x, y); x and y are uniform in 0..1.
+
+    Attributes:
+        before: float32 (S, 4), operations on the whole image; S is the length of the policy's rows.
+        after: float32 (3, 4) or (0, 4), operations on the crop.
+        offset: float32 (3,), added to the channels, in 1/255.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    offset: np.ndarray
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied besides crop and flip.
+
+    Attributes:
+        policy: one of POLICIES, or None.
+        jitter: brightness, contrast and saturation are each scaled by 1 - jitter to 1 + jitter, in random order.
+        lighting: standard deviation of the weights of the principal colours that are added.
+        shift: bound of a value that is added to all pixels, in 1/255.
+    """
+
+    policy: str | None = None
+    jitter: float = 0.0
+    lighting: float = 0.0
+    shift: float = 0.0
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The policy's table."""
+        return POLICIES[self.policy]() if self.policy else ((),)
+
+    @property
+    def slots_before(self) -> list[set[Op]]:
+        """Which operations occur at each place of a row, apart from the identity."""
+        return [{step.op for step in steps} - {Op.IDENTITY} for steps in zip(*self.rows, strict=True)]
+
+    @property
+    def slots_after(self) -> list[set[Op]]:
+        """Which occur at each place of the jitter."""
+        return [set(JITTER_OPS)] * len(JITTER_OPS) if self.jitter > 0 else []
+
+    def draw(self, seed: int, epoch: int, index: int) -> Look:
+        """Draw the look of one sample of an epoch."""
+        if self == NO_AUGMENTATION:
+            return Look(_as_table([]), _as_table([]), np.zeros(3, np.float32))
+        rng = stream(seed, Purpose.LOOK, epoch, index)
+        u = rng.random(1 + 4 * len(self.rows[0]))
+        row = self.rows[int(u[0] * len(self.rows))]
+        before = [_draw_step(step, *u[1 + 4 * k : 5 + 4 * k]) for k, step in enumerate(row)]
+        after = []
+        if self.jitter > 0:
+            u = rng.random(4)
+            order = JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))]
+            after = [(JITTER_OPS[k], 1 + self.jitter * (2 * u[k] - 1), 0.0, 0.0) for k in order]
+        offset = 255 * PCA_VECTORS @ (PCA_VALUES * self.lighting * rng.standard_normal(3))
+        offset += self.shift * (2 * rng.random() - 1)
+        return Look(_as_table(before), _as_table(after), offset.astype(np.float32))
+
+
+NO_AUGMENTATION = Augmentation()
+
+
+def _draw_step(step: Step, applied: float, value: float, x: float, y: float) -> tuple[float, float, float, float]:
+    if applied >= step.probability:
+        return Op.IDENTITY, 0.0, 0.0, 0.0
+    return step.op, step.values[int(value * len(step.values))], x, y
+
+
+def _as_table(operations: Sequence[tuple[float, ...]]) -> np.ndarray:
+    return np.array(operations, dtype=np.float32).reshape(-1, 4)
