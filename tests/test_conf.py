@@ -69,14 +69,24 @@ def test_every_value_of_a_recipe_has_a_comment(name):
 
 COMMON = {"momentum": 0.9, "weight_decay": 1e-4, "lr_per_256": 0.1, "crop": 224, "dropout": 0, "ema_decay": None}
 COMMON |= {"step_factor": 0.1, "mixup_per_sample": False, "init_from": None, "compile": False}
+COMMON |= {"cropping": "random_resized", "interpolation": "bilinear", "policy": None, "jitter": 0, "lighting": 0}
+COMMON |= {"pixel_shift": 0, "erasing": 0, "cutmix_alpha": 0}
 COSINE = {**COMMON, "schedule": "cosine", "step_epochs": None, "warmup_epochs": 5, "decay_all": False}
-COSINE |= {"label_smoothing": 0.1, "mixup_alpha": 0.2, "zero_gamma": True}
+COSINE |= {"label_smoothing": 0.1, "mixup_alpha": 0.2, "zero_gamma": True, "jitter": 0.4, "lighting": 0.1}
 GLUON = {**COSINE, "nesterov": True, "mixup_partner": "reversed", "init": "fan_in", "antialias": False}
 GLUON |= {"min_crop_area": 0.08}
 STEPS = {**COMMON, "schedule": "step", "step_epochs": 30, "warmup_epochs": 0, "decay_all": True, "nesterov": False}
 STEPS |= {"mixup_alpha": 0, "mixup_partner": "reversed", "zero_gamma": False, "init": "fan_out", "dropblock": 0}
 STEPS |= {"batch_size": 32, "global_batch": 256, "min_crop_area": 0.08, "antialias": True, "precision": "fp32"}
-RESNEST = {**GLUON, "epochs": 270, "dropblock": 0.1, "precision": "fp32", "batch_size": 128, "global_batch": 8192}
+RESNEST = {
+    **GLUON,
+    "policy": "resnest",
+    "epochs": 270,
+    "dropblock": 0.1,
+    "precision": "fp32",
+    "batch_size": 128,
+    "global_batch": 8192,
+}
 # Whole recipes, typed from their sources a second time.
 FIGURES = {
     "resnest": RESNEST,
@@ -84,16 +94,20 @@ FIGURES = {
     "resnest26": {**RESNEST, "global_batch": 1024},
     "resnest101": {**RESNEST, "batch_size": 64, "global_batch": 4096},
     "resnest200": {**RESNEST, "batch_size": 32, "global_batch": 2048, "crop": 256, "dropout": 0.2},
-    "resnest269": {**RESNEST, "batch_size": 32, "global_batch": 2048, "crop": 320, "dropout": 0.2},
+    "resnest269": {
+        **RESNEST, "batch_size": 32, "global_batch": 2048, "crop": 320, "dropout": 0.2, "cropping": "erandom",
+        "min_crop_area": 0.1, "interpolation": "bicubic", "antialias": True,
+    },
     "resnest_torch": {
         **COSINE, "epochs": 270, "batch_size": 32, "global_batch": 2048, "min_crop_area": 0.1, "nesterov": False,
         "mixup_partner": "permuted", "init": "fan_out", "dropblock": 0, "antialias": True, "precision": "fp32",
+        "policy": "resnest_torch", "cropping": "erandom",
     },
     "bag_of_tricks": {
         **GLUON, "epochs": 200, "dropblock": 0, "precision": "fp16", "batch_size": 128, "global_batch": 1024,
     },
     "torchvision_v1": {**STEPS, "epochs": 90, "label_smoothing": 0},
-    "sknet": {**STEPS, "epochs": 100, "label_smoothing": 0.1},
+    "sknet": {**STEPS, "epochs": 100, "label_smoothing": 0.1, "policy": "rotation", "pixel_shift": 20},
 }  # fmt: skip
 
 

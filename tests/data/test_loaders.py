@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from conftest import CPU
+from resnest_imagenet.data.augment import POLICIES, Augmentation
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import name_unreadable
-from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
+from resnest_imagenet.data.transforms import MEAN, STD, ERandomCrop, EvalTransform, TrainTransform
 from resnest_imagenet.errors import ConfigError, DataError
 
 LOADERS = ["dali", "torchvision"]
@@ -111,6 +112,32 @@ def test_the_loaders_agree_to_a_rounding(transform, images):
     assert (apart[..., 1:-1, 1:-1] > 1.01).float().mean() < 1e-4
 
 
+AUGMENTED = [
+    replace(TRAIN, augmentation=Augmentation("resnest", jitter=0.4, lighting=0.1)),
+    TrainTransform(48, 5, ERandomCrop(48), True, "bilinear", Augmentation("resnest_torch", 0.4, 0.1)),
+    *(replace(TRAIN, augmentation=Augmentation(name)) for name in POLICIES),
+    replace(TRAIN, augmentation=Augmentation(jitter=0.4, lighting=0.1, shift=20)),
+]
+
+
+@pytest.mark.parametrize("transform", [*AUGMENTED, TrainTransform(48, 5, ERandomCrop(48), True, "bicubic")])
+def test_the_loaders_agree_on_augmented_images(transform, images):
+    """Each operation is compared in test_operations.py; here that both draw the same and in the same order."""
+    apart = differences(images, transform)
+    assert apart.mean() < 0.7
+    assert apart.quantile(0.99) < 5
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_each_part_of_the_augmentation_changes_the_images(name, rough_images):
+    parts = [Augmentation(), Augmentation("resnest"), Augmentation(jitter=0.4), Augmentation(lighting=0.1)]
+    parts += [Augmentation(shift=20), Augmentation("trivialaugment")]
+    transforms = [replace(TRAIN, augmentation=each) for each in parts]
+    transforms += [TrainTransform(48, 5, ERandomCrop(48)), replace(TRAIN, antialias=True, interpolation="bicubic")]
+    batches = [to_pixels(next(iter(make_loader(name, rough_images, each).batches(0)))[0]) for each in transforms]
+    assert all((one - other).abs().mean() > 0.5 for one, other in itertools.combinations(batches, 2))
+
+
 @pytest.mark.parametrize("transform", [TRAIN, *ALIASED])
 def test_without_antialiasing_they_agree_on_every_texture(transform, rough_images):
     """Both repeat the last pixel at the edges, and neither rounds between the two axes."""
@@ -140,12 +167,13 @@ def test_antialiasing_changes_training_crops(name, rough_images):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_batches_are_a_function_of_epoch_and_start_only(name, images):
-    loader = make_loader(name, images, TRAIN, seed=7)
+@pytest.mark.parametrize("transform", [TRAIN, AUGMENTED[0], AUGMENTED[1]])
+def test_batches_are_a_function_of_epoch_and_start_only(name, transform, images):
+    loader = make_loader(name, images, transform, seed=7)
     first = list(loader.batches(epoch=0))
     other_epoch = list(loader.batches(epoch=1))
     again = list(loader.batches(epoch=0))
-    rest = list(make_loader(name, images, TRAIN, seed=7, workers=2).batches(epoch=0, start=3))
+    rest = list(make_loader(name, images, transform, seed=7, workers=2).batches(epoch=0, start=3))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first[3:], rest, strict=True))
     assert not torch.equal(first[0][0], other_epoch[0][0])

@@ -13,11 +13,12 @@ from torch import nn
 from conftest import ALONE, CPU
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.transforms import TrainTransform
+from resnest_imagenet.data.transforms import ERandomCrop, TrainTransform
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.models.dropblock import DropBlock
@@ -156,12 +157,14 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
 
     for name in ("build_model", "TrainTransform", "dropblock_probability"):
         spy(train_module, name)
-    for name in ("draw_mixup", "smoothed_cross_entropy"):
+    for name in ("draw_mixup", "draw_cutmix", "erase_rectangles", "smoothed_cross_entropy"):
         spy(loop_module, name)
     spy(DropBlock, "set_probability")
     options = {"dropblock": 0.3, "mixup_alpha": 0.7, "mixup_per_sample": True, "mixup_partner": "permuted"}
     options |= {"label_smoothing": 0.17, "init": "fan_out", "zero_gamma": False, "dropout": 0.13, "crop": 40}
-    options |= {"min_crop_area": 0.6, "antialias": True, "decay_all": True, "weight_decay": 0.003, "momentum": 0.8}
+    options |= {"min_crop_area": 0.6, "antialias": True, "interpolation": "bicubic", "cropping": "erandom"}
+    options |= {"policy": "rotation", "jitter": 0.21, "lighting": 0.22, "pixel_shift": 3, "erasing": 0.23}
+    options |= {"cutmix_alpha": 0.8, "decay_all": True, "weight_decay": 0.003, "momentum": 0.8}
     overrides = [f"train.{name}={value}" for name, value in options.items()]
     state = train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.nesterov=false", *overrides))
     assert seen["set_probability"]["probability"] == 0.3
@@ -170,7 +173,10 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
     assert seen["smoothed_cross_entropy"]["targets"].shape == (16, 10)
     built = seen["build_model"]
     assert (built["dropout"], built["zero_gamma"], built["init"]) == (0.13, False, "fan_out")
-    assert list(seen["TrainTransform"].values()) == [40, 0, 0.6, True]
+    cropping, look = ERandomCrop(40, 0.6), Augmentation("rotation", 0.21, 0.22, 3)
+    assert list(seen["TrainTransform"].values()) == [40, 0, cropping, True, "bicubic", look]
+    assert (seen["draw_cutmix"]["alpha"], seen["draw_cutmix"]["partner"]) == (0.8, "permuted")
+    assert seen["erase_rectangles"]["probability"] == 0.23
     groups = state.optimizer.param_groups
     assert [(g["weight_decay"], g["momentum"], g["nesterov"]) for g in groups] == [(0.003, 0.8, False)] * 2
 
