@@ -1,10 +1,14 @@
 import io
+import struct
+import warnings
+import zlib
 
 import pytest
 from PIL import Image
 from test_folder import make_tree
 
 from resnest_imagenet.data.source import (
+    Fault,
     find_fault,
     label_by_classes,
     name_unreadable,
@@ -40,25 +44,56 @@ def test_names_the_first_unreadable_file(tmp_path):
     assert name_unreadable(val, range(3)) is None
     path = tmp_path / "val/x/b.JPEG"
     whole = path.read_bytes()
-    for damaged in (b"", b"<html>", whole[:200]):
+    for damaged in (b"", b"<html>", whole[:200], whole[:-20]):
         path.write_bytes(damaged)
         assert name_unreadable(val, range(3)).startswith(f"{path}: not a readable image (")
     path.unlink()
     assert name_unreadable(val, range(3)) == f"{path}: cannot be read (No such file or directory)"
 
 
+def encode(mode, kind, size=(8, 8)):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, format=kind)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("mode", "kind", "fault"),
     [
-        ("RGB", "GIF", "a GIF image (not one of JPEG, MPO, PNG, WEBP, BMP, TIFF)"),
-        ("F", "TIFF", "a TIFF image of mode F (not one of 1, L, LA, P, RGB, RGBA, CMYK)"),
-        ("I;16", "TIFF", "a TIFF image of mode I;16 (not one of 1, L, LA, P, RGB, RGBA, CMYK)"),
+        ("RGB", "GIF", Fault("wrong format", "a GIF image (not one of JPEG, MPO, PNG, WEBP, BMP, TIFF)")),
+        ("F", "TIFF", Fault("wrong mode", "a TIFF image of mode F (not one of 1, L, LA, P, RGB, RGBA, CMYK)")),
+        ("I;16", "TIFF", Fault("wrong mode", "a TIFF image of mode I;16 (not one of 1, L, LA, P, RGB, RGBA, CMYK)")),
         ("I;16", "PNG", None),
         ("RGB", "BMP", None),
         ("CMYK", "JPEG", None),
     ],
 )
 def test_what_only_one_loader_decodes_is_a_fault(mode, kind, fault):
-    file = io.BytesIO()
-    Image.new(mode, (8, 8)).save(file, format=kind)
-    assert find_fault(file.getvalue()) == fault
+    assert find_fault(encode(mode, kind)) == fault
+
+
+def test_kinds_of_damage_are_told_apart():
+    whole = encode("RGB", "JPEG", (64, 64))
+    assert find_fault(whole) is None
+    kinds = [find_fault(part).kind for part in (b"", b"<html>", whole[:-20])]
+    assert kinds == ["empty", "not an image", "damaged"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "size", "detail"),
+    [
+        (Image.MAX_IMAGE_PIXELS, (9460, 9459), "a PNG image of 9460 x 9459 pixels (over 89,478,485)"),
+        (None, (20000, 20000), "a PNG image of 20000 x 20000 pixels (over 89,478,485)"),
+        (Image.MAX_IMAGE_PIXELS, (20000, 20000), "not a readable image (Image size (400000000 pixels) exceeds limit"),
+    ],
+)
+def test_too_large_images_are_told_by_the_header_whatever_pillow_thinks(limit, size, detail, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    monkeypatch.setattr(Image.Image, "convert", None)  # calling it would fail
+    header = encode("1", "PNG").replace(struct.pack(">2I", 8, 8), struct.pack(">2I", *size), 1)
+    header = header[:29] + struct.pack(">I", zlib.crc32(header[12:29])) + header[33:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fault = find_fault(header)
+    assert fault.kind == "too large"
+    assert fault.detail.startswith(detail)
