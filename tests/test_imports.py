@@ -35,6 +35,7 @@ ONLY_IN = {
     "timm": {"models/zoo.py"},
 }
 ONLY_IN["torchvision"] = {"data/torchvision.py"}
+ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py"}
 

@@ -191,6 +191,14 @@ class DemoDataConfig(Options):
     val_per_class: Positive
 
 
+class PrepareDataConfig(Options):
+    """resnest-data prepare."""
+
+    archives: str
+    out: str
+    verify: bool
+
+
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:
     """Return every option of a schema and its parts, dotted."""
     names = []

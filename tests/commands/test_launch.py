@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from conftest import run_module
 from resnest_imagenet.commands import data, evaluate, table3, train
 from resnest_imagenet.commands.launch import explain_runtime, find_conf
-from resnest_imagenet.config import DemoDataConfig, EvalConfig, ExportConfig, Table3Config, TrainConfig, option_names
+from resnest_imagenet.config import EvalConfig, ExportConfig, Table3Config, TrainConfig, option_names
 
 
 def call(command, arguments, monkeypatch, capsys):
@@ -109,8 +109,27 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     small = ["train_per_class=1", "val_per_class=1"]
     assert call(data, ["demo", f"out={tmp_path / 'demo'}", *small], monkeypatch, capsys)[0] == 0
     assert len(list((tmp_path / "demo/train").iterdir())) == 10
-    assert call(data, ["demmo"], monkeypatch, capsys)[0] == 2
+    code, lines = call(data, ["demmo"], monkeypatch, capsys)
+    assert (code, lines) == (2, ["resnest-data: unknown action 'demmo'; did you mean 'demo'?"])
+    code, lines = call(data, ["x"], monkeypatch, capsys)
+    assert (code, lines) == (2, ["resnest-data: unknown action 'x': demo, prepare"])
     assert call(data, [], monkeypatch, capsys) == (0, [])
+
+
+@pytest.mark.parametrize("action", data.ACTIONS)
+def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, monkeypatch, capsys):
+    assert f"\n  {action:<9}{data.ACTIONS[action].summary}\n" in data.format_usage()
+    monkeypatch.setattr(sys, "argv", ["/bin/resnest-data", action, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        data.main()
+    help_text = capsys.readouterr().out
+    assert help_text.startswith(f"resnest-data {action}: ")
+    assert f"\n  resnest-data {action} " in help_text
+
+
+def test_prepare_without_archives_has_exit_code_3(tmp_path, monkeypatch, capsys):
+    code, lines = call(data, ["prepare", f"archives={tmp_path}", f"out={tmp_path / 'out'}"], monkeypatch, capsys)
+    assert (code, lines) == (3, [f"resnest-data: {tmp_path / 'ILSVRC2012_devkit_t12.tar.gz'}: no such archive"])
 
 
 def test_torch_errors_that_a_user_can_mend_are_explained():
@@ -138,7 +157,7 @@ def list_keys(values, prefix=""):
         ("eval", EvalConfig, ["model=resnest50", "protocol=ecentercrop"]),
         ("export", ExportConfig, ["model=resnest50"]),
         ("table3", Table3Config, []),
-        ("data_demo", DemoDataConfig, []),
+        *((f"data_{name}", action.schema, []) for name, action in data.ACTIONS.items()),
     ],
 )
 def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, overrides):
