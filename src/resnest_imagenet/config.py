@@ -199,6 +199,14 @@ class PrepareDataConfig(Options):
     verify: bool
 
 
+class CheckDataConfig(Options):
+    """resnest-data check."""
+
+    data: DataOptions
+    out: str | None
+    workers: Positive | None
+
+
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:
     """Return every option of a schema and its parts, dotted."""
     names = []

@@ -1,4 +1,4 @@
-"""resnest-data: make and unpack data sets; the first argument says what to do."""
+"""resnest-data: make, unpack and check data sets; the first argument says what to do."""
 
 import sys
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.config import DemoDataConfig, Options, PrepareDataConfig
-from resnest_imagenet.errors import suggest
+from resnest_imagenet.config import CheckDataConfig, DemoDataConfig, Options, PrepareDataConfig
+from resnest_imagenet.errors import DataError, suggest
 
 
 def write_demo(config: DemoDataConfig) -> None:
@@ -27,6 +27,22 @@ def prepare(config: PrepareDataConfig) -> None:
     print(f"{'wrote' if new else 'already there:'} ImageNet's images in {config.out}")
 
 
+def check(config: CheckDataConfig) -> None:
+    """Check a data set, print the table and write the report; faults raise a DataError after both."""
+    from resnest_imagenet.data.check import check_images, format_report, write_report
+    from resnest_imagenet.files import require_writable
+
+    if config.out:
+        require_writable(Path(config.out), "out")
+    report = check_images(config.data.root, config.data.train_dir, config.data.val_dir, config.workers)
+    print(format_report(report))
+    if config.out:
+        write_report(report, Path(config.out))
+    if report.num_faults:
+        where = config.out or "out=report.json lists them"
+        raise DataError(f"{config.data.root}: {report.num_faults:,} faults ({where})")
+
+
 @dataclass(frozen=True)
 class Action:
     """What resnest-data can do; its primary configuration is conf/data_<name>.yaml."""
@@ -43,6 +59,7 @@ ACTIONS = {
         "write the demo images: ten classes of shapes and textures in the ImageNet folder layout",
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
+    "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
 }
 
 

@@ -1,7 +1,8 @@
 """The official ILSVRC2012 archives, unpacked to the ImageNet folder layout.
 
 What is finished has its final name, and nothing else has: everything is written below `out`/prepare.tmp and renamed. So
-a run that was killed goes on where it stopped, and nothing has to be remembered.
+a run that was killed goes on where it stopped, and nothing has to be remembered. (After a power cut, a disk may lack
+what it was told to write: `resnest-data check` finds such images.)
 """
 
 import hashlib

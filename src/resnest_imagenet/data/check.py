@@ -1,0 +1,261 @@
+"""resnest-data check: what is wrong with a data set in the folder layout, and what is only odd about it."""
+
+import json
+import os
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from resnest_imagenet.data.examine import Finding, examine_files
+from resnest_imagenet.data.folder import IMAGE_SUFFIXES
+from resnest_imagenet.errors import DataError
+from resnest_imagenet.files import replacing
+
+# Faults would stop a training, hide images from it or falsify its result; notes do not. In the order of the table.
+FAULTS = (
+    "missing folder",  # of a part
+    "no class folders",
+    "misplaced image",  # beside the class folders
+    "missing class",  # which the other part has
+    "no images",  # in a class
+    "nested folder",  # in a class
+    "unseen image",  # with a suffix that is not looked for
+    "broken link",
+    "not a file",  # a pipe, a socket or a device
+    "unreadable",
+    # Of source.Fault:
+    "empty",
+    "not an image",
+    "wrong format",
+    "wrong mode",
+    "too large",
+    "damaged",
+    "crash",  # of the process that decoded it
+    "in train and val",
+)
+NOTES = (
+    "in two classes",
+    "twice in a class",
+    "known oddity",  # of ImageNet
+    "odd format",
+    "odd mode",
+    "tiny",
+    "other file",  # which nobody looks for
+)
+
+# Files that are meant to be images, but that read_image_folder does not look for.
+UNSEEN_SUFFIXES = (".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".avif")
+# After so many crashes it is rather the machine than the files.
+MAX_CRASHES = 10
+
+
+@dataclass
+class Part:
+    """What the folders of train or val hold.
+
+    Attributes:
+        name: its folder, below the data set's root.
+        classes: the number of images in each class folder.
+        images: their paths, below the root.
+        findings: what is wrong with the folders, or odd.
+    """
+
+    name: str
+    classes: dict[str, int] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, kind: str, path: str, detail: str = "") -> None:
+        """Note a finding."""
+        self.findings.append(Finding(kind, path, detail))
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found, and where it was looked for."""
+
+    root: str
+    parts: tuple[Part, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def num_faults(self) -> int:
+        """Count the findings that are faults."""
+        return sum(finding.kind in FAULTS for finding in self.findings)
+
+
+def check_images(root: str, train_dir: str, val_dir: str, workers: int | None = None) -> Report:
+    """Look at every folder and decode every image of <root>/<train_dir> and <root>/<val_dir>, each file read once.
+
+    Args:
+        root: the data set's folder.
+        train_dir: the part to train on.
+        val_dir: the part to evaluate on.
+        workers: processes; None takes as many as this process may use cores.
+
+    Raises:
+        DataError: there is no such folder, or the processes keep dying.
+    """
+    if not os.path.isdir(root):
+        raise DataError(f"data.root={root}: no such folder")
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = list_part(root, train_dir, "data.train_dir"), list_part(root, val_dir, "data.val_dir")
+    findings = [finding for part in parts for finding in part.findings]
+    findings += compare_classes(*parts)
+    paths = [path for part in parts for path in part.images]
+    originals: dict[bytes, str] = {}
+    crashes = []
+    results = examine_files(root, paths, workers)
+    for result in tqdm(results, "images", len(paths), unit="", disable=None, dynamic_ncols=True):
+        findings += result.findings
+        if result.sha256:
+            original = originals.setdefault(result.sha256, result.path)
+            if original != result.path:
+                findings.append(Finding(_relate(original, result.path), result.path, f"the same as {original}"))
+        crashes += [finding.path for finding in result.findings if finding.kind == "crash"]
+        if len(crashes) == MAX_CRASHES:
+            raise DataError(f"{root}: {MAX_CRASHES} processes died decoding (is memory short?): {', '.join(crashes)}")
+    return Report(root, parts, tuple(findings))
+
+
+def list_part(root: str, name: str, option: str) -> Part:
+    """List the images of <root>/<name> as read_image_folder does, and what it would stumble on or pass over.
+
+    Args:
+        root: the data set's folder.
+        name: the part's folder in it.
+        option: the option that names it, for the report.
+    """
+    part = Part(name)
+    if not os.path.isdir(os.path.join(root, name)):
+        part.add("missing folder", name, _guess_folder(root, name, option))
+        return part
+    loose = []
+    for path, kind in _scan(part, root, name) or []:
+        if kind == "folder":
+            _list_class(part, root, path)
+        elif kind in ("image", "unseen image"):
+            loose.append(path)
+        else:
+            part.add(kind, path)
+    if part.classes:
+        for path in loose:
+            part.add("misplaced image", path, f"images belong in {name}/<class>/")
+    else:
+        part.add("no class folders", name, f"{len(loose):,} images in it; they belong in {name}/<class>/")
+    return part
+
+
+def _list_class(part: Part, root: str, folder: str) -> None:
+    entries = _scan(part, root, folder)
+    before = len(part.images)
+    for path, kind in entries or []:
+        if kind == "image":
+            part.images.append(path)
+        elif kind == "folder":
+            part.add("nested folder", path, "no images are looked for in it")
+        else:
+            part.add(kind, path)
+    part.classes[os.path.basename(folder)] = len(part.images) - before
+    if entries is not None and len(part.images) == before:
+        part.add("no images", folder)
+
+
+def _scan(part: Part, root: str, folder: str) -> list[tuple[str, str]] | None:
+    """Return (path, what it is) of the entries of a folder, sorted; None where it cannot be read."""
+    try:
+        with os.scandir(os.path.join(root, folder)) as entries:
+            return sorted((f"{folder}/{entry.name}", _tell(entry)) for entry in entries)
+    except OSError as error:
+        part.add("unreadable", folder, str(error.strerror))
+        return None
+
+
+def _tell(entry: "os.DirEntry[str]") -> str:
+    """Return "folder", "image", or what stands in FAULTS or NOTES; links are followed, files not opened."""
+    if entry.is_symlink() and not os.path.exists(entry):  # is_dir() would raise for a link to itself
+        return "broken link"
+    if entry.is_dir():
+        return "folder"
+    if not entry.is_file():
+        return "not a file"
+    name = entry.name.lower()
+    if name.endswith(IMAGE_SUFFIXES):
+        return "image"
+    return "unseen image" if name.endswith(UNSEEN_SUFFIXES) else "other file"
+
+
+def _guess_folder(root: str, name: str, option: str) -> str:
+    """Say which folder may have been meant: validation or Val for val."""
+    there = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    alike = [folder for folder in there if folder.lower().startswith(name[:3].lower())]
+    if alike:
+        return f"set {option}={alike[0]}"
+    return f"set {option} (there: {', '.join(there) or 'no folders'})"
+
+
+def compare_classes(train: Part, val: Part) -> list[Finding]:
+    """Return the classes that only one part has; a part without any, and a class without images, are told already."""
+    if not train.classes or not val.classes:
+        return []
+    return [
+        Finding("missing class", f"{part.name}/{name}", f"{other.name} has it")
+        for part, other in ((train, val), (val, train))
+        for name, num_images in other.classes.items()
+        if num_images and name not in part.classes
+    ]
+
+
+def _relate(original: str, path: str) -> str:
+    """Say where two files with the same content stand: .../<part>/<class>/<image>."""
+    one, other = os.path.dirname(original), os.path.dirname(path)
+    if one == other:
+        return "twice in a class"
+    return "in two classes" if os.path.dirname(one) == os.path.dirname(other) else "in train and val"
+
+
+def format_report(report: Report) -> str:
+    """Return a table for people: for each kind its number, the first finding and two more paths; then the totals."""
+    found = defaultdict(list)
+    for finding in report.findings:
+        found[finding.kind].append(finding)
+    lines = []
+    for kind in (*FAULTS, *NOTES):
+        if found[kind]:
+            first = found[kind][0]
+            shown = [first.path + f" ({first.detail})" * bool(first.detail)]
+            shown += [finding.path for finding in found[kind][1:3]] + ["..."] * (len(found[kind]) > 3)
+            lines.append(f"{_severity(kind):<7}{kind:<18}{len(found[kind]):>9,}  {_printable(', '.join(shown))}")
+    for part in report.parts:
+        lines.append(f"{_printable(part.name)}: {len(part.images):,} images in {len(part.classes):,} classes")
+    num_notes = len(report.findings) - report.num_faults
+    return "\n".join([*lines, f"{report.num_faults:,} faults, {num_notes:,} notes"])
+
+
+def write_report(report: Report, out: Path) -> None:
+    """Write a JSON file for programs: all findings, their numbers, and what was looked at."""
+    findings = [{"severity": _severity(finding.kind), **asdict(finding)} for finding in report.findings]
+    content = {
+        "root": report.root,
+        "parts": [
+            {"folder": part.name, "classes": len(part.classes), "images": len(part.images)} for part in report.parts
+        ],
+        "faults": report.num_faults,
+        "notes": len(findings) - report.num_faults,
+        "kinds": dict(sorted(Counter(finding.kind for finding in report.findings).items())),
+        "findings": findings,
+    }
+    with replacing(out) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def _severity(kind: str) -> str:
+    return "fault" if kind in FAULTS else "note"
+
+
+def _printable(path: str) -> str:
+    r"""Return a path that fits a line and any terminal: with \n for a line break and \udcff for what is no UTF-8."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in path)
