@@ -42,7 +42,7 @@ class ModelOptions(NetworkOptions):
 class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
-    kind: Literal["folder"]
+    kind: Literal["folder", "webdataset"]
     root: str
     train_dir: str
     val_dir: str
@@ -205,6 +205,28 @@ class CheckDataConfig(Options):
     data: DataOptions
     out: str | None
     workers: Positive | None
+
+
+class FolderOptions(Options):
+    """A data set in the ImageNet folder layout."""
+
+    root: str
+    train_dir: str | None  # null: leave this part out
+    val_dir: str | None
+
+
+class ShardDataConfig(Options):
+    """resnest-data shard."""
+
+    data: FolderOptions
+    out: str
+    images_per_shard: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> "ShardDataConfig":
+        if self.data.train_dir is None and self.data.val_dir is None:
+            raise ValueError("data.train_dir=null and data.val_dir=null leave nothing")
+        return self
 
 
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:

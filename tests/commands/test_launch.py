@@ -132,6 +132,15 @@ def test_prepare_without_archives_has_exit_code_3(tmp_path, monkeypatch, capsys)
     assert (code, lines) == (3, [f"resnest-data: {tmp_path / 'ILSVRC2012_devkit_t12.tar.gz'}: no such archive"])
 
 
+def test_shards_of_one_part_and_of_none(demo_images, tmp_path, monkeypatch, capsys):
+    options = ["shard", f"data.root={demo_images}", "data.train_dir=null", f"out={tmp_path / 'out'}"]
+    assert call(data, options, monkeypatch, capsys)[0] == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["val"]
+    assert call(data, options, monkeypatch, capsys)[0] == 3
+    code, lines = call(data, [*options, "data.val_dir=null"], monkeypatch, capsys)
+    assert (code, lines) == (2, ["resnest-data: data.train_dir=null and data.val_dir=null leave nothing"])
+
+
 def test_torch_errors_that_a_user_can_mend_are_explained():
     error = explain_runtime(RuntimeError("operator torchvision::nms does not exist"))
     assert error.exit_code == 2
@@ -158,6 +167,7 @@ def list_keys(values, prefix=""):
         ("export", ExportConfig, ["model=resnest50"]),
         ("table3", Table3Config, []),
         *((f"data_{name}", action.schema, []) for name, action in data.ACTIONS.items()),
+        ("train", TrainConfig, ["data=webdataset"]),
     ],
 )
 def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, overrides):

@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 
 import pytest
 import torch
@@ -6,11 +8,14 @@ from torch import nn
 
 from conftest import ALONE
 from resnest_imagenet import build_model
+from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.evaluation.counting import Accuracy, evaluate
-from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint, format_results
+from resnest_imagenet.evaluation.evaluate_checkpoint import _label, evaluate_checkpoint, format_results
 from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.weights.load import Weights
 
 
 class Fixed:
@@ -125,6 +130,55 @@ def test_a_thousand_other_folders_are_labelled_in_their_order(tmp_path, evaluati
     assert sorted(map(str, range(1000))).index("2") == 112 - 1 or True
     config = evaluation_of(tmp_path / "bare.pth", "model=resnest14_half", f"data.root={tmp_path}")
     assert evaluate_checkpoint(config)[0].correct1 == 2
+
+
+@pytest.fixture(scope="module")
+def numbered_shards(demo_images, tmp_path_factory):
+    """Others' shards: 1000 images, the last one first, each with its label's digits and no names of classes."""
+    root = tmp_path_factory.mktemp("numbered")
+    (root / "val").mkdir()
+    content = {"jpg": next((demo_images / "val").rglob("*.JPEG")).read_bytes()}
+    with tarfile.open(root / "val/0.tar", "w") as tar:
+        for label in range(999, -1, -1):
+            for extension, member in {**content, "cls": str(label).encode()}.items():
+                header = tarfile.TarInfo(f"{label}.{extension}")
+                header.size = len(member)
+                tar.addfile(header, io.BytesIO(member))
+    return root
+
+
+def test_numbered_shards_are_labelled_as_the_outputs_are(tmp_path, evaluation_of, numbered_shards):
+    """ImageNet's numbers, in the synsets' order, for bare weights."""
+    model = build_model("resnest14_half", 1000).eval()
+    nn.init.zeros_(model.fc.weight)
+    with torch.no_grad():
+        model.fc.bias.copy_(-(torch.arange(1000) - 207).abs())  # always answers: 207, then its neighbours
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    places = ("model=resnest14_half", "data=webdataset", f"data.root={numbered_shards}")
+    (result,) = evaluate_checkpoint(evaluation_of(tmp_path / "bare.pth", *places))
+    assert (result.correct1, result.correct5, result.count) == (1, 5, 1000)
+
+
+def test_numbers_and_names_of_classes_meet_by_position(tmp_path, numbered_shards):
+    imagenet = list_imagenet_classes()
+    shards = read_shards(str(numbered_shards), "val", "data.val_dir")
+    numbers = Weights("x", {}, classes=list(shards.classes))
+    for weights in (numbers, Weights("x", {}), Weights("x", {}, classes=imagenet)):
+        assert _label(shards, weights, 1000).labels.tolist() == list(range(999, -1, -1))
+    with pytest.raises(DataError, match="1000 of its classes are not among the checkpoint's classes: 0, 1, 2, ..."):
+        _label(shards, Weights("x", {}, classes=["cat", "dog"]), 2)
+    # The other way round: trained on numbered shards, evaluated on folders.
+    make_tree(tmp_path, f"val/{imagenet[7]}/1.jpg", f"val/{imagenet[900]}/1.jpg")
+    folder = read_image_folder(str(tmp_path), "val", "data.val_dir")
+    assert _label(folder, numbers, 1000).labels.tolist() == [7, 900]
+    make_tree(tmp_path, "part/3/1.jpg", "part/10/1.jpg")
+    assert _label(read_image_folder(str(tmp_path), "part", "x"), numbers, 1000).labels.tolist() == [10, 3]
+
+
+def make_tree(root, *files):
+    for name in files:
+        (root / name).parent.mkdir(parents=True)
+        (root / name).touch()
 
 
 def test_results_that_cannot_be_written_are_refused_first(bare_weights, evaluation_of, tmp_path):

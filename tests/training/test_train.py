@@ -19,6 +19,7 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import ERandomCrop, TrainTransform
+from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.models.dropblock import DropBlock
@@ -121,6 +122,34 @@ def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monke
     assert whole.pop("config")["run_dir"] != resumed.pop("config")["run_dir"]
     assert_equal(whole, resumed)
     assert without_clock(read_events(tmp_path / "whole")) == without_clock(read_events(tmp_path / "interrupted"))
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_run_on_shards_is_the_run_on_the_folder_and_goes_on(
+    loader, small_run, demo_images, evaluation_of, tmp_path, monkeypatch
+):
+    write_shards(str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30)
+    shards = ("data=webdataset", f"data.root={tmp_path / 'shards'}")
+    train(small_run(f"loader={loader}", run="folder"))
+    real = train_module.train_epoch
+
+    def interrupt_second_epoch(state, *rest):
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        real(state, *rest)
+
+    monkeypatch.setattr(train_module, "train_epoch", interrupt_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_run(f"loader={loader}", *shards, run="shards"))
+    monkeypatch.undo()
+    train(small_run(f"loader={loader}", *shards, run="shards"))
+    runs = [tmp_path / "folder", tmp_path / "shards"]
+    assert without_clock(read_events(runs[0])) == without_clock(read_events(runs[1]))
+    one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in runs)
+    assert_equal(one["model"], other["model"])
+    assert one["classes"] == other["classes"]
+    (result,) = evaluate_checkpoint(evaluation_of(runs[1] / "checkpoints/last.pt", *shards, f"loader={loader}"))
+    assert (result.top1, result.count) == (read_events(runs[0])[-1]["top1"], 40)
 
 
 def test_a_finished_run_is_not_trained_again(small_run, tmp_path):

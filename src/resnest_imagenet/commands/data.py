@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.config import CheckDataConfig, DemoDataConfig, Options, PrepareDataConfig
+from resnest_imagenet.config import CheckDataConfig, DemoDataConfig, Options, PrepareDataConfig, ShardDataConfig
 from resnest_imagenet.errors import DataError, suggest
 
 
@@ -43,6 +43,16 @@ def check(config: CheckDataConfig) -> None:
         raise DataError(f"{config.data.root}: {report.num_faults:,} faults ({where})")
 
 
+def shard(config: ShardDataConfig) -> None:
+    """Write WebDataset shards."""
+    from resnest_imagenet.data.webdataset import write_shards
+
+    parts = {"data.train_dir": config.data.train_dir, "data.val_dir": config.data.val_dir}
+    chosen = {option: name for option, name in parts.items() if name is not None}
+    write_shards(config.data.root, chosen, Path(config.out), config.images_per_shard)
+    print(f"wrote the shards in {config.out}: train with data=webdataset data.root={config.out}")
+
+
 @dataclass(frozen=True)
 class Action:
     """What resnest-data can do; its primary configuration is conf/data_<name>.yaml."""
@@ -60,6 +70,7 @@ ACTIONS = {
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
     "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
+    "shard": Action(ShardDataConfig, shard, "write a folder of images as WebDataset shards"),
 }
 
 

@@ -1,1 +1,1 @@
-"""From a folder of images to batches on the device."""
+"""From images on the disk to batches on the device."""

@@ -6,6 +6,7 @@ stand here a second time as DALI arithmetic; the tests hold the two forms togeth
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from resnest_imagenet.data.transforms import MEAN, STD, ERandomCrop, EvalTransfo
 from resnest_imagenet.errors import ConfigError, DataError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
+READING_THREADS = 8  # of sources that are not files: they wait for the storage, not for the processor
 # As Pillow and torchvision decode: EXIF orientation ignored, and on a GPU the same chroma upsampling as on a CPU.
 DECODING: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -179,8 +181,13 @@ class _Inputs:
         """Return one batch; StopIteration ends the pass."""
         indices = next(self._pending)
         self.recent.append(indices)
-        get = self.images.path if isinstance(self.images, ImageFolder) else self.images.read
-        images = [np.frombuffer(get(index), dtype=np.uint8) for index in indices.tolist()]
+        if isinstance(self.images, ImageFolder):
+            inputs = [self.images.path(index) for index in indices.tolist()]
+        else:
+            # Threads for this batch only (under a millisecond): none is left to a fork, or by a loader that is gone.
+            with ThreadPoolExecutor(READING_THREADS) as threads:
+                inputs = list(threads.map(self.images.read, indices.tolist()))
+        images = [np.frombuffer(each, dtype=np.uint8) for each in inputs]
         labels = self.images.labels[indices]
         if isinstance(self.transform, EvalTransform):
             return images, labels
@@ -227,7 +234,7 @@ class DaliLoader:
                 images, labels = pipeline.run(stream)
             except StopIteration:
                 break
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 raise self._explain(error) from error
             nhwc = torch.from_dlpack(images.as_tensor())
             label = torch.from_dlpack(labels.as_tensor())
@@ -251,7 +258,7 @@ class DaliLoader:
         pipeline.build()
         return pipeline
 
-    def _explain(self, error: RuntimeError) -> Exception:
+    def _explain(self, error: Exception) -> Exception:
         """Name the file behind a failure (DALI does not); any other failure stays what it is."""
         recent = (index for indices in self._inputs.recent for index in indices.tolist())
         unreadable = name_unreadable(self._inputs.images, recent)

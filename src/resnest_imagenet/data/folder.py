@@ -1,11 +1,10 @@
 """The ImageNet folder layout: <root>/<train or val>/<class>/<image>."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 
-from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.data.source import ImageSource, find_part
 from resnest_imagenet.errors import DataError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -39,12 +38,7 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
     Raises:
         DataError: root or part missing, no classes, a class without images.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"data.root={root}: no such folder")
-    part = Path(root, name)
-    if not part.is_dir():
-        there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())) or "no folders"
-        raise DataError(f"{part}: no such folder (in {root}: {there}); set {option}")
+    part = find_part(root, name, option)
     classes = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
     if not classes:
         raise DataError(f"{part}: no class folders; the layout is {part}/<class>/<image>.JPEG")

@@ -1,6 +1,7 @@
 """What a loader reads from: encoded images with labels, wherever they are kept."""
 
 import io
+import os
 import struct
 import warnings
 from abc import ABC, abstractmethod
@@ -75,7 +76,7 @@ def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
     """List the images of one part of a data set.
 
     Args:
-        kind: "folder".
+        kind: "folder" or "webdataset".
         root: the data set's folder.
         name: the part's folder within it, e.g. "train".
         option: the option that names this part, for the error message.
@@ -84,8 +85,20 @@ def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
         DataError: nothing there, or nothing that can be used.
     """
     from resnest_imagenet.data.folder import read_image_folder
+    from resnest_imagenet.data.webdataset import read_shards
 
-    return read_image_folder(root, name, option)
+    return {"folder": read_image_folder, "webdataset": read_shards}[kind](root, name, option)
+
+
+def find_part(root: str, name: str, option: str) -> Path:
+    """Return the folder of one part of a data set; the arguments are `open_source`'s, and so is the DataError."""
+    if not os.path.isdir(root):
+        raise DataError(f"data.root={root}: no such folder")
+    part = Path(root, name)
+    if not part.is_dir():
+        there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())) or "no folders"
+        raise DataError(f"{part}: no such folder (in {root}: {there}); set {option}")
+    return part
 
 
 def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) -> ImageSource:
@@ -108,11 +121,18 @@ def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) ->
 
 
 def require_same_classes(train: ImageSource, val: ImageSource) -> None:
-    """Raise a DataError unless both parts have the same classes."""
+    """Raise a DataError unless both parts have the same classes, with the same labels."""
     for one, other in ((train, val), (val, train)):
         missing = sorted(set(one.classes) - set(other.classes))
         if missing:
             raise DataError(f"{other.root} lacks {len(missing)} of the classes of {one.root}: {_some(missing)}")
+    if train.classes != val.classes:
+        raise DataError(f"{val.root} and {train.root} have the same classes, but in another order")
+
+
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Say whether the classes are the numbers of their labels: of shards that do not name them."""
+    return list(classes) == [str(label) for label in range(len(classes))]
 
 
 def find_fault(encoded: bytes) -> Fault | None:

@@ -8,7 +8,7 @@ from resnest_imagenet.compute import place
 from resnest_imagenet.config import EvalConfig
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, label_by_classes, open_source
+from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_classes, open_source
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import evaluate
@@ -76,9 +76,16 @@ def format_results(results: list[CropResult]) -> str:
 
 
 def _label(images: ImageSource, weights: Weights, num_outputs: int) -> ImageSource:
-    """Number the images as the model's outputs are; a folder may hold a part of the classes."""
-    if weights.classes is not None:
-        return label_by_classes(images, weights.classes, "the checkpoint's classes")
+    """Number the images as the model's outputs are; a folder may hold a part of the classes.
+
+    Shards may have numbers for classes: these are the outputs', if they are as many; and of a checkpoint trained on
+    such shards no more is known than of bare weights.
+    """
+    if are_numbers(images.classes) and len(images.classes) == num_outputs:
+        return images
+    known = weights.classes
+    if known is not None and (not are_numbers(known) or set(images.classes) <= set(known)):
+        return label_by_classes(images, known, "the checkpoint's classes")
     imagenet = list_imagenet_classes() if num_outputs == 1000 else []
     if len(images.classes) == num_outputs and not set(images.classes) <= set(imagenet):
         return images

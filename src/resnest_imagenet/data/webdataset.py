@@ -1,0 +1,306 @@
+"""WebDataset shards: tar files of images, each beside its label, read in any order.
+
+A shard holds `key.jpg` (or .jpeg, .png, .webp) and `key.cls`, the label in decimal digits; what else belongs to a key
+is left alone. Images are found by their place in the shard, so that shards are as much of an array as a folder is, and
+the plan decides the order.
+"""
+
+import gc
+import itertools
+import os
+import re
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from errno import EIO
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from resnest_imagenet.data.folder import ImageFolder, read_image_folder
+from resnest_imagenet.data.source import ImageSource, find_part, require_same_classes
+from resnest_imagenet.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CLASSES = "classes.txt"  # one name per line, in the order of the labels
+INDEX = "index.npz"  # what `_scan_shards` returns
+OPEN_SHARDS = 256  # per process and part: both parts stay below the usual limit of 1024 open files
+SCANNING_PROCESSES = 8
+
+# Arrays by name: "files" (bytes), "offset" and "length" (of the image in its shard, int64) and "labels" (int64), all
+# (N,); of several shards also "shard" (which one, (N,) int32), "shards" (their names) and "sizes" (int64).
+Listing = dict[str, np.ndarray]
+
+
+class _Descriptor:
+    """An open file, closed as soon as nobody holds it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+class _OpenFiles:
+    """The files read from last, kept open, in any number of threads.
+
+    A forked process goes on with the same ones: positions are given with every read. A pickled copy opens its own.
+    """
+
+    def __init__(self) -> None:
+        self._open = lru_cache(OPEN_SHARDS)(lambda path: _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _OpenFiles, ()
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        descriptor = self._open(path)  # held until the end: another thread may push it out of the cache meanwhile
+        return os.pread(descriptor.number, length, offset)
+
+
+@dataclass(frozen=True)
+class ShardedImages(ImageSource):
+    """Images in tar files; `files` holds "<shard>/<member>".
+
+    Attributes:
+        shards: names of the shards, below root.
+        shard: (N,) int32, the shard of each image; never descending.
+        offset, length: (N,) int64, where in it.
+    """
+
+    shards: tuple[str, ...]
+    shard: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    _open_files: _OpenFiles = field(default_factory=_OpenFiles, init=False, repr=False, compare=False)
+
+    def name(self, index: int) -> str:
+        """Return the path of the image's shard and its name there."""
+        shard, _, member = os.fsdecode(self.files[index]).partition("/")
+        return f"{self.root / shard}: {member}"
+
+    def read(self, index: int) -> bytes:
+        """Return one image, encoded."""
+        path = os.path.join(self.root, self.shards[self.shard[index]])
+        encoded = self._open_files.read(path, int(self.offset[index]), int(self.length[index]))
+        if len(encoded) < self.length[index]:
+            raise OSError(EIO, "the shard has become shorter")
+        return encoded
+
+
+def read_shards(root: str, name: str, option: str) -> ShardedImages:
+    """List the images of `<root>/<name>/*.tar`: from the index beside them or, where there is none, from their headers.
+
+    The class names are the lines of classes.txt, beside the shards or in root; without it the labels in digits.
+
+    Args:
+        root: the data set's folder.
+        name: the part's folder within it, e.g. "train".
+        option: the option that names this part, for the error message.
+
+    Raises:
+        DataError: no shards, damaged ones, an index of others, an image without a label or with one that has no name.
+    """
+    part = find_part(root, name, option)
+    paths = sorted(part.glob("*.tar"))
+    if not paths:
+        raise DataError(f"{part}: no shards (*.tar)")
+    index = part / INDEX
+    listing = _read_index(index, paths) if index.exists() else _scan_shards(paths)
+    columns = (listing[column] for column in ("shard", "offset", "length"))
+    images = ShardedImages(part, (), listing["files"], listing["labels"], tuple(p.name for p in paths), *columns)
+    if not len(images):
+        raise DataError(f"{part}: shards without images ({', '.join(IMAGE_EXTENSIONS)})")
+    return replace(images, classes=_name_classes(images, Path(root)))
+
+
+def _name_classes(images: ShardedImages, root: Path) -> tuple[str, ...]:
+    """Read classes.txt or number the classes; DataError unless each label has its name."""
+    files = [folder / CLASSES for folder in (images.root, root) if (folder / CLASSES).is_file()]
+    if not files:
+        present = np.unique(images.labels)
+        missing = np.setdiff1d(np.arange(len(present)), present)
+        if len(missing):
+            raise DataError(
+                f"{images.root}: labels up to {present[-1]}, but none is {missing[0]}: "
+                f"name all classes in {images.root / CLASSES}, one per line"
+            )
+        return tuple(map(str, range(len(present))))
+    classes = tuple(os.fsdecode(files[0].read_bytes()).removesuffix("\n").split("\n"))
+    if len(set(classes)) < len(classes) or "" in classes:
+        raise DataError(f"{files[0]}: an empty line or a name twice; write one class per line, in the labels' order")
+    worst = int(images.labels.argmax())
+    if images.labels[worst] >= len(classes):
+        raise DataError(
+            f"{images.name(worst)}: label {images.labels[worst]}, but {files[0]} names {len(classes)} classes"
+        )
+    return classes
+
+
+def _read_index(index: Path, paths: Sequence[Path]) -> Listing:
+    """Load a listing; DataError unless it is of these shards."""
+    remedy = "remove it (the shards are then listed from their headers) or write the shards anew"
+    try:
+        with np.load(index, allow_pickle=False) as file:
+            listing = dict(file)
+        indexed = dict(zip(listing["shards"].tolist(), listing["sizes"].tolist(), strict=True))
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{index}: not an index of shards; {remedy}") from error
+    sizes = {path.name: path.stat().st_size for path in paths}
+    differing = sorted(name for name in indexed.keys() | sizes.keys() if indexed.get(name) != sizes.get(name))
+    if differing:
+        raise DataError(f"{index}: does not match {differing[0]} (missing, new or of another size); {remedy}")
+    return listing
+
+
+def _scan_shards(paths: Sequence[Path]) -> Listing:
+    """List shards from their headers, several at a time."""
+    # Frozen objects are not collected in the processes: see `TorchvisionLoader.batches`.
+    gc.freeze()
+    try:
+        with ProcessPoolExecutor(min(SCANNING_PROCESSES, len(paths))) as pool:
+            parts = list(pool.map(_scan_shard, paths))
+    finally:
+        gc.unfreeze()
+    return {
+        **{column: np.concatenate([part[column] for part in parts]) for column in parts[0]},
+        "shard": np.repeat(np.arange(len(paths), dtype=np.int32), [len(part["files"]) for part in parts]),
+        "shards": np.array([path.name for path in paths]),
+        "sizes": np.array([path.stat().st_size for path in paths]),
+    }
+
+
+def _scan_shard(path: Path) -> Listing:
+    """List one shard, in its own order."""
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    name = "its beginning"
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = member.name
+                key, extension = _split(name)
+                if not member.isfile() or extension not in (*IMAGE_EXTENSIONS, "cls"):
+                    continue
+                if key in (labels if extension == "cls" else images):
+                    raise DataError(f"{path}: {key} has two {'labels' if extension == 'cls' else 'images'}")
+                if extension == "cls":
+                    text = os.pread(file.fileno(), min(member.size, 32), member.offset_data)
+                    if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
+                        raise DataError(f"{path}: {name}: {text!r} is not a label (digits, counted from 0)")
+                    labels[key] = int(text)
+                else:
+                    images[key] = (f"{path.name}/{name}", member.offset_data, member.size)
+            # tarfile takes a damaged header, and the end of the file, for the end of the archive: a block of zeros.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("no end of the archive")
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: a truncated or damaged tar file after {name} ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    alone = sorted(images.keys() ^ labels.keys())
+    if alone:
+        missing = "label (.cls)" if alone[0] in images else f"image ({', '.join(IMAGE_EXTENSIONS)})"
+        raise DataError(f"{path}: {alone[0]} has no {missing}")
+    return {
+        "files": np.array([os.fsencode(file) for file, _, _ in images.values()], dtype=np.bytes_),
+        "offset": np.array([offset for _, offset, _ in images.values()], dtype=np.int64),
+        "length": np.array([length for _, _, length in images.values()], dtype=np.int64),
+        "labels": np.array([labels[key] for key in images], dtype=np.int64),
+    }
+
+
+def _split(member: str) -> tuple[str, str]:
+    """Return key and extension; as WebDataset does, at the first dot after the last slash."""
+    folder, slash, base = member.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: int) -> None:
+    """Write folders of images as shards: <out>/<part>/<part>-000000.tar ..., classes.txt and an index.
+
+    The same folders make the same shards, bit for bit: images untouched and in the folder's order, nothing of their
+    times and owners.
+
+    Args:
+        root: the data set's folder.
+        parts: the folder of each part within root, by the option that names it.
+        out: a new or empty folder; it gets the parts when all are complete.
+        images_per_shard: of each shard but a part's last.
+
+    Raises:
+        DataError: for what cannot be read, or classes that differ; where `out` is in use or cannot be written.
+    """
+    sources = [read_image_folder(root, name, option) for option, name in parts.items()]
+    for source in sources[1:]:
+        require_same_classes(sources[0], source)
+    unfinished = out / ".unfinished"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(entry != unfinished for entry in out.iterdir()):
+            raise DataError(f"out={out}: is not empty; remove it or choose another folder")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for source in sources:
+            _write_part(source, unfinished / source.root.name, images_per_shard)
+        for source in sources:
+            (unfinished / source.root.name).rename(out / source.root.name)
+        unfinished.rmdir()
+    except OSError as error:
+        raise DataError(f"out={out}: cannot be written ({error.strerror})") from error
+
+
+def _write_part(images: ImageFolder, folder: Path, images_per_shard: int) -> None:
+    folder.mkdir(parents=True)
+    members = iter(name_members(map(os.fsdecode, images.files.tolist())))
+    paths: list[Path] = []
+    with tqdm(total=len(images), desc=folder.name, unit=" images") as progress:
+        for first in range(0, len(images), images_per_shard):
+            paths.append(folder / f"{folder.name}-{len(paths):06d}.tar")
+            # Not the default format: DALI's reader does not know its long names.
+            with tarfile.open(paths[-1], "w", format=tarfile.GNU_FORMAT) as tar:
+                for index in range(first, min(first + images_per_shard, len(images))):
+                    try:
+                        encoded = images.read(index)
+                    except OSError as error:
+                        raise DataError(f"{images.name(index)}: cannot be read ({error.strerror})") from error
+                    key, extension = next(members)
+                    _add_member(tar, f"{key}.{extension}", encoded)
+                    _add_member(tar, f"{key}.cls", b"%d" % images.labels[index])
+                    progress.update()
+    (folder / CLASSES).write_bytes(os.fsencode("".join(f"{name}\n" for name in images.classes)))
+    # Read back, as shards without an index are: what stands in it was found there.
+    listing: dict[str, Any] = _scan_shards(paths)
+    np.savez(folder / INDEX, **listing)
+
+
+def name_members(files: Iterable[str]) -> list[tuple[str, str]]:
+    """Return key and extension, both unique together, for the files "<class>/<file>" of a folder, sorted by class.
+
+    Keys end at the first dot, so dots before the suffix are written as in a URL, %2E. In a class where files differ
+    in nothing but the suffix, it is a part of all keys.
+    """
+    members = []
+    for name_of_class, group in itertools.groupby(files, lambda file: file.partition("/")[0]):
+        names = [file.partition("/")[2] for file in group]
+        stems = [name.rpartition(".")[0] for name in names]
+        if len(set(stems)) < len(stems):
+            stems = names
+        for stem, name in zip(stems, names, strict=True):
+            key = stem.replace("%", "%25").replace(".", "%2E")
+            members.append((f"{name_of_class}/{key}", name.rpartition(".")[2].lower()))
+    return members
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    header = tarfile.TarInfo(name)  # without time and owner
+    header.size = len(content)
+    tar.addfile(header, BytesIO(content))
