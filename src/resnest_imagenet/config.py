@@ -46,6 +46,8 @@ class DataOptions(Options):
     root: str
     train_dir: str
     val_dir: str
+    on_error: Literal["raise", "substitute"]  # training images that cannot be decoded
+    max_errors: Annotated[int, Field(ge=0)]  # on_error=substitute: how many of them, per rank
 
 
 class LoaderOptions(Options):
@@ -162,6 +164,12 @@ class EvalConfig(Options):
     model: NetworkOptions | None
     data: DataOptions
     loader: LoaderOptions
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvalConfig":
+        if self.data.on_error == "substitute":
+            raise ValueError("data.on_error=substitute is for training: it would falsify an evaluation's counts")
+        return self
 
 
 class ExportConfig(Options):

@@ -101,6 +101,8 @@ def test_a_crop_below_32_in_a_list(monkeypatch, capsys):
 def test_a_group_option_without_its_group_and_a_list_without_brackets(monkeypatch, capsys):
     code, lines = call(evaluate, ["ckpt=a", "data.root=/x", "model.name=resnest50"], monkeypatch, capsys)
     assert (code, lines) == (2, ["resnest-evaluate: model.name is set by its group: write model=NAME"])
+    code, lines = call(evaluate, ["ckpt=a", "data.root=/x", "data.on_error=substitute"], monkeypatch, capsys)
+    assert code == 2 and "data.on_error=substitute is for training: it would falsify" in lines[0]
     code, lines = call(table3, ["results=a,b"], monkeypatch, capsys)
     assert code == 2 and lines[0].endswith(": write a list as [a,b]")
 
@@ -112,7 +114,7 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     code, lines = call(data, ["demmo"], monkeypatch, capsys)
     assert (code, lines) == (2, ["resnest-data: unknown action 'demmo'; did you mean 'demo'?"])
     code, lines = call(data, ["x"], monkeypatch, capsys)
-    assert (code, lines) == (2, ["resnest-data: unknown action 'x': demo, prepare, check"])
+    assert (code, lines) == (2, ["resnest-data: unknown action 'x': demo, prepare, check, shard"])
     assert call(data, [], monkeypatch, capsys) == (0, [])
 
 

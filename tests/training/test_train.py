@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -150,6 +151,28 @@ def test_a_run_on_shards_is_the_run_on_the_folder_and_goes_on(
     assert one["classes"] == other["classes"]
     (result,) = evaluate_checkpoint(evaluation_of(runs[1] / "checkpoints/last.pt", *shards, f"loader={loader}"))
     assert (result.top1, result.count) == (read_events(runs[0])[-1]["top1"], 40)
+
+
+def test_bad_images_end_a_run_or_are_replaced_as_asked(small_run, demo_images, tmp_path, monkeypatch, capsys):
+    """A run that they ended goes on with on_error=substitute, and both loaders then agree about the labels."""
+    shutil.copytree(demo_images, tmp_path / "data")
+    bad = sorted((tmp_path / "data/train").rglob("*.JPEG"))[::20]
+    for path in bad:
+        path.write_bytes(b"<html>")
+    root = f"data.root={tmp_path / 'data'}"
+    with pytest.raises(DataError, match="JPEG: not a readable image"):
+        train(small_run(root, "loader=torchvision", run="torchvision"))
+    seen = {"dali": [], "torchvision": []}
+    real = loop_module.compute_loss
+    for loader, labels in seen.items():
+        monkeypatch.setattr(
+            loop_module, "compute_loss", lambda *args, out=labels: (out.append(args[2]), real(*args))[1]
+        )
+        train(small_run(root, f"loader={loader}", "data.on_error=substitute", run=loader))
+        assert {line.partition(": ")[0] for line in capsys.readouterr().err.splitlines()} == {str(path) for path in bad}
+    assert_equal(*seen.values())
+    with pytest.raises(DataError, match="bad image number 3, data.max_errors=2"):
+        train(small_run(root, "data.on_error=substitute", "data.max_errors=2"))
 
 
 def test_a_finished_run_is_not_trained_again(small_run, tmp_path):

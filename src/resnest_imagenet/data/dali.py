@@ -4,9 +4,11 @@ Image sizes are known only inside the graph (`peek_image_shape`), so the windows
 stand here a second time as DALI arithmetic; the tests hold the two forms together.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,10 @@ from torch import Tensor
 from resnest_imagenet.data.dali_ops import apply_operations
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.source import ImageSource, name_unreadable
+from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
-from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.errors import ConfigError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
 READING_THREADS = 8  # of sources that are not files: they wait for the storage, not for the processor
@@ -115,19 +118,19 @@ def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | li
 
 @pipeline_def(enable_conditionals=True)
 def _train_pipeline(
-    source: Source, in_files: bool, transform: TrainTransform, decoder: str
+    source: Source, in_files: bool, transform: TrainTransform, decoder: str, whole: bool
 ) -> tuple[DataNode, DataNode]:
     before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
     # The operations only where there are some: DALI warns of an input without a use.
     images, labels, draw, mean, *drawn = fn.external_source(source, num_outputs=5 if before or after else 4)
     encoded = fn.io.file.read(images) if in_files else images
     start, size = _train_window(*_image_size(encoded), draw[1:], transform.cropping)
-    if not before:
-        images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
-    else:
+    if whole or before:
         images = fn.decoders.image(encoded, device=decoder, **DECODING)
-        images = apply_operations(images, drawn[0], before)
+        images = apply_operations(images, drawn[0], before) if before else images
         images = fn.slice(images, start=start, shape=size, axes=[0, 1])
+    else:
+        images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
     resampling = {"interp_type": INTERPOLATIONS[transform.interpolation], "antialias": transform.antialias}
     images = fn.resize(images, size=[transform.crop] * 2, **resampling)
     if after:
@@ -155,6 +158,40 @@ def _eval_pipeline(source: Source, in_files: bool, transform: EvalTransform, dec
     return _normalise(images), labels
 
 
+@pipeline_def
+def _decoding_pipeline(decoder: str) -> tuple[DataNode, DataNode]:
+    encoded = fn.external_source(name="encoded")
+    return fn.peek_image_shape(encoded), fn.decoders.image(encoded, device=decoder, **DECODING)
+
+
+class _Trial:
+    """Says whether DALI decodes an image: a pipeline that failed does not say which image it was."""
+
+    def __init__(self, images: ImageSource, device: torch.device) -> None:
+        self._images = images
+        self._device = device
+        self._pipeline: Pipeline | None = None
+
+    def __call__(self, index: int) -> bool:
+        try:
+            encoded = np.frombuffer(self._images.read(index), dtype=np.uint8)
+            pipeline = self._pipeline or self._build()
+            self._pipeline = None  # of no more use if it fails
+            pipeline.run(encoded=[encoded])
+        except (OSError, RuntimeError):
+            return False
+        self._pipeline = pipeline
+        return True
+
+    def _build(self) -> Pipeline:
+        decoder = "mixed" if self._device.type == "cuda" else "cpu"
+        pipeline = _decoding_pipeline(
+            decoder, batch_size=1, num_threads=1, device_id=self._device.index, prefetch_queue_depth=1
+        )
+        pipeline.build()
+        return pipeline
+
+
 class _Inputs:
     """What DALI's external source asks for: the next batch's images, labels and, in training, draws.
 
@@ -169,26 +206,29 @@ class _Inputs:
         self.plan = plan
         self.transform = transform
         self.recent: deque[np.ndarray] = deque(maxlen=PREFETCHED_BATCHES + 2)
+        self.stand_ins: dict[int, int] = {}  # for images that DALI does not decode
         self._epoch = 0
         self._pending: Iterator[np.ndarray] = iter(())
 
     def start(self, epoch: int, start: int) -> None:
         """Begin a pass with the rank's `start`-th batch."""
         self._epoch = epoch
+        self.recent.clear()
         self._pending = self.plan.batches(epoch, start)
 
     def __call__(self) -> tuple:
         """Return one batch; StopIteration ends the pass."""
         indices = next(self._pending)
         self.recent.append(indices)
+        used = [self.stand_ins.get(index, index) for index in indices.tolist()]
         if isinstance(self.images, ImageFolder):
-            inputs = [self.images.path(index) for index in indices.tolist()]
+            inputs = [self.images.path(index) for index in used]
         else:
             # Threads for this batch only (under a millisecond): none is left to a fork, or by a loader that is gone.
             with ThreadPoolExecutor(READING_THREADS) as threads:
-                inputs = list(threads.map(self.images.read, indices.tolist()))
+                inputs = list(threads.map(self.images.read, used))
         images = [np.frombuffer(each, dtype=np.uint8) for each in inputs]
-        labels = self.images.labels[indices]
+        labels = self.images.labels[used]
         if isinstance(self.transform, EvalTransform):
             return images, labels
         crops = [self.transform.draw_crop(self._epoch, index) for index in indices.tolist()]
@@ -209,6 +249,7 @@ class DaliLoader:
         transform: TrainTransform | EvalTransform,
         device: torch.device,
         workers: int,
+        max_errors: int,
     ) -> None:
         if isinstance(transform, EvalTransform):
             interpolation = transform.resolved_interpolation
@@ -219,6 +260,8 @@ class DaliLoader:
             raise ConfigError("antialias=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan
         self._inputs = _Inputs(images, plan, transform)
+        self._max_errors = max_errors
+        self._substitution = Substitution(images, max_errors)
         self._device = device
         self._workers = max(1, workers)
         self._pipeline: Pipeline | None = None
@@ -234,8 +277,14 @@ class DaliLoader:
                 images, labels = pipeline.run(stream)
             except StopIteration:
                 break
-            except (RuntimeError, OSError) as error:
-                raise self._explain(error) from error
+            except (RuntimeError, OSError):
+                # The pipeline is of no more use. Each further turn has found a bad image more: they end.
+                if not self._replace_bad():
+                    raise
+                self._inputs.start(epoch, start)
+                pipeline = self._build()
+                continue
+            start += 1
             nhwc = torch.from_dlpack(images.as_tensor())
             label = torch.from_dlpack(labels.as_tensor())
             yield nhwc.permute(0, 3, 1, 2), label.to(self._device, non_blocking=True)
@@ -244,7 +293,8 @@ class DaliLoader:
 
     def _build(self) -> Pipeline:
         on_gpu = self._device.type == "cuda"
-        build = _train_pipeline if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
+        train = partial(_train_pipeline, whole=self._max_errors > 0)
+        build = train if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
         pipeline = build(
             self._inputs,
             isinstance(self._inputs.images, ImageFolder),
@@ -258,8 +308,24 @@ class DaliLoader:
         pipeline.build()
         return pipeline
 
-    def _explain(self, error: Exception) -> Exception:
-        """Name the file behind a failure (DALI does not); any other failure stays what it is."""
-        recent = (index for indices in self._inputs.recent for index in indices.tolist())
-        unreadable = name_unreadable(self._inputs.images, recent)
-        return DataError(unreadable) if unreadable else error
+    def _replace_bad(self) -> bool:
+        """Find what stands in for the bad images among those asked for last; say whether there are new ones.
+
+        Raises:
+            DataError: more of them than may be replaced.
+        """
+        inputs = self._inputs
+        # On a GPU both: a fault of the GPU is not the images'.
+        trials = [_Trial(inputs.images, device) for device in {torch.device("cpu"), self._device}]
+
+        def decodes(index: int) -> bool:
+            return any(trial(index) for trial in trials)
+
+        recent = [index for indices in inputs.recent for index in indices.tolist() if index not in inputs.stand_ins]
+        bad = list(itertools.filterfalse(decodes, recent))
+        for index in bad:
+            used = next(filter(decodes, self._substitution.candidates(index)), None)
+            self._substitution.record(index, used)
+            assert used is not None  # or it had raised
+            inputs.stand_ins[index] = used
+        return bool(bad)

@@ -30,7 +30,7 @@ class Loader(Protocol):
         loader's device.
 
         Raises:
-            DataError: for an image that cannot be decoded, with its path.
+            DataError: for an image that cannot be decoded and may not be replaced, with its path.
         """
         ...
 
@@ -58,6 +58,7 @@ def build_loader(
     transform: TrainTransform | EvalTransform,
     device: torch.device,
     workers: int | None = None,
+    max_errors: int = 0,
 ) -> Loader:
     """Build a loader.
 
@@ -68,6 +69,8 @@ def build_loader(
         transform: what is done to each.
         device: where the batches are wanted; DALI decodes there too.
         workers: DALI's threads or torchvision's processes; None takes the cores this process may use, at most 8.
+        max_errors: how many images that cannot be decoded may be replaced, see `Substitution`; with 0 the first is a
+            DataError.
 
     Raises:
         ConfigError: for "dali" where it is not installed.
@@ -78,7 +81,7 @@ def build_loader(
     if choose_loader(name) == "dali":
         from resnest_imagenet.data.dali import DaliLoader
 
-        return DaliLoader(images, plan, transform, device, workers)
+        return DaliLoader(images, plan, transform, device, workers, max_errors)
     from resnest_imagenet.data.torchvision import TorchvisionLoader
 
-    return TorchvisionLoader(images, plan, transform, device, workers)
+    return TorchvisionLoader(images, plan, transform, device, workers, max_errors)

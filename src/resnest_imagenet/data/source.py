@@ -22,6 +22,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
 # Above, Pillow warns of a decompression bomb, and from twice as many on refuses. ImageNet's largest have 70 million.
 MAX_PIXELS = 89_478_485
+# DALI refuses PNGs without it, Pillow and torchvision do not.
+PNG_END = b"IEND\xaeB\x60\x82"
 # What Pillow raises on damaged images.
 UNREADABLE = (
     OSError,
@@ -148,6 +150,8 @@ def find_fault(encoded: bytes) -> Fault | None:
             fault = _judge_header(image)
             if fault is None:
                 image.convert("RGB")
+            if fault is None and image.format == "PNG" and PNG_END not in encoded:
+                fault = Fault("damaged", "a PNG image without its end")
     except UnidentifiedImageError:
         fault = Fault("not an image", "not a readable image (of no known format)")
     except Image.DecompressionBombError as error:  # where nobody has lifted Pillow's own limit

@@ -3,6 +3,7 @@
 import gc
 import io
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -15,26 +16,46 @@ from torchvision.transforms.v2 import functional as F
 
 from resnest_imagenet.data.pillow_ops import apply_operations
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.source import UNREADABLE, ImageSource, name_unreadable
+from resnest_imagenet.data.source import PNG_END, UNREADABLE, ImageSource, find_fault
+from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
-from resnest_imagenet.errors import DataError
 
 
-class _Samples(Dataset[tuple[Tensor, np.ndarray, int]]):
-    """Cropped images as uint8 (3, crop, crop), offsets of their colours (3,) and labels, by (epoch, index)."""
+class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
+    """Cropped images as uint8 (3, crop, crop), by (epoch, index).
 
-    def __init__(self, images: ImageSource, transform: TrainTransform | EvalTransform) -> None:
+    With them the offsets of their colours (3,), their labels and the indices of the images used.
+    """
+
+    def __init__(
+        self, images: ImageSource, transform: TrainTransform | EvalTransform, substitution: Substitution
+    ) -> None:
         self.images = images
         self.transform = transform
+        self.substitution = substitution
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, np.ndarray, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, np.ndarray, int, int]:
         epoch, index = key
-        image = decode(self.images.read(index))
+        image, used = self.load(index)
         if isinstance(self.transform, TrainTransform):
             crop, offset = _train_crop(image, self.transform, epoch, index)
         else:
             crop, offset = _eval_crop(image, self.transform), np.zeros(3, np.float32)
-        return crop, offset, int(self.images.labels[index])
+        return crop, offset, int(self.images.labels[used]), used
+
+    def load(self, index: int) -> tuple[Tensor, int]:
+        """Return an image or what stands in for it, and the index of the one it is.
+
+        Raises:
+            UNREADABLE: none of them can be used.
+        """
+        *others, last = self.substitution.candidates(index)
+        for used in others:
+            try:
+                return decode(self.images.read(used)), used
+            except UNREADABLE:
+                pass
+        return decode(self.images.read(last)), last
 
 
 def decode(encoded: bytes) -> Tensor:
@@ -43,12 +64,15 @@ def decode(encoded: bytes) -> Tensor:
     Raises:
         UNREADABLE: not an image, or damaged.
     """
-    if encoded.startswith(b"GIF8"):
-        raise OSError("a GIF image, which DALI does not decode")
+    # What torchvision decodes and DALI does not.
+    if encoded.startswith(b"GIF8") or (encoded.startswith(b"\x89PNG") and PNG_END not in encoded):
+        raise OSError(find_fault(encoded))
     try:
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
     except (RuntimeError, ValueError):
         # JPEGs without an end marker, BMP and TIFF images: Pillow and DALI read them, and agree.
+        if fault := find_fault(encoded):
+            raise OSError(fault) from None
         with Image.open(io.BytesIO(encoded)) as picture:
             image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     if image.dtype == torch.uint16:  # of 16-bit PNGs
@@ -111,13 +135,15 @@ class TorchvisionLoader:
         transform: TrainTransform | EvalTransform,
         device: torch.device,
         workers: int,
+        max_errors: int,
     ) -> None:
         self.plan = plan
-        self._images = images
+        self._substitution = Substitution(images, max_errors)
+        self._samples = _Samples(images, transform, self._substitution)
         self._device = device
         self._keys = _Keys(plan)
         self._loader = DataLoader(
-            _Samples(images, transform),
+            self._samples,
             batch_sampler=self._keys,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -135,14 +161,20 @@ class TorchvisionLoader:
         gc.unfreeze()
         for indices in self.plan.batches(epoch, start):
             try:
-                images, offsets, labels = next(batches)
-            except (RuntimeError, *UNREADABLE) as error:
-                raise self._explain(indices, error) from error
+                images, offsets, labels, used = next(batches)
+            except (RuntimeError, *UNREADABLE):
+                self._explain(indices)
+                raise
+            for index, used_index in zip(indices.tolist(), used.tolist(), strict=True):
+                self._substitution.record(index, used_index)
             images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
             mean = self._mean - offsets.to(self._device, non_blocking=True).view(-1, 3, 1, 1)
             yield images.float().sub_(mean).div_(self._std), labels.to(self._device, non_blocking=True)
 
-    def _explain(self, indices: np.ndarray, error: Exception) -> Exception:
-        """Name the file behind a failed batch; any other failure stays what it is."""
-        unreadable = name_unreadable(self._images, indices.tolist())
-        return DataError(unreadable) if unreadable else error
+    def _explain(self, indices: np.ndarray) -> None:
+        """Raise a DataError with the image behind a failed batch; return after any other failure."""
+        for index in indices.tolist():
+            used: int | None = None
+            with suppress(*UNREADABLE):
+                _, used = self._samples.load(index)
+            self._substitution.record(index, used)

@@ -130,7 +130,9 @@ def _build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepP
         seed=config.seed,
     )
     transform = build_train_transform(recipe, config.seed)
-    return build_loader(config.loader.name, train_set, batches, transform, ranks.device, config.loader.workers)
+    max_errors = config.data.max_errors if config.data.on_error == "substitute" else 0
+    loader = config.loader
+    return build_loader(loader.name, train_set, batches, transform, ranks.device, loader.workers, max_errors)
 
 
 def build_train_transform(recipe: RecipeOptions, seed: int) -> TrainTransform:

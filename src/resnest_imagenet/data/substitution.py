@@ -1,0 +1,44 @@
+"""Images that cannot be used, and those that stand in for them in training."""
+
+import sys
+
+from resnest_imagenet.data.source import ImageSource, name_unreadable
+from resnest_imagenet.errors import DataError
+
+
+class Substitution:
+    """For an image that a loader cannot decode stands the next one of the set that it can, with that one's label.
+
+    So what is seen is a function of the plan and of the files, and neither ranks, workers nor resuming change it. Each
+    bad image is counted, and reported on stderr, once.
+    """
+
+    def __init__(self, images: ImageSource, max_errors: int) -> None:
+        self._images = images
+        self._max_errors = max_errors
+        self._bad: set[int] = set()
+
+    def candidates(self, index: int) -> list[int]:
+        """Return what may be used for an image, in this order: itself, and as many more as may be bad."""
+        return [(index + step) % len(self._images) for step in range(min(self._max_errors + 1, len(self._images)))]
+
+    def record(self, index: int, used: int | None) -> None:
+        """Count the bad images from `index` to the one that is used instead; None: all candidates are bad.
+
+        Raises:
+            DataError: more bad images than may be replaced, with the name of one.
+        """
+        candidates = self.candidates(index)
+        for bad in candidates if used is None else candidates[: candidates.index(used)]:
+            if bad in self._bad:
+                continue
+            fault = name_unreadable(self._images, [bad]) or f"{self._images.name(bad)}: cannot be decoded"
+            if self._max_errors == 0:
+                raise DataError(fault)
+            # One image must be left.
+            if len(self._bad) == min(self._max_errors, len(self._images) - 1):
+                number = len(self._bad) + 1
+                raise DataError(f"{fault}: bad image number {number}, data.max_errors={self._max_errors}")
+            self._bad.add(bad)
+            if used is not None:
+                print(f"{fault}; replaced by {self._images.name(used)}", file=sys.stderr, flush=True)
