@@ -150,6 +150,14 @@ class TrainConfig(Options):
     log: LogOptions
 
 
+class PreviewDataConfig(TrainConfig):
+    """resnest-data preview."""
+
+    out: str
+    images: Positive
+    epochs: Positive
+
+
 class EvalConfig(Options):
     """resnest-eval."""
 

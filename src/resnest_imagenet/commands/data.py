@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.config import CheckDataConfig, DemoDataConfig, Options, PrepareDataConfig, ShardDataConfig
+from resnest_imagenet.config import (
+    CheckDataConfig,
+    DemoDataConfig,
+    Options,
+    PrepareDataConfig,
+    PreviewDataConfig,
+    ShardDataConfig,
+)
 from resnest_imagenet.errors import DataError, suggest
 
 
@@ -53,6 +60,14 @@ def shard(config: ShardDataConfig) -> None:
     print(f"wrote the shards in {config.out}: train with data=webdataset data.root={config.out}")
 
 
+def preview(config: PreviewDataConfig) -> None:
+    """Write a contact sheet."""
+    from resnest_imagenet.training.preview import write_preview
+
+    rows = write_preview(config)
+    print(f"wrote {config.out}: {rows} images under recipe={config.train.recipe}, in {config.epochs} epochs")
+
+
 @dataclass(frozen=True)
 class Action:
     """What resnest-data can do; its primary configuration is conf/data_<name>.yaml."""
@@ -70,6 +85,7 @@ ACTIONS = {
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
     "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
+    "preview": Action(PreviewDataConfig, preview, "draw what training makes of some images, in a contact sheet"),
     "shard": Action(ShardDataConfig, shard, "write a folder of images as WebDataset shards"),
 }
 

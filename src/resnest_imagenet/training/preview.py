@@ -1,0 +1,64 @@
+"""A contact sheet: what the network gets of some training images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from resnest_imagenet import distributed
+from resnest_imagenet.config import PreviewDataConfig
+from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.source import open_source
+from resnest_imagenet.data.torchvision import decode
+from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.training.train import build_train_transform
+
+MARGIN = 4  # pixels between the pictures
+CAPTION = 14  # pixels above each row
+
+
+@dataclass(frozen=True)
+class _Chosen(BatchPlan):
+    """The same samples in every epoch, in one batch."""
+
+    samples: tuple[int, ...] = ()
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        yield np.array(self.samples)
+
+
+def write_preview(config: PreviewDataConfig) -> int:
+    """Write the sheet to `config.out`: a row for each image, the original first; return the number of rows.
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+    """
+    out, data, recipe = Path(config.out), config.data, config.train
+    require_writable(out, "out")
+    choose_loader(config.loader.name)
+    source = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
+    samples = tuple(np.unique(np.linspace(0, len(source) - 1, config.images).round().astype(int)).tolist())
+    plan = _Chosen(len(source), len(samples), 1, samples=samples)
+    transform = build_train_transform(recipe, config.seed)
+    device = distributed.choose_device(config.device)
+    loader = build_loader(config.loader.name, source, plan, transform, device, config.loader.workers)
+    step = recipe.crop + MARGIN
+    sheet = Image.new("RGB", (step * (1 + config.epochs) + MARGIN, (step + CAPTION) * len(samples)), "white")
+    rows = [number * (step + CAPTION) for number in range(len(samples))]
+    for top, sample in zip(rows, samples, strict=True):
+        ImageDraw.Draw(sheet).text((MARGIN, top), source.name(sample)[-step * config.epochs // 6 :], "black")
+        original = Image.fromarray(decode(source.read(sample)).permute(1, 2, 0).numpy())
+        original.thumbnail((recipe.crop, recipe.crop))
+        sheet.paste(original, (MARGIN, top + CAPTION))
+    for epoch in range(config.epochs):
+        ((images, _),) = loader.batches(epoch)
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
+        for top, picture in zip(rows, pixels.round().clip(0, 255).astype(np.uint8), strict=True):
+            sheet.paste(Image.fromarray(picture), (MARGIN + step * (1 + epoch), top + CAPTION))
+    with replacing(out) as file:
+        sheet.save(file, format="PNG")
+    return len(samples)
