@@ -48,6 +48,14 @@ class DataOptions(Options):
     val_dir: str
     on_error: Literal["raise", "substitute"]  # training images that cannot be decoded
     max_errors: Annotated[int, Field(ge=0)]  # on_error=substitute: how many of them, per rank
+    # Of kind=webdataset: training images are shuffled within so many shards at a time; null: over the whole set.
+    shuffle_shards: Positive | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataOptions":
+        if self.shuffle_shards is not None and self.kind != "webdataset":
+            raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
+        return self
 
 
 class LoaderOptions(Options):

@@ -69,6 +69,7 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
         (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts the first train.step_epochs=30"),
         (["data.root=/x", "train.init_from="], "train.init_from=: string should have at least 1 character"),
+        (["data.root=/x", "data.shuffle_shards=4"], "data.shuffle_shards=4 needs data=webdataset"),
         (["data.root=/x", "train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
     ],
 )

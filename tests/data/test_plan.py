@@ -23,6 +23,19 @@ def test_an_epoch_sees_each_sample_at_most_once_and_leaves_less_than_a_step():
     assert len(seen) == len(set(seen.tolist())) == 48
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 9])
+def test_shuffling_by_shards_is_a_permutation_that_stays_in_few_shards(group):
+    sizes = (13, 7, 20, 10)
+    shards = {"shard_sizes": sizes, "shuffle_shards": group, "batch_size": 1, "num_batches": 50}
+    order = np.concatenate(collect(2, **shards))
+    assert sorted(order.tolist()) == list(range(50))
+    assert order.tolist() != np.concatenate(collect(2, epoch=1, **shards)).tolist()
+    assert order[10:].tolist() == np.concatenate(collect(2, start=5, **shards)).tolist()
+    of_shard = np.repeat(range(4), sizes)[order].tolist()
+    being_read = [len(set(of_shard[:position]) & set(of_shard[position:])) for position in range(50)]
+    assert max(being_read) == min(group, 4)
+
+
 def test_epochs_and_seeds_differ_and_repeat():
     assert collect(1) == collect(1)
     assert collect(1, epoch=1) != collect(1)

@@ -149,6 +149,8 @@ def test_a_run_on_shards_is_the_run_on_the_folder_and_goes_on(
     one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in runs)
     assert_equal(one["model"], other["model"])
     assert one["classes"] == other["classes"]
+    with pytest.raises(CheckpointError, match="was trained with data.shuffle_shards=None, not 2"):
+        train(small_run(f"loader={loader}", *shards, "data.shuffle_shards=2", run="shards"))
     (result,) = evaluate_checkpoint(evaluation_of(runs[1] / "checkpoints/last.pt", *shards, f"loader={loader}"))
     assert (result.top1, result.count) == (read_events(runs[0])[-1]["top1"], 40)
 
@@ -173,6 +175,14 @@ def test_bad_images_end_a_run_or_are_replaced_as_asked(small_run, demo_images, t
     assert_equal(*seen.values())
     with pytest.raises(DataError, match="bad image number 3, data.max_errors=2"):
         train(small_run(root, "data.on_error=substitute", "data.max_errors=2"))
+
+
+def test_shuffling_by_shards_reaches_the_plan(small_run, demo_images, tmp_path, monkeypatch):
+    write_shards(str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30)
+    plans = []
+    monkeypatch.setattr(train_module, "BatchPlan", lambda **values: plans.append(BatchPlan(**values)) or plans[-1])
+    train(small_run("data=webdataset", f"data.root={tmp_path / 'shards'}", "data.shuffle_shards=2"))
+    assert (plans[0].shard_sizes, plans[0].shuffle_shards) == ((30, 30, 30, 13), 2)
 
 
 def test_a_finished_run_is_not_trained_again(small_run, tmp_path):

@@ -158,6 +158,16 @@ def _eval_pipeline(source: Source, in_files: bool, transform: EvalTransform, dec
     return _normalise(images), labels
 
 
+def _read_all(images: ImageSource, indices: list[int]) -> list[bytes]:
+    """Read in threads of this call only: none is left to a fork, or by a loader that is gone."""
+
+    def read_share(share: np.ndarray) -> list[bytes]:
+        return [images.read(index) for index in share.tolist()]
+
+    with ThreadPoolExecutor(READING_THREADS) as threads:
+        return list(itertools.chain.from_iterable(threads.map(read_share, np.array_split(indices, READING_THREADS))))
+
+
 @pipeline_def
 def _decoding_pipeline(decoder: str) -> tuple[DataNode, DataNode]:
     encoded = fn.external_source(name="encoded")
@@ -224,9 +234,7 @@ class _Inputs:
         if isinstance(self.images, ImageFolder):
             inputs = [self.images.path(index) for index in used]
         else:
-            # Threads for this batch only (under a millisecond): none is left to a fork, or by a loader that is gone.
-            with ThreadPoolExecutor(READING_THREADS) as threads:
-                inputs = list(threads.map(self.images.read, used))
+            inputs = _read_all(self.images, used)
         images = [np.frombuffer(each, dtype=np.uint8) for each in inputs]
         labels = self.images.labels[used]
         if isinstance(self.transform, EvalTransform):

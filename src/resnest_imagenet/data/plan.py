@@ -24,6 +24,9 @@ class BatchPlan:
         rank, world_size: whose share this is.
         shuffle: a new order in every epoch; otherwise the order of the set.
         seed: of the order.
+        shard_sizes: samples per shard, of a set that is kept in shards.
+        shuffle_shards: shuffle the shards, then the samples of so many at a time, so that reading stays within these;
+            0: shuffle all samples.
     """
 
     num_samples: int
@@ -33,6 +36,8 @@ class BatchPlan:
     world_size: int = 1
     shuffle: bool = False
     seed: int = 0
+    shard_sizes: tuple[int, ...] = ()
+    shuffle_shards: int = 0
 
     def __len__(self) -> int:
         """Number of batches of this rank in an epoch."""
@@ -40,12 +45,17 @@ class BatchPlan:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield this rank's batches of an epoch, from its `start`-th on, as arrays of sample indices."""
-        if self.shuffle:
-            order = stream(self.seed, Purpose.ORDER, epoch).permutation(self.num_samples)
-        else:
-            order = np.arange(self.num_samples)
+        order = self._shuffle(stream(self.seed, Purpose.ORDER, epoch)) if self.shuffle else np.arange(self.num_samples)
         for n in range(self.rank + start * self.world_size, self.num_batches, self.world_size):
             yield order[n * self.batch_size : (n + 1) * self.batch_size]
+
+    def _shuffle(self, rng: np.random.Generator) -> np.ndarray:
+        if not self.shuffle_shards:
+            return rng.permutation(self.num_samples)
+        shards = np.split(np.arange(self.num_samples), np.cumsum(self.shard_sizes)[:-1])
+        order = rng.permutation(len(shards)).tolist()
+        groups = [order[first : first + self.shuffle_shards] for first in range(0, len(order), self.shuffle_shards)]
+        return np.concatenate([rng.permutation(np.concatenate([shards[i] for i in group])) for group in groups])
 
 
 def plan_evaluation(num_samples: int, batch_size: int, rank: int, world_size: int) -> BatchPlan:

@@ -1,6 +1,8 @@
 """Images that cannot be used, and those that stand in for them in training."""
 
+import itertools
 import sys
+from collections.abc import Iterator
 
 from resnest_imagenet.data.source import ImageSource, name_unreadable
 from resnest_imagenet.errors import DataError
@@ -18,9 +20,9 @@ class Substitution:
         self._max_errors = max_errors
         self._bad: set[int] = set()
 
-    def candidates(self, index: int) -> list[int]:
-        """Return what may be used for an image, in this order: itself, and as many more as may be bad."""
-        return [(index + step) % len(self._images) for step in range(min(self._max_errors + 1, len(self._images)))]
+    def candidates(self, index: int) -> Iterator[int]:
+        """Yield what may be used for an image: itself, then as many more as may be bad."""
+        return ((index + step) % len(self._images) for step in range(min(self._max_errors + 1, len(self._images))))
 
     def record(self, index: int, used: int | None) -> None:
         """Count the bad images from `index` to the one that is used instead; None: all candidates are bad.
@@ -28,8 +30,7 @@ class Substitution:
         Raises:
             DataError: more bad images than may be replaced, with the name of one.
         """
-        candidates = self.candidates(index)
-        for bad in candidates if used is None else candidates[: candidates.index(used)]:
+        for bad in itertools.takewhile(lambda candidate: candidate != used, self.candidates(index)):
             if bad in self._bad:
                 continue
             fault = name_unreadable(self._images, [bad]) or f"{self._images.name(bad)}: cannot be decoded"

@@ -47,15 +47,15 @@ class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
         """Return an image or what stands in for it, and the index of the one it is.
 
         Raises:
-            UNREADABLE: none of them can be used.
+            OSError: none of them can be used.
         """
-        *others, last = self.substitution.candidates(index)
-        for used in others:
+        fault: Exception | None = None
+        for used in self.substitution.candidates(index):
             try:
                 return decode(self.images.read(used)), used
-            except UNREADABLE:
-                pass
-        return decode(self.images.read(last)), last
+            except UNREADABLE as error:
+                fault = error
+        raise OSError(f"image {index}: bad, and so is what may stand in for it") from fault
 
 
 def decode(encoded: bytes) -> Tensor:
@@ -175,6 +175,6 @@ class TorchvisionLoader:
         """Raise a DataError with the image behind a failed batch; return after any other failure."""
         for index in indices.tolist():
             used: int | None = None
-            with suppress(*UNREADABLE):
+            with suppress(OSError):
                 _, used = self._samples.load(index)
             self._substitution.record(index, used)

@@ -56,7 +56,7 @@ class _OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._open = lru_cache(OPEN_SHARDS)(lambda path: _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+        self._open = lru_cache(OPEN_SHARDS)(lambda path: _Descriptor(os.open(path, os.O_RDONLY)))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _OpenFiles, ()
@@ -81,6 +81,11 @@ class ShardedImages(ImageSource):
     offset: np.ndarray
     length: np.ndarray
     _open_files: _OpenFiles = field(default_factory=_OpenFiles, init=False, repr=False, compare=False)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """How many images each shard holds."""
+        return tuple(np.bincount(self.shard, minlength=len(self.shards)).tolist())
 
     def name(self, index: int) -> str:
         """Return the path of the image's shard and its name there."""

@@ -17,6 +17,7 @@ from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, open_source, require_same_classes
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
+from resnest_imagenet.data.webdataset import ShardedImages
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.evaluation.counting import evaluate
@@ -105,6 +106,7 @@ def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageSourc
         **{f"train.{name}": value for name, value in recipe.items()},
         "train.global_batch": plan.global_batch,
         "seed": config.seed,
+        "data.shuffle_shards": config.data.shuffle_shards,
         "evaluation": protocol,
         "training images": f"{len(train_set)} {hashlib.sha256(train_set.files.tobytes()).hexdigest()[:16]}",
     }
@@ -128,6 +130,8 @@ def _build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepP
         world_size=ranks.world_size,
         shuffle=True,
         seed=config.seed,
+        shard_sizes=train_set.shard_sizes if isinstance(train_set, ShardedImages) else (),
+        shuffle_shards=config.data.shuffle_shards or 0,
     )
     transform = build_train_transform(recipe, config.seed)
     max_errors = config.data.max_errors if config.data.on_error == "substitute" else 0
