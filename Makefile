@@ -9,10 +9,10 @@ export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test lint bench bench-data lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(READY) ## build .venv with all that the project needs
 
@@ -41,6 +41,10 @@ lint: $(READY) ## check style, format and types
 
 bench: $(READY) ## compare a training step with timm's, side by side
 	$(BIN)/python tools/bench_step.py
+
+IMAGES ?= data/demo/train
+bench-data: $(READY) ## compare the loaders with torchvision's and DALI's own: IMAGES=DIR, with DIR/<class>/<image>
+	$(BIN)/python tools/bench_data.py $(IMAGES)
 
 lock: $(READY) ## renew constraints.txt
 	$(BIN)/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --python-version 3.10 \

@@ -2,19 +2,21 @@
 
 python tools/bench_data.py DIR [--workers 2] [--rounds 9] [--epochs 20] [--out FILE.json]
 
-DIR/<class>/<image> may be any photographs. All loaders make float batches of 224 pixels by random resized crop, flip and
-normalisation, with the same number of worker processes or threads. In every round each of them makes a pass over the
+DIR/<class>/<image> may be any photographs. All loaders make float batches of 224 pixels by random resized crop, flip
+and normalisation, with the same number of worker processes or threads. In every round each of them makes a pass over the
 same images, in turn; the table has the median over the rounds and their range. The last rows have the whole image side
 of recipe=resnest. Then our loaders run for some more epochs, and the memory of the process and its workers is read.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,8 +38,10 @@ from resnest_imagenet.data.transforms import MEAN, STD, TrainTransform
 BATCH = 32
 BATCHES = 34  # in a pass, over the files as often as it takes
 EDGE = 7  # batches at either end of a pass that are not timed: as much work is then begun as is left over
+TIMED = (BATCHES - 2 * EDGE - 1) * BATCH  # images
 CROP = 224
 CPU = torch.device("cpu")
+PLAIN, RECIPE = Augmentation(), Augmentation("resnest", jitter=0.4, lighting=0.1)
 
 Pass = Callable[[], Iterator[torch.Tensor]]
 
@@ -116,8 +120,7 @@ def time_pass(run: Pass) -> Speed:
             start, cpu = time.perf_counter(), time.process_time()
         if number == BATCHES - EDGE - 1:
             seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    count = (BATCHES - 2 * EDGE - 1) * BATCH
-    return Speed(count / seconds, cpu / count)
+    return Speed(TIMED / seconds, cpu / TIMED)
 
 
 def resident_megabytes() -> float:
@@ -125,6 +128,16 @@ def resident_megabytes() -> float:
     children = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
     pages = [int(Path("/proc", pid, "statm").read_text().split()[1]) for pid in ("self", *children)]
     return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def measure_memory(name: str, root: Path, workers: int, epochs: int) -> list[float]:
+    """Return the memory after each epoch under recipe=resnest; to be called in a process of its own."""
+    run = ours(name, root, workers, RECIPE)
+    sizes = []
+    for _ in range(epochs):
+        time_pass(run)
+        sizes.append(round(resident_megabytes(), 1))
+    return sizes
 
 
 def main() -> None:
@@ -137,15 +150,14 @@ def main() -> None:
     args = parser.parse_args()
     root, workers = args.folder.resolve(), args.workers
 
-    plain, whole = Augmentation(), Augmentation("resnest", jitter=0.4, lighting=0.1)
     baseline = "torchvision, plain"
     runs = {
         baseline: plain_torchvision(root, workers),
-        "ours, torchvision": ours("torchvision", root, workers, plain),
+        "ours, torchvision": ours("torchvision", root, workers, PLAIN),
         "DALI, bare": bare_dali(root, workers),
-        "ours, DALI": ours("dali", root, workers, plain),
-        "ours, torchvision, recipe=resnest": ours("torchvision", root, workers, whole),
-        "ours, DALI, recipe=resnest": ours("dali", root, workers, whole),
+        "ours, DALI": ours("dali", root, workers, PLAIN),
+        "ours, torchvision, recipe=resnest": ours("torchvision", root, workers, RECIPE),
+        "ours, DALI, recipe=resnest": ours("dali", root, workers, RECIPE),
     }
     speeds: dict[str, list[Speed]] = {name: [] for name in runs}
     for round_number in range(args.rounds + 1):
@@ -175,9 +187,7 @@ def main() -> None:
         },
         "wrapper_over_bare_dali": [round(ratio, 3) for ratio in ratios("ours, DALI", "DALI, bare")],
     }
-    print(
-        f"{report['machine']}, {workers} workers each, {args.rounds} rounds of {(BATCHES - 2 * EDGE - 1) * BATCH} images"
-    )
+    print(f"{report['machine']}, {workers} workers each, {args.rounds} rounds of {TIMED} images")
     print(f"{'loader':36} {'images/s':>9} {'range':>13} {'ratio':>6} {'range':>13}")
     for name, of_one in speeds.items():
         rates, against = [each.images_per_second for each in of_one], ratios(name, baseline)
@@ -192,11 +202,9 @@ def main() -> None:
     )
 
     report["resident_megabytes"] = {}
-    for name in ("ours, torchvision", "ours, DALI"):
-        sizes = []
-        for _ in range(args.epochs):
-            time_pass(runs[name])
-            sizes.append(round(resident_megabytes(), 1))
+    for name in ("torchvision", "dali"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            sizes = alone.submit(measure_memory, name, root, workers, args.epochs).result()
         report["resident_megabytes"][name] = sizes
         print(f"memory of {name} after epoch 1 and {args.epochs}: {sizes[0]:.0f} and {sizes[-1]:.0f} MB")
     if args.out:

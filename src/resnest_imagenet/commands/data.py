@@ -15,7 +15,7 @@ from resnest_imagenet.config import (
     PreviewDataConfig,
     ShardDataConfig,
 )
-from resnest_imagenet.errors import DataError, suggest
+from resnest_imagenet.errors import ConfigError, DataError, suggest
 
 
 def write_demo(config: DemoDataConfig) -> None:
@@ -39,6 +39,8 @@ def check(config: CheckDataConfig) -> None:
     from resnest_imagenet.data.check import check_images, format_report, write_report
     from resnest_imagenet.files import require_writable
 
+    if config.data.kind != "folder":
+        raise ConfigError(f"resnest-data check reads folders, not data.kind={config.data.kind}")
     if config.out:
         require_writable(Path(config.out), "out")
     report = check_images(config.data.root, config.data.train_dir, config.data.val_dir, config.workers)
