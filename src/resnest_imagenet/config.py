@@ -245,6 +245,7 @@ class ShardDataConfig(Options):
     data: FolderOptions
     out: str
     images_per_shard: Positive
+    shuffle: bool
 
     @model_validator(mode="after")
     def _check(self) -> "ShardDataConfig":

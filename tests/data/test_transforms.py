@@ -14,16 +14,24 @@ from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomR
 
 def windows(transform, height, width, draws=4000):
     """Return the windows of `draws` samples of an image of this size: (draws, 4)."""
-    return np.array(
-        [transform.cropping.window(height, width, transform.draw_crop(0, index)[1:]) for index in range(draws)]
-    )
+    _, drawn = transform.draw_crops(0, range(draws))
+    return np.array([transform.cropping.window(height, width, draw) for draw in drawn.tolist()])
 
 
 def test_draws_are_a_function_of_seed_epoch_and_sample():
     transform = TrainTransform(224, seed=1)
-    np.testing.assert_array_equal(transform.draw_crop(2, 7), transform.draw_crop(2, 7))
-    others = [TrainTransform(224, seed=2).draw_crop(2, 7), transform.draw_crop(3, 7), transform.draw_crop(2, 8)]
-    assert all((transform.draw_crop(2, 7)[1:] != other[1:]).all() for other in others)
+    mirrors, draws = transform.draw_crops(2, range(8))
+    for index in range(8):
+        (mirror,), (draw,) = transform.draw_crops(2, [index])
+        assert mirror == mirrors[index]
+        np.testing.assert_array_equal(draw, draws[index])
+    assert 0 < mirrors.sum() < 8
+    others = [
+        TrainTransform(224, seed=2).draw_crops(2, [7]),
+        transform.draw_crops(3, [7]),
+        transform.draw_crops(2, [6]),
+    ]
+    assert all((draws[7] != other).all() for _, other in others)
 
 
 @pytest.mark.parametrize("cropping", [RandomResizedCrop(), ERandomCrop(224)])
@@ -69,7 +77,7 @@ def test_height_and_aspect_of_erandomcrop_are_distributed_as_defined():
 
 def test_erandomcrop_takes_the_evaluation_square_where_nothing_fits():
     cropping = ERandomCrop(224)
-    draw = TrainTransform(224, 0, cropping).draw_crop(0, 0)[1:]
+    _, (draw,) = TrainTransform(224, 0, cropping).draw_crops(0, [0])
     assert cropping.window(20, 3000, draw) == EvalTransform(224, "crop_resize", None).square(20, 3000)
     draw[2:12], draw[12:] = 1.0, 1.0  # the whole of a square
     assert cropping.window(256, 256, draw) == (16, 16, 224, 224)
@@ -80,7 +88,7 @@ def test_positions_and_flips_are_uniform():
     top, left, h, w = windows(transform, 600, 900).T
     assert (top / (600 - h + 1)).mean() == pytest.approx(0.5, abs=0.02)
     assert (left / (900 - w + 1)).mean() == pytest.approx(0.5, abs=0.02)
-    assert np.mean([transform.draw_crop(0, i)[0] for i in range(4000)]) == pytest.approx(0.5, abs=0.03)
+    assert transform.draw_crops(0, range(4000))[0].mean() == pytest.approx(0.5, abs=0.03)
 
 
 def test_an_extreme_shape_takes_the_largest_centre_crop():

@@ -30,7 +30,7 @@ PARTS = {"data.train_dir": "train", "data.val_dir": "val"}
 def shards(demo_images, tmp_path_factory):
     """The demo's 103 training and 40 val images, 20 in a shard."""
     out = tmp_path_factory.mktemp("shards")
-    write_shards(str(demo_images), PARTS, out, 20)
+    write_shards(str(demo_images), PARTS, out, 20, shuffle=False)
     return out
 
 
@@ -73,7 +73,7 @@ def test_any_reader_of_tar_files_finds_key_image_and_label(shards, demo_images):
 
 
 def test_the_same_folder_makes_the_same_files(shards, demo_images, tmp_path):
-    write_shards(str(demo_images), PARTS, tmp_path / "again", 20)
+    write_shards(str(demo_images), PARTS, tmp_path / "again", 20, shuffle=False)
     files = sorted(path.relative_to(shards) for path in shards.rglob("*"))
     assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*"))
     for file in files:
@@ -95,7 +95,7 @@ def test_keys_are_unique_and_end_at_the_first_dot():
 def test_names_of_all_kinds_survive(tmp_path):
     names = ["a.b/x.y.JPEG", "a.b/x.png", "a.b/x.jpg", f"été/{'long' * 40}.jpg", os.fsdecode(b"\xff/\xfe.jpg")]
     make_tree(tmp_path / "in", *(f"train/{name}" for name in names))
-    write_shards(str(tmp_path / "in"), {"data.train_dir": "train"}, tmp_path / "out", 2)
+    write_shards(str(tmp_path / "in"), {"data.train_dir": "train"}, tmp_path / "out", 2, shuffle=False)
     folder = open_source("folder", str(tmp_path / "in"), "train", "x")
     images = open_source("webdataset", str(tmp_path / "out"), "train", "x")
     assert images.classes == folder.classes
@@ -300,20 +300,31 @@ def test_writing_leaves_nothing_half_done(demo_images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(webdataset, "_write_part", fail_at_second)
     with pytest.raises(DataError, match=r"out=.*/out: cannot be written \(No space left on device\)"):
-        write_shards(str(demo_images), PARTS, out, 50)
+        write_shards(str(demo_images), PARTS, out, 50, shuffle=False)
     assert [path.name for path in out.iterdir()] == [".unfinished"]
     monkeypatch.undo()
-    write_shards(str(demo_images), PARTS, out, 50)
+    write_shards(str(demo_images), PARTS, out, 50, shuffle=False)
     assert sorted(path.name for path in out.iterdir()) == ["train", "val"]
     with pytest.raises(DataError, match="out=.*: is not empty; remove it or choose another folder"):
-        write_shards(str(demo_images), PARTS, out, 50)
+        write_shards(str(demo_images), PARTS, out, 50, shuffle=False)
 
 
 def test_what_cannot_become_shards_is_refused(tmp_path):
     make_tree(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg")
     with pytest.raises(DataError, match="val lacks 1 of the classes of .*train: b"):
-        write_shards(str(tmp_path), PARTS, tmp_path / "out", 50)
+        write_shards(str(tmp_path), PARTS, tmp_path / "out", 50, shuffle=False)
     (tmp_path / "train/a/1.jpg").unlink()
     (tmp_path / "train/a/1.jpg").mkdir()
     with pytest.raises(DataError, match=r"train/a/1.jpg: cannot be read \(Is a directory\)"):
-        write_shards(str(tmp_path), {"data.train_dir": "train"}, tmp_path / "out", 50)
+        write_shards(str(tmp_path), {"data.train_dir": "train"}, tmp_path / "out", 50, shuffle=False)
+
+
+def test_shuffled_shards_hold_the_same_images_mixed(demo_images, tmp_path):
+    write_shards(str(demo_images), PARTS, tmp_path / "out", 20, shuffle=True)
+    folder = open_source("folder", str(demo_images), "train", "x")
+    images = open_source("webdataset", str(tmp_path / "out"), "train", "x")
+    pairs = [(images.read(i), label) for i, label in enumerate(images.labels.tolist())]
+    assert pairs != [(folder.read(i), label) for i, label in enumerate(folder.labels.tolist())]
+    assert sorted(pairs) == sorted((folder.read(i), label) for i, label in enumerate(folder.labels.tolist()))
+    for shard in range(5):
+        assert len(set(images.labels[images.shard == shard])) >= 6

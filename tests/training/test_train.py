@@ -129,7 +129,9 @@ def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monke
 def test_a_run_on_shards_is_the_run_on_the_folder_and_goes_on(
     loader, small_run, demo_images, evaluation_of, tmp_path, monkeypatch
 ):
-    write_shards(str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30)
+    write_shards(
+        str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30, shuffle=False
+    )
     shards = ("data=webdataset", f"data.root={tmp_path / 'shards'}")
     train(small_run(f"loader={loader}", run="folder"))
     real = train_module.train_epoch
@@ -178,7 +180,9 @@ def test_bad_images_end_a_run_or_are_replaced_as_asked(small_run, demo_images, t
 
 
 def test_shuffling_by_shards_reaches_the_plan(small_run, demo_images, tmp_path, monkeypatch):
-    write_shards(str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30)
+    write_shards(
+        str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30, shuffle=False
+    )
     plans = []
     monkeypatch.setattr(train_module, "BatchPlan", lambda **values: plans.append(BatchPlan(**values)) or plans[-1])
     train(small_run("data=webdataset", f"data.root={tmp_path / 'shards'}", "data.shuffle_shards=2"))

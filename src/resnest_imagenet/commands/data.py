@@ -58,7 +58,7 @@ def shard(config: ShardDataConfig) -> None:
 
     parts = {"data.train_dir": config.data.train_dir, "data.val_dir": config.data.val_dir}
     chosen = {option: name for option, name in parts.items() if name is not None}
-    write_shards(config.data.root, chosen, Path(config.out), config.images_per_shard)
+    write_shards(config.data.root, chosen, Path(config.out), config.images_per_shard, config.shuffle)
     print(f"wrote the shards in {config.out}: train with data=webdataset data.root={config.out}")
 
 

@@ -1,20 +1,20 @@
 """The DALI loader: the same plan, draws and windows as the torchvision loader, in a DALI graph.
 
-Image sizes are known only inside the graph (`peek_image_shape`), so the windows of `transforms.py`
-stand here a second time as DALI arithmetic; the tests hold the two forms together.
+Image sizes are known only inside the graph, which calls the rules of `transforms.py` with them.
 """
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import do_not_convert
 from torch import Tensor
 
 from resnest_imagenet.data.dali_ops import apply_operations
@@ -32,83 +32,42 @@ DECODING: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling"
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Source = Callable[[], tuple]
+Vectors = tuple[Sequence[int], Sequence[int]]
+Rule = Callable[..., Vectors]  # of height, width and what was drawn
 
 
-def _image_size(encoded: DataNode) -> tuple[DataNode, DataNode]:
-    shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.FLOAT64)
-    return shape[0], shape[1]
+@do_not_convert  # as Python what is a rule's `if`, and not as a graph's
+def _by_size(rule: Rule, encoded: DataNode, *drawn: DataNode) -> tuple[DataNode, DataNode]:
+    """Let Python compute two vectors for each image from its size, which the graph knows before it decodes.
+
+    In one call per batch: a dozen of DALI's own operations on scalars take a tenth as long as the decoding.
+    """
+
+    def compute(shapes: list[np.ndarray], *draws: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        lists = ([array.tolist() for array in arrays] for arrays in draws)
+        results = [rule(*shape.tolist()[:2], *draw) for shape, *draw in zip(shapes, *lists, strict=True)]
+        one, other = np.array(results, np.int32).swapaxes(0, 1)
+        return list(one), list(other)
+
+    shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
+    found = fn.python_function(shapes, *drawn, function=compute, num_outputs=2, batch_processing=True)
+    return cast("tuple[DataNode, DataNode]", found)
 
 
-def _integers(vertical: DataNode, horizontal: DataNode) -> DataNode:
-    """Join two scalars to the vector that DALI's slices take."""
-    return fn.cast(fn.stack(vertical, horizontal), dtype=types.INT32)
+def _find_window(cropping: RandomResizedCrop | ERandomCrop, height: int, width: int, draw: Sequence[float]) -> Vectors:
+    top, left, *size = cropping.window(height, width, draw)
+    return (top, left), size
 
 
-def _train_window(
-    height: DataNode, width: DataNode, draw: DataNode, cropping: RandomResizedCrop | ERandomCrop
-) -> tuple[DataNode, DataNode]:
-    """`cropping.window` as (top, left) and (height, width); the attempts stand side by side, as vectors."""
-    tries = cropping.attempts
-    one, other = draw[2 : 2 + tries], draw[2 + tries :]
-    if isinstance(cropping, RandomResizedCrop):
-        scale = math.sqrt(height * width)
-        heights, widths = math.floor(scale * one + 0.5), math.floor(scale * other + 0.5)
-        fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
-        centre_height = math.min(height, math.floor(width * cropping.max_aspect + 0.5))
-        centre_width = math.min(width, math.floor(height * cropping.max_aspect + 0.5))
-        centre_top, centre_left = math.floor((height - centre_height) / 2), math.floor((width - centre_width) / 2)
-    else:
-        area, min_area = height * width, _float64(cropping.min_area) * height * width
-        largest = math.min(_round_half_even(math.sqrt(area / other)), height)
-        largest = math.min(largest, math.floor(width / other))
-        smallest = math.min(_round_half_even(math.sqrt(min_area / other)), largest)
-        heights = _round_half_even(smallest + one * (largest - smallest))
-        widths = _round_half_even(heights * other)
-        fits = (heights * widths >= min_area) & (heights * widths <= area) & (widths <= width)
-        centre_top, centre_left, centre_height, centre_width = _square(height, width, cropping.centre)
-    # The first attempt that fits has the highest rank; 0: none does. Reductions take no float64, but the integers
-    # here are exact in float32 too.
-    ranks = fn.cast(fits, dtype=types.INT32) * types.Constant(list(range(tries, 0, -1)), device="cpu")
-    best = fn.reductions.max(ranks)
-    chosen = fn.cast(ranks == best, dtype=types.FLOAT)
-    crop_height = fn.reductions.sum(fn.cast(heights, dtype=types.FLOAT) * chosen)
-    crop_width = fn.reductions.sum(fn.cast(widths, dtype=types.FLOAT) * chosen)
-    is_found = best > 0
-    if isinstance(cropping, ERandomCrop):
-        is_found = is_found & ((crop_height < height) | (crop_width < width))
-    found = fn.cast(is_found, dtype=types.FLOAT64)
-    none = 1 - found
-    top = found * math.floor(draw[0] * (height - crop_height + 1)) + none * centre_top
-    left = found * math.floor(draw[1] * (width - crop_width + 1)) + none * centre_left
-    crop_height, crop_width = found * crop_height + none * centre_height, found * crop_width + none * centre_width
-    return _integers(top, left), _integers(crop_height, crop_width)
+def _find_square(transform: EvalTransform, height: int, width: int) -> Vectors:
+    top, left, *size = transform.square(height, width)
+    return (top, left), size
 
 
-def _eval_size(height: DataNode, width: DataNode, transform: EvalTransform) -> tuple[DataNode, DataNode]:
-    """`EvalTransform.resized`."""
-    short = math.min(height, width)
-    return math.floor(transform.short_side * height / short), math.floor(transform.short_side * width / short)
-
-
-def _square(height: DataNode, width: DataNode, transform: EvalTransform) -> tuple[DataNode, ...]:
-    """`EvalTransform.square`."""
-    side = _float64(transform.resolved_ratio) * math.min(height, width)
-    top, left = _round_half_even((height - side) / 2), _round_half_even((width - side) / 2)
-    bottom, right = _round_half_even(top + side), _round_half_even(left + side)
-    return top, left, math.max(bottom - top, 1), math.max(right - left, 1)
-
-
-def _float64(value: float) -> DataNode:
-    """Make a constant. DALI's own are float32, whatever type is asked for; three of them hold a float64's 53 bits."""
-    high = float(np.float32(value))
-    middle = float(np.float32(value - high))
-    constant = types.Constant(high, dtype=types.FLOAT, shape=[], device="cpu")
-    return fn.cast(constant, dtype=types.FLOAT64) + middle + (value - high - middle)
-
-
-def _round_half_even(value: DataNode) -> DataNode:
-    """Round as Python's `round` does, values >= 0: every sum here is exact where it decides."""
-    return math.ceil(value / 2 - 0.25) + math.floor(value / 2 + 0.25)
+def _find_centre(transform: EvalTransform, height: int, width: int) -> Vectors:
+    """Return the size of the resized image, and where its centre begins."""
+    size = transform.resized(height, width)
+    return size, transform.window(*size)[:2]
 
 
 def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | list[float] = MEAN) -> DataNode:
@@ -122,9 +81,10 @@ def _train_pipeline(
 ) -> tuple[DataNode, DataNode]:
     before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
     # The operations only where there are some: DALI warns of an input without a use.
-    images, labels, draw, mean, *drawn = fn.external_source(source, num_outputs=5 if before or after else 4)
+    num_outputs = 6 if before or after else 5
+    images, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
     encoded = fn.io.file.read(images) if in_files else images
-    start, size = _train_window(*_image_size(encoded), draw[1:], transform.cropping)
+    start, size = _by_size(partial(_find_window, transform.cropping), encoded, draw)
     if whole or before:
         images = fn.decoders.image(encoded, device=decoder, **DECODING)
         images = apply_operations(images, drawn[0], before) if before else images
@@ -135,7 +95,7 @@ def _train_pipeline(
     images = fn.resize(images, size=[transform.crop] * 2, **resampling)
     if after:
         images = apply_operations(images, drawn[0][len(before) :], after)
-    return _normalise(images, fn.cast(draw[0], dtype=types.INT32), mean), labels
+    return _normalise(images, mirror, mean), labels
 
 
 @pipeline_def
@@ -145,15 +105,13 @@ def _eval_pipeline(source: Source, in_files: bool, transform: EvalTransform, dec
     crop = transform.crop
     resampling = {"interp_type": INTERPOLATIONS[transform.resolved_interpolation], "antialias": transform.antialias}
     if transform.order == "crop_resize":
-        top, left, square_height, square_width = _square(*_image_size(encoded), transform)
-        start, size = _integers(top, left), _integers(square_height, square_width)
+        start, size = _by_size(partial(_find_square, transform), encoded)
         images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
         images = fn.resize(images, size=[crop, crop], **resampling)
     else:
-        height, width = (fn.cast(side, dtype=types.FLOAT) for side in _eval_size(*_image_size(encoded), transform))
-        start = _integers(_round_half_even((height - crop) / 2), _round_half_even((width - crop) / 2))
+        size, start = _by_size(partial(_find_centre, transform), encoded)
         images = fn.decoders.image(encoded, device=decoder, **DECODING)
-        images = fn.resize(images, resize_y=height, resize_x=width, **resampling)
+        images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT), **resampling)
         images = fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
     return _normalise(images), labels
 
@@ -239,12 +197,12 @@ class _Inputs:
         labels = self.images.labels[used]
         if isinstance(self.transform, EvalTransform):
             return images, labels
-        crops = [self.transform.draw_crop(self._epoch, index) for index in indices.tolist()]
+        mirrors, crops = self.transform.draw_crops(self._epoch, indices.tolist())
         looks = [self.transform.draw_look(self._epoch, index) for index in indices.tolist()]
         means = [np.array(MEAN, np.float32) - look.offset for look in looks]
         operations = [np.concatenate([look.before, look.after]) for look in looks]
         drawn = [np.stack(operations)] if len(operations[0]) else []
-        return images, labels, np.stack(crops), np.stack(means), *drawn
+        return images, labels, crops, mirrors, np.stack(means), *drawn
 
 
 class DaliLoader:

@@ -82,14 +82,14 @@ def decode(encoded: bytes) -> Tensor:
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
     """Return the crop and the offset of its colours."""
-    draw = transform.draw_crop(epoch, index)
+    (is_mirrored,), (draw,) = transform.draw_crops(epoch, [index])
     look = transform.draw_look(epoch, index)
     image = _apply(look.before, image)
     height, width = image.shape[-2:]
-    window = transform.cropping.window(height, width, draw[1:])
+    window = transform.cropping.window(height, width, draw.tolist())
     interpolation = InterpolationMode(transform.interpolation)
     crop = F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
-    if draw[0]:
+    if is_mirrored:
         crop = F.horizontal_flip(crop)
     return _apply(look.after, crop), look.offset
 

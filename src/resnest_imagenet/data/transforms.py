@@ -5,13 +5,14 @@ The random numbers of a crop are drawn here, from (seed, epoch, sample); the loa
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from resnest_imagenet.data.augment import NO_AUGMENTATION, Augmentation, Look
-from resnest_imagenet.randomness import Purpose, stream
+from resnest_imagenet.randomness import Purpose, uniform_rows
 
 # Of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -35,22 +36,21 @@ class RandomResizedCrop:
     attempts: int = 10
 
     def scale(self, u: np.ndarray) -> np.ndarray:
-        """Turn uniform numbers in 0..1 to what `window` takes, in place.
+        """Turn uniform numbers in 0..1 to what `window` takes.
 
-        (2 + 2 * attempts,): vertical and horizontal position in 0..1, then the crop's height of each attempt, then its
-        width, both over the square root of the image's area.
+        (N, 2 + 2 * attempts): vertical and horizontal position in 0..1, then the crop's height of each attempt, then
+        its width, both over the square root of the image's area.
         """
-        area = self.min_area + (1 - self.min_area) * u[2 : 2 + self.attempts]
-        aspect = np.exp((2 * u[2 + self.attempts :] - 1) * math.log(self.max_aspect))
-        u[2 : 2 + self.attempts] = np.sqrt(area / aspect)
-        u[2 + self.attempts :] = np.sqrt(area * aspect)
-        return u
+        place, area, aspect = np.split(u, [2, 2 + self.attempts], axis=1)
+        area = self.min_area + (1 - self.min_area) * area
+        aspect = np.exp((2 * aspect - 1) * math.log(self.max_aspect))
+        return np.concatenate([place, np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=1)
 
-    def window(self, height: int, width: int, draw: np.ndarray) -> Window:
+    def window(self, height: int, width: int, draw: Sequence[float]) -> Window:
         """Return the crop of an image under a draw: of the first attempt that fits, or the largest centre crop."""
         scale = math.sqrt(height * width)
-        heights, widths = np.floor(scale * draw[2:].reshape(2, self.attempts) + 0.5).astype(int)
-        for h, w in zip(heights.tolist(), widths.tolist(), strict=True):
+        for relative_height, relative_width in zip(draw[2 : 2 + self.attempts], draw[2 + self.attempts :], strict=True):
+            h, w = math.floor(scale * relative_height + 0.5), math.floor(scale * relative_width + 0.5)
             if 1 <= h <= height and 1 <= w <= width:
                 return int(draw[0] * (height - h + 1)), int(draw[1] * (width - w + 1)), h, w
         h = min(height, math.floor(width * self.max_aspect + 0.5))
@@ -79,19 +79,18 @@ class ERandomCrop:
     attempts: int = 10
 
     def scale(self, u: np.ndarray) -> np.ndarray:
-        """Turn uniform numbers in 0..1 to what `window` takes, in place.
+        """Turn uniform numbers in 0..1 to what `window` takes.
 
-        (2 + 2 * attempts,): vertical and horizontal position in 0..1, then the place of the crop's height between the
+        (N, 2 + 2 * attempts): vertical and horizontal position in 0..1, then the place of the crop's height between the
         smallest and the largest of each attempt, then its aspect.
         """
-        smallest = 1 / self.max_aspect
-        u[2 + self.attempts :] = smallest + (self.max_aspect - smallest) * u[2 + self.attempts :]
-        return u
+        place, aspect = np.split(u, [2 + self.attempts], axis=1)
+        return np.concatenate([place, 1 / self.max_aspect + (self.max_aspect - 1 / self.max_aspect) * aspect], axis=1)
 
-    def window(self, height: int, width: int, draw: np.ndarray) -> Window:
+    def window(self, height: int, width: int, draw: Sequence[float]) -> Window:
         """Return the crop of an image under a draw: of the first attempt that fits, or the centre square."""
         area = height * width
-        for place, aspect in draw[2:].reshape(2, self.attempts).T.tolist():
+        for place, aspect in zip(draw[2 : 2 + self.attempts], draw[2 + self.attempts :], strict=True):
             largest = min(round(math.sqrt(area / aspect)), height, math.floor(width / aspect))
             smallest = min(round(math.sqrt(self.min_area * area / aspect)), largest)
             h = round(smallest + place * (largest - smallest))
@@ -130,12 +129,10 @@ class TrainTransform:
     augmentation: Augmentation = NO_AUGMENTATION
     flip: float = 0.5
 
-    def draw_crop(self, epoch: int, index: int) -> np.ndarray:
-        """Draw crop and flip of one sample: float64, [mirror (0 or 1), then what `cropping.window` takes]."""
-        u = stream(self.seed, Purpose.CROP, epoch, index).random(3 + 2 * self.cropping.attempts)
-        u[0] = u[0] < self.flip
-        self.cropping.scale(u[1:])
-        return u
+    def draw_crops(self, epoch: int, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Draw for samples of an epoch: int32 (N,), 1 where mirrored, and (N, ...), what `cropping.window` takes."""
+        u = uniform_rows(self.seed, Purpose.CROP, epoch, indices, 3 + 2 * self.cropping.attempts)
+        return (u[:, 0] < self.flip).astype(np.int32), self.cropping.scale(u[:, 1:])
 
     def draw_look(self, epoch: int, index: int) -> Look:
         """Draw the other variations of one sample."""

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.source import ImageSource, find_part, require_same_classes
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.randomness import Purpose, stream
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CLASSES = "classes.txt"  # one name per line, in the order of the labels
@@ -230,17 +231,17 @@ def _split(member: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: int) -> None:
+def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: int, shuffle: bool) -> None:
     """Write folders of images as shards: <out>/<part>/<part>-000000.tar ..., classes.txt and an index.
 
-    The same folders make the same shards, bit for bit: images untouched and in the folder's order, nothing of their
-    times and owners.
+    The same folders make the same shards, bit for bit: images untouched, nothing of their times and owners.
 
     Args:
         root: the data set's folder.
         parts: the folder of each part within root, by the option that names it.
         out: a new or empty folder; it gets the parts when all are complete.
         images_per_shard: of each shard but a part's last.
+        shuffle: in an order drawn once, so that each shard holds something of every class; otherwise the folder's.
 
     Raises:
         DataError: for what cannot be read, or classes that differ; where `out` is in use or cannot be written.
@@ -255,7 +256,7 @@ def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: 
             raise DataError(f"out={out}: is not empty; remove it or choose another folder")
         shutil.rmtree(unfinished, ignore_errors=True)
         for source in sources:
-            _write_part(source, unfinished / source.root.name, images_per_shard)
+            _write_part(source, unfinished / source.root.name, images_per_shard, shuffle)
         for source in sources:
             (unfinished / source.root.name).rename(out / source.root.name)
         unfinished.rmdir()
@@ -263,21 +264,22 @@ def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: 
         raise DataError(f"out={out}: cannot be written ({error.strerror})") from error
 
 
-def _write_part(images: ImageFolder, folder: Path, images_per_shard: int) -> None:
+def _write_part(images: ImageFolder, folder: Path, images_per_shard: int, shuffle: bool) -> None:
     folder.mkdir(parents=True)
-    members = iter(name_members(map(os.fsdecode, images.files.tolist())))
+    members = name_members(map(os.fsdecode, images.files.tolist()))
+    order = stream(0, Purpose.ORDER, epoch=0).permutation(len(images)) if shuffle else np.arange(len(images))
     paths: list[Path] = []
     with tqdm(total=len(images), desc=folder.name, unit=" images") as progress:
         for first in range(0, len(images), images_per_shard):
             paths.append(folder / f"{folder.name}-{len(paths):06d}.tar")
             # Not the default format: DALI's reader does not know its long names.
             with tarfile.open(paths[-1], "w", format=tarfile.GNU_FORMAT) as tar:
-                for index in range(first, min(first + images_per_shard, len(images))):
+                for index in order[first : first + images_per_shard].tolist():
                     try:
                         encoded = images.read(index)
                     except OSError as error:
                         raise DataError(f"{images.name(index)}: cannot be read ({error.strerror})") from error
-                    key, extension = next(members)
+                    key, extension = members[index]
                     _add_member(tar, f"{key}.{extension}", encoded)
                     _add_member(tar, f"{key}.cls", b"%d" % images.labels[index])
                     progress.update()
