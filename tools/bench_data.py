@@ -3,9 +3,10 @@
 python tools/bench_data.py DIR [--workers 2] [--rounds 9] [--epochs 20] [--out FILE.json]
 
 DIR/<class>/<image> may be any photographs. All loaders make float batches of 224 pixels by random resized crop, flip
-and normalisation, with the same number of worker processes or threads. In every round each of them makes a pass over the
-same images, in turn; the table has the median over the rounds and their range. The last rows have the whole image side
-of recipe=resnest. Then our loaders run for some more epochs, and the memory of the process and its workers is read.
+and normalisation, with the same number of worker processes or threads. In every round each of them makes a pass over
+the same images, in turn; the table has the median over the rounds and their range. The last rows have the whole image
+side of recipe=resnest. Then our loaders run for some more epochs, and the memory of the process and its workers is
+read.
 """
 
 import argparse

@@ -31,6 +31,8 @@ from resnest_imagenet.training.schedule import plan_steps
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import train
 
+BOTH_PARTS = {"data.train_dir": "train", "data.val_dir": "val"}
+
 
 def read_events(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
