@@ -37,7 +37,7 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD, TrainTransform
 
 BATCH = 128  # as in recipe=resnest
-BATCHES = 12  # in a pass, over the files as often as it takes
+BATCHES = 18  # in a pass, over the files as often as it takes
 EDGE = 3  # batches at either end of a pass that are not timed: as much work is then begun as is left over
 TIMED = (BATCHES - 2 * EDGE - 1) * BATCH  # images
 CROP = 224

@@ -60,11 +60,13 @@ def main() -> None:
 
     accumulate = ["train.batch_size=16", "train.global_batch=32"]
     compiled = ["train.compile=true"]
+    augmented = ["train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1", "train.cutmix_alpha=1.0"]
     cases: list[tuple[str, str, list[str], bool]] = [  # loader, precision, overrides, under torchrun (NCCL)
         *((loader, precision, [], False) for loader in ("dali", "torchvision") for precision in ("fp32", "bf16")),
         ("dali", "fp16", accumulate, False),
         ("dali", "bf16", compiled, False),
         ("dali", "bf16", ["train.crop=112", "train.dropblock=0.1", *compiled], False),
+        *((loader, "bf16", augmented, False) for loader in ("dali", "torchvision")),
         ("dali", "bf16", [], True),
         ("dali", "fp16", compiled + accumulate, True),
     ]

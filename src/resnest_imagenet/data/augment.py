@@ -238,13 +238,13 @@ PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], 
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was drawn for one image. An operation is (Op, value, x, y); x and y are uniform in 0..1.
+class Looks:
+    """What was drawn for N images. An operation is (Op, value, x, y); x and y are uniform in 0..1.
 
     Attributes:
-        before: float32 (S, 4), operations on the whole image; S is the length of the policy's rows.
-        after: float32 (3, 4) or (0, 4), operations on the crop.
-        offset: float32 (3,), added to the channels, in 1/255.
+        before: float32 (N, S, 4), operations on the whole image; S is the length of the policy's rows.
+        after: float32 (N, 3, 4) or (N, 0, 4), operations on the crop.
+        offset: float32 (N, 3), added to the channels, in 1/255.
     """
 
     before: np.ndarray
@@ -273,42 +273,39 @@ class Augmentation:
         """The policy's table."""
         return POLICIES[self.policy]() if self.policy else ((),)
 
-    @property
+    @cached_property
     def slots_before(self) -> list[set[Op]]:
         """Which operations occur at each place of a row, apart from the identity."""
         return [{step.op for step in steps} - {Op.IDENTITY} for steps in zip(*self.rows, strict=True)]
 
-    @property
+    @cached_property
     def slots_after(self) -> list[set[Op]]:
         """Which occur at each place of the jitter."""
         return [set(JITTER_OPS)] * len(JITTER_OPS) if self.jitter > 0 else []
 
-    def draw(self, seed: int, epoch: int, index: int) -> Look:
-        """Draw the look of one sample of an epoch."""
-        if self == NO_AUGMENTATION:
-            return Look(_as_table([]), _as_table([]), np.zeros(3, np.float32))
-        rng = stream(seed, Purpose.LOOK, epoch, index)
-        u = rng.random(1 + 4 * len(self.rows[0]))
+    def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> Looks:
+        """Draw the looks of samples of an epoch."""
+        before = np.zeros((len(indices), len(self.slots_before), 4), np.float32)
+        after = np.zeros((len(indices), len(self.slots_after), 4), np.float32)
+        offset = np.zeros((len(indices), 3), np.float32)
+        if self != NO_AUGMENTATION:
+            for number, index in enumerate(indices):
+                self._draw_one(stream(seed, Purpose.LOOK, epoch, index), before[number], after[number], offset[number])
+        return Looks(before, after, offset)
+
+    def _draw_one(self, rng: np.random.Generator, before: np.ndarray, after: np.ndarray, offset: np.ndarray) -> None:
+        u = rng.random(1 + 4 * len(before))
         row = self.rows[int(u[0] * len(self.rows))]
-        before = [_draw_step(step, *u[1 + 4 * k : 5 + 4 * k]) for k, step in enumerate(row)]
-        after = []
+        for k, step in enumerate(row):
+            applied, value, x, y = u[1 + 4 * k : 5 + 4 * k]
+            if applied < step.probability:
+                before[k] = step.op, step.values[int(value * len(step.values))], x, y
         if self.jitter > 0:
             u = rng.random(4)
-            order = JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))]
-            after = [(JITTER_OPS[k], 1 + self.jitter * (2 * u[k] - 1), 0.0, 0.0) for k in order]
-        offset = 255 * PCA_VECTORS @ (PCA_VALUES * self.lighting * rng.standard_normal(3))
+            for k, which in enumerate(JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))]):
+                after[k, :2] = JITTER_OPS[which], 1 + self.jitter * (2 * u[which] - 1)
+        offset[:] = 255 * PCA_VECTORS @ (PCA_VALUES * self.lighting * rng.standard_normal(3))
         offset += self.shift * (2 * rng.random() - 1)
-        return Look(_as_table(before), _as_table(after), offset.astype(np.float32))
 
 
 NO_AUGMENTATION = Augmentation()
-
-
-def _draw_step(step: Step, applied: float, value: float, x: float, y: float) -> tuple[float, float, float, float]:
-    if applied >= step.probability:
-        return Op.IDENTITY, 0.0, 0.0, 0.0
-    return step.op, step.values[int(value * len(step.values))], x, y
-
-
-def _as_table(operations: Sequence[tuple[float, ...]]) -> np.ndarray:
-    return np.array(operations, dtype=np.float32).reshape(-1, 4)

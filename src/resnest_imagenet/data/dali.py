@@ -198,11 +198,10 @@ class _Inputs:
         if isinstance(self.transform, EvalTransform):
             return images, labels
         mirrors, crops = self.transform.draw_crops(self._epoch, indices.tolist())
-        looks = [self.transform.draw_look(self._epoch, index) for index in indices.tolist()]
-        means = [np.array(MEAN, np.float32) - look.offset for look in looks]
-        operations = [np.concatenate([look.before, look.after]) for look in looks]
-        drawn = [np.stack(operations)] if len(operations[0]) else []
-        return images, labels, crops, mirrors, np.stack(means), *drawn
+        looks = self.transform.draw_looks(self._epoch, indices.tolist())
+        operations = np.concatenate([looks.before, looks.after], axis=1)
+        drawn = [operations] if operations.size else []
+        return images, labels, crops, mirrors, np.array(MEAN, np.float32) - looks.offset, *drawn
 
 
 class DaliLoader:

@@ -83,15 +83,15 @@ def decode(encoded: bytes) -> Tensor:
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
     """Return the crop and the offset of its colours."""
     (is_mirrored,), (draw,) = transform.draw_crops(epoch, [index])
-    look = transform.draw_look(epoch, index)
-    image = _apply(look.before, image)
+    looks = transform.draw_looks(epoch, [index])
+    image = _apply(looks.before[0], image)
     height, width = image.shape[-2:]
     window = transform.cropping.window(height, width, draw.tolist())
     interpolation = InterpolationMode(transform.interpolation)
     crop = F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
     if is_mirrored:
         crop = F.horizontal_flip(crop)
-    return _apply(look.after, crop), look.offset
+    return _apply(looks.after[0], crop), looks.offset[0]
 
 
 def _apply(operations: np.ndarray, image: Tensor) -> Tensor:
