@@ -1,6 +1,6 @@
 """Loaders side by side: images per second of ours, of plain torchvision and of a bare DALI pipeline, on this machine.
 
-python tools/bench_data.py DIR [--workers 2] [--rounds 9] [--epochs 20] [--out FILE.json]
+python tools/bench_data.py DIR [--workers 2] [--rounds 9] [--epochs 20] [--device cpu] [--out FILE.json]
 
 DIR/<class>/<image> may be any photographs. All loaders make float batches of 224 pixels by random resized crop, flip
 and normalisation, with the same number of worker processes or threads. In every round each of them makes a pass over
@@ -41,13 +41,12 @@ BATCHES = 18  # in a pass, over the files as often as it takes
 EDGE = 3  # batches at either end of a pass that are not timed: as much work is then begun as is left over
 TIMED = (BATCHES - 2 * EDGE - 1) * BATCH  # images
 CROP = 224
-CPU = torch.device("cpu")
 PLAIN, RECIPE = Augmentation(), Augmentation("resnest", jitter=0.4, lighting=0.1)
 
 Pass = Callable[[], Iterator[torch.Tensor]]
 
 
-def plain_torchvision(root: Path, workers: int) -> Pass:
+def plain_torchvision(root: Path, workers: int, device: torch.device) -> Pass:
     """ImageFolder and DataLoader as in torchvision's references: Pillow decodes, float tensors leave the workers."""
     transform = v2.Compose(
         [
@@ -61,15 +60,23 @@ def plain_torchvision(root: Path, workers: int) -> Pass:
     folder = ImageFolder(str(root), transform)
     folder.samples = (folder.samples * BATCHES * BATCH)[: BATCHES * BATCH]
     loader = torch.utils.data.DataLoader(
-        folder, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, drop_last=True
+        folder,
+        BATCH,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
     )
-    return lambda: (images for images, _ in loader)
+    return lambda: (images.to(device, non_blocking=True) for images, _ in loader)
 
 
 @pipeline_def
-def _bare_pipeline(files: list[str]) -> tuple:
+def _bare_pipeline(files: list[str], decoder: str) -> tuple:
     encoded, labels = fn.readers.file(files=files, random_shuffle=True, prefetch_queue_depth=2)
-    images = fn.decoders.image_random_crop(encoded, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+    images = fn.decoders.image_random_crop(
+        encoded, device=decoder, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+    )
     images = fn.resize(images, size=[CROP, CROP], antialias=False)
     mirror = fn.random.coin_flip()
     images = fn.crop_mirror_normalize(
@@ -78,11 +85,19 @@ def _bare_pipeline(files: list[str]) -> tuple:
     return images, labels
 
 
-def bare_dali(root: Path, workers: int) -> Pass:
+def bare_dali(root: Path, workers: int, device: torch.device) -> Pass:
     """DALI's own reader and random crop, no plan, no draws of ours: what a script of a few lines does."""
     files = [str(path) for path in root.glob("*/*")]
     files = (files * BATCHES * BATCH)[: BATCHES * BATCH]
-    pipeline = _bare_pipeline(files, batch_size=BATCH, num_threads=workers, device_id=None, prefetch_queue_depth=2)
+    on_gpu = device.type == "cuda"
+    pipeline = _bare_pipeline(
+        files,
+        "mixed" if on_gpu else "cpu",
+        batch_size=BATCH,
+        num_threads=workers,
+        device_id=device.index if on_gpu else None,
+        prefetch_queue_depth=2,
+    )
     pipeline.build()
 
     def batches() -> Iterator[torch.Tensor]:
@@ -93,14 +108,14 @@ def bare_dali(root: Path, workers: int) -> Pass:
     return batches
 
 
-def ours(name: str, root: Path, workers: int, augmentation: Augmentation) -> Pass:
+def ours(name: str, root: Path, workers: int, device: torch.device, augmentation: Augmentation) -> Pass:
     """Our loader; each pass is another epoch."""
     folder = read_image_folder(str(root.parent), root.name, "DIR")
     repeated = np.arange(BATCHES * BATCH) % len(folder)
     folder = replace(folder, files=folder.files[repeated], labels=folder.labels[repeated])
     plan = BatchPlan(BATCHES * BATCH, BATCH, BATCHES, shuffle=True)
     transform = TrainTransform(CROP, 0, augmentation=augmentation)
-    loader: Loader = build_loader(name, folder, plan, transform, CPU, workers)
+    loader: Loader = build_loader(name, folder, plan, transform, device, workers)
     epochs = iter(range(10**6))
     return lambda: (images for images, _ in loader.batches(next(epochs)))
 
@@ -116,7 +131,7 @@ class Speed:
 def time_pass(run: Pass) -> Speed:
     """Time the middle of a pass; each batch is read once."""
     for number, images in enumerate(run()):
-        images.sum()
+        float(images.sum())
         if number == EDGE:
             start, cpu = time.perf_counter(), time.process_time()
         if number == BATCHES - EDGE - 1:
@@ -131,9 +146,9 @@ def resident_megabytes() -> float:
     return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measure_memory(name: str, root: Path, workers: int, epochs: int) -> list[float]:
+def measure_memory(name: str, root: Path, workers: int, device: torch.device, epochs: int) -> list[float]:
     """Return the memory after each epoch under recipe=resnest; to be called in a process of its own."""
-    run = ours(name, root, workers, RECIPE)
+    run = ours(name, root, workers, device, RECIPE)
     sizes = []
     for _ in range(epochs):
         time_pass(run)
@@ -147,18 +162,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--epochs", type=int, default=20, help="for the memory")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     root, workers = args.folder.resolve(), args.workers
+    device = torch.device("cpu") if args.device == "cpu" else torch.device("cuda", 0)
 
     baseline = "torchvision, plain"
     runs = {
-        baseline: plain_torchvision(root, workers),
-        "ours, torchvision": ours("torchvision", root, workers, PLAIN),
-        "DALI, bare": bare_dali(root, workers),
-        "ours, DALI": ours("dali", root, workers, PLAIN),
-        "ours, torchvision, recipe=resnest": ours("torchvision", root, workers, RECIPE),
-        "ours, DALI, recipe=resnest": ours("dali", root, workers, RECIPE),
+        baseline: plain_torchvision(root, workers, device),
+        "ours, torchvision": ours("torchvision", root, workers, device, PLAIN),
+        "DALI, bare": bare_dali(root, workers, device),
+        "ours, DALI": ours("dali", root, workers, device, PLAIN),
+        "ours, torchvision, recipe=resnest": ours("torchvision", root, workers, device, RECIPE),
+        "ours, DALI, recipe=resnest": ours("dali", root, workers, device, RECIPE),
     }
     speeds: dict[str, list[Speed]] = {name: [] for name in runs}
     for round_number in range(args.rounds + 1):
@@ -173,7 +190,7 @@ def main() -> None:
 
     packages = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow")
     report = {
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {device.type}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "workers": workers,
@@ -205,7 +222,7 @@ def main() -> None:
     report["resident_megabytes"] = {}
     for name in ("torchvision", "dali"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            sizes = alone.submit(measure_memory, name, root, workers, args.epochs).result()
+            sizes = alone.submit(measure_memory, name, root, workers, device, args.epochs).result()
         report["resident_megabytes"][name] = sizes
         print(f"memory of {name} after epoch 1 and {args.epochs}: {sizes[0]:.0f} and {sizes[-1]:.0f} MB")
     if args.out:

@@ -3,6 +3,7 @@
 A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
 """
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -223,20 +224,28 @@ class PrepareDataConfig(Options):
     verify: bool
 
 
-class CheckDataConfig(Options):
-    """resnest-data check."""
-
-    data: DataOptions
-    out: str | None
-    workers: Positive | None
-
-
 class FolderOptions(Options):
     """A data set in the ImageNet folder layout."""
 
     root: str
     train_dir: str | None  # null: leave this part out
     val_dir: str | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "FolderOptions":
+        if self.train_dir is None and self.val_dir is None:
+            raise ValueError("data.train_dir=null and data.val_dir=null leave nothing")
+        if PurePath(self.train_dir or "").name == PurePath(self.val_dir or "").name:
+            raise ValueError(f"data.train_dir={self.train_dir} and data.val_dir={self.val_dir} have the same name")
+        return self
+
+
+class CheckDataConfig(Options):
+    """resnest-data check."""
+
+    data: FolderOptions
+    out: str | None
+    workers: Positive | None
 
 
 class ShardDataConfig(Options):
@@ -246,12 +255,6 @@ class ShardDataConfig(Options):
     out: str
     images_per_shard: Positive
     shuffle: bool
-
-    @model_validator(mode="after")
-    def _check(self) -> "ShardDataConfig":
-        if self.data.train_dir is None and self.data.val_dir is None:
-            raise ValueError("data.train_dir=null and data.val_dir=null leave nothing")
-        return self
 
 
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
+
 from resnest_imagenet.errors import ConfigError
 
 
@@ -28,6 +30,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is gone afterwards; filelock.Timeout where another process holds it."""
+    with FileLock(path, timeout=0):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def require_writable(path: Path, option: str) -> None:

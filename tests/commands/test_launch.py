@@ -115,7 +115,7 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     code, lines = call(data, ["demmo"], monkeypatch, capsys)
     assert (code, lines) == (2, ["resnest-data: unknown action 'demmo'; did you mean 'demo'?"])
     code, lines = call(data, ["x"], monkeypatch, capsys)
-    assert (code, lines) == (2, ["resnest-data: unknown action 'x': demo, prepare, check, shard"])
+    assert (code, lines) == (2, [f"resnest-data: unknown action 'x': {', '.join(data.ACTIONS)}"])
     assert call(data, [], monkeypatch, capsys) == (0, [])
 
 

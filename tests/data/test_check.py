@@ -154,7 +154,7 @@ def test_finds_what_was_planted_and_nothing_else(planted, tmp_path):
     assert (report["faults"], report["notes"]) == (num_faults, len(EXPECTED) - num_faults)
     assert report["root"] == str(planted)
     assert [(part["folder"], part["classes"]) for part in report["parts"]] == [("train", 5), ("val", 5)]
-    assert result.stderr == f"data: {planted}: {num_faults} faults ({out})\n"  # no warnings, nothing from libtiff
+    assert result.stderr == f"data: {planted}: faults: {num_faults} ({out})\n"  # no warnings, nothing from libtiff
     lines = result.stdout.splitlines()
     assert [line[7:25].strip() for line in lines[:-3]] == [
         kind for kind in (*FAULTS, *NOTES) if kind in {kind for kind, _ in EXPECTED}
@@ -198,7 +198,7 @@ def find(root, train="train", val="val"):
     [
         ("validation", "set data.val_dir=validation"),
         ("Val", "set data.val_dir=Val"),
-        ("x", "set data.val_dir (there: train, x)"),
+        ("x", "set data.val_dir; there: train, x"),
     ],
 )
 def test_a_misnamed_val_folder_is_named_with_its_option(folder, detail, tmp_path):

@@ -107,8 +107,11 @@ EXPECTED |= {
 def test_the_official_release():
     assert ILSVRC2012.num_images == {"train": 1_281_167, "val": 50_000}
     assert ILSVRC2012.num_classes == 1000
-    assert ILSVRC2012.md5.keys() == {TRAIN, VAL, DEVKIT}
-    assert all(len(digest) == 32 for digest in ILSVRC2012.md5.values())
+    assert ILSVRC2012.md5 == {
+        "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+        "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+        "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+    }
 
 
 def test_unpacks_every_image_to_its_class_and_then_has_nothing_to_do(archives, tmp_path):
@@ -352,7 +355,7 @@ def test_a_full_disk_is_one_line_and_no_loss(archives, tmp_path, monkeypatch):
 
 def test_a_second_process_is_refused(archives, tmp_path):
     (tmp_path / "out/prepare.tmp").mkdir(parents=True)
-    with FileLock(tmp_path / "out/prepare.tmp/lock"), pytest.raises(DataError, match="another resnest-data prepare"):
+    with FileLock(tmp_path / "out/.prepare.lock"), pytest.raises(DataError, match="another resnest-data prepare"):
         prepare_images(archives, tmp_path / "out", verify=True, release=release_of(archives))
 
 

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from test_folder import make_tree
 
+from resnest_imagenet.data.loader import open_source
 from resnest_imagenet.data.source import (
     Fault,
     find_fault,
     label_by_classes,
     name_unreadable,
-    open_source,
     require_same_classes,
 )
 from resnest_imagenet.errors import DataError

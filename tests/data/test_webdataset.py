@@ -15,9 +15,9 @@ from test_folder import make_tree
 from conftest import CPU
 from resnest_imagenet.data import webdataset
 from resnest_imagenet.data.folder import read_image_folder
-from resnest_imagenet.data.loader import build_loader
+from resnest_imagenet.data.loader import build_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import open_source, require_same_classes
+from resnest_imagenet.data.source import require_same_classes
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import name_members, read_shards, write_shards
 from resnest_imagenet.errors import DataError

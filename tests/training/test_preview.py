@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conftest import compose_config
 from resnest_imagenet.config import PreviewDataConfig
@@ -9,6 +9,7 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.errors import DataError
 from resnest_imagenet.training.preview import CAPTION, MARGIN, write_preview
 from resnest_imagenet.training.train import build_train_transform
 
@@ -31,7 +32,14 @@ def test_the_sheet_shows_what_the_run_will_see(name, demo_images, tmp_path):
         top = row * (40 + MARGIN + CAPTION) + CAPTION
         pixels = batches[sample][0][0].permute(1, 2, 0).numpy() * STD + MEAN
         np.testing.assert_array_equal(sheet[top : top + 40, left : left + 40], pixels.round().clip(0, 255))
-        original = Image.open(train.name(sample))
-        original.thumbnail((40, 40))
+        original = ImageOps.contain(Image.open(train.name(sample)), (40, 40))
         shown = sheet[top : top + original.height, MARGIN : MARGIN + original.width]
         np.testing.assert_array_equal(shown, np.array(original))
+
+
+def test_a_bad_image_is_named(tmp_path):
+    (tmp_path / "train" / "x").mkdir(parents=True)
+    (tmp_path / "train" / "x" / "0.jpg").write_text("<html>")
+    config = compose_config("data_preview", PreviewDataConfig, f"data.root={tmp_path}", f"out={tmp_path / 'sheet.png'}")
+    with pytest.raises(DataError, match="x/0.jpg: not a readable image"):
+        write_preview(config)

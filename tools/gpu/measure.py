@@ -1,10 +1,10 @@
 """What no CPU can show: training on CUDA by the real commands, and the step against timm's.
 
-python tools/gpu/measure.py OUT [--device cuda]      (--device cpu tries the script itself)
+python tools/gpu/measure.py OUT [--images DIR] [--device cuda]      (--device cpu tries the script itself)
 
 Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
-under torchrun (NCCL), resnest-eval for each loader, and tools/bench_step.py. Prints a table last and writes
-OUT/gpu.json.
+under torchrun (NCCL), resnest-eval for each loader, tools/bench_step.py and, on photographs, tools/parity.py and
+tools/bench_data.py. Prints a table last and writes OUT/gpu.json.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--images", type=Path, help="photographs, DIR/<class>/<image>: for parity.py and bench_data.py")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -106,12 +107,21 @@ def main() -> None:
     }
     (out / "gpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     size = ["--batch", "128", "--steps", "10", "--rounds", "7"] if on_gpu else ["--batch", "2", "--crop", "64"]
+    cores = str(len(os.sched_getaffinity(0)))
+    bench_options = ["--device", args.device, "--workers", cores, "--out", str(out / "bench_data.json")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     bench = [sys.executable, str(REPOSITORY / "tools/bench_step.py"), "--device", args.device, "--precision", "bf16"]
     subprocess.run(
         [*bench, *size, "--out", str(out / "bench_step.json")],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
+        env=environment,
         check=False,
     )
+    if args.images:  # photographs: what DALI makes of them on this device, and how fast
+        for tool, options in (("parity", ["--device", args.device]), ("bench_data", bench_options)):
+            with (out / f"{tool}.txt").open("w") as log:
+                command = [sys.executable, str(REPOSITORY / f"tools/{tool}.py"), str(args.images), *options]
+                subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+            print((out / f"{tool}.txt").read_text())
     print(machine)
     print(f"{'case':<60}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
     for row in rows:

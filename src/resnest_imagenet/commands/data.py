@@ -15,7 +15,7 @@ from resnest_imagenet.config import (
     PreviewDataConfig,
     ShardDataConfig,
 )
-from resnest_imagenet.errors import ConfigError, DataError, suggest
+from resnest_imagenet.errors import DataError, suggest
 
 
 def write_demo(config: DemoDataConfig) -> None:
@@ -39,17 +39,15 @@ def check(config: CheckDataConfig) -> None:
     from resnest_imagenet.data.check import check_images, format_report, write_report
     from resnest_imagenet.files import require_writable
 
-    if config.data.kind != "folder":
-        raise ConfigError(f"resnest-data check reads folders, not data.kind={config.data.kind}")
     if config.out:
         require_writable(Path(config.out), "out")
     report = check_images(config.data.root, config.data.train_dir, config.data.val_dir, config.workers)
-    print(format_report(report))
-    if config.out:
+    if config.out:  # first: the table may meet a closed pipe
         write_report(report, Path(config.out))
+    print(format_report(report))
     if report.num_faults:
-        where = config.out or "out=report.json lists them"
-        raise DataError(f"{config.data.root}: {report.num_faults:,} faults ({where})")
+        where = config.out or "add out=report.json to list them"
+        raise DataError(f"{config.data.root}: faults: {report.num_faults:,} ({where})")
 
 
 def shard(config: ShardDataConfig) -> None:

@@ -1,5 +1,6 @@
 """What every command does around its work: compose and check the configuration, and turn errors into lines."""
 
+import io
 import os
 import re
 import sys
@@ -35,6 +36,8 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], None]) 
     """
     # Idle OpenMP threads sleep instead of spinning: 20 times faster where processes share cores. Before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be more than a terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Hydra then raises instead of printing a traceback's digest and leaving with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra

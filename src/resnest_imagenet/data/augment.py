@@ -1,7 +1,7 @@
 """What is drawn for the look of a training image: operations of a policy, colour jitter, lighting.
 
 Only numbers are made here, from (seed, epoch, sample). A policy is a table of rows, from which one is taken at random;
-its steps are applied in turn. `pillow_ops.py` and `dali.py` apply them.
+its steps are applied in turn. `pillow_ops.py` and `dali_ops.py` apply them.
 """
 
 import enum

@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from resnest_imagenet.data.examine import Finding, examine_files
 from resnest_imagenet.data.folder import IMAGE_SUFFIXES
+from resnest_imagenet.data.source import list_folders
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.files import replacing
 
-# Faults would stop a training, hide images from it or falsify its result; notes do not. In the order of the table.
+# Faults would stop a training, hide images from it, falsify its result or exhaust its memory; notes do not. In the
+# order of the table.
 FAULTS = (
     "missing folder",  # of a part
     "no class folders",
@@ -46,7 +48,7 @@ NOTES = (
 )
 
 # Files that are meant to be images, but that read_image_folder does not look for.
-UNSEEN_SUFFIXES = (".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".avif")
+UNSEEN_SUFFIXES = (".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".avif", ".ppm", ".pgm")
 # After so many crashes it is rather the machine than the files.
 MAX_CRASHES = 10
 
@@ -86,13 +88,13 @@ class Report:
         return sum(finding.kind in FAULTS for finding in self.findings)
 
 
-def check_images(root: str, train_dir: str, val_dir: str, workers: int | None = None) -> Report:
+def check_images(root: str, train_dir: str | None, val_dir: str | None, workers: int | None = None) -> Report:
     """Look at every folder and decode every image of <root>/<train_dir> and <root>/<val_dir>, each file read once.
 
     Args:
         root: the data set's folder.
-        train_dir: the part to train on.
-        val_dir: the part to evaluate on.
+        train_dir: the part to train on; None: there is none.
+        val_dir: the part to evaluate on; None: there is none.
         workers: processes; None takes as many as this process may use cores.
 
     Raises:
@@ -102,9 +104,11 @@ def check_images(root: str, train_dir: str, val_dir: str, workers: int | None = 
         raise DataError(f"data.root={root}: no such folder")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = list_part(root, train_dir, "data.train_dir"), list_part(root, val_dir, "data.val_dir")
+    names = {"data.train_dir": train_dir, "data.val_dir": val_dir}
+    parts = tuple(list_part(root, name, option) for option, name in names.items() if name is not None)
     findings = [finding for part in parts for finding in part.findings]
-    findings += compare_classes(*parts)
+    if len(parts) == 2:
+        findings += compare_classes(*parts)
     paths = [path for part in parts for path in part.images]
     originals: dict[bytes, str] = {}
     crashes = []
@@ -190,11 +194,11 @@ def _tell(entry: "os.DirEntry[str]") -> str:
 
 def _guess_folder(root: str, name: str, option: str) -> str:
     """Say which folder may have been meant: validation or Val for val."""
-    there = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    alike = [folder for folder in there if folder.lower().startswith(name[:3].lower())]
+    there = list_folders(root)
+    alike = [folder for folder in there if folder.lower().startswith(os.path.basename(name)[:3].lower())]
     if alike:
         return f"set {option}={alike[0]}"
-    return f"set {option} (there: {', '.join(there) or 'no folders'})"
+    return f"set {option}; there: {', '.join(there) or 'no folders'}"
 
 
 def compare_classes(train: Part, val: Part) -> list[Finding]:

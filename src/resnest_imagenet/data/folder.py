@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from resnest_imagenet.data.source import ImageSource, find_part
+from resnest_imagenet.data.source import ImageSource, find_part, list_folders
 from resnest_imagenet.errors import DataError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -39,15 +39,16 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
         DataError: root or part missing, no classes, a class without images.
     """
     part = find_part(root, name, option)
-    classes = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
+    classes = list_folders(part)
     if not classes:
         raise DataError(f"{part}: no class folders; the layout is {part}/<class>/<image>.JPEG")
     files: list[bytes] = []
     labels: list[np.ndarray] = []
     for label, name_of_class in enumerate(classes):
-        images = sorted(
-            entry.name for entry in os.scandir(part / name_of_class) if entry.name.lower().endswith(IMAGE_SUFFIXES)
-        )
+        try:
+            images = sorted(name for name in os.listdir(part / name_of_class) if name.lower().endswith(IMAGE_SUFFIXES))
+        except OSError as error:
+            raise DataError(f"{part / name_of_class}: cannot be read ({error.strerror})") from error
         if not images:
             raise DataError(f"{part / name_of_class}: a class without images ({', '.join(IMAGE_SUFFIXES)})")
         files += [os.fsencode(f"{name_of_class}/{image}") for image in images]

@@ -1,4 +1,4 @@
-"""The contract of a loader, and the choice of one."""
+"""The contract of a loader, and the choice of one and of its source."""
 
 import importlib.util
 import os
@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
+from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import ConfigError
 
 
@@ -33,6 +35,21 @@ class Loader(Protocol):
             DataError: for an image that cannot be decoded and may not be replaced, with its path.
         """
         ...
+
+
+def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
+    """List the images of one part of a data set.
+
+    Args:
+        kind: "folder" or "webdataset".
+        root: the data set's folder.
+        name: the part's folder within it, e.g. "train".
+        option: the option that names this part, for the error message.
+
+    Raises:
+        DataError: nothing there, or nothing that can be used.
+    """
+    return {"folder": read_image_folder, "webdataset": read_shards}[kind](root, name, option)
 
 
 def choose_loader(name: str) -> str:

@@ -1,6 +1,6 @@
 """The operations of `augment.Op` on Pillow's images: what they mean, and what the torchvision loader does.
 
-Those that have a function in Pillow are that function; `dali.py` is measured against them.
+Those that have a function in Pillow are that function; `dali_ops.py` is measured against them.
 """
 
 from collections.abc import Callable

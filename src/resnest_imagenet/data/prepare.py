@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 from resnest_imagenet.errors import ConfigError, DataError, first_line
+from resnest_imagenet.files import locked
 
 TRAIN = "ILSVRC2012_img_train.tar"  # holds a tar of images for each class
 VAL = "ILSVRC2012_img_val.tar"
@@ -72,20 +73,19 @@ def prepare_images(archives: Path, out: Path, verify: bool, release: Release = I
         DataError: an archive is missing, unreadable, not the official one, or has a member that does not belong there;
             `out` holds something else or cannot be written; another process is writing it.
     """
-    work = out / "prepare.tmp"
+    work, lock = out / "prepare.tmp", out / ".prepare.lock"
     try:
-        parts = []
-        for part in ("val", "train"):
-            if (out / part).exists():
-                _require_counts(out / part, release.num_images[part], release.num_classes)
-            else:
-                parts.append(part)
-        if parts:
-            work.mkdir(parents=True, exist_ok=True)
-            with FileLock(work / "lock", timeout=0):
+        if not _list_missing(out, release) and not work.exists() and not lock.exists():
+            return False
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(lock):
+            parts = _list_missing(out, release)  # another process may have written some meanwhile
+            if parts:
+                _require_folders(work, work / "val", work / "train", work / "class")
+                work.mkdir(exist_ok=True)
                 _write_parts(parts, archives, out, work, release, verify)
-        if work.exists():
-            shutil.rmtree(work)
+            if work.exists():
+                shutil.rmtree(work)
     except Timeout:
         raise DataError(f"out={out}: another resnest-data prepare is writing it") from None
     except OSError as error:
@@ -93,17 +93,31 @@ def prepare_images(archives: Path, out: Path, verify: bool, release: Release = I
     return bool(parts)
 
 
+def _list_missing(out: Path, release: Release) -> list[str]:
+    """Return the parts that are not there yet; a DataError where one is not what it should be."""
+    missing = []
+    for part in ("val", "train"):
+        if (out / part).exists():
+            _require_counts(out / part, release.num_images[part], release.num_classes)
+        else:
+            missing.append(part)
+    return missing
+
+
 def _write_parts(parts: Sequence[str], archives: Path, out: Path, work: Path, release: Release, verify: bool) -> None:
     needs = {"val": (DEVKIT, VAL), "train": (TRAIN,)}
     for name in (name for part in parts for name in needs[part]):
         if not (archives / name).is_file():
             raise DataError(f"{archives / name}: no such archive")
+    # All that can be refused first; the unpacking takes the longest.
+    if verify and "val" in parts:
+        _require_md5(archives / DEVKIT, release.md5[DEVKIT])
+    synsets = read_val_synsets(archives / DEVKIT) if "val" in parts else []
+    for name in (name for part in parts for name in needs[part] if verify and name != DEVKIT):
+        _require_md5(archives / name, release.md5[name])
     for part in parts:
-        for name in needs[part]:
-            if verify:
-                _require_md5(archives / name, release.md5[name])
         if part == "val":
-            _extract_val(archives, work / part)
+            _extract_val(archives / VAL, synsets, work / part)
         else:
             _extract_train(archives, work / part, work / "class")
         _require_counts(work / part, release.num_images[part], release.num_classes)
@@ -111,6 +125,13 @@ def _write_parts(parts: Sequence[str], archives: Path, out: Path, work: Path, re
         if other.exists() and set(os.listdir(other)) != set(os.listdir(work / part)):
             raise DataError(f"{work / part}: its classes are not those of {other}; remove it and start again")
         os.rename(work / part, out / part)
+
+
+def _require_folders(*folders: Path) -> None:
+    """Refuse links, through which something else would be written."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise DataError(f"{folder}: is a link; remove it")
 
 
 def _require_counts(folder: Path, num_images: int, num_classes: int) -> None:
@@ -161,14 +182,12 @@ def read_val_synsets(devkit: Path) -> list[str]:
     return synsets
 
 
-def _extract_val(archives: Path, folder: Path) -> None:
+def _extract_val(archive: Path, synsets: Sequence[str], folder: Path) -> None:
     """Unpack the val images to `folder`, one class folder each: the archive has them in no order of classes."""
-    synsets = read_val_synsets(archives / DEVKIT)
     if folder.exists():
         shutil.rmtree(folder)
     for synset in set(synsets):
         (folder / synset).mkdir(parents=True)
-    archive = archives / VAL
     with _open_tar(archive) as tar, _bar("val", len(synsets), "images") as bar:
         for member in tar:
             number = int(_require_plain(member, VAL_IMAGE, archive)[1])
@@ -205,7 +224,7 @@ def _extract_train(archives: Path, folder: Path, unfinished: Path) -> None:
 def _open_tar(path: Path, file: IO[bytes] | None = None) -> Iterator[tarfile.TarFile]:
     """Open the archive at `path`, or in a file that is open already; what is wrong with it becomes one line."""
     try:
-        with tarfile.open(path, fileobj=file) as tar:
+        with tarfile.open(path, "r:gz" if path.suffix == ".gz" else "r:", fileobj=file) as tar:
             yield tar
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged ({first_line(error)})") from error

@@ -65,6 +65,11 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """How many images each shard holds, in order; () where there are no shards."""
+        return ()
+
     @abstractmethod
     def name(self, index: int) -> str:
         """Return what a person can find the image by."""
@@ -74,33 +79,33 @@ class ImageSource(ABC):
         """Return one image, encoded."""
 
 
-def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
-    """List the images of one part of a data set.
+def find_part(root: str, name: str, option: str) -> Path:
+    """Return the folder of one part of a data set; a DataError names what there is instead.
 
     Args:
-        kind: "folder" or "webdataset".
         root: the data set's folder.
         name: the part's folder within it, e.g. "train".
-        option: the option that names this part, for the error message.
-
-    Raises:
-        DataError: nothing there, or nothing that can be used.
+        option: the option that names this part.
     """
-    from resnest_imagenet.data.folder import read_image_folder
-    from resnest_imagenet.data.webdataset import read_shards
-
-    return {"folder": read_image_folder, "webdataset": read_shards}[kind](root, name, option)
-
-
-def find_part(root: str, name: str, option: str) -> Path:
-    """Return the folder of one part of a data set; the arguments are `open_source`'s, and so is the DataError."""
     if not os.path.isdir(root):
         raise DataError(f"data.root={root}: no such folder")
     part = Path(root, name)
     if not part.is_dir():
-        there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())) or "no folders"
+        there = ", ".join(list_folders(root)) or "no folders"
         raise DataError(f"{part}: no such folder (in {root}: {there}); set {option}")
     return part
+
+
+def list_folders(path: str | Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted; links to themselves are none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return sorted(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) -> ImageSource:

@@ -66,13 +66,13 @@ def decode(encoded: bytes) -> Tensor:
     """
     # What torchvision decodes and DALI does not.
     if encoded.startswith(b"GIF8") or (encoded.startswith(b"\x89PNG") and PNG_END not in encoded):
-        raise OSError(find_fault(encoded))
+        raise OSError("what DALI does not decode")
     try:
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
     except (RuntimeError, ValueError):
         # JPEGs without an end marker, BMP and TIFF images: Pillow and DALI read them, and agree.
         if fault := find_fault(encoded):
-            raise OSError(fault) from None
+            raise OSError(fault.detail) from None
         with Image.open(io.BytesIO(encoded)) as picture:
             image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     if image.dtype == torch.uint16:  # of 16-bit PNGs

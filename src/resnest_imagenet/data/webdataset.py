@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 from tqdm import tqdm
 
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.source import ImageSource, find_part, require_same_classes
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.files import locked
 from resnest_imagenet.randomness import Purpose, stream
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -162,9 +164,21 @@ def _read_index(index: Path, paths: Sequence[Path]) -> Listing:
         raise DataError(f"{index}: not an index of shards; {remedy}") from error
     sizes = {path.name: path.stat().st_size for path in paths}
     differing = sorted(name for name in indexed.keys() | sizes.keys() if indexed.get(name) != sizes.get(name))
+    for number in range(len(listing["shards"])) if not differing else ():
+        rows = np.flatnonzero(listing["shard"] == number)[[0, -1]]
+        if not all(_holds(index.parent, listing, row) for row in rows.tolist()):
+            differing.append(listing["shards"][number])
     if differing:
-        raise DataError(f"{index}: does not match {differing[0]} (missing, new or of another size); {remedy}")
+        raise DataError(f"{index}: does not match {differing[0]} (missing, new or of other content); {remedy}")
     return listing
+
+
+def _holds(part: Path, listing: Listing, row: int) -> bool:
+    """Say whether an image has its header where the listing puts it."""
+    shard, _, member = listing["files"][row].partition(b"/")
+    with open(os.path.join(os.fsencode(part), shard), "rb") as file:
+        header = os.pread(file.fileno(), tarfile.BLOCKSIZE, int(listing["offset"][row]) - tarfile.BLOCKSIZE)
+    return header[:100].rstrip(b"\0") == member[:100]
 
 
 def _scan_shards(paths: Sequence[Path]) -> Listing:
@@ -249,17 +263,24 @@ def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: 
     sources = [read_image_folder(root, name, option) for option, name in parts.items()]
     for source in sources[1:]:
         require_same_classes(sources[0], source)
+    broken = [name for name in sources[0].classes if "\n" in name]
+    if broken:  # names stand one per line in classes.txt
+        raise DataError(f"{sources[0].root}: the name of a class has two lines: {broken[0]!r}")
     unfinished = out / ".unfinished"
+    lock = out / ".shard.lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(entry != unfinished for entry in out.iterdir()):
-            raise DataError(f"out={out}: is not empty; remove it or choose another folder")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for source in sources:
-            _write_part(source, unfinished / source.root.name, images_per_shard, shuffle)
-        for source in sources:
-            (unfinished / source.root.name).rename(out / source.root.name)
-        unfinished.rmdir()
+        with locked(lock):
+            if any(entry not in (unfinished, lock) for entry in out.iterdir()):
+                raise DataError(f"out={out}: is not empty; remove it or choose another folder")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            for source in sources:
+                _write_part(source, unfinished / source.root.name, images_per_shard, shuffle)
+            for source in sources:
+                (unfinished / source.root.name).rename(out / source.root.name)
+            unfinished.rmdir()
+    except Timeout:
+        raise DataError(f"out={out}: another resnest-data shard is writing it") from None
     except OSError as error:
         raise DataError(f"out={out}: cannot be written ({error.strerror})") from error
 

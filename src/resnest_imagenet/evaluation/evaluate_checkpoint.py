@@ -6,9 +6,9 @@ from pathlib import Path
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import place
 from resnest_imagenet.config import EvalConfig
-from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_classes, open_source
+from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_classes
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import evaluate

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from resnest_imagenet import distributed
 from resnest_imagenet.config import PreviewDataConfig
-from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.source import open_source
+from resnest_imagenet.data.source import name_unreadable
 from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.errors import DataError
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.training.train import build_train_transform
 
@@ -42,6 +43,9 @@ def write_preview(config: PreviewDataConfig) -> int:
     choose_loader(config.loader.name)
     source = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
     samples = tuple(np.unique(np.linspace(0, len(source) - 1, config.images).round().astype(int)).tolist())
+    unreadable = name_unreadable(source, samples)
+    if unreadable:
+        raise DataError(unreadable)
     plan = _Chosen(len(source), len(samples), 1, samples=samples)
     transform = build_train_transform(recipe, config.seed)
     device = distributed.choose_device(config.device)
@@ -52,8 +56,7 @@ def write_preview(config: PreviewDataConfig) -> int:
     for top, sample in zip(rows, samples, strict=True):
         ImageDraw.Draw(sheet).text((MARGIN, top), source.name(sample)[-step * config.epochs // 6 :], "black")
         original = Image.fromarray(decode(source.read(sample)).permute(1, 2, 0).numpy())
-        original.thumbnail((recipe.crop, recipe.crop))
-        sheet.paste(original, (MARGIN, top + CAPTION))
+        sheet.paste(ImageOps.contain(original, (recipe.crop, recipe.crop)), (MARGIN, top + CAPTION))
     for epoch in range(config.epochs):
         ((images, _),) = loader.batches(epoch)
         pixels = images.permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)

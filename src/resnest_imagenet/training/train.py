@@ -13,11 +13,10 @@ from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.compute import place
 from resnest_imagenet.config import RecipeOptions, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
-from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
+from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import ImageSource, open_source, require_same_classes
+from resnest_imagenet.data.source import ImageSource, require_same_classes
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
-from resnest_imagenet.data.webdataset import ShardedImages
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.evaluation.counting import evaluate
@@ -130,7 +129,7 @@ def _build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepP
         world_size=ranks.world_size,
         shuffle=True,
         seed=config.seed,
-        shard_sizes=train_set.shard_sizes if isinstance(train_set, ShardedImages) else (),
+        shard_sizes=train_set.shard_sizes,
         shuffle_shards=config.data.shuffle_shards or 0,
     )
     transform = build_train_transform(recipe, config.seed)
