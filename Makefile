@@ -42,9 +42,8 @@ lint: $(READY) ## check style, format and types
 bench: $(READY) ## compare a training step with timm's, side by side
 	$(BIN)/python tools/bench_step.py
 
-IMAGES ?= data/demo/train
 bench-data: $(READY) ## compare the loaders with torchvision's and DALI's own: IMAGES=DIR, with DIR/<class>/<image>
-	$(BIN)/python tools/bench_data.py $(IMAGES)
+	$(BIN)/python tools/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))
 
 lock: $(READY) ## renew constraints.txt
 	$(BIN)/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --python-version 3.10 \

@@ -1,13 +1,15 @@
 """The recipes and experiments: complete, sourced, and true to the tables they come from."""
 
 import re
+from typing import get_args
 
 import pytest
 
 from conftest import compose_config
 from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config import RecipeOptions, TrainConfig
+from resnest_imagenet.data.augment import POLICIES
 from resnest_imagenet.evaluation.table3 import PAPER
 
 EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experiment").glob("*.yaml")}
@@ -122,3 +124,8 @@ def test_figures_of_the_recipes(name):
 def test_the_rest_of_the_family_is_evaluated_at_its_published_crop(name, crop):
     config = compose_train(f"+experiment={name}")
     assert (config.train.recipe, config.eval.crop) == (name, crop)
+
+
+def test_the_schema_names_every_policy():
+    (names,) = [each for each in get_args(RecipeOptions.model_fields["policy"].annotation) if each is not type(None)]
+    assert set(get_args(names)) == POLICIES.keys()

@@ -19,6 +19,7 @@ def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_p
     for ranks in (1, 2):
         options = ("train.batch_size=8", "train.global_batch=16", "train.mixup_alpha=0.2", f"loader={loader}")
         # At 48 pixels layer3's maps hold one 3x3 block.
+        options += ("train.policy=resnest", "train.jitter=0.4", "train.erasing=0.5", "train.cutmix_alpha=1.0")
         options += ("train.dropblock=0.2", "train.crop=48", "train.dropout=0.2", "train.mixup_per_sample=true")
         places = (f"data.root={demo_images}", f"run_dir={tmp_path / str(ranks)}")
         result = run_module(TRAIN, *SMALL, *options, *places, ranks=ranks)

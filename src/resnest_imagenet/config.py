@@ -12,6 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 # Five halvings need 32 pixels.
 Crop = Annotated[int, Field(ge=32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -74,16 +75,16 @@ class RecipeOptions(Options):
     batch_size: Annotated[int, Field(ge=2)]  # images per rank and forward pass; split attention needs 2
     global_batch: Positive | None  # images per step; null: batch_size * ranks
     crop: Crop
-    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share of the image
+    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share; ERandomCrop's own is .1
     cropping: Literal["random_resized", "erandom"]
     antialias: bool  # of the crop's resize
     interpolation: Literal["bilinear", "bicubic"]  # of the same
     # Operations on the whole image, before the crop; null: none.
     policy: Literal["resnest", "resnest_torch", "autoaugment", "randaugment", "trivialaugment", "rotation"] | None
-    jitter: Fraction  # brightness, contrast and saturation, each by up to this factor
+    jitter: Share  # brightness, contrast and saturation, each by up to this factor
     lighting: Annotated[float, Field(ge=0)]  # standard deviation of the weights of the principal colours
     pixel_shift: Annotated[float, Field(ge=0, le=255)]  # bound of what is added to all pixels of an image, of 255
-    erasing: Fraction  # probability of a random rectangle of mean colour in an image
+    erasing: Share  # probability of a random rectangle of mean colour in an image
     schedule: Literal["cosine", "step"]
     step_epochs: Positive | None  # schedule=step: the learning rate is multiplied by step_factor every so many epochs
     step_factor: Annotated[float, Field(gt=0, lt=1)]
@@ -95,8 +96,8 @@ class RecipeOptions(Options):
     decay_all: bool  # biases and BN weights too; otherwise convolution and fc weights only
     label_smoothing: Fraction
     mixup_alpha: Annotated[float, Field(ge=0)]  # 0: no mixup
-    cutmix_alpha: Annotated[float, Field(ge=0)]  # 0: no CutMix; with mixup, each batch has one of them
-    mixup_per_sample: bool  # a weight for each image, otherwise one per batch
+    cutmix_alpha: Annotated[float, Field(ge=0)]  # 0: no CutMix; with mixup, half of the batches have either
+    mixup_per_sample: bool  # a weight for each image, otherwise one per batch, as CutMix always has
     mixup_partner: Literal["reversed", "permuted"]  # of the image, in its batch; CutMix's too
     dropout: Fraction  # before fc
     dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock

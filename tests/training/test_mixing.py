@@ -81,7 +81,7 @@ def test_cutmix_windows_are_distributed_as_defined():
     """Share of the window before it is cut off: 1 - Beta(1, 1), uniform; its centre uniform; the weight the rest."""
     rng = np.random.default_rng(0)
     drawn = [draw_cutmix(1.0, "reversed", 2, 1000, rng, CPU) for _ in range(4000)]
-    top, left, bottom, right = np.array([each.window for each in drawn]).T
+    top, left, bottom, right = np.array([each.box for each in drawn]).T
     weight = np.array([each.weight for each in drawn])
     assert weight == pytest.approx(1 - (bottom - top) * (right - left) / 1e6)
     assert min(top.min(), left.min()) == 0 and max(bottom.max(), right.max()) == 1000

@@ -104,6 +104,8 @@ def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monke
     options = (f"loader={loader}", "train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
     # At 48 pixels layer3's maps hold one 3x3 block.
     options += ("train.dropblock=0.2", "train.crop=48", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
+    options += ("train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1", "train.erasing=0.5")
+    options += ("train.cutmix_alpha=1.0",)
     train(small_run(*options, run="whole"))
 
     real = train_module.train_epoch
@@ -131,9 +133,7 @@ def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monke
 def test_a_run_on_shards_is_the_run_on_the_folder_and_goes_on(
     loader, small_run, demo_images, evaluation_of, tmp_path, monkeypatch
 ):
-    write_shards(
-        str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30, shuffle=False
-    )
+    write_shards(str(demo_images), BOTH_PARTS, tmp_path / "shards", 30, shuffle=False)
     shards = ("data=webdataset", f"data.root={tmp_path / 'shards'}")
     train(small_run(f"loader={loader}", run="folder"))
     real = train_module.train_epoch
@@ -182,9 +182,7 @@ def test_bad_images_end_a_run_or_are_replaced_as_asked(small_run, demo_images, t
 
 
 def test_shuffling_by_shards_reaches_the_plan(small_run, demo_images, tmp_path, monkeypatch):
-    write_shards(
-        str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "shards", 30, shuffle=False
-    )
+    write_shards(str(demo_images), BOTH_PARTS, tmp_path / "shards", 30, shuffle=False)
     plans = []
     monkeypatch.setattr(train_module, "BatchPlan", lambda **values: plans.append(BatchPlan(**values)) or plans[-1])
     train(small_run("data=webdataset", f"data.root={tmp_path / 'shards'}", "data.shuffle_shards=2"))

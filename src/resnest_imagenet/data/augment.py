@@ -38,10 +38,10 @@ class Op(enum.IntEnum):
     TRANSLATE_Y = 17
     TRANSLATE_X_REL = 18  # by v W pixels, rounded toward zero
     TRANSLATE_Y_REL = 19  # by v H pixels
-    CUTOUT = 20  # a square of v pixels, at x W, y H, of the mean colour
+    CUTOUT = 20  # a square of v pixels, at x W, y H, of CUTOUT_COLOUR
 
 
-# ImageNet's mean, rounded up (the released PyTorch code).
+# Of the released PyTorch code; CIFAR-10's mean.
 CUTOUT_COLOUR = (125, 123, 114)
 
 

@@ -217,12 +217,12 @@ class DaliLoader:
         max_errors: int,
     ) -> None:
         if isinstance(transform, EvalTransform):
-            interpolation = transform.resolved_interpolation
+            interpolation, option = transform.resolved_interpolation, "protocol.antialias"
         else:
-            interpolation = transform.interpolation
+            interpolation, option = transform.interpolation, "train.antialias"
         if interpolation == "bicubic" and not transform.antialias:
             # Keys' a is -1/2 in DALI, and -3/4 in OpenCV and torchvision.
-            raise ConfigError("antialias=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
+            raise ConfigError(f"{option}=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan
         self._inputs = _Inputs(images, plan, transform)
         self._max_errors = max_errors
@@ -252,7 +252,8 @@ class DaliLoader:
             start += 1
             nhwc = torch.from_dlpack(images.as_tensor())
             label = torch.from_dlpack(labels.as_tensor())
-            yield nhwc.permute(0, 3, 1, 2), label.to(self._device, non_blocking=True)
+            # A copy that waits: DALI may use the labels' memory again.
+            yield nhwc.permute(0, 3, 1, 2), label.to(self._device)
         pipeline.reset()
         self._pipeline = pipeline
 

@@ -100,7 +100,7 @@ def _color(images: DataNode, factor: DataNode, *_: DataNode) -> DataNode:
 
 def _contrast(images: DataNode, factor: DataNode, *_: DataNode) -> DataNode:
     mean = math.floor(fn.reductions.mean(_to_grey(images)) + 0.5)
-    if images.device == "gpu":  # where DALI takes no argument from
+    if images.device == "gpu":  # and the mean too; DALI takes arguments from the CPU
         return _blend(mean, images, factor)
     return fn.brightness_contrast(images, contrast=factor, contrast_center=mean, brightness_shift=TRUNCATION / 255)
 

@@ -157,8 +157,10 @@ class TorchvisionLoader:
         # Frozen objects are not collected: a forked worker that collected the parent's garbage would run destructors
         # there, and one that waits for a thread, as DALI's do, would wait for ever.
         gc.freeze()
-        batches = iter(self._loader)
-        gc.unfreeze()
+        try:
+            batches = iter(self._loader)
+        finally:
+            gc.unfreeze()
         for indices in self.plan.batches(epoch, start):
             try:
                 images, offsets, labels, used = next(batches)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Window = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
+Box = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,18 @@ class Mixing:
     Attributes:
         weight: share of the image itself, its partner has the rest: one for the batch, or float32 (B,).
         partner: int64 (B,), the index of each image's partner; None: its counterpart in the reversed batch.
-        window: what is the partner's in CutMix (Yun et al. 2019); None: mixup of all pixels (Zhang et al. 2018).
+        box: what is the partner's in CutMix (Yun et al. 2019); None: mixup of all pixels (Zhang et al. 2018).
     """
 
     weight: float | Tensor
     partner: Tensor | None
-    window: Window | None = None
+    box: Box | None = None
 
     def mix_images(self, images: Tensor) -> Tensor:
         """Mix normalised images, (B, 3, H, W); CutMix does so in place."""
-        if self.window is None:
+        if self.box is None:
             return self.mix_targets(images)
-        top, left, bottom, right = self.window
+        top, left, bottom, right = self.box
         rectangle = images[:, :, top:bottom, left:right]
         rectangle.copy_(self._partners_of(rectangle))
         return images

@@ -143,8 +143,17 @@ def build_train_transform(recipe: RecipeOptions, seed: int) -> TrainTransform:
     cropping: RandomResizedCrop | ERandomCrop = RandomResizedCrop(recipe.min_crop_area)
     if recipe.cropping == "erandom":
         cropping = ERandomCrop(recipe.crop, recipe.min_crop_area)
-    augmentation = Augmentation(recipe.policy, recipe.jitter, recipe.lighting, recipe.pixel_shift)
-    return TrainTransform(recipe.crop, seed, cropping, recipe.antialias, recipe.interpolation, augmentation)
+    augmentation = Augmentation(
+        policy=recipe.policy, jitter=recipe.jitter, lighting=recipe.lighting, shift=recipe.pixel_shift
+    )
+    return TrainTransform(
+        recipe.crop,
+        seed,
+        cropping,
+        antialias=recipe.antialias,
+        interpolation=recipe.interpolation,
+        augmentation=augmentation,
+    )
 
 
 def _build_state(config: TrainConfig, train_set: ImageSource, ranks: Ranks, is_new: bool) -> TrainingState:
