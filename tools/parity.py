@@ -28,7 +28,7 @@ from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.data.transforms import STD, ERandomCrop, EvalTransform, TrainTransform
 
-# Values that the policies use.
+# Values like those of the policies.
 VALUES = {
     Op.AUTO_CONTRAST: [0],
     Op.EQUALIZE: [0],
