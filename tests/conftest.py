@@ -63,6 +63,11 @@ def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
     return make
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """Return the checkpoint that a run would go on from."""
+    return max((run / "checkpoints").glob("step-*.pt"))
+
+
 def run_module(module: str, *arguments: str, ranks: int = 1, **options) -> subprocess.CompletedProcess[str]:
     """Run a module of ours as a process, or as several under torchrun, each with one thread."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []

@@ -71,6 +71,7 @@ def test_every_value_of_a_recipe_has_a_comment(name):
 
 COMMON = {"momentum": 0.9, "weight_decay": 1e-4, "lr_per_256": 0.1, "crop": 224, "dropout": 0, "ema_decay": None}
 COMMON |= {"step_factor": 0.1, "mixup_per_sample": False, "init_from": None, "compile": False}
+COMMON |= {"max_skipped_steps": 0}
 COMMON |= {"cropping": "random_resized", "interpolation": "bilinear", "policy": None, "jitter": 0, "lighting": 0}
 COMMON |= {"pixel_shift": 0, "erasing": 0, "cutmix_alpha": 0}
 COSINE = {**COMMON, "schedule": "cosine", "step_epochs": None, "warmup_epochs": 5, "decay_all": False}

@@ -19,11 +19,13 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "checkpoint": {"errors", "files"},
     "files": {"errors"},
+    "supervision": {"distributed", "errors"},
     "models": LEAVES,
     "weights": LEAVES | {"config", "checkpoint", "models"},
     "data": LEAVES,
     "evaluation": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "weights", "data"},
-    "training": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "weights", "data", "evaluation"},
+    "training": LEAVES
+    | {"config", "checkpoint", "distributed", "supervision", "compute", "models", "weights", "data", "evaluation"},
     "commands": LEAVES | {"config", "distributed", "weights", "data", "training", "evaluation"},
     "__init__": {"models"},
 }

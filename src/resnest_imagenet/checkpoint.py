@@ -7,7 +7,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.errors import CheckpointError, DamagedCheckpointError
 from resnest_imagenet.files import replacing
 
 
@@ -15,6 +15,9 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all.
 
     A .safetensors file holds contiguous tensors only, any other suffix means torch's format.
+
+    Raises:
+        StorageError: it cannot be written; what was there before still is.
     """
     with replacing(path) as file:
         if path.suffix == ".safetensors":
@@ -29,7 +32,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Damage is found by the checksums of torch's zip format; older files and .safetensors have none.
 
     Raises:
-        CheckpointError: missing, damaged, or holding more than plain containers and tensors.
+        CheckpointError: missing, or not to be read.
+        DamagedCheckpointError: damaged, or holding more than plain containers and tensors.
     """
     try:
         if not Path(path).is_file():
@@ -41,14 +45,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise CheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
+                raise DamagedCheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # what torch's unpickler raises on foreign bytes has no common type
-        raise CheckpointError(f"{path}: not a readable checkpoint of plain containers and tensors") from error
+        raise DamagedCheckpointError(f"{path}: not a readable checkpoint of plain containers and tensors") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+        raise DamagedCheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content

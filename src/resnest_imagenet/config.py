@@ -108,6 +108,9 @@ class RecipeOptions(Options):
     ema_decay: Fraction | None  # per step; null: no moving average
     precision: Precision
     compile: bool
+    max_skipped_steps: Annotated[
+        int, Field(ge=0)
+    ]  # with a loss or gradient that is not finite; 0: the first ends the run
 
     @model_validator(mode="after")
     def _check(self) -> "RecipeOptions":
@@ -139,6 +142,14 @@ class EvalOptions(Options):
     crop: Crop
 
 
+class CheckpointOptions(Options):
+    """When to save, and what to do with what is there; a signal and the end of an epoch save too."""
+
+    every_steps: Positive
+    keep: Annotated[int, Field(ge=2)]  # the newest may be damaged
+    on_mismatch: Literal["refuse", "set_aside"]  # run_dir holds another run
+
+
 class LogOptions(Options):
     """How often to report."""
 
@@ -157,7 +168,9 @@ class TrainConfig(Options):
     train: RecipeOptions
     eval: EvalOptions
     protocol: ProtocolOptions
+    checkpoint: CheckpointOptions
     log: LogOptions
+    timeout_seconds: Annotated[float, Field(gt=0)]
 
 
 class PreviewDataConfig(TrainConfig):

@@ -3,18 +3,22 @@
 torch is imported where it is used: the commands ask for their rank before they import it.
 """
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from resnest_imagenet.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.distributed import Store
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,17 @@ class Ranks:
 
     Attributes:
         rank: 0 .. world_size - 1 over all nodes.
+        world_size: how many there are.
         local_rank: within this node.
         device: where this rank computes.
+        store: what the ranks may tell each other outside of collectives; None for a process alone.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: "torch.device"
+    store: "Store | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -64,8 +71,16 @@ def choose_device(name: str) -> "torch.device":
 
 
 @contextmanager
-def join(device: "torch.device") -> Iterator[Ranks]:
-    """Join the process group that torchrun announces, or be alone; leave it at the end."""
+def join(device: "torch.device", timeout: float = 600) -> Iterator[Ranks]:
+    """Join the process group that torchrun announces, or be alone; leave it at the end.
+
+    Args:
+        device: this rank's.
+        timeout: seconds that a rank may keep the others waiting.
+
+    Raises:
+        ConfigError: the launcher would not survive a restart.
+    """
     import torch
     import torch.distributed as dist
 
@@ -75,13 +90,38 @@ def join(device: "torch.device") -> Iterator[Ranks]:
     if "WORLD_SIZE" not in os.environ:
         yield Ranks(0, 1, 0, device)
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    yield Ranks(rank, world_size, local_rank, device)
+    # Twice: whoever watches the ranks is to speak first.
+    patience = timedelta(seconds=2 * timeout)
+    store = _meet(rank, world_size, patience)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=patience,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield Ranks(rank, world_size, local_rank, device, store)
     # Not after an error: the peers may wait in a collective, and the process ends anyway.
     dist.destroy_process_group()
+
+
+def _meet(rank: int, world_size: int, patience: timedelta) -> "Store":
+    """Return the store of this attempt.
+
+    torchrun's own store outlives a restart, and the keys of the dead attempt confuse the next one: on a node alone
+    every attempt has its own prefix. Nodes count their restarts apart: there torchrun must make a store for each.
+    """
+    import torch.distributed as dist
+
+    get = os.environ.get
+    shares_store = get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares_store and int(get("GROUP_WORLD_SIZE", 1)) > 1 and int(get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ConfigError(
+            "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+        )
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+    return dist.PrefixStore(f"attempt {get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if shares_store else store
 
 
 def has_joined() -> bool:
@@ -93,6 +133,24 @@ def has_joined() -> bool:
     return dist.is_initialized()
 
 
+def tell_launcher(line: str) -> None:
+    """Let torchrun's summary, which comes last, repeat why this rank failed."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Say whether a collective failed because another rank is gone."""
+    import torch.distributed as dist
+
+    # What gloo says has no type of its own.
+    phrases = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    is_gloo = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    return has_joined() and (is_gloo or isinstance(error, dist.DistError))
+
+
 def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
     """Add a tensor over all ranks, in place; the same result everywhere."""
     import torch.distributed as dist
@@ -102,13 +160,24 @@ def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
     return values
 
 
-def gather(value: int, ranks: Ranks) -> list[int]:
-    """Return every rank's value, by rank."""
+def gather(value: "int | torch.Tensor", ranks: Ranks) -> list[int]:
+    """Return every rank's integer, by rank; one that is on the device is read there by the ranks' sum only."""
     import torch
 
     values = torch.zeros(ranks.world_size, dtype=torch.int64, device=ranks.device)
     values[ranks.rank] = value
     return sum_over_ranks(values).tolist()
+
+
+def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
+    """Return every rank's value of any picklable kind, by rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_buffers(model: "nn.Module") -> None:

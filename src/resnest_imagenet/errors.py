@@ -5,9 +5,15 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """An error to be shown as one line, without a traceback; `exit_code` is the process's."""
+    """An error to be shown as one line, without a traceback.
+
+    Attributes:
+        exit_code: of the process.
+        is_shared: whether all ranks raise it alike, so that one of them may speak for all.
+    """
 
     exit_code = 1
+    is_shared = False
 
 
 class ConfigError(UserError, ValueError):
@@ -28,10 +34,40 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
-class NonFiniteLossError(UserError):
-    """The loss is NaN or infinite."""
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint's content is not what was written."""
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient is NaN or infinite."""
 
     exit_code = 5
+    is_shared = True
+
+
+class StorageError(UserError):
+    """A file cannot be written: the disk is full, or the folder read-only."""
+
+    exit_code = 6
+
+
+class DistributedError(UserError):
+    """Another rank has failed, died or hangs.
+
+    Attributes:
+        exit_code: 7, or that of the cause, where the rank that failed has told it.
+        is_said: whether another rank says so.
+    """
+
+    exit_code = 7
+    is_said = False
+
+
+class Stopped(UserError):  # noqa: N818 - not an error
+    """A run has stopped as asked, after a checkpoint; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+    is_shared = True
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -149,8 +149,7 @@ def test_torch_errors_that_a_user_can_mend_are_explained():
     assert error.exit_code == 2
     assert "was not built for torch" in str(error)
     assert "Lower the batch size" in str(explain_runtime(torch.OutOfMemoryError("CUDA out of memory.")))
-    with pytest.raises(RuntimeError, match="something else"):
-        explain_runtime(RuntimeError("something else"))
+    assert explain_runtime(RuntimeError("something else")) is None
 
 
 def list_keys(values, prefix=""):

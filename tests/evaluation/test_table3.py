@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
+from conftest import newest_checkpoint
 from resnest_imagenet.commands import table3 as command
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.table3 import load_recipes
@@ -84,7 +85,7 @@ def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table,
 
     # An evaluation in the folder stands for it.
     out = run / "eval.json"
-    results = evaluate_checkpoint(evaluation_of(run / "checkpoints/last.pt", "crop=[32,320]", f"out={out}"))
+    results = evaluate_checkpoint(evaluation_of(newest_checkpoint(run), "crop=[32,320]", f"out={out}"))
     measured, left_out = read_measured([str(run.parent / "*"), str(run)], recipes)
     assert left_out == []
     assert [(one.crop, one.top1, one.source) for one in measured] == [(r.crop, r.top1, str(out)) for r in results]

@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from conftest import ALONE, CPU
+from conftest import ALONE, CPU, newest_checkpoint
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data.augment import Augmentation
@@ -21,14 +23,18 @@ from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import ERandomCrop, TrainTransform
 from resnest_imagenet.data.webdataset import write_shards
-from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.models.dropblock import DropBlock
+from resnest_imagenet.supervision import Watch
 from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import train as train_module
+from resnest_imagenet.training.control import Control
+from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.loop import train_epoch
 from resnest_imagenet.training.schedule import plan_steps
 from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.stopping import SIGNALS, StopRequest
 from resnest_imagenet.training.train import train
 
 BOTH_PARTS = {"data.train_dir": "train", "data.val_dir": "val"}
@@ -40,6 +46,15 @@ def read_events(folder):
 
 def without_clock(events):
     return [{k: v for k, v in e.items() if k not in ("time", "images_per_s", "data_wait")} for e in events]
+
+
+def read_scalars(folder):
+    """Return all of TensorBoard's points but those of the clock, as (step, value) by name."""
+    scalars = EventAccumulator(str(folder / "tensorboard"))
+    scalars.Reload()
+    names = scalars.Tags()["scalars"]
+    clock = ("train/images_per_s", "train/data_wait")
+    return {name: [(s.step, s.value) for s in scalars.Scalars(name)] for name in names if name not in clock}
 
 
 def assert_equal(one, other):
@@ -84,49 +99,81 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert "resnest14_half" in (run / "config.yaml").read_text()
 
-    scalars = EventAccumulator(str(run / "tensorboard"))
-    scalars.Reload()
-    logged = [(e["step"], e["loss"]) for e in events if e["event"] == "train"]
-    assert [(s.step, pytest.approx(s.value)) for s in scalars.Scalars("train/loss")] == logged
+    logged = [(e["step"], pytest.approx(e["loss"])) for e in events if e["event"] == "train"]
+    assert read_scalars(run)["train/loss"] == logged
 
-    checkpoint = load_checkpoint(run / "checkpoints/last.pt")
+    checkpoint = load_checkpoint(newest_checkpoint(run))
     assert_equal(checkpoint["model"], state.model.state_dict())
     assert not list((run / "checkpoints").glob("*.tmp"))
-    (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/last.pt", f"loader={loader}", "protocol=full"))
+    (result,) = evaluate_checkpoint(evaluation_of(newest_checkpoint(run), f"loader={loader}", "protocol=full"))
     assert (result.top1, result.top5, result.count) == (events[-1]["top1"], events[-1]["top5"], 40)
     best = max(e["top1"] for e in events if e["event"] == "eval")
     (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/best.pt", f"loader={loader}", "protocol=full"))
     assert result.top1 == best == state.best_top1
 
 
+@pytest.fixture
+def signals():
+    """Give back the signals that a stopped run leaves ignored: its process would have ended."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monkeypatch, capsys):
+def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monkeypatch, capsys, signals):
+    """Stopped amid an epoch, after the last step of one, amid an evaluation; and interrupted, which loses steps."""
     options = (f"loader={loader}", "train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
     # At 48 pixels layer3's maps hold one 3x3 block.
     options += ("train.dropblock=0.2", "train.crop=48", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
     options += ("train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1", "train.erasing=0.5")
-    options += ("train.cutmix_alpha=1.0",)
+    options += ("train.cutmix_alpha=1.0", "train.batch_size=8", "train.global_batch=16", "log.every_steps=5")
+    options += ("checkpoint.every_steps=3", "checkpoint.keep=2")
     train(small_run(*options, run="whole"))
+    real_loss, real_evaluate = loop_module.compute_loss, train_module.evaluate
 
-    real = train_module.train_epoch
+    def at_batch(epoch, number, act):
+        def compute_loss(*args):
+            if args[-2:] == (epoch, number):
+                act()
+            return real_loss(*args)
 
-    def interrupt_second_epoch(state, *rest):
-        real(state, *rest)  # its steps are lost: they come after the last checkpoint
-        if state.step == 12:
-            raise KeyboardInterrupt
+        monkeypatch.setattr(loop_module, "compute_loss", compute_loss)
 
-    monkeypatch.setattr(train_module, "train_epoch", interrupt_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        train(small_run(*options, run="interrupted"))
-    assert json.loads((tmp_path / "interrupted/status.json").read_text())["state"] == "stopped"
-    monkeypatch.undo()
-    train(small_run(*options, run="interrupted"))
+    def ask_to_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    assert "going on from" in capsys.readouterr().out
-    whole, resumed = (load_checkpoint(tmp_path / run / "checkpoints/last.pt") for run in ("whole", "interrupted"))
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def stops_at(step, state="stopped"):
+        with pytest.raises((Stopped, KeyboardInterrupt)):
+            train(small_run(*options, run="stopped"))
+        monkeypatch.undo()
+        status = json.loads((tmp_path / "stopped/status.json").read_text())
+        assert status["state"] == "stopped"
+        assert load_checkpoint(newest_checkpoint(tmp_path / "stopped"))["step"] == step
+        return status
+
+    at_batch(0, 3, ask_to_stop)  # the second of step 1's two batches
+    assert stops_at(2)["exit_code"] == 75
+    at_batch(0, 11, ask_to_stop)
+    stops_at(6)
+    monkeypatch.setattr(train_module, "evaluate", lambda *args: (ask_to_stop(), real_evaluate(*args)))
+    stops_at(6)
+    at_batch(1, 10, interrupt)
+    assert stops_at(9)["exit_code"] == 130
+    train(small_run(*options, run="stopped"))
+
+    assert "going on after step 9, 1 epochs done" in capsys.readouterr().out
+    whole, resumed = (load_checkpoint(newest_checkpoint(tmp_path / run)) for run in ("whole", "stopped"))
     assert whole.pop("config")["run_dir"] != resumed.pop("config")["run_dir"]
     assert_equal(whole, resumed)
-    assert without_clock(read_events(tmp_path / "whole")) == without_clock(read_events(tmp_path / "interrupted"))
+    assert without_clock(read_events(tmp_path / "whole")) == without_clock(read_events(tmp_path / "stopped"))
+    assert read_scalars(tmp_path / "whole") == read_scalars(tmp_path / "stopped")
+    names = [path.name for path in sorted((tmp_path / "stopped/checkpoints").iterdir())]
+    assert names == ["best.pt", "step-000000009.pt", "step-000000012.pt"]
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
@@ -150,12 +197,12 @@ def test_a_run_on_shards_is_the_run_on_the_folder_and_goes_on(
     train(small_run(f"loader={loader}", *shards, run="shards"))
     runs = [tmp_path / "folder", tmp_path / "shards"]
     assert without_clock(read_events(runs[0])) == without_clock(read_events(runs[1]))
-    one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in runs)
+    one, other = (load_checkpoint(newest_checkpoint(run)) for run in runs)
     assert_equal(one["model"], other["model"])
     assert one["classes"] == other["classes"]
     with pytest.raises(CheckpointError, match="was trained with data.shuffle_shards=None, not 2"):
         train(small_run(f"loader={loader}", *shards, "data.shuffle_shards=2", run="shards"))
-    (result,) = evaluate_checkpoint(evaluation_of(runs[1] / "checkpoints/last.pt", *shards, f"loader={loader}"))
+    (result,) = evaluate_checkpoint(evaluation_of(newest_checkpoint(runs[1]), *shards, f"loader={loader}"))
     assert (result.top1, result.count) == (read_events(runs[0])[-1]["top1"], 40)
 
 
@@ -289,7 +336,9 @@ def test_accumulated_gradients_are_the_mean_over_the_whole_batch(small_run, demo
         state = TrainingState(network, config.train)
         initial = network[1].weight.detach().clone()
         log = SimpleNamespace(start_epoch=id, is_due=lambda _: False, advance=lambda: None)
-        train_epoch(state, network, loader, plan, config.train, 0, ALONE, log)
+        with Health(state, config.train) as health:
+            control = Control(ALONE, Watch(ALONE, 60, print), StopRequest(), health, log, None, 1000)
+            train_epoch(state, network, loader, plan, config.train, 0, control)
         assert state.step == 1
         weights.append(network[1].weight.detach() - initial)
     assert weights[0].abs().max() > 1e-3
@@ -306,7 +355,7 @@ def test_reduced_precision_keeps_float32_weights(precision, small_run, tmp_path)
 
 def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_path):
     state = train(small_run("train.ema_decay=0.5"))
-    last = tmp_path / "run/checkpoints/last.pt"
+    last = newest_checkpoint(tmp_path / "run")
     logged = read_events(tmp_path / "run")[-1]["top1"]
     assert evaluate_checkpoint(evaluation_of(last))[0].top1 == logged
     saved = load_checkpoint(last)
@@ -316,10 +365,11 @@ def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_p
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path):
-    with pytest.raises(NonFiniteLossError, match="the loss is (nan|inf) at step"):
+    with pytest.raises(NonFiniteError, match="rank 0: loss or gradient not finite at step 2, learning rate 6.144e.28"):
         train(small_run("train.lr_per_256=1e30", "train.warmup_epochs=0"))
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert status["state"] == "failed" and "the loss is" in status["error"]
+    assert status["state"] == "failed" and "not finite at step" in status["error"]
+    assert status["exit_code"] == 5
 
 
 def test_refusals_before_training(small_run, tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from resnest_imagenet.config import Options, option_names
-from resnest_imagenet.distributed import has_joined, launched_as
-from resnest_imagenet.errors import ConfigError, UserError, first_line, suggest
+from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
+from resnest_imagenet.errors import ConfigError, DistributedError, Stopped, UserError, first_line, suggest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,8 +54,11 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], None]) 
             job(check_config(composed, schema))
         except UserError as error:
             _leave(error)
-        except RuntimeError as error:
-            _leave(explain_runtime(error))
+        except Exception as error:
+            if explained := explain_runtime(error):
+                _leave(explained)
+            tell_launcher(f"{type(error).__name__}: {first_line(error)}")
+            raise
         except KeyboardInterrupt:
             print(f"{Path(sys.argv[0]).stem}: interrupted", file=sys.stderr)
             sys.exit(130)
@@ -123,8 +126,8 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
     return ConfigError(first_line(error) + hint)
 
 
-def explain_runtime(error: RuntimeError) -> UserError:
-    """Explain the torch errors that a user can mend; any other goes on as it is."""
+def explain_runtime(error: Exception) -> UserError | None:
+    """Explain the torch errors that a user can mend; None for any other."""
     if "torchvision::nms" in str(error):
         from importlib.metadata import version
 
@@ -134,18 +137,28 @@ def explain_runtime(error: RuntimeError) -> UserError:
         )
     if type(error).__name__ == "OutOfMemoryError":
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
-    raise error
+    return None
 
 
 def _leave(error: UserError) -> NoReturn:
-    """Print the line and exit. Before the ranks have met all would say the same: one per node speaks."""
+    """Print the line and exit; of ranks that would all say the same, one speaks."""
     rank, local_rank, world_size = launched_as()
-    who = f"rank {rank}: " if world_size > 1 and has_joined() else ""
-    if who or local_rank == 0:
-        print(f"{Path(sys.argv[0]).stem}: {who}{error}", file=sys.stderr)
+    who, is_said = "", False
+    if world_size == 1 or not has_joined():
+        is_said = local_rank > 0  # one per node speaks
+    elif isinstance(error, DistributedError):
+        is_said = error.is_said
+    elif error.is_shared:
+        is_said = rank > 0
     else:
+        who = f"rank {rank}: "
+    if is_said and not isinstance(error, Stopped):
         # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
-        time.sleep(30)
+        time.sleep(10)
+    if not is_said:
+        line = f"{Path(sys.argv[0]).stem}: {who}{error}"
+        print(line, file=sys.stderr)
+        tell_launcher(line)
     sys.exit(error.exit_code)
 
 

@@ -226,7 +226,7 @@ class DaliLoader:
         self.plan = plan
         self._inputs = _Inputs(images, plan, transform)
         self._max_errors = max_errors
-        self._substitution = Substitution(images, max_errors)
+        self.substitution = Substitution(images, max_errors)
         self._device = device
         self._workers = max(1, workers)
         self._pipeline: Pipeline | None = None
@@ -290,8 +290,8 @@ class DaliLoader:
         recent = [index for indices in inputs.recent for index in indices.tolist() if index not in inputs.stand_ins]
         bad = list(itertools.filterfalse(decodes, recent))
         for index in bad:
-            used = next(filter(decodes, self._substitution.candidates(index)), None)
-            self._substitution.record(index, used)
+            used = next(filter(decodes, self.substitution.candidates(index)), None)
+            self.substitution.record(index, used)
             assert used is not None  # or it had raised
             inputs.stand_ins[index] = used
         return bool(bad)

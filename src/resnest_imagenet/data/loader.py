@@ -11,6 +11,7 @@ from torch import Tensor
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import ConfigError
@@ -19,11 +20,12 @@ from resnest_imagenet.errors import ConfigError
 class Loader(Protocol):
     """Batches of one rank.
 
-    A loader has no state of its own: what it yields is a function of the plan, the epoch and the first batch, so a
-    run resumes by asking for the batches that it has not seen.
+    What a loader yields is a function of the plan, the epoch and the first batch, so a run resumes by asking for the
+    batches that it has not seen. The bad images that were counted so far are its only state.
     """
 
     plan: BatchPlan
+    substitution: Substitution
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, labels) from the rank's `start`-th batch of the epoch on.

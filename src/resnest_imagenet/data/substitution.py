@@ -13,12 +13,15 @@ class Substitution:
 
     So what is seen is a function of the plan and of the files, and neither ranks, workers nor resuming change it. Each
     bad image is counted, and reported on stderr, once.
+
+    Attributes:
+        bad: the images that were counted, by index: all that a loader has to remember.
     """
 
     def __init__(self, images: ImageSource, max_errors: int) -> None:
         self._images = images
         self._max_errors = max_errors
-        self._bad: set[int] = set()
+        self.bad: set[int] = set()
 
     def candidates(self, index: int) -> Iterator[int]:
         """Yield what may be used for an image: itself, then as many more as may be bad."""
@@ -31,15 +34,15 @@ class Substitution:
             DataError: more bad images than may be replaced, with the name of one.
         """
         for bad in itertools.takewhile(lambda candidate: candidate != used, self.candidates(index)):
-            if bad in self._bad:
+            if bad in self.bad:
                 continue
             fault = name_unreadable(self._images, [bad]) or f"{self._images.name(bad)}: cannot be decoded"
             if self._max_errors == 0:
                 raise DataError(fault)
             # One image must be left.
-            if len(self._bad) == min(self._max_errors, len(self._images) - 1):
-                number = len(self._bad) + 1
+            if len(self.bad) == min(self._max_errors, len(self._images) - 1):
+                number = len(self.bad) + 1
                 raise DataError(f"{fault}: bad image number {number}, data.max_errors={self._max_errors}")
-            self._bad.add(bad)
+            self.bad.add(bad)
             if used is not None:
                 print(f"{fault}; replaced by {self._images.name(used)}", file=sys.stderr, flush=True)

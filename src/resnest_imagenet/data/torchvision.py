@@ -1,7 +1,11 @@
 """The torchvision loader: worker processes decode and crop, the device normalises."""
 
+import atexit
 import gc
 import io
+import multiprocessing
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -125,6 +129,22 @@ class _Keys:
             yield [(self.epoch, index) for index in indices.tolist()]
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """Make a worker deaf to the signals by which schedulers, terminals and torchrun stop a whole group of processes.
+
+    The parent decides: without its workers it could not finish the step that it stops after.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """End workers before multiprocessing does at exit: it would ask them with SIGTERM, and wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 class TorchvisionLoader:
     """Implements `data.loader.Loader` with torchvision's decoder and torch's DataLoader."""
 
@@ -138,17 +158,22 @@ class TorchvisionLoader:
         max_errors: int,
     ) -> None:
         self.plan = plan
-        self._substitution = Substitution(images, max_errors)
-        self._samples = _Samples(images, transform, self._substitution)
+        self.substitution = Substitution(images, max_errors)
+        self._samples = _Samples(images, transform, self.substitution)
         self._device = device
         self._keys = _Keys(plan)
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._keys,
             num_workers=workers,
+            # Forked workers see it when their parent is killed; those of a fork server would stay.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_parent,
             pin_memory=device.type == "cuda",
         )
+        if workers:
+            atexit.register(_kill_workers)
         self._mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
 
@@ -168,7 +193,7 @@ class TorchvisionLoader:
                 self._explain(indices)
                 raise
             for index, used_index in zip(indices.tolist(), used.tolist(), strict=True):
-                self._substitution.record(index, used_index)
+                self.substitution.record(index, used_index)
             images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
             mean = self._mean - offsets.to(self._device, non_blocking=True).view(-1, 3, 1, 1)
             yield images.float().sub_(mean).div_(self._std), labels.to(self._device, non_blocking=True)
@@ -179,4 +204,4 @@ class TorchvisionLoader:
             used: int | None = None
             with suppress(OSError):
                 _, used = self._samples.load(index)
-            self._substitution.record(index, used)
+            self.substitution.record(index, used)

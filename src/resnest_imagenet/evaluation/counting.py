@@ -1,5 +1,6 @@
 """Exact top-1 and top-5 over any number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,13 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Loader, ranks: Ranks, precision: str = "fp32") -> Accuracy:
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    ranks: Ranks,
+    precision: str = "fp32",
+    before_batch: Callable[[int, bool], None] = lambda batch, is_everywhere: None,
+) -> Accuracy:
     """Count over all ranks; every rank returns the same.
 
     Args:
@@ -44,13 +51,16 @@ def evaluate(model: nn.Module, loader: Loader, ranks: Ranks, precision: str = "f
         loader: this rank's share of the set.
         ranks: who takes part.
         precision: fp32, bf16 or fp16.
+        before_batch: called with the number of each batch on this rank, and whether all ranks have one of this number.
 
     Raises:
         RuntimeError: where the ranks together did not see each image once.
     """
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    for images, labels in loader.batches(epoch=0):
+    common = loader.plan.num_batches // ranks.world_size
+    for batch, (images, labels) in enumerate(loader.batches(epoch=0)):
+        before_batch(batch, batch < common)
         with autocast(ranks.device, precision):
             logits = model(images)
         best = logits.topk(min(5, logits.shape[1])).indices

@@ -1,6 +1,7 @@
 """What a run says: a progress bar or plain lines, metrics.jsonl and TensorBoard."""
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.evaluation.counting import Accuracy
+from resnest_imagenet.files import replacing, storing
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -42,11 +44,19 @@ class RunLog:
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
         self._loss = float("nan")
+        self._folder = folder
         if is_main:
-            _drop_events_after(folder / "metrics.jsonl", state.step)
-            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until close()
-            # Points that an interrupted run logged after its checkpoint come again.
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=state.step + 1)
+            with storing(folder / "metrics.jsonl"):
+                events = _keep_events(folder / "metrics.jsonl", state)
+                self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until close()
+            # TensorBoard's files say what metrics.jsonl says: its own may have lost what a killed process had not
+            # written, and have what the last checkpoint does not know.
+            with storing(folder / "tensorboard"):
+                for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                    old.unlink()
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
+                for event in events:
+                    self._draw(event)
 
     def is_due(self, state: TrainingState) -> bool:
         """Say whether to report now: every so many steps and at the end of an epoch; the same on all ranks."""
@@ -103,19 +113,37 @@ class RunLog:
             flush=True,
         )
 
+    def skipped(self, state: TrainingState, lr: float, ranks: list[int]) -> None:
+        """Show and write that a step was not applied; `state` is after it."""
+        if self._is_main:
+            self._write("skipped", state, {"lr": lr, "ranks": ranks})
+            who = f"on ranks {ranks}" if ranks else "in the sum over the ranks"
+            print(f"step {state.step} was not applied: loss or gradient not finite {who}", flush=True)
+
+    def synchronise(self) -> None:
+        """Write to the disk what a checkpoint is about to rely on."""
+        if self._is_main:
+            with storing(self._folder / "metrics.jsonl"):
+                os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
         """Flush and close the files."""
         if self._is_main:
             self._bar.close()
-            self._metrics.close()
-            self._tensorboard.close()
+            with storing(self._folder):
+                self._metrics.close()
+                self._tensorboard.close()
 
     def _write(self, event: str, state: TrainingState, values: dict[str, Any]) -> None:
         line = {"event": event, "epoch": state.epoch, "step": state.step, **values, "time": time.time()}
-        self._metrics.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._tensorboard.add_scalar(f"{event}/{name}", value, state.step)
+        with storing(self._folder):
+            self._metrics.write(json.dumps(line) + "\n")
+            self._draw(line)
+
+    def _draw(self, event: dict[str, Any]) -> None:
+        for name, value in event.items():
+            if isinstance(value, float) and name != "time":
+                self._tensorboard.add_scalar(f"{event['event']}/{name}", value, event["step"], event["time"])
 
     def _name_epoch(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self._plan.total_steps // self._plan.steps_per_epoch}"
@@ -124,9 +152,17 @@ class RunLog:
         return tqdm.format_interval(steps * self._seconds_per_step)
 
 
-def _drop_events_after(path: Path, step: int) -> None:
-    """Keep the events up to a step: those of an interrupted epoch come again."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+def _keep_events(path: Path, state: TrainingState) -> list[dict[str, Any]]:
+    """Drop the events after a state, which come again, and return the others; a line cut short is dropped too."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    # An evaluation counts as one epoch more than the steps before it, at the same step.
+    kept = {line: event for line in lines if _is_before(event := json.loads(line), state)}
+    with replacing(path) as file:
+        file.writelines(line.encode() for line in kept)
+    return list(kept.values())
+
+
+def _is_before(event: dict[str, Any], state: TrainingState) -> bool:
+    return event["step"] <= state.step and event["epoch"] <= state.epoch

@@ -1,6 +1,5 @@
 """One epoch of training."""
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +13,10 @@ from resnest_imagenet.compute import autocast
 from resnest_imagenet.config import RecipeOptions
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
-from resnest_imagenet.errors import NonFiniteLossError
 from resnest_imagenet.randomness import Purpose, stream
-from resnest_imagenet.training.log import Report, RunLog
+from resnest_imagenet.supervision import COMPUTING, LOADING
+from resnest_imagenet.training.control import Control, StopAgreed
+from resnest_imagenet.training.log import Report
 from resnest_imagenet.training.mixing import (
     Mixing,
     draw_cutmix,
@@ -38,8 +38,7 @@ def train_epoch(
     plan: StepPlan,
     recipe: RecipeOptions,
     seed: int,
-    ranks: Ranks,
-    log: RunLog,
+    control: Control,
 ) -> None:
     """Take the remaining steps of the epoch; `state` moves along.
 
@@ -50,35 +49,49 @@ def train_epoch(
         plan: the steps.
         recipe: how to train.
         seed: of mixing, dropout and DropBlock.
-        ranks: who takes part.
-        log: where to report.
+        control: what surrounds the steps.
 
     Raises:
-        NonFiniteLossError: noticed when the loss is read for the log.
+        NonFiniteError: a loss or gradient of any rank; on all ranks, and the step is applied nowhere.
+        StopAgreed: after a step, on all ranks.
     """
+    ranks, health, log = control.ranks, control.health, control.log
     network.train()
     log.start_epoch(state)
-    meter = _Meter(ranks)
+    clock = _Clock()
     start = (state.step - state.epoch * plan.steps_per_epoch) * plan.accumulation
-    for index, (images, labels) in enumerate(meter.timing(loader.batches(state.epoch, start)), start):
+    batches = clock.timing(loader.batches(state.epoch, start))
+    control.watch.at(state.epoch, start, LOADING)
+    for index, (images, labels) in enumerate(batches, start):
+        control.watch.at(state.epoch, index, COMPUTING)
         # The number of the batch over all ranks: what is drawn for it depends on nothing else.
         number = index * ranks.world_size + ranks.rank
         ends_step = (index + 1) % plan.accumulation == 0
         with nullcontext() if ends_step else _keep_gradients_local(network):
             loss = compute_loss(network, images, labels, recipe, seed, state.epoch, number) / plan.accumulation
             state.scaler.scale(loss).backward()
-        meter.add_loss(loss.detach())
-        if not ends_step:
-            continue
-        lr = plan.learning_rate(state.step)
-        _apply_gradients(state, lr)
-        meter.add_step()
-        if log.is_due(state):
-            report = meter.read()
-            if not math.isfinite(report.loss):
-                raise NonFiniteLossError(f"the loss is {report.loss} at step {state.step}, learning rate {lr:.4g}")
-            log.training(state, lr, report)
-        log.advance()
+        health.add_loss(loss.detach())
+        if ends_step:
+            lr = plan.learning_rate(state.step)
+            # The one place in a step where the host waits for the device, and the ranks for each other.
+            verdict = health.judge(control.request.name is not None, ranks)
+            if verdict.is_sound:
+                health.accept_step()
+                _apply_gradients(state, lr, verdict.is_finite)
+            else:
+                health.undo_step(verdict, lr)
+            state.step += 1
+            if not verdict.is_sound:
+                log.skipped(state, lr, verdict.unsound)
+            clock.count_step()
+            if log.is_due(state) and state.steps_summed:
+                log.training(state, lr, _report(state, clock, ranks))
+            log.advance()
+            health.start_step()
+            control.after_step(state, loader)
+            if verdict.stops:
+                raise StopAgreed
+        control.watch.at(state.epoch, index + 1, LOADING)
 
 
 def compute_loss(
@@ -121,16 +134,15 @@ def _draw_mixing(recipe: RecipeOptions, images: Tensor, rng: np.random.Generator
     return None
 
 
-def _apply_gradients(state: TrainingState, lr: float) -> None:
-    """Take one optimiser step."""
+def _apply_gradients(state: TrainingState, lr: float, is_finite: bool) -> None:
+    """Take one optimiser step, which the scaler leaves out where the gradients of fp16 have overflown."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
+    if state.ema is not None and is_finite:
         state.ema.update_parameters(state.model)
-    state.step += 1
 
 
 def _keep_gradients_local(network: nn.Module) -> AbstractContextManager[None]:
@@ -138,16 +150,21 @@ def _keep_gradients_local(network: nn.Module) -> AbstractContextManager[None]:
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
-class _Meter:
-    """Sums since the last report."""
+def _report(state: TrainingState, clock: "_Clock", ranks: Ranks) -> Report:
+    """Return the means over the steps and ranks since the last report, and start anew."""
+    loss = float(sum_over_ranks(state.loss_sum)) / (state.steps_summed * ranks.world_size)
+    state.loss_sum.zero_()
+    state.steps_summed = 0
+    return Report(loss, *clock.read())
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+
+class _Clock:
+    """Steps and times since the last report."""
+
+    def __init__(self) -> None:
         self._restart()
 
     def _restart(self) -> None:
-        # The loss stays on the device: reading it waits for the device, so it is read only for a report.
-        self._loss = torch.zeros((), device=self._ranks.device)
         self._steps = 0
         self._waited = 0.0
         self._started = time.perf_counter()
@@ -165,17 +182,12 @@ class _Meter:
                 self._waited += time.perf_counter() - before
             yield batch
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add one batch's share of the step's loss."""
-        self._loss += loss
-
-    def add_step(self) -> None:
+    def count_step(self) -> None:
         """Count an optimiser step."""
         self._steps += 1
 
-    def read(self) -> Report:
-        """Return the means over the steps and ranks since the last reading, and start anew."""
-        loss = float(sum_over_ranks(self._loss)) / (self._steps * self._ranks.world_size)
-        report = Report(loss, self._steps, time.perf_counter() - self._started, self._waited)
+    def read(self) -> tuple[int, float, float]:
+        """Return the steps, the seconds they took and those spent waiting for data, and start anew."""
+        read = self._steps, time.perf_counter() - self._started, self._waited
         self._restart()
-        return report
+        return read

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.distributed import Ranks, gather_objects
 from resnest_imagenet.training.optimizer import build_optimizer
 
 
@@ -19,8 +20,11 @@ class TrainingState:
         scaler: of the fp16 loss; inert for other precisions.
         ema: exponential moving average of weights and BN statistics, or None.
         step: optimiser steps done.
-        epoch: epochs done.
+        epoch: epochs done, with their evaluation.
         best_top1: best accuracy of an evaluation so far, in percent.
+        skipped: steps that were not applied because a loss or gradient was not finite.
+        loss_sum: of this rank's steps since the last report, on the device: reading it waits for the device.
+        steps_summed: how many these are.
     """
 
     def __init__(self, model: nn.Module, recipe: RecipeOptions) -> None:
@@ -35,14 +39,17 @@ class TrainingState:
         self.step = 0
         self.epoch = 0
         self.best_top1 = -1.0
+        self.skipped = 0
+        self.loss_sum = torch.zeros((), device=device)
+        self.steps_summed = 0
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The network that is evaluated: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain containers and tensors; `model` and `ema` are plain state dicts."""
+    def state_dict(self, ranks: Ranks) -> dict[str, Any]:
+        """Return plain containers and tensors, the same on all ranks; `model` and `ema` are plain state dicts."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -52,10 +59,13 @@ class TrainingState:
             "step": self.step,
             "epoch": self.epoch,
             "best_top1": self.best_top1,
+            "skipped": self.skipped,
+            "loss_sums": gather_objects(float(self.loss_sum), ranks),
+            "steps_summed": self.steps_summed,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned for the same configuration."""
+    def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> None:
+        """Restore what `state_dict` returned for the same configuration; the number of ranks may be another."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -65,3 +75,8 @@ class TrainingState:
         self.step = state["step"]
         self.epoch = state["epoch"]
         self.best_top1 = state["best_top1"]
+        self.skipped = state["skipped"]
+        self.steps_summed = state["steps_summed"]
+        sums = state["loss_sums"]
+        same_ranks = len(sums) == ranks.world_size
+        self.loss_sum.fill_(sums[ranks.rank] if same_ranks else sum(sums) / len(sums))

@@ -1,16 +1,14 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
-import hashlib
 from contextlib import closing
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet import distributed
-from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.compute import place
+from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.config import RecipeOptions, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
@@ -18,28 +16,34 @@ from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, require_same_classes
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.errors import ConfigError, Stopped
 from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.zoo import build_model, require_model
+from resnest_imagenet.supervision import supervise
+from resnest_imagenet.training.control import Control, StopAgreed
+from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import train_epoch
 from resnest_imagenet.training.run_folder import RunFolder
+from resnest_imagenet.training.saving import Saver, describe_circumstances, describe_identity
 from resnest_imagenet.training.schedule import StepPlan, count_accumulation, dropblock_probability, plan_steps
 from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.stopping import StopRequest
 from resnest_imagenet.weights.load import read_weights, start_from
 
 
 def train(config: TrainConfig) -> TrainingState:
-    """Train, or go on where the run folder's last checkpoint stands; return the final state.
+    """Train, or go on where the run folder's newest checkpoint stands; return the final state.
 
     Raises:
         UserError: for what a user can cause, as one line.
+        Stopped: after a signal, with a checkpoint.
     """
     # 1. What can be refused before any data is touched.
     require_model(config.model.name)
     choose_loader(config.loader.name)
-    _, _, world_size = distributed.launched_as()
+    rank, _, world_size = distributed.launched_as()
     count_accumulation(config.train, world_size)
     device = distributed.choose_device(config.device)
     # 2. The data, and with it the steps and the width of the classifier.
@@ -49,66 +53,59 @@ def train(config: TrainConfig) -> TrainingState:
     require_same_classes(train_set, val_set)
     config = _fix_num_classes(config, train_set)
     plan = plan_steps(len(train_set), config.train, world_size)
-    with distributed.join(device) as ranks:
-        # 3. The loaders: this rank's share of both sets.
+    # 3. The run folder, for this process alone, and the other ranks.
+    run = RunFolder(config.run_dir, config.checkpoint.keep, is_main=rank == 0)
+    with (
+        run.opened(),
+        distributed.join(device, config.timeout_seconds) as ranks,
+        supervise(ranks, config.timeout_seconds, run.write_end) as watch,
+    ):
+        # 4. The loaders: this rank's share of both sets.
         train_loader = _build_train_loader(config, train_set, plan, ranks)
         eval_transform = EvalTransform(config.eval.crop, **config.protocol.model_dump())
         eval_plan = plan_evaluation(len(val_set), config.train.batch_size, ranks.rank, ranks.world_size)
         eval_loader = build_loader(
             config.loader.name, val_set, eval_plan, eval_transform, ranks.device, config.loader.workers
         )
-        # 4. The model, the same on every rank, and all that changes with it.
-        run = RunFolder(config.run_dir, ranks)
-        state = _build_state(config, train_set, ranks, is_new=not run.last.exists())
-        # 5. The run folder. Where it holds a checkpoint of the same run, that run goes on.
-        identity = describe_identity(config, plan, train_set, eval_transform.protocol)
-        _resume(state, run, identity, ranks)
-        run.open(config.model_dump())
+        # 5. The model, the same on every rank, and all that changes with it: new, or as the newest checkpoint has it.
+        saver = Saver(
+            run,
+            ranks,
+            identity=describe_identity(config, plan, train_set, eval_transform.protocol),
+            circumstances=describe_circumstances(config, ranks),
+            description={"config": config.model_dump(), "classes": list(train_set.classes)},
+        )
+        saved = saver.find(config.checkpoint.on_mismatch)
+        state = _build_state(config, train_set, ranks, is_new=saved is None)
+        if saved is not None:
+            saver.restore(state, train_loader, saved)
+            del saved  # as large as the state
+        run.describe(config.model_dump(), ranks)
         dropblock = DropBlock(state.model) if config.train.dropblock > 0 else None
-        network = _wrap(state.model, config.train.compile, ranks)
-        # 6. The epochs.
+        network = _wrap(state.model, config.train, ranks)
+        # 6. The epochs, to the end or to a signal.
         log = RunLog(run.path, plan, config.log.every_steps, state, ranks.is_main)
-        with run.recording_status(), closing(log):
-            while state.epoch < config.train.epochs:
-                if dropblock:
-                    dropblock.set_probability(dropblock_probability(config.train, state.epoch))
-                train_epoch(state, network, train_loader, plan, config.train, config.seed, ranks, log)
-                state.epoch += 1
-                distributed.broadcast_buffers(state.evaluated_model)
-                accuracy = evaluate(state.evaluated_model, eval_loader, ranks, config.train.precision)
-                log.evaluation(state, accuracy, eval_transform)
-                is_best = accuracy.top1 > state.best_top1
-                state.best_top1 = max(state.best_top1, accuracy.top1)
-                content = {
-                    **state.state_dict(),
-                    "identity": identity,
-                    "config": config.model_dump(),
-                    "classes": list(train_set.classes),
-                }
-                run.save(content, is_best)
-            run.write_status("finished", epoch=state.epoch, step=state.step, best_top1=state.best_top1)
+        with closing(log), StopRequest(speaks=ranks.is_main) as request, Health(state, config.train) as health:
+            control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
+            try:
+                while state.epoch < config.train.epochs:
+                    if dropblock:
+                        dropblock.set_probability(dropblock_probability(config.train, state.epoch))
+                    train_epoch(state, network, train_loader, plan, config.train, config.seed, control)
+                    distributed.broadcast_buffers(state.evaluated_model)
+                    pause = partial(control.before_eval_batch, state.epoch)
+                    accuracy = evaluate(state.evaluated_model, eval_loader, ranks, config.train.precision, pause)
+                    state.epoch += 1
+                    log.evaluation(state, accuracy, eval_transform)
+                    is_best = accuracy.top1 > state.best_top1
+                    state.best_top1 = max(state.best_top1, accuracy.top1)
+                    control.save(state, train_loader, is_best)
+            except StopAgreed:
+                control.save(state, train_loader)
+                distributed.gather(0, ranks)  # none leaves before the checkpoint is written
+                raise Stopped(f"stopped after step {state.step}; the same command goes on") from None
+        run.write_status("finished", exit_code=0, epoch=state.epoch, step=state.step, best_top1=state.best_top1)
     return state
-
-
-def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageSource, protocol: str) -> dict[str, Any]:
-    """Return what must not change when a run goes on: plain values by option name, and a digest of the file names.
-
-    The evaluation's protocol is one of them: the best accuracy so far is comparable under the same only.
-    """
-    recipe = config.train.model_dump()
-    # The number of ranks and with it these may change, as long as their product, the global batch, stays.
-    for name in ("batch_size", "global_batch", "compile"):
-        del recipe[name]
-    return {
-        "model.name": config.model.name,
-        "model.num_classes": config.model.num_classes,
-        **{f"train.{name}": value for name, value in recipe.items()},
-        "train.global_batch": plan.global_batch,
-        "seed": config.seed,
-        "data.shuffle_shards": config.data.shuffle_shards,
-        "evaluation": protocol,
-        "training images": f"{len(train_set)} {hashlib.sha256(train_set.files.tobytes()).hexdigest()[:16]}",
-    }
 
 
 def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig:
@@ -169,31 +166,29 @@ def _build_state(config: TrainConfig, train_set: ImageSource, ranks: Ranks, is_n
     return TrainingState(place(model, ranks.device), recipe)
 
 
-def _resume(state: TrainingState, run: RunFolder, identity: dict[str, Any], ranks: Ranks) -> None:
-    """Restore the run folder's last checkpoint, if there is one, unless it belongs to another run."""
-    if run.last.exists():
-        saved = load_checkpoint(run.last)
-        theirs = saved.get("identity", {})
-        changed = [name for name, value in identity.items() if theirs.get(name) != value]
-        if changed:
-            differences = "; ".join(f"{name}={theirs.get(name)}, not {identity[name]}" for name in changed)
-            raise CheckpointError(f"{run.last} was trained with {differences}: choose another run_dir")
-        state.load_state_dict(saved)
-        if ranks.is_main:
-            print(f"going on from {run.last}: {state.epoch} epochs, {state.step} steps done", flush=True)
-    steps = distributed.gather(state.step, ranks)
-    if len(set(steps)) > 1:
-        raise CheckpointError(
-            f"the ranks found different checkpoints (steps {steps}): run_dir={run.path} is not shared"
-        )
-
-
-def _wrap(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
+def _wrap(model: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> nn.Module:
     """Make the module that is called in training; the model's own keys stay what they are."""
     network = model
     if distributed.has_joined():
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    if compiled:
+    if recipe.compile:
         network.compile()
+    if distributed.has_joined():
+        _settle_buckets(network, recipe, ranks)
     return network
+
+
+def _settle_buckets(network: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> None:
+    """Pass a batch of nothing through, and leave no trace of it.
+
+    After its first backward pass DistributedDataParallel packs the gradients anew, and from three ranks on the order
+    in which they are added depends on their place in a bucket. So that the first step after a resumption is like any
+    other, no step is the first.
+    """
+    before = [buffer.clone() for buffer in network.buffers()]
+    with autocast(ranks.device, recipe.precision):
+        network(torch.zeros(recipe.batch_size, 3, recipe.crop, recipe.crop, device=ranks.device)).sum().backward()
+    network.zero_grad(set_to_none=True)
+    for buffer, value in zip(network.buffers(), before, strict=True):
+        buffer.copy_(value)

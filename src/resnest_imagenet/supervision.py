@@ -1,0 +1,162 @@
+"""Who failed, died or hangs: what ranks tell each other beside their collectives, which can only wait or break."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from resnest_imagenet.distributed import Ranks, is_lost_peer, tell_launcher
+from resnest_imagenet.errors import DistributedError, Stopped, UserError, first_line
+
+FAILURE = "failure"  # the key of the first failure
+SECONDS_TO_LEAVE = 5  # for a rank that knows that another has failed, before it is ended
+
+
+class Watch:
+    """Publishes how far this rank is, and ends it where the run can't go on, even from within a collective.
+
+    A thread of its own does so, some times per timeout. Of ranks that wait for each other the one that is furthest
+    behind is at fault.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: float, on_abort: Callable[[UserError], None]) -> None:
+        self._ranks = ranks
+        self._timeout = timeout
+        self._on_abort = on_abort
+        self._beat = min(2.0, timeout / 10)
+        self._place: tuple[int, int, str] = (0, 0, "starting")
+        self._moved = time.monotonic()
+        self._ended = threading.Event()
+        # A connection of its own: one that waits for a key keeps others waiting.
+        self._store = ranks.store.clone() if ranks.store else None  # type: ignore[attr-defined] # torch's stub lacks it
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def at(self, epoch: int, batch: int, doing: str) -> None:
+        """Say where this rank is: all ranks pass the same places in the same order."""
+        self._place = (epoch, batch, doing)
+        self._moved = time.monotonic()
+
+    def start(self) -> None:
+        """Begin to watch, where there is somebody to watch."""
+        if self._store:
+            self._thread.start()
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def publish(self, error: UserError, rank: int | None) -> bool:
+        """Tell the other ranks what ends the run, and of which rank; say whether this is the first to be told."""
+        assert self._store
+        mine = json.dumps([rank, str(error), error.exit_code])
+        return self._store.compare_set(FAILURE, "", mine).decode() == mine
+
+    def find_cause(self) -> DistributedError:
+        """Say which rank is gone, and why as far as it has told."""
+        with suppress(RuntimeError):  # whoever holds the store may be gone
+            if failure := self._read_failure():
+                return failure
+            before = self._read_progress()
+            time.sleep(2.5 * self._beat)
+            silent = [rank for rank, line in enumerate(self._read_progress()) if line == before[rank]]
+            if silent:
+                place = _describe(json.loads(before[silent[0]])[0])
+                error = DistributedError(f"{_name(silent)} is gone without a word; last seen {place}")
+                if self.publish(error, None):
+                    return error
+            if failure := self._read_failure():
+                return failure
+        return DistributedError("the connection to the other ranks is lost")
+
+    def _run(self) -> None:
+        assert self._store
+        beats, first_seen = 0, None
+        while not self._ended.wait(self._beat):
+            beats += 1
+            try:
+                self._store.set(f"progress {self._ranks.rank}", json.dumps([self._place, beats]))
+                failure = self._read_failure()
+                if failure is None and time.monotonic() - self._moved > self._timeout:
+                    self._accuse()
+                    failure = self._read_failure()
+            except RuntimeError:
+                return  # whoever holds the store is gone: the next collective will say so
+            if failure:
+                first_seen = first_seen or time.monotonic()
+                if time.monotonic() - max(first_seen, self._moved) > SECONDS_TO_LEAVE:
+                    self._on_abort(failure)
+                    os._exit(failure.exit_code)
+
+    def _accuse(self) -> None:
+        """Publish who keeps the others waiting, and be the one that says it."""
+        assert self._store
+        places = [json.loads(line)[0] for line in self._read_progress()]
+        order = [(epoch, batch, _ORDER.index(doing)) for epoch, batch, doing in places]
+        late = [rank for rank, place in enumerate(order) if place == min(order)]
+        everyone = len(late) == len(places)
+        who = "every rank" if everyone else _name(late)
+        text = f"{who} hangs, {_describe(places[late[0]])}: no progress for {self._timeout:g} s (timeout_seconds)"
+        if self.publish(DistributedError(text), None):
+            print(f"resnest-train: {text}", file=sys.stderr, flush=True)
+            tell_launcher(text)
+
+    def _read_failure(self) -> DistributedError | None:
+        assert self._store
+        if not self._store.check([FAILURE]):
+            return None
+        rank, text, code = json.loads(self._store.get(FAILURE))
+        error = DistributedError(text if rank is None else f"rank {rank}: {text}")
+        error.exit_code, error.is_said = code, True
+        return error
+
+    def _read_progress(self) -> list[str]:
+        assert self._store
+        keys = [f"progress {rank}" for rank in range(self._ranks.world_size)]
+        nothing = json.dumps([(0, 0, "starting"), 0])
+        return [self._store.get(key).decode() if self._store.check([key]) else nothing for key in keys]
+
+
+LOADING, COMPUTING, EVALUATING, SAVING = "waiting for data", "computing", "evaluating", "saving"
+_ORDER = ("starting", LOADING, COMPUTING, EVALUATING, SAVING)
+
+
+def _describe(place: tuple[int, int, str]) -> str:
+    epoch, batch, doing = place
+    return doing if doing == "starting" else f"{doing} in batch {batch + 1} of epoch {epoch + 1}"
+
+
+def _name(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+@contextmanager
+def supervise(ranks: Ranks, timeout: float, on_abort: Callable[[UserError], None]) -> Iterator[Watch]:
+    """Watch over the ranks, and name the one that fails first.
+
+    Args:
+        ranks: who takes part; one alone has nobody to watch.
+        timeout: seconds without progress after which a rank counts as hanging.
+        on_abort: called before the process is ended from within a collective.
+
+    Raises:
+        DistributedError: instead of a collective's error, with its cause.
+    """
+    watch = Watch(ranks, timeout, on_abort)
+    watch.start()
+    try:
+        yield watch
+    except BaseException as error:
+        if is_lost_peer(error):
+            raise watch.find_cause() from error
+        if ranks.store and not isinstance(error, Stopped):
+            told = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {first_line(error)}")
+            with suppress(RuntimeError):
+                watch.publish(told, ranks.rank)
+        raise
+    finally:
+        watch.end()

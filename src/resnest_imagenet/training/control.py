@@ -1,0 +1,69 @@
+"""What surrounds the steps of a run: the other ranks, requests to stop, saving."""
+
+from dataclasses import dataclass
+
+from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.distributed import Ranks, gather
+from resnest_imagenet.supervision import EVALUATING, SAVING, Watch
+from resnest_imagenet.training.health import Health
+from resnest_imagenet.training.log import RunLog
+from resnest_imagenet.training.saving import Saver
+from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.stopping import StopRequest
+
+BATCHES_BETWEEN_ASKING = 10  # in an evaluation; in training the ranks ask each other at every step
+
+
+class StopAgreed(Exception):  # noqa: N818 - not an error
+    """All ranks have agreed to stop, where they can save."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What surrounds the steps.
+
+    Attributes:
+        ranks: who takes part.
+        watch: notices a rank that hangs.
+        request: whether this rank was asked to stop.
+        health: judges each step.
+        log: where to report.
+        saver: writes checkpoints.
+        steps_between_saves: within an epoch.
+    """
+
+    ranks: Ranks
+    watch: Watch
+    request: StopRequest
+    health: Health
+    log: RunLog
+    saver: Saver
+    steps_between_saves: int
+
+    def after_step(self, state: TrainingState, loader: Loader) -> None:
+        """Save where it is due."""
+        if state.step % self.steps_between_saves == 0:
+            self.save(state, loader)
+
+    def save(self, state: TrainingState, loader: Loader, is_best: bool = False) -> None:
+        """Write a checkpoint; all ranks take part."""
+        self.watch.at(state.epoch, len(loader.plan), SAVING)
+        self.log.synchronise()
+        self.saver.save(state, loader, is_best)
+
+    def before_eval_batch(self, epoch: int, batch: int, is_everywhere: bool) -> None:
+        """Go on with an evaluation, unless the ranks agree to stop.
+
+        Args:
+            epoch: epochs done.
+            batch: number of the batch on this rank.
+            is_everywhere: whether every rank has a batch of this number.
+
+        Raises:
+            StopAgreed: on all ranks.
+        """
+        self.watch.at(epoch, batch, EVALUATING)
+        if not is_everywhere or batch % BATCHES_BETWEEN_ASKING:
+            return
+        if any(gather(int(self.request.name is not None), self.ranks)):
+            raise StopAgreed

@@ -1,0 +1,59 @@
+"""Being asked to stop: a signal sets a flag, and the run stops where all ranks can save."""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The same request may come twice: from the scheduler to every process, and from torchrun to its ranks.
+SECONDS_OF_ONE_REQUEST = 2.0
+
+
+class StopRequest:
+    """Notes the signals that ask a run to stop; a later second one ends the process at once.
+
+    Ending at once is safe: files are written whole or not at all.
+
+    Attributes:
+        name: of the signal that came; None: none did.
+    """
+
+    def __init__(self, speaks: bool = True) -> None:
+        """Prepare to be entered.
+
+        Args:
+            speaks: whether to answer a signal with a line.
+        """
+        self.name: str | None = None
+        self._speaks = speaks
+        self._since = 0.0
+        self._process = os.getpid()
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # others may not
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Once asked, this process is about to leave, with a code that another signal shall not change.
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self.name else handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker: its parent decides
+            return
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
+            self._say(f"{self.name}: stopping after this step, with a checkpoint; a second one leaves at once")
+        elif time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
+            self._say("a second signal: leaving at once")
+            os._exit(128 + number)
+
+    def _say(self, line: str) -> None:
+        if self._speaks:  # not through sys.stderr, which the signal may have interrupted
+            os.write(2, f"resnest-train: {line}\n".encode())
