@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-data lock clean
+.PHONY: help setup demo test fault-test lint bench bench-data lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ demo: $(READY) ## make the demo images, train on them and evaluate: a few minute
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
+
+fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
+	PYTHONPATH=tools $(BIN)/python -m fault_test
 
 lint: $(READY) ## check style, format and types
 	$(BIN)/ruff check .

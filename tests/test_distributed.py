@@ -34,6 +34,24 @@ def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_p
     assert environment["ranks"] == 2
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(demo_images, tmp_path):
+    """From 2 ranks to 1 that accumulates: the same images in the same steps, so equal parameters here as well."""
+    options = ("train.batch_size=8", "train.global_batch=16", "train.mixup_alpha=0.2", "loader=torchvision")
+    options += ("checkpoint.every_steps=4", "checkpoint.keep=9")
+    for run in ("whole", "changed"):
+        places = (f"data.root={demo_images}", f"run_dir={tmp_path / run}")
+        assert run_module(TRAIN, *SMALL, *options, *places, ranks=2).returncode == 0
+    for later in sorted((tmp_path / "changed/checkpoints").glob("step-*.pt"))[1:]:
+        later.unlink()
+    result = run_module(TRAIN, *SMALL, *options, *places, ranks=1)
+    assert result.returncode == 0, result.stderr
+    assert "going on after step 4, 0 epochs done" in result.stdout
+    assert "the images left of the epoch are seen once each, but not bit for bit: ranks 2 -> 1\n" in result.stdout
+    whole, changed = (load_checkpoint(newest_checkpoint(tmp_path / run))["model"] for run in ("whole", "changed"))
+    parameters = [name for name, _ in build_model("resnest14_half", 10).named_parameters()]
+    assert all(torch.equal(whole[name], changed[name]) for name in parameters)
+
+
 def test_103_images_give_the_same_integers_with_1_2_and_3_ranks(demo_images, tmp_path):
     torch.manual_seed(0)
     torch.save(build_model("resnest14_half", 10).state_dict(), tmp_path / "bare.pth")

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "models": LEAVES,
     "weights": LEAVES | {"config", "checkpoint", "models"},
     "data": LEAVES,
-    "evaluation": LEAVES | {"config", "checkpoint", "distributed", "compute", "models", "weights", "data"},
+    "evaluation": LEAVES
+    | {"config", "checkpoint", "distributed", "supervision", "compute", "models", "weights", "data"},
     "training": LEAVES
     | {"config", "checkpoint", "distributed", "supervision", "compute", "models", "weights", "data", "evaluation"},
     "commands": LEAVES | {"config", "distributed", "weights", "data", "training", "evaluation"},

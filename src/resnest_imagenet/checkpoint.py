@@ -1,5 +1,6 @@
 """Checkpoint files: plain containers and tensors, written atomically, verified when read."""
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 damaged = archive.testzip()
             if damaged:
                 raise DamagedCheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats, and of what is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except OSError as error:

@@ -159,7 +159,7 @@ class LogOptions(Options):
 class TrainConfig(Options):
     """resnest-train."""
 
-    run_dir: str
+    run_dir: Annotated[str, Field(min_length=1)]
     seed: Seed
     device: Device
     model: ModelOptions

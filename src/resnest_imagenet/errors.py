@@ -10,10 +10,12 @@ class UserError(Exception):
     Attributes:
         exit_code: of the process.
         is_shared: whether all ranks raise it alike, so that one of them may speak for all.
+        is_said: whether another rank says what ends the run.
     """
 
     exit_code = 1
     is_shared = False
+    is_said = False
 
 
 class ConfigError(UserError, ValueError):
@@ -52,15 +54,9 @@ class StorageError(UserError):
 
 
 class DistributedError(UserError):
-    """Another rank has failed, died or hangs.
-
-    Attributes:
-        exit_code: 7, or that of the cause, where the rank that failed has told it.
-        is_said: whether another rank says so.
-    """
+    """Another rank has failed, died or hangs; `exit_code` is the cause's, where that rank has told it."""
 
     exit_code = 7
-    is_said = False
 
 
 class Stopped(UserError):  # noqa: N818 - not an error

@@ -14,6 +14,17 @@ from resnest_imagenet.errors import DistributedError, Stopped, UserError, first_
 FAILURE = "failure"  # the key of the first failure
 SECONDS_TO_LEAVE = 5  # for a rank that knows that another has failed, before it is ended
 
+# What a rank does, in the order in which it does it in one batch.
+STARTING, LOADING, FORWARD, BACKWARD, AGREEING, EVALUATING, SAVING = _ORDER = (
+    "starting",
+    "waiting for data",
+    "computing the loss",
+    "computing gradients",
+    "applying a step",
+    "evaluating",
+    "saving",
+)
+
 
 class Watch:
     """Publishes how far this rank is, and ends it where the run can't go on, even from within a collective.
@@ -27,7 +38,7 @@ class Watch:
         self._timeout = timeout
         self._on_abort = on_abort
         self._beat = min(2.0, timeout / 10)
-        self._place: tuple[int, int, str] = (0, 0, "starting")
+        self._place: tuple[int, int, str] = (0, 0, STARTING)
         self._moved = time.monotonic()
         self._ended = threading.Event()
         # A connection of its own: one that waits for a key keeps others waiting.
@@ -38,6 +49,10 @@ class Watch:
         """Say where this rank is: all ranks pass the same places in the same order."""
         self._place = (epoch, batch, doing)
         self._moved = time.monotonic()
+
+    def then(self, doing: str) -> None:
+        """Say what this rank does next at the same place."""
+        self.at(*self._place[:2], doing)
 
     def start(self) -> None:
         """Begin to watch, where there is somebody to watch."""
@@ -71,11 +86,12 @@ class Watch:
                     return error
             if failure := self._read_failure():
                 return failure
-        return DistributedError("the connection to the other ranks is lost")
+        return _lost()
 
     def _run(self) -> None:
         assert self._store
-        beats, first_seen = 0, None
+        failure: DistributedError | None = None
+        beats, first_seen = 0, 0.0
         while not self._ended.wait(self._beat):
             beats += 1
             try:
@@ -84,11 +100,12 @@ class Watch:
                 if failure is None and time.monotonic() - self._moved > self._timeout:
                     self._accuse()
                     failure = self._read_failure()
-            except RuntimeError:
-                return  # whoever holds the store is gone: the next collective will say so
+            except RuntimeError:  # whoever holds the store has left
+                failure = failure or _lost()
             if failure:
                 first_seen = first_seen or time.monotonic()
-                if time.monotonic() - max(first_seen, self._moved) > SECONDS_TO_LEAVE:
+                still = time.monotonic() - self._moved
+                if still > self._timeout or min(still, time.monotonic() - first_seen) > SECONDS_TO_LEAVE:
                     self._on_abort(failure)
                     os._exit(failure.exit_code)
 
@@ -117,17 +134,19 @@ class Watch:
     def _read_progress(self) -> list[str]:
         assert self._store
         keys = [f"progress {rank}" for rank in range(self._ranks.world_size)]
-        nothing = json.dumps([(0, 0, "starting"), 0])
+        nothing = json.dumps([(0, 0, STARTING), 0])
         return [self._store.get(key).decode() if self._store.check([key]) else nothing for key in keys]
 
 
-LOADING, COMPUTING, EVALUATING, SAVING = "waiting for data", "computing", "evaluating", "saving"
-_ORDER = ("starting", LOADING, COMPUTING, EVALUATING, SAVING)
+def _lost() -> DistributedError:
+    return DistributedError("the connection to the other ranks is lost")
 
 
 def _describe(place: tuple[int, int, str]) -> str:
     epoch, batch, doing = place
-    return doing if doing == "starting" else f"{doing} in batch {batch + 1} of epoch {epoch + 1}"
+    if doing in (LOADING, FORWARD, BACKWARD, AGREEING):
+        return f"{doing} in batch {batch + 1} of epoch {epoch + 1}"
+    return doing
 
 
 def _name(ranks: list[int]) -> str:
@@ -135,7 +154,9 @@ def _name(ranks: list[int]) -> str:
 
 
 @contextmanager
-def supervise(ranks: Ranks, timeout: float, on_abort: Callable[[UserError], None]) -> Iterator[Watch]:
+def supervise(
+    ranks: Ranks, timeout: float = 600, on_abort: Callable[[UserError], None] = lambda error: None
+) -> Iterator[Watch]:
     """Watch over the ranks, and name the one that fails first.
 
     Args:
@@ -156,7 +177,7 @@ def supervise(ranks: Ranks, timeout: float, on_abort: Callable[[UserError], None
         if ranks.store and not isinstance(error, Stopped):
             told = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {first_line(error)}")
             with suppress(RuntimeError):
-                watch.publish(told, ranks.rank)
+                told.is_said = not watch.publish(told, ranks.rank)
         raise
     finally:
         watch.end()

@@ -54,3 +54,18 @@ def test_evaluation_sees_every_sample_once_in_order(world_size):
     assert sorted(sizes) == [3, 20, 20, 20, 20, 20]
     seen = np.concatenate([batch for share in batches for batch in share])
     assert sorted(seen.tolist()) == list(range(103))
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (2, 2), (4, 3), (12, 2)])
+def test_what_is_left_of_an_epoch_is_the_same_for_any_number_of_ranks_at_the_same_global_batch(batch_size, world_size):
+    """A step is a slice of the epoch's order, whoever takes which part of it."""
+    global_batch, steps, done = 24, 4, 1
+    accumulation = global_batch // (batch_size * world_size)
+    left = []
+    for rank in range(world_size):
+        plan = BatchPlan(103, batch_size, steps * accumulation * world_size, rank, world_size, shuffle=True, seed=3)
+        batches = list(plan.batches(epoch=2, start=done * accumulation))
+        left += [index for batch in batches for index in batch.tolist()]
+    order = BatchPlan(103, global_batch, steps, shuffle=True, seed=3).batches(epoch=2, start=done)
+    assert sorted(left) == sorted(np.concatenate(list(order)).tolist())
+    assert len(set(left)) == (steps - done) * global_batch

@@ -255,6 +255,75 @@ def test_another_recipe_in_the_same_folder_is_refused(small_run):
         train(small_run("train.epochs=1", "train.warmup_epochs=0", "protocol=full"))
 
 
+def test_an_earlier_run_is_set_aside_when_asked_for_and_then_the_new_one_goes_on(small_run, tmp_path, capsys):
+    train(small_run("train.epochs=1", "train.warmup_epochs=0"))
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    other = ("train.epochs=1", "train.warmup_epochs=0", "seed=1", "checkpoint.on_mismatch=set_aside")
+    assert train(small_run(*other)).step == 6
+    out = capsys.readouterr().out
+    assert f"was trained with seed=0, not 1: moved to {tmp_path}/run/earlier-1, starting anew" in out
+    assert (tmp_path / "run/earlier-1/metrics.jsonl").read_text() == before
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run/earlier-1"))["config"]["seed"] == 0
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run"))["config"]["seed"] == 1
+    train(small_run(*other))
+    assert "going on after step 6, 1 epochs done" in capsys.readouterr().out
+    assert not (tmp_path / "run/earlier-2").exists()
+
+
+def test_a_signal_before_the_first_step_stops_at_once(small_run, tmp_path, monkeypatch, signals):
+    def open_source(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(train_module, "open_source", open_source)
+    with pytest.raises(Stopped, match="SIGUSR1: stopped before the first step"):
+        train(small_run())
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+
+
+def test_bad_images_are_remembered_when_a_run_goes_on(small_run, demo_images, tmp_path, capsys):
+    shutil.copytree(demo_images, tmp_path / "data")
+    bad = sorted((tmp_path / "data/train").rglob("*.JPEG"))[::20]
+    for path in bad:
+        path.write_bytes(b"")
+    options = (f"data.root={tmp_path / 'data'}", "data.on_error=substitute", f"data.max_errors={len(bad)}")
+    options += ("loader=torchvision", "train.warmup_epochs=0")
+    train(small_run(*options))
+    assert capsys.readouterr().err.count("; replaced by ") == len(bad)
+    newest_checkpoint(tmp_path / "run").unlink()
+    (known,) = load_checkpoint(newest_checkpoint(tmp_path / "run"))["bad_images"]
+    assert len(known) >= 4  # the others are in what the first epoch leaves out
+    train(small_run(*options))
+    captured = capsys.readouterr()
+    assert "going on after step 6" in captured.out
+    assert captured.err.count("; replaced by ") == len(bad) - len(known)
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run"))["bad_images"] == [list(range(0, 103, 20))]
+
+
+def test_a_checkpoint_names_all_that_the_future_depends_on(small_run, tmp_path):
+    train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.ema_decay=0.9"))
+    saved = load_checkpoint(newest_checkpoint(tmp_path / "run"))
+    state = {"model", "ema", "ema_updates", "optimizer", "scaler", "step", "epoch", "best_top1", "skipped"}
+    state |= {"loss_sums", "steps_summed", "bad_images"}
+    assert saved.keys() == state | {"identity", "circumstances", "config", "classes"}
+    assert saved["identity"]["training images"].startswith("103 ")
+    assert saved["identity"]["train.global_batch"] == 16
+    assert saved["circumstances"]["ranks"] == 1 and saved["circumstances"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_in_fp16_a_scale_below_1_is_no_excuse(small_run):
+    config = small_run("train.precision=fp16")
+    state = TrainingState(nn.Sequential(nn.Linear(2, 2)), config.train)
+    for scale, is_sound in ((2.0, True), (0.5, False)):
+        state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": scale})
+        with Health(state, config.train) as health:
+            state.scaler.scale(state.model(torch.full((1, 2), torch.inf)).sum()).backward()
+            verdict = health.judge(False, ALONE)
+            assert (verdict.is_finite, verdict.is_sound, verdict.unsound) == (False, is_sound, [])
+            state.scaler.update()
+            state.optimizer.zero_grad()
+
+
 def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
     """Two runs that lose the same option are equal: so what each part is given is looked at, all off their defaults."""
     seen = {}
@@ -380,7 +449,8 @@ def test_refusals_before_training(small_run, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device=cuda"):
             train(small_run("device=cuda", "data.root=/nowhere"))
-    assert not (tmp_path / "run").exists()
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    assert not (tmp_path / "run/config.yaml").exists()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="run_dir=.*file/run: cannot be written"):
         train(small_run(run="file/run"))

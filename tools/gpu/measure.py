@@ -3,8 +3,8 @@
 python tools/gpu/measure.py OUT [--images DIR] [--device cuda]      (--device cpu tries the script itself)
 
 Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
-under torchrun (NCCL), resnest-eval for each loader, tools/bench_step.py and, on photographs, tools/parity.py and
-tools/bench_data.py. Prints a table last and writes OUT/gpu.json.
+under torchrun (NCCL), a run that is stopped and goes on, resnest-eval for each loader, tools/bench_step.py and, on
+photographs, tools/parity.py and tools/bench_data.py. Prints a table last and writes OUT/gpu.json.
 """
 
 import argparse
@@ -47,6 +47,36 @@ def summarise(run_dir: Path) -> dict[str, float]:
     }
 
 
+def compare_resumed(out: Path, *options: str) -> dict[str, object]:
+    """Stop a run amid its second epoch and let it go on; say whether it ends as one that was left alone."""
+    runs = [out / "whole", out / "stopped"]
+    command = [sys.executable, "-m", f"{COMMANDS}.train", "+experiment=demo", "train.epochs=3", *options]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([*command, f"run_dir={runs[0]}"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    resumed = [*command, f"run_dir={runs[1]}"]
+    with subprocess.Popen(resumed, env=environment, stdout=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout
+        for line in stopped.stdout:
+            if line.startswith("epoch 2/3"):
+                stopped.terminate()
+    subprocess.run(resumed, env=environment, check=True, stdout=subprocess.DEVNULL)
+    whole, gone_on = (
+        torch.load(max((run / "checkpoints").glob("step-*.pt")), map_location="cpu", weights_only=True)["model"]
+        for run in runs
+    )
+    largest = max(float((whole[name] - gone_on[name]).abs().max()) for name in whole)
+    return {"case": f"stopped and gone on: {' '.join(options[2:])}", "exit": stopped.returncode, "difference": largest}
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"{'case':<60}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
+    for row in rows:
+        speed, wait = row.get("images_per_s"), row.get("data_wait")
+        columns = f"{speed:>10.0f}{wait:>10.1%}" if speed is not None else ""
+        value = row.get("top1", row.get("difference", "-"))
+        print(f"{row['case']:<60}{row['exit']:>5}{value!s:>16}{columns}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -87,6 +117,10 @@ def main() -> None:
         row |= summarise(run_dir) if code == 0 else {"output": tail}
         rows.append(row)
         print(row, flush=True)
+    for precision in ("fp32", "bf16"):  # 0 is bit for bit
+        options = (f"data.root={data}", f"device={args.device}", f"train.precision={precision}", "loader=dali")
+        rows.append(compare_resumed(out / f"resumed-{precision}", *options))
+        print(rows[-1], flush=True)
     for loader in ("dali", "torchvision"):
         result = out / f"eval-{loader}.json"
         checkpoint = out / "dali-fp32" / "checkpoints" / "best.pt"
@@ -123,11 +157,7 @@ def main() -> None:
                 subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
             print((out / f"{tool}.txt").read_text())
     print(machine)
-    print(f"{'case':<60}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
-    for row in rows:
-        speed, wait = row.get("images_per_s"), row.get("data_wait")
-        columns = f"{speed:>10.0f}{wait:>10.1%}" if speed is not None else ""
-        print(f"{row['case']:<60}{row['exit']:>5}{row.get('top1', '-')!s:>16}{columns}")
+    print_table(rows)
 
 
 if __name__ == "__main__":

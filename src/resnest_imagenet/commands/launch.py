@@ -93,7 +93,9 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"unknown option {option}{suggest(option, option_names(schema))}") from None
+            raise ConfigError(
+                f"unknown option {option}{suggest(option, option_names(schema) + _list_groups())}"
+            ) from None
         if first["type"] == "missing":
             raise ConfigError(_say_unset(option)) from None
         if first["type"] == "value_error":  # a rule between options, in its own words
@@ -113,7 +115,7 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
     overridden = re.match(r"Could not override '([^']+)'", str(error))
     if overridden:
         option = overridden[1]
-        groups = [folder.name for folder in find_conf().iterdir() if folder.is_dir()]
+        groups = _list_groups()
         if option in groups:
             return ConfigError(f"{option} is added, not overridden: write +{option}=...")
         known = option_names(schema)
@@ -143,15 +145,14 @@ def explain_runtime(error: Exception) -> UserError | None:
 def _leave(error: UserError) -> NoReturn:
     """Print the line and exit; of ranks that would all say the same, one speaks."""
     rank, local_rank, world_size = launched_as()
-    who, is_said = "", False
+    who = ""
     if world_size == 1 or not has_joined():
         is_said = local_rank > 0  # one per node speaks
-    elif isinstance(error, DistributedError):
-        is_said = error.is_said
     elif error.is_shared:
         is_said = rank > 0
     else:
-        who = f"rank {rank}: "
+        is_said = error.is_said
+        who = "" if isinstance(error, DistributedError) else f"rank {rank}: "
     if is_said and not isinstance(error, Stopped):
         # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
         time.sleep(10)
@@ -160,6 +161,10 @@ def _leave(error: UserError) -> NoReturn:
         print(line, file=sys.stderr)
         tell_launcher(line)
     sys.exit(error.exit_code)
+
+
+def _list_groups() -> list[str]:
+    return [folder.name for folder in find_conf().iterdir() if folder.is_dir()]
 
 
 def _say_unset(option: str) -> str:

@@ -1,13 +1,14 @@
 """The torchvision loader: worker processes decode and crop, the device normalises."""
 
-import atexit
 import gc
 import io
-import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -138,11 +139,11 @@ def _leave_signals_to_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _kill_workers() -> None:
+def _kill(workers: list[BaseProcess]) -> None:
     """End workers before multiprocessing does at exit: it would ask them with SIGTERM, and wait."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a failure
+    for worker in workers:
+        worker.kill()
 
 
 class TorchvisionLoader:
@@ -172,8 +173,8 @@ class TorchvisionLoader:
             worker_init_fn=_leave_signals_to_parent,
             pin_memory=device.type == "cuda",
         )
-        if workers:
-            atexit.register(_kill_workers)
+        self._workers: list[BaseProcess] = []
+        Finalize(None, _kill, [self._workers], exitpriority=0)
         self._mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
 
@@ -182,10 +183,12 @@ class TorchvisionLoader:
         # Frozen objects are not collected: a forked worker that collected the parent's garbage would run destructors
         # there, and one that waits for a thread, as DALI's do, would wait for ever.
         gc.freeze()
+        others = active_children()
         try:
             batches = iter(self._loader)
         finally:
             gc.unfreeze()
+        self._workers += [child for child in active_children() if child not in others]
         for indices in self.plan.batches(epoch, start):
             try:
                 images, offsets, labels, used = next(batches)

@@ -15,6 +15,7 @@ from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.evaluation.results import CropResult, Results
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import list_imagenet_classes, require_model
+from resnest_imagenet.supervision import EVALUATING, supervise
 from resnest_imagenet.weights.load import Weights, read_weights, restore_network
 
 
@@ -36,7 +37,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     model, name = restore_network(weights, config.model.name if config.model else None)
     num_outputs = len(model.get_parameter("fc.bias"))
     images = _label(images, weights, num_outputs)
-    with distributed.join(device) as ranks:
+    with distributed.join(device) as ranks, supervise(ranks) as watch:
         model = place(model, ranks.device)
         plan = plan_evaluation(len(images), config.batch_size, ranks.rank, ranks.world_size)
         transforms = [EvalTransform(crop, **config.protocol.model_dump()) for crop in config.crop]
@@ -45,9 +46,13 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
             build_loader(config.loader.name, images, plan, transform, ranks.device, config.loader.workers)
             for transform in transforms
         ]
-        results = []
+        results: list[CropResult] = []
+
+        def before_batch(batch: int, is_everywhere: bool) -> None:
+            watch.at(len(results), batch, EVALUATING)
+
         for crop, transform in zip(config.crop, transforms, strict=True):
-            accuracy = evaluate(model, loaders.pop(0), ranks, config.precision)
+            accuracy = evaluate(model, loaders.pop(0), ranks, config.precision, before_batch)
             counts = asdict(accuracy)
             results.append(
                 CropResult(crop=crop, top1=accuracy.top1, top5=accuracy.top5, **counts, protocol=transform.protocol)

@@ -47,22 +47,23 @@ class Control:
 
     def save(self, state: TrainingState, loader: Loader, is_best: bool = False) -> None:
         """Write a checkpoint; all ranks take part."""
-        self.watch.at(state.epoch, len(loader.plan), SAVING)
+        self.watch.then(SAVING)
         self.log.synchronise()
         self.saver.save(state, loader, is_best)
 
-    def before_eval_batch(self, epoch: int, batch: int, is_everywhere: bool) -> None:
+    def before_eval_batch(self, epoch: int, first: int, batch: int, is_everywhere: bool) -> None:
         """Go on with an evaluation, unless the ranks agree to stop.
 
         Args:
             epoch: epochs done.
+            first: number of training batches before it.
             batch: number of the batch on this rank.
             is_everywhere: whether every rank has a batch of this number.
 
         Raises:
             StopAgreed: on all ranks.
         """
-        self.watch.at(epoch, batch, EVALUATING)
+        self.watch.at(epoch, first + batch, EVALUATING)
         if not is_everywhere or batch % BATCHES_BETWEEN_ASKING:
             return
         if any(gather(int(self.request.name is not None), self.ranks)):

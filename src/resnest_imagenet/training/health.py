@@ -72,7 +72,8 @@ class Health:
         codes = gather(is_bad + 2 * has_overflown + 4 * wants_to_stop, ranks)
         unsound = [rank for rank, code in enumerate(codes) if code & 1]
         is_finite = not codes[0] & 2
-        is_sound = not unsound and (is_finite or self._is_scaled)
+        # A scale below 1 is not what is too high.
+        is_sound = not unsound and (is_finite or (self._is_scaled and self._state.scaler.get_scale() >= 1))
         return Verdict(unsound, is_finite, is_sound, any(code & 4 for code in codes))
 
     def accept_step(self) -> None:

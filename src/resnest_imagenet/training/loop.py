@@ -14,7 +14,7 @@ from resnest_imagenet.config import RecipeOptions
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.randomness import Purpose, stream
-from resnest_imagenet.supervision import COMPUTING, LOADING
+from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, LOADING
 from resnest_imagenet.training.control import Control, StopAgreed
 from resnest_imagenet.training.log import Report
 from resnest_imagenet.training.mixing import (
@@ -63,15 +63,17 @@ def train_epoch(
     batches = clock.timing(loader.batches(state.epoch, start))
     control.watch.at(state.epoch, start, LOADING)
     for index, (images, labels) in enumerate(batches, start):
-        control.watch.at(state.epoch, index, COMPUTING)
+        control.watch.at(state.epoch, index, FORWARD)
         # The number of the batch over all ranks: what is drawn for it depends on nothing else.
         number = index * ranks.world_size + ranks.rank
         ends_step = (index + 1) % plan.accumulation == 0
         with nullcontext() if ends_step else _keep_gradients_local(network):
             loss = compute_loss(network, images, labels, recipe, seed, state.epoch, number) / plan.accumulation
+            control.watch.then(BACKWARD)
             state.scaler.scale(loss).backward()
         health.add_loss(loss.detach())
         if ends_step:
+            control.watch.then(AGREEING)
             lr = plan.learning_rate(state.step)
             # The one place in a step where the host waits for the device, and the ranks for each other.
             verdict = health.judge(control.request.name is not None, ranks)
@@ -88,9 +90,9 @@ def train_epoch(
                 log.training(state, lr, _report(state, clock, ranks))
             log.advance()
             health.start_step()
-            control.after_step(state, loader)
             if verdict.stops:
                 raise StopAgreed
+            control.after_step(state, loader)
         control.watch.at(state.epoch, index + 1, LOADING)
 
 

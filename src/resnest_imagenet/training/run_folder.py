@@ -163,18 +163,24 @@ class RunFolder:
 
 def describe_environment(ranks: Ranks) -> dict[str, Any]:
     """Return what a reader needs to repeat a run: command, code, versions and devices."""
-    on_gpu = ranks.device.type == "cuda"
     return {
         "command": sys.argv,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": list_versions(),
-        "cuda": torch.version.cuda if on_gpu else None,
-        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if ranks.device.type == "cuda" else None,
+        "device": name_device(ranks),
         "cpus": os.cpu_count(),
         "ranks": ranks.world_size,
         "host": platform.node(),
     }
+
+
+def name_device(ranks: Ranks) -> str:
+    """Return what decides the order of additions: the GPU's name, or a CPU's instructions and threads."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_name(ranks.device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def list_versions() -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from resnest_imagenet.data.loader import Loader, choose_loader
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.distributed import Ranks, gather, gather_objects
 from resnest_imagenet.errors import CheckpointError
-from resnest_imagenet.training.run_folder import RunFolder, list_versions
+from resnest_imagenet.training.run_folder import RunFolder, list_versions, name_device
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -69,7 +69,8 @@ class Saver:
         if not path.exists():
             raise CheckpointError(f"{path}: not there: run_dir={self.run.path} is not shared by all ranks")
         saved = saved or load_checkpoint(path)
-        theirs = saved.get("identity", {})
+        theirs = saved.get("identity")
+        theirs = theirs if isinstance(theirs, dict) else {}
         changed = [option for option, value in self.identity.items() if theirs.get(option) != value]
         if not changed:
             return saved
@@ -85,7 +86,17 @@ class Saver:
         return None
 
     def restore(self, state: TrainingState, loader: Loader, saved: dict[str, Any]) -> None:
-        """Take over what `find` returned, and say what keeps the run from being the same bit for bit."""
+        """Take over what `find` returned, and say what keeps the run from being the same bit for bit.
+
+        Raises:
+            CheckpointError: it holds something else, as that of another version may.
+        """
+        try:
+            self._restore(state, loader, saved)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.run.checkpoints}: not of this version, or not a run's") from error
+
+    def _restore(self, state: TrainingState, loader: Loader, saved: dict[str, Any]) -> None:
         state.load_state_dict(saved, self.ranks)
         lists = saved["bad_images"]
         same_ranks = len(lists) == self.ranks.world_size
@@ -131,6 +142,6 @@ def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "train.batch_size": config.train.batch_size,
         "train.compile": config.train.compile,
         "loader": choose_loader(config.loader.name),
-        "device": ranks.device.type,
+        "device": name_device(ranks),
         **list_versions(),
     }

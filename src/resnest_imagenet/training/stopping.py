@@ -6,15 +6,17 @@ import threading
 import time
 from types import FrameType, TracebackType
 
+from resnest_imagenet.errors import Stopped
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The same request may come twice: from the scheduler to every process, and from torchrun to its ranks.
 SECONDS_OF_ONE_REQUEST = 2.0
 
 
 class StopRequest:
-    """Notes the signals that ask a run to stop; a later second one ends the process at once.
+    """Answers the signals that ask a run to stop: before the first step with `Stopped`, from then on by noting it.
 
-    Ending at once is safe: files are written whole or not at all.
+    A later second one ends the process at once. That is safe: files are written whole or not at all.
 
     Attributes:
         name: of the signal that came; None: none did.
@@ -28,6 +30,7 @@ class StopRequest:
         """
         self.name: str | None = None
         self._speaks = speaks
+        self._is_stepping = False
         self._since = 0.0
         self._process = os.getpid()
         self._before: dict[signal.Signals, object] = {}
@@ -44,11 +47,22 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.name else handler)  # type: ignore[arg-type]
 
+    def wait_for_step(self) -> None:
+        """From now on only note a signal: there is something to save."""
+        self._is_stepping = True
+
+    def agree(self) -> None:
+        """Take another rank's request for one to this rank: from now on it is about to leave."""
+        self.name = self.name or "another rank"
+        self._since = time.monotonic()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker: its parent decides
             return
         if self.name is None:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
+            if not self._is_stepping:
+                raise Stopped(f"{self.name}: stopped before the first step; the same command goes on")
             self._say(f"{self.name}: stopping after this step, with a checkpoint; a second one leaves at once")
         elif time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
             self._say("a second signal: leaving at once")

@@ -1,7 +1,9 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
-from contextlib import closing
+import inspect
+from contextlib import ExitStack, closing
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.config import RecipeOptions, TrainConfig
+from resnest_imagenet.config import DataOptions, RecipeOptions, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
@@ -40,26 +42,21 @@ def train(config: TrainConfig) -> TrainingState:
         UserError: for what a user can cause, as one line.
         Stopped: after a signal, with a checkpoint.
     """
-    # 1. What can be refused before any data is touched.
-    require_model(config.model.name)
-    choose_loader(config.loader.name)
     rank, _, world_size = distributed.launched_as()
-    count_accumulation(config.train, world_size)
-    device = distributed.choose_device(config.device)
-    # 2. The data, and with it the steps and the width of the classifier.
-    data = config.data
-    train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
-    val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
-    require_same_classes(train_set, val_set)
-    config = _fix_num_classes(config, train_set)
-    plan = plan_steps(len(train_set), config.train, world_size)
-    # 3. The run folder, for this process alone, and the other ranks.
     run = RunFolder(config.run_dir, config.checkpoint.keep, is_main=rank == 0)
-    with (
-        run.opened(),
-        distributed.join(device, config.timeout_seconds) as ranks,
-        supervise(ranks, config.timeout_seconds, run.write_end) as watch,
-    ):
+    with run.opened(), StopRequest(speaks=rank == 0) as request, ExitStack() as stack:
+        # 1. What can be refused before any data is touched.
+        require_model(config.model.name)
+        choose_loader(config.loader.name)
+        count_accumulation(config.train, world_size)
+        device = distributed.choose_device(config.device)
+        # 2. The data, and with it the steps and the width of the classifier.
+        train_set, val_set = _open_data(config.data)
+        config = _fix_num_classes(config, train_set)
+        plan = plan_steps(len(train_set), config.train, world_size)
+        # 3. The other ranks.
+        ranks = stack.enter_context(distributed.join(device, config.timeout_seconds))
+        watch = stack.enter_context(supervise(ranks, config.timeout_seconds, run.write_end))
         # 4. The loaders: this rank's share of both sets.
         train_loader = _build_train_loader(config, train_set, plan, ranks)
         eval_transform = EvalTransform(config.eval.crop, **config.protocol.model_dump())
@@ -85,15 +82,16 @@ def train(config: TrainConfig) -> TrainingState:
         network = _wrap(state.model, config.train, ranks)
         # 6. The epochs, to the end or to a signal.
         log = RunLog(run.path, plan, config.log.every_steps, state, ranks.is_main)
-        with closing(log), StopRequest(speaks=ranks.is_main) as request, Health(state, config.train) as health:
+        with closing(log), Health(state, config.train) as health:
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
+            request.wait_for_step()
             try:
                 while state.epoch < config.train.epochs:
                     if dropblock:
                         dropblock.set_probability(dropblock_probability(config.train, state.epoch))
                     train_epoch(state, network, train_loader, plan, config.train, config.seed, control)
                     distributed.broadcast_buffers(state.evaluated_model)
-                    pause = partial(control.before_eval_batch, state.epoch)
+                    pause = partial(control.before_eval_batch, state.epoch, len(train_loader.plan))
                     accuracy = evaluate(state.evaluated_model, eval_loader, ranks, config.train.precision, pause)
                     state.epoch += 1
                     log.evaluation(state, accuracy, eval_transform)
@@ -101,11 +99,20 @@ def train(config: TrainConfig) -> TrainingState:
                     state.best_top1 = max(state.best_top1, accuracy.top1)
                     control.save(state, train_loader, is_best)
             except StopAgreed:
+                request.agree()
                 control.save(state, train_loader)
                 distributed.gather(0, ranks)  # none leaves before the checkpoint is written
                 raise Stopped(f"stopped after step {state.step}; the same command goes on") from None
         run.write_status("finished", exit_code=0, epoch=state.epoch, step=state.step, best_top1=state.best_top1)
     return state
+
+
+def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
+    """List the images of both parts."""
+    train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
+    val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
+    require_same_classes(train_set, val_set)
+    return train_set, val_set
 
 
 def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig:
@@ -171,7 +178,11 @@ def _wrap(model: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> nn.Module:
     network = model
     if distributed.has_joined():
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        # BN statistics are used in evaluation only, which takes rank 0's. torch 2.13 has another name for it.
+        parameters = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, sync: False}
+        network = DistributedDataParallel(model, device_ids=devices, **options)
     if recipe.compile:
         network.compile()
     if distributed.has_joined():

@@ -68,12 +68,14 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         return replace(weights, model=model, classes=classes)
     if {"config", "classes", "epoch"} <= content.keys():
         try:
-            options, training = content["config"]["model"], content["config"]["train"]
-            return replace(
-                weights, model=options["name"], classes=content["classes"], training=training, epoch=content["epoch"]
-            )
+            name, training = content["config"]["model"]["name"], content["config"]["train"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{source}: a checkpoint without its configuration") from error
+        classes, epoch = content["classes"], content["epoch"]
+        has_names = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
+        if not (has_names and isinstance(name, str) and isinstance(training, dict) and isinstance(epoch, int)):
+            raise CheckpointError(f"{source}: not a configuration of this project")
+        return replace(weights, model=name, classes=classes, training=training, epoch=epoch)
     return weights
 
 

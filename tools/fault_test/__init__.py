@@ -1,0 +1,1 @@
+"""The fault test: `make fault-test`."""

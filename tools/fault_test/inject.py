@@ -1,0 +1,211 @@
+"""Faults that are put into a trainer of this project, on purpose: in the process that runs it, before it starts.
+
+As a program (under torchrun): resnest-train with the faults of the environment variable FAULTS, a JSON list of
+[name, arguments]; they happen in the first attempt only, not after a restart.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+FAULTS: dict[str, Callable[..., None]] = {}
+
+
+def fault(install: Callable[..., None]) -> Callable[..., None]:
+    """Give a function its place in the table."""
+    FAULTS[install.__name__] = install
+    return install
+
+
+def die() -> None:
+    """End this process as kill -9 does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _before_loss(at_rank: int | None, epoch: int, batch: int, act: Callable[[], None]) -> None:
+    """Act before a batch's loss is computed; batches are numbered over all ranks."""
+    from resnest_imagenet.training import loop
+
+    real = loop.compute_loss
+
+    def compute_loss(*args: Any) -> Any:
+        if args[-2:] == (epoch, batch) and at_rank in (None, rank()):
+            act()
+        return real(*args)
+
+    loop.compute_loss = compute_loss
+
+
+@fault
+def killed(at_rank: int, epoch: int, batch: int) -> None:
+    """A rank is killed."""
+    _before_loss(at_rank, epoch, batch, die)
+
+
+@fault
+def hangs(at_rank: int, epoch: int, batch: int) -> None:
+    """A rank waits for ever."""
+    _before_loss(at_rank, epoch, batch, lambda: time.sleep(3600))
+
+
+@fault
+def raises(at_rank: int, epoch: int, batch: int) -> None:
+    """A rank meets a bug."""
+
+    def act() -> None:
+        raise ValueError(f"a bug of rank {at_rank}")
+
+    _before_loss(at_rank, epoch, batch, act)
+
+
+@fault
+def gets_signal(name: str, at_rank: int, epoch: int, batch: int) -> None:
+    """A rank gets a signal."""
+    _before_loss(at_rank, epoch, batch, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+@fault
+def has_bad_loss(value: str, at_rank: int, epoch: int, batch: int) -> None:
+    """The loss of one batch is not finite."""
+    from resnest_imagenet.training import loop
+
+    real = loop.compute_loss
+
+    def compute_loss(*args: Any) -> Any:
+        loss = real(*args)
+        return loss * float(value) if args[-2:] == (epoch, batch) and rank() == at_rank else loss
+
+    loop.compute_loss = compute_loss
+
+
+@fault
+def has_bad_gradient(value: str, at_rank: int, epoch: int, batch: int) -> None:
+    """The gradient of one batch is not finite, while its loss is."""
+    from resnest_imagenet.training import loop
+
+    real = loop.compute_loss
+
+    def compute_loss(*args: Any) -> Any:
+        loss = real(*args)
+        if args[-2:] == (epoch, batch) and rank() == at_rank:
+            loss.register_hook(lambda gradient: gradient * float(value))
+        return loss
+
+    loop.compute_loss = compute_loss
+
+
+@fault
+def killed_in_write(place: str, number: int, share: float) -> None:
+    """Killed while a checkpoint is written.
+
+    Args:
+        place: "bytes" (after a share of the file), "before_rename", "after_rename" or "before_removal".
+        number: of the file since the start: best.pt counts too.
+        share: of the bytes.
+    """
+    from resnest_imagenet import checkpoint, files
+    from resnest_imagenet.training import run_folder
+
+    written = 0
+    real_replacing, real_rename, real_list = checkpoint.replacing, os.replace, run_folder.RunFolder.list_checkpoints
+
+    class Dying:
+        def __init__(self, file: Any, size: int) -> None:
+            self._file, self._left = file, int(size * share)
+
+        def write(self, data: Any) -> int:
+            data = memoryview(data).cast("B")
+            if len(data) >= self._left:
+                self._file.write(data[: self._left])
+                self._file.flush()
+                die()
+            self._left -= len(data)
+            return self._file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    @contextmanager
+    def replacing(path: Any) -> Any:
+        nonlocal written
+        written += 1
+        with real_replacing(path) as file:
+            size = max((other.stat().st_size for other in path.parent.glob("*.pt")), default=10**6)
+            yield Dying(file, size) if place == "bytes" and written == number else file
+
+    def rename(source: Any, target: Any) -> None:
+        is_it = str(target).endswith(".pt") and written == number
+        if is_it and place == "before_rename":
+            die()
+        real_rename(source, target)
+        if is_it and place == "after_rename":
+            die()
+
+    def list_checkpoints(self: Any) -> Any:
+        if place == "before_removal" and written >= number:
+            die()
+        return real_list(self)
+
+    checkpoint.replacing = replacing
+    files.os.replace = rename
+    run_folder.RunFolder.list_checkpoints = list_checkpoints
+
+
+@fault
+def has_full_disk(num_bytes: int) -> None:
+    """No file may grow beyond so many bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+@fault
+def says_where_it_stops() -> None:
+    """Every rank prints its step when it stops."""
+    from resnest_imagenet.errors import Stopped
+    from resnest_imagenet.training import train as module
+
+    real = module.train
+
+    def train(config: Any) -> Any:
+        try:
+            return real(config)
+        except Stopped as error:
+            print(f"rank {rank()} {error}", file=sys.stderr, flush=True)
+            raise
+
+    module.train = train
+
+
+@fault
+def is_small_release() -> None:
+    """resnest-data prepare takes two images in each part for all of ImageNet."""
+    from functools import partial
+
+    from resnest_imagenet.data import prepare
+
+    small = prepare.Release({}, num_classes=2, num_images={"train": 2, "val": 2})
+    prepare.prepare_images = partial(prepare.prepare_images, release=small)
+
+
+def install(faults: list[tuple[str, list[Any]]]) -> None:
+    """Put faults into this process."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        for name, arguments in faults:
+            FAULTS[name](*arguments)
+
+
+if __name__ == "__main__":
+    install(json.loads(os.environ["FAULTS"]))
+    from resnest_imagenet.commands.train import main
+
+    main()
