@@ -41,7 +41,7 @@ def survive_kill(place: Place) -> dict[str, Any]:
 def survive_kill_in_write(place: Place) -> dict[str, Any]:
     """Kill -9 inside the writing of a checkpoint: nothing is lost that was written before, and nothing is left over."""
     rng = random.Random(2)
-    options = ("checkpoint.every_steps=1", "checkpoint.keep=2", "train.ema_decay=0.9", "train.epochs=4", "loader=dali")
+    options = ("checkpoint.every_steps=1", "checkpoint.keep=2", "train.ema_decay=0.9", "train.epochs=10", "loader=dali")
     moments = [("bytes", rng.random()) for _ in range(14)]
     moments += [(where, 0.0) for where in ("before_rename", "after_rename", "before_removal") for _ in range(2)]
     rng.shuffle(moments)
