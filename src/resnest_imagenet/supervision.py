@@ -29,8 +29,8 @@ STARTING, LOADING, FORWARD, BACKWARD, AGREEING, EVALUATING, SAVING = _ORDER = (
 class Watch:
     """Publishes how far this rank is, and ends it where the run can't go on, even from within a collective.
 
-    A thread of its own does so, some times per timeout. Of ranks that wait for each other the one that is furthest
-    behind is at fault.
+    Of ranks that wait for each other the one that is furthest behind is at fault. One thread talks to the others and
+    another one decides: talk may wait for ever where a cable is cut.
     """
 
     def __init__(self, ranks: Ranks, timeout: float, on_abort: Callable[[UserError], None]) -> None:
@@ -40,10 +40,11 @@ class Watch:
         self._beat = min(2.0, timeout / 10)
         self._place: tuple[int, int, str] = (0, 0, STARTING)
         self._moved = time.monotonic()
+        self._failure: DistributedError | None = None
         self._ended = threading.Event()
         # A connection of its own: one that waits for a key keeps others waiting.
         self._store = ranks.store.clone() if ranks.store else None  # type: ignore[attr-defined] # torch's stub lacks it
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._guard, self._talk)]
 
     def at(self, epoch: int, batch: int, doing: str) -> None:
         """Say where this rank is: all ranks pass the same places in the same order."""
@@ -57,13 +58,14 @@ class Watch:
     def start(self) -> None:
         """Begin to watch, where there is somebody to watch."""
         if self._store:
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
 
     def end(self) -> None:
         """Stop watching."""
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads if self._store else []:
+            thread.join(self._beat)
 
     def publish(self, error: UserError, rank: int | None) -> bool:
         """Tell the other ranks what ends the run, and of which rank; say whether this is the first to be told."""
@@ -88,26 +90,35 @@ class Watch:
                 return failure
         return _lost()
 
-    def _run(self) -> None:
+    def _talk(self) -> None:
         assert self._store
-        failure: DistributedError | None = None
-        beats, first_seen = 0, 0.0
+        beats = 0
         while not self._ended.wait(self._beat):
             beats += 1
             try:
                 self._store.set(f"progress {self._ranks.rank}", json.dumps([self._place, beats]))
-                failure = self._read_failure()
-                if failure is None and time.monotonic() - self._moved > self._timeout:
+                self._failure = self._read_failure()
+                if self._failure is None and time.monotonic() - self._moved > self._timeout:
                     self._accuse()
-                    failure = self._read_failure()
+                    self._failure = self._read_failure()
             except RuntimeError:  # whoever holds the store has left
-                failure = failure or _lost()
-            if failure:
-                first_seen = first_seen or time.monotonic()
-                still = time.monotonic() - self._moved
-                if still > self._timeout or min(still, time.monotonic() - first_seen) > SECONDS_TO_LEAVE:
-                    self._on_abort(failure)
-                    os._exit(failure.exit_code)
+                self._failure = self._failure or _lost()
+
+    def _guard(self) -> None:
+        first_seen = None
+        while not self._ended.wait(self._beat):
+            still = time.monotonic() - self._moved
+            failure = self._failure or (_lost() if still > self._timeout + SECONDS_TO_LEAVE else None)
+            if failure is None:
+                continue
+            first_seen = first_seen or time.monotonic()
+            # A rank that hangs leaves when the others have heard of it; one that does not has time to end by itself.
+            patience = 2 * self._beat if still > self._timeout else SECONDS_TO_LEAVE
+            if min(still, time.monotonic() - first_seen) > patience:
+                if not failure.is_said:
+                    print(f"resnest-train: rank {self._ranks.rank}: {failure}", file=sys.stderr, flush=True)
+                self._on_abort(failure)
+                os._exit(failure.exit_code)
 
     def _accuse(self) -> None:
         """Publish who keeps the others waiting, and be the one that says it."""
