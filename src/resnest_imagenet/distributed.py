@@ -138,7 +138,8 @@ def tell_launcher(line: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w") as file:
-            json.dump({"message": line, "timestamp": int(time.time())}, file)
+            details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": line, "extraInfo": details}}, file)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -72,7 +72,7 @@ start slurmctld slurmctld -D
 start n1 slurmd -D -N n1
 start n2 slurmd -D -N n2
 is_up() { [[ $(sinfo --noheader --partition urgent --format %T 2>/dev/null) == idle ]]; }
-for _ in {1..60}; do is_up || sleep 0.5; done
+for _ in {1..60}; do is_up && break || sleep 0.5; done
 if ! is_up; then
   echo "skipped: the cluster does not come up:" "$(grep -h error: "$folder"/{slurmctld,n1,n2,munged}.log | tail -1)"
   exit 77
