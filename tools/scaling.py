@@ -50,7 +50,7 @@ class Network:
         compute, end = self.plan.global_batch / gpus / speed, 0.0
         for ready, size in self.buckets:
             end = max(end, compute * (1 - BACKWARD + BACKWARD * ready)) + all_reduce(size, gpus, gbits)
-        # After the backward pass the ranks agree whether to apply the step.
+        # After the backward pass the ranks agree whether to apply the step: the GPUs wait for it, the hosts do not.
         return compute, end - compute + all_reduce(8 * gpus, gpus, gbits)
 
 

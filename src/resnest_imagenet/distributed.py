@@ -161,13 +161,18 @@ def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
     return values
 
 
-def gather(value: "int | torch.Tensor", ranks: Ranks) -> list[int]:
-    """Return every rank's integer, by rank; one that is on the device is read there by the ranks' sum only."""
+def gather_on_device(value: "int | torch.Tensor", ranks: Ranks) -> "torch.Tensor":
+    """Return every rank's integer, int64 (world_size,); a GPU has it when it gets there, its host does not wait."""
     import torch
 
     values = torch.zeros(ranks.world_size, dtype=torch.int64, device=ranks.device)
     values[ranks.rank] = value
-    return sum_over_ranks(values).tolist()
+    return sum_over_ranks(values)
+
+
+def gather(value: int, ranks: Ranks) -> list[int]:
+    """Return every rank's integer, by rank."""
+    return gather_on_device(value, ranks).tolist()
 
 
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:

@@ -5,7 +5,7 @@ from torch import nn
 from conftest import compose_config
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.training.optimizer import build_optimizer, group_parameters
+from resnest_imagenet.training.optimizer import build_optimizer, complete_state, group_parameters, take_step
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -44,3 +44,65 @@ def test_sgd_is_nesterov_with_the_recipes_numbers():
     recipe = compose_config("train", TrainConfig, "data.root=/x", "recipe=torchvision_v1").train
     optimizer = build_optimizer(nn.Linear(2, 2), recipe)
     assert [(g["nesterov"], g["weight_decay"]) for g in optimizer.param_groups] == [(False, 1e-4), (False, 1e-4)]
+
+
+def make_optimizer(momentum=0.9):
+    torch.manual_seed(0)
+    recipe = compose_config("train", TrainConfig, "data.root=/x").train
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 37)).to(memory_format=torch.channels_last)
+    recipe = recipe.model_copy(update={"momentum": momentum, "nesterov": momentum > 0})
+    return network, build_optimizer(network, recipe)
+
+
+def set_gradients(network, value=None):
+    for parameter in network.parameters():
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
+        if value is not None:
+            parameter.grad.fill_(value)
+
+
+def read_all(network, optimizer):
+    return [*network.state_dict().values(), *(each["momentum_buffer"] for each in optimizer.state.values() if each)]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1.0])
+def test_a_step_that_is_left_out_leaves_no_trace(momentum, steps_before, value):
+    network, optimizer = make_optimizer(momentum)
+    for _ in range(steps_before):
+        set_gradients(network)
+        take_step(optimizer, 0.1, torch.tensor(0.0))
+    before = [each.clone() for each in read_all(network, optimizer)]
+    set_gradients(network, value)
+    take_step(optimizer, 0.1, torch.tensor(1.0))
+    assert all(torch.equal(one, other) for one, other in zip(before, read_all(network, optimizer), strict=True))
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_steps_are_torchs_up_to_rounding_and_go_on_from_what_an_earlier_version_saved():
+    """Its checkpoints have an optimiser that is not fused, and no momentum before the first step."""
+    for steps_before in (0, 2):
+        network, optimizer = make_optimizer()
+        twin = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 37))
+        twin.load_state_dict(network.state_dict())
+        reference = torch.optim.SGD(group_parameters(twin, 1e-4), lr=0.1, momentum=0.9, nesterov=True)
+
+        def set_same_gradients(network=network, twin=twin):
+            set_gradients(network)
+            for one, other in zip(network.parameters(), twin.parameters(), strict=True):
+                other.grad = one.grad.contiguous().clone()
+
+        for _ in range(steps_before):
+            set_same_gradients()
+            reference.step()
+        network.load_state_dict(twin.state_dict())
+        optimizer.load_state_dict(reference.state_dict())
+        complete_state(optimizer)
+        for _ in range(3):
+            set_same_gradients()
+            reference.step()
+            take_step(optimizer, 0.1, torch.tensor(0.0))
+        assert network[0].weight.stride() != twin[0].weight.stride()
+        for one, other in zip(read_all(network, optimizer), read_all(twin, reference), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

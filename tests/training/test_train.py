@@ -12,6 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ALONE, CPU, newest_checkpoint
 from resnest_imagenet import build_model
@@ -24,9 +26,11 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import ERandomCrop, TrainTransform
 from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
+from resnest_imagenet.evaluation.counting import Accuracy
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.models.dropblock import DropBlock
-from resnest_imagenet.supervision import Watch
+from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, Watch
+from resnest_imagenet.training import health as health_module
 from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.control import Control
@@ -156,8 +160,10 @@ def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monke
         assert load_checkpoint(newest_checkpoint(tmp_path / "stopped"))["step"] == step
         return status
 
-    at_batch(0, 3, ask_to_stop)  # the second of step 1's two batches
+    at_batch(0, 1, ask_to_stop)  # the second of step 1's two batches: read at the end of the next step
     assert stops_at(2)["exit_code"] == 75
+    at_batch(0, 5, ask_to_stop)  # after this step comes a checkpoint anyway
+    stops_at(3)
     at_batch(0, 11, ask_to_stop)
     stops_at(6)
     monkeypatch.setattr(train_module, "evaluate", lambda *args: (ask_to_stop(), real_evaluate(*args)))
@@ -318,8 +324,12 @@ def test_in_fp16_a_scale_below_1_is_no_excuse(small_run):
         state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": scale})
         with Health(state, config.train) as health:
             state.scaler.scale(state.model(torch.full((1, 2), torch.inf)).sum()).backward()
-            verdict = health.judge(False, ALONE)
-            assert (verdict.is_finite, verdict.is_sound, verdict.unsound) == (False, is_sound, [])
+            assert health.judge(0.1, False, ALONE) == 1
+            if is_sound:
+                assert [(each.is_skipped, each.unsound) for each in health.read()] == [(False, [])]
+            else:
+                with pytest.raises(NonFiniteError, match="the sum over the ranks: .* at step 1, learning rate 0.1;"):
+                    list(health.read())
             state.scaler.update()
             state.optimizer.zero_grad()
 
@@ -439,6 +449,115 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path):
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "failed" and "not finite at step" in status["error"]
     assert status["exit_code"] == 5
+
+
+@pytest.fixture
+def bad_losses(monkeypatch):
+    """Make the losses of batches not finite: (epoch, number of the batch over all ranks)."""
+
+    def install(*places):
+        real = loop_module.compute_loss
+        bad = lambda *args: real(*args) * (torch.nan if args[-2:] in places else 1.0)  # noqa: E731
+        monkeypatch.setattr(loop_module, "compute_loss", bad)
+
+    return install
+
+
+def test_what_is_skipped_does_not_depend_on_when_it_is_read(small_run, tmp_path, bad_losses):
+    """At the end of the next step, before a report, or at once; the first step of the run among them."""
+    bad_losses((0, 0), (0, 3), (1, 1))
+    options = ("train.max_skipped_steps=3", "train.ema_decay=0.9", "log.every_steps=4", "checkpoint.keep=20")
+    options += ("train.dropout=0.2", "train.lr_per_256=0.8")
+    for name, steps in (("late", 1000), ("at_once", 1)):
+        train(small_run(*options, f"checkpoint.every_steps={steps}", run=name))
+    late, at_once = (load_checkpoint(newest_checkpoint(tmp_path / run)) for run in ("late", "at_once"))
+    assert late.pop("config")["run_dir"] != at_once.pop("config")["run_dir"]
+    assert (late["skipped"], late["ema_updates"]) == (3, 9)
+    assert_equal(late, at_once)
+    events = read_events(tmp_path / "late")
+    assert without_clock(events) == without_clock(read_events(tmp_path / "at_once"))
+    assert [(e["event"], e["epoch"], e["step"]) for e in events] == [
+        ("skipped", 0, 1), ("skipped", 0, 4), ("train", 0, 4), ("train", 0, 6), ("eval", 1, 6),
+        ("skipped", 1, 8), ("train", 1, 8), ("train", 1, 12), ("eval", 2, 12),
+    ]  # fmt: skip
+    first = load_checkpoint(tmp_path / "at_once/checkpoints/step-000000001.pt")
+    assert (first["ema_updates"], first["steps_summed"], first["loss_sums"]) == (0, 0, [0.0])
+    assert not any(each["momentum_buffer"].any() for each in first["optimizer"]["state"].values())
+    moved = [name for name, value in first["model"].items() if "running_mean" in name and value.any()]
+    assert not moved and not torch.equal(first["model"]["fc.weight"], late["model"]["fc.weight"])
+
+
+def test_a_run_that_ends_with_a_step_names_it_and_saves_nothing_after_it(small_run, tmp_path, bad_losses):
+    bad_losses((0, 1), (0, 3))
+    options = ("train.max_skipped_steps=1", "train.warmup_epochs=0", "checkpoint.every_steps=5", "log.every_steps=100")
+    with pytest.raises(NonFiniteError, match=r"rank 0: .* at step 4, learning rate 0.02134;.*\(number 2, .*steps=1\)"):
+        train(small_run(*options))
+    assert [(e["event"], e["step"]) for e in read_events(tmp_path / "run")] == [("skipped", 2)]
+    assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
+
+
+HOST_READS = {"tolist", "numpy", "item", "cpu", "nonzero", "unique", "masked_select", "is_nonzero", "equal"}
+HOST_READS |= {"__array__", "__bool__", "__contains__", "__float__", "__index__", "__int__", "__repr__"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_between_reports_the_host_reads_only_what_came_of_the_step_before(device, precision, small_run, monkeypatch):
+    """Whatever it reads of this step it has to wait for. On a GPU torch itself refuses to, besides."""
+    reads, verdicts, now = [], [], SimpleNamespace(step=0, counts=False)
+
+    def note(name):
+        if now.counts:
+            reads.append((now.step, name))
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name = getattr(function, "__name__", "")
+            if name in HOST_READS:
+                note(name)
+            return function(*args, **(kwargs or {}))
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            name = operator.overloadpacket.__name__
+            masks = name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
+            if masks or name in HOST_READS | {"_local_scalar_dense", "_unique2", "unique_dim"}:
+                note(name)
+            return operator(*args, **(kwargs or {}))
+
+    def at(watch, epoch, batch, doing):
+        real_at(watch, epoch, batch, doing)
+        now.step = batch // 2 + 1
+        now.counts = doing in (FORWARD, BACKWARD, AGREEING)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if now.counts and now.step not in (4, 6) else "default")
+
+    def read(unread):
+        counted, now.counts = now.counts, False
+        verdicts.append((unread.step, now.step))
+        verdict = real_read(unread)
+        now.counts = counted
+        return verdict
+
+    def watched_epoch(*args):
+        with Functions(), Operators():
+            real_epoch(*args)
+
+    real_at, real_read, real_epoch = Watch.at, health_module._Unread.read, train_module.train_epoch
+    monkeypatch.setattr(Watch, "at", at)
+    monkeypatch.setattr(health_module._Unread, "read", read)
+    monkeypatch.setattr(train_module, "train_epoch", watched_epoch)
+    # fp16 is slow on a CPU: six steps of four images, and no evaluation.
+    shorten = lambda *args: replace(plan_steps(*args), steps_per_epoch=6, total_steps=6)  # noqa: E731
+    monkeypatch.setattr(train_module, "plan_steps", shorten)
+    monkeypatch.setattr(train_module, "evaluate", lambda *args: Accuracy(0, 0, 1))
+    options = ("train.epochs=1", "train.warmup_epochs=0", "train.batch_size=2", "train.global_batch=4")
+    options += ("train.mixup_alpha=0.2", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
+    options += ("train.cutmix_alpha=1.0", "train.erasing=0.5", "train.dropout=0.2", "train.dropblock=0.2")
+    options += ("train.crop=48", "train.ema_decay=0.9", "train.max_skipped_steps=2", "log.every_steps=4")
+    train(small_run(*options, f"device={device}", f"train.precision={precision}"))
+    assert {step for step, _ in reads} == {4, 6}, reads  # the reports
+    assert verdicts == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6), (6, 6)]
 
 
 def test_refusals_before_training(small_run, tmp_path):

@@ -252,8 +252,10 @@ class DaliLoader:
             start += 1
             nhwc = torch.from_dlpack(images.as_tensor())
             label = torch.from_dlpack(labels.as_tensor())
-            # A copy that waits: DALI may use the labels' memory again.
-            yield nhwc.permute(0, 3, 1, 2), label.to(self._device)
+            if self._device.type == "cuda":
+                # A copy of DALI's memory, pinned: from other memory the host would wait for all that the GPU has to do.
+                label = label.pin_memory()
+            yield nhwc.permute(0, 3, 1, 2), label.to(self._device, non_blocking=True)
         pipeline.reset()
         self._pipeline = pipeline
 

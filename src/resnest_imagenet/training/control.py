@@ -40,13 +40,30 @@ class Control:
     saver: Saver
     steps_between_saves: int
 
-    def after_step(self, state: TrainingState, loader: Loader) -> None:
-        """Save where it is due."""
-        if state.step % self.steps_between_saves == 0:
-            self.save(state, loader)
+    def settle(self, leave: int = 0) -> bool:
+        """Take note of what came of the steps, but for so many of the last ones; say whether the ranks stop.
+
+        Raises:
+            NonFiniteError: on all ranks; the steps it is about were applied nowhere.
+        """
+        stops = False
+        for verdict in self.health.read(leave):
+            stops |= verdict.stops
+            if verdict.is_skipped:
+                self.log.skipped(verdict)
+        return stops
+
+    def is_save_due(self, state: TrainingState) -> bool:
+        """Say whether to save after a step within an epoch."""
+        return state.step % self.steps_between_saves == 0
 
     def save(self, state: TrainingState, loader: Loader, is_best: bool = False) -> None:
-        """Write a checkpoint; all ranks take part."""
+        """Write a checkpoint; all ranks take part.
+
+        Raises:
+            NonFiniteError: what came of the last step was not known yet; nothing is written.
+        """
+        self.settle()
         self.watch.then(SAVING)
         self.log.synchronise()
         self.saver.save(state, loader, is_best)

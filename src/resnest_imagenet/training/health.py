@@ -1,43 +1,57 @@
-"""Losses and gradients that are not finite: found before a step is applied, by all ranks together."""
+"""Losses and gradients that are not finite: found before a step is applied, by all ranks together, on the device.
+
+The host reads later what came of a step: a GPU whose host waits for it in every step has nothing to do meanwhile.
+"""
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.config import RecipeOptions
-from resnest_imagenet.distributed import Ranks, gather
+from resnest_imagenet.distributed import Ranks, gather_on_device
 from resnest_imagenet.errors import NonFiniteError
 from resnest_imagenet.training.state import TrainingState
+
+# What a rank says of a step, added up. The second is the same on all ranks.
+UNSOUND, TOO_LARGE, STOPS = 1, 2, 4
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks know of a step before it is applied.
+    """What came of a step, the same on all ranks.
 
     Attributes:
+        epoch: epochs done before it.
+        step: its number in the run, from 1.
+        lr: its learning rate.
         unsound: the ranks whose loss or gradient is not finite.
-        is_finite: whether the gradient summed over the ranks is.
-        is_sound: whether the step may be taken; in fp16 also where the gradient is not finite: the scaler then leaves
-            it out, and lowers its scale.
+        is_skipped: whether it was not applied for that, or because the gradient summed over the ranks is not finite. In
+            fp16 the scaler leaves out those too, and lowers its scale: that is no fault of a step.
         stops: whether a rank was asked to stop.
     """
 
+    epoch: int
+    step: int
+    lr: float
     unsound: list[int]
-    is_finite: bool
-    is_sound: bool
+    is_skipped: bool
     stops: bool
 
 
 class Health:
-    """Finds losses and gradients that are not finite, on the device; one number is read for each step."""
+    """Finds losses and gradients that are not finite, and leaves their steps out."""
 
     def __init__(self, state: TrainingState, recipe: RecipeOptions) -> None:
         self._state = state
         self._is_scaled = state.scaler.is_enabled()
         self._max_skipped = recipe.max_skipped_steps
         self._parameters = list(state.model.parameters())
+        self._buffers = list(state.model.buffers()) if self._max_skipped else []
+        self._unread: deque[_Unread] = deque()
         # Before the ranks' gradients are added, and so on the rank that is at fault: the first layer's gradient has
         # come through all others.
         self._hook = self._parameters[0].register_hook(self._look_at)
@@ -51,52 +65,100 @@ class Health:
 
     def start_step(self) -> None:
         """Forget the last step."""
-        self._loss_sum = self._state.loss_sum.clone()
+        self._loss_sum = self._state.loss_sum
         self._has_bad_gradient = torch.zeros_like(self._loss_sum, dtype=torch.bool)
         # A forward pass that is undone has already moved the BN statistics.
-        self._buffers = [buffer.clone() for buffer in self._state.model.buffers()] if self._max_skipped else []
+        self._before = [buffer.clone() for buffer in self._buffers]
 
     def add_loss(self, loss: Tensor) -> None:
         """Add one batch's share of the step's loss."""
-        self._loss_sum += loss
+        self._loss_sum = self._loss_sum + loss
 
-    def judge(self, wants_to_stop: bool, ranks: Ranks) -> Verdict:
-        """Agree with the other ranks about the step; waits for the device."""
-        self._state.scaler.unscale_(self._state.optimizer)
+    def judge(self, lr: float, wants_to_stop: bool, ranks: Ranks) -> Tensor:
+        """Agree with the other ranks about the step, and take back its loss and BN statistics where it is skipped.
+
+        Args:
+            lr: its learning rate.
+            wants_to_stop: whether this rank was asked to.
+            ranks: who takes part.
+
+        Returns:
+            float32 scalar on the device: 1 where its gradients, now unscaled, must not be applied, else 0.
+        """
+        state = self._state
+        is_bad = ~self._loss_sum.isfinite()
+        state.scaler.unscale_(state.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         # The largest, which is finite where all are: a sum of squares may overflow.
         has_overflown = ~nn.utils.get_total_norm(gradients, math.inf).isfinite()
-        is_bad = ~self._loss_sum.isfinite()
-        if not self._is_scaled:
+        if self._is_scaled:
+            # The scale is what is too high, unless it is below 1.
+            is_too_large = has_overflown & (state.scaler.scale(torch.ones_like(self._loss_sum)) < 1)
+        else:
+            is_too_large = has_overflown
             is_bad |= self._has_bad_gradient
-        codes = gather(is_bad + 2 * has_overflown + 4 * wants_to_stop, ranks)
-        unsound = [rank for rank, code in enumerate(codes) if code & 1]
-        is_finite = not codes[0] & 2
-        # A scale below 1 is not what is too high.
-        is_sound = not unsound and (is_finite or (self._is_scaled and self._state.scaler.get_scale() >= 1))
-        return Verdict(unsound, is_finite, is_sound, any(code & 4 for code in codes))
+        code = UNSOUND * is_bad + TOO_LARGE * is_too_large + STOPS * wants_to_stop
+        codes = gather_on_device(code, ranks)
+        self._unread.append(_send(codes, state, lr))
+        is_skipped = (codes & (UNSOUND | TOO_LARGE)).any()
+        state.loss_sum = torch.where(is_skipped, state.loss_sum, self._loss_sum)
+        state.steps_summed += 1
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            torch.where(is_skipped, before, buffer, out=buffer)
+        return (is_skipped | has_overflown).float()
 
-    def accept_step(self) -> None:
-        """Count the step's loss."""
-        self._state.loss_sum, self._state.steps_summed = self._loss_sum, self._state.steps_summed + 1
+    def read(self, leave: int = 0) -> Iterator[Verdict]:
+        """Yield what was not read before, and count the steps that were skipped; waits for the device.
 
-    def undo_step(self, verdict: Verdict, lr: float) -> None:
-        """Leave the step out.
+        Args:
+            leave: so many of the last steps are not read yet.
 
         Raises:
-            NonFiniteError: more of them than may be.
+            NonFiniteError: at a step that was skipped, where that is one too many.
         """
-        self._state.skipped += 1
-        if self._state.skipped > self._max_skipped:
+        while len(self._unread) > leave:
+            verdict = self._unread.popleft().read()
+            if verdict.is_skipped:
+                self._count_skipped(verdict)
+            yield verdict
+
+    def _count_skipped(self, verdict: Verdict) -> None:
+        state = self._state
+        state.skipped, state.steps_summed = state.skipped + 1, state.steps_summed - 1
+        if state.skipped > self._max_skipped:
             who = f"rank {', '.join(map(str, verdict.unsound))}" if verdict.unsound else "the sum over the ranks"
             raise NonFiniteError(
-                f"{who}: loss or gradient not finite at step {self._state.step + 1}, learning rate {lr:.4g}; it was "
-                f"not applied (number {self._state.skipped}, train.max_skipped_steps={self._max_skipped})"
+                f"{who}: loss or gradient not finite at step {verdict.step}, learning rate {verdict.lr:.4g}; it was "
+                f"not applied (number {state.skipped}, train.max_skipped_steps={self._max_skipped})"
             )
-        self._state.scaler.update()
-        self._state.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self._state.model.buffers(), self._buffers, strict=True):
-            buffer.copy_(before)
 
     def _look_at(self, gradient: Tensor) -> None:
         self._has_bad_gradient |= ~gradient.isfinite().all()
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A verdict on its way to the host, where `codes` has it when `event`, of a GPU, has passed."""
+
+    epoch: int
+    step: int
+    lr: float
+    codes: Tensor
+    event: torch.cuda.Event | None
+
+    def read(self) -> Verdict:
+        if self.event is not None:
+            self.event.synchronize()
+        codes = self.codes.tolist()
+        unsound = [rank for rank, code in enumerate(codes) if code & UNSOUND]
+        is_skipped, stops = (any(code & flags for code in codes) for flags in (UNSOUND | TOO_LARGE, STOPS))
+        return Verdict(self.epoch, self.step, self.lr, unsound, is_skipped, stops)
+
+
+def _send(codes: Tensor, state: TrainingState, lr: float) -> _Unread:
+    """Start to copy the codes to the host, from a GPU into pinned memory."""
+    on_host = codes.to("cpu", non_blocking=True)
+    event = torch.cuda.Event() if codes.is_cuda else None
+    if event is not None:
+        event.record()
+    return _Unread(state.epoch, state.step + 1, lr, on_host, event)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.evaluation.counting import Accuracy
 from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -113,12 +114,12 @@ class RunLog:
             flush=True,
         )
 
-    def skipped(self, state: TrainingState, lr: float, ranks: list[int]) -> None:
-        """Show and write that a step was not applied; `state` is after it."""
+    def skipped(self, verdict: Verdict) -> None:
+        """Show and write that a step was not applied."""
         if self._is_main:
-            self._write("skipped", state, {"lr": lr, "ranks": ranks})
-            who = f"on ranks {ranks}" if ranks else "in the sum over the ranks"
-            print(f"step {state.step} was not applied: loss or gradient not finite {who}", flush=True)
+            self._write("skipped", verdict, {"lr": verdict.lr, "ranks": verdict.unsound})
+            who = f"on ranks {verdict.unsound}" if verdict.unsound else "in the sum over the ranks"
+            print(f"step {verdict.step} was not applied: loss or gradient not finite {who}", flush=True)
 
     def synchronise(self) -> None:
         """Write to the disk what a checkpoint is about to rely on."""
@@ -134,8 +135,8 @@ class RunLog:
                 self._metrics.close()
                 self._tensorboard.close()
 
-    def _write(self, event: str, state: TrainingState, values: dict[str, Any]) -> None:
-        line = {"event": event, "epoch": state.epoch, "step": state.step, **values, "time": time.time()}
+    def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
+        line = {"event": event, "epoch": when.epoch, "step": when.step, **values, "time": time.time()}
         with storing(self._folder):
             self._metrics.write(json.dumps(line) + "\n")
             self._draw(line)

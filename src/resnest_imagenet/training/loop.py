@@ -25,6 +25,7 @@ from resnest_imagenet.training.mixing import (
     one_hot,
     smoothed_cross_entropy,
 )
+from resnest_imagenet.training.optimizer import take_step
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -52,8 +53,9 @@ def train_epoch(
         control: what surrounds the steps.
 
     Raises:
-        NonFiniteError: a loss or gradient of any rank; on all ranks, and the step is applied nowhere.
-        StopAgreed: after a step, on all ranks.
+        NonFiniteError: a loss or gradient of any rank; on all ranks, and the step is applied nowhere. At the end of the
+            next step, where nothing is reported or saved before.
+        StopAgreed: after the step in which a rank was asked, or after the next; on all ranks after the same one.
     """
     ranks, health, log = control.ranks, control.health, control.log
     network.train()
@@ -75,24 +77,22 @@ def train_epoch(
         if ends_step:
             control.watch.then(AGREEING)
             lr = plan.learning_rate(state.step)
-            # The one place in a step where the host waits for the device, and the ranks for each other.
-            verdict = health.judge(control.request.name is not None, ranks)
-            if verdict.is_sound:
-                health.accept_step()
-                _apply_gradients(state, lr, verdict.is_finite)
-            else:
-                health.undo_step(verdict, lr)
+            left_out = health.judge(lr, control.request.name is not None, ranks)
+            _apply_gradients(state, lr, left_out)
             state.step += 1
-            if not verdict.is_sound:
-                log.skipped(state, lr, verdict.unsound)
             clock.count_step()
+            # The host waits for the step before this one, with which a GPU is done when this one has come to it, and
+            # for this one only where it is about to be reported or saved.
+            waits = log.is_due(state) or control.is_save_due(state)
+            stops = control.settle(leave=0 if waits else 1)
             if log.is_due(state) and state.steps_summed:
                 log.training(state, lr, _report(state, clock, ranks))
             log.advance()
             health.start_step()
-            if verdict.stops:
+            if stops:
                 raise StopAgreed
-            control.after_step(state, loader)
+            if control.is_save_due(state):
+                control.save(state, loader)
         control.watch.at(state.epoch, index + 1, LOADING)
 
 
@@ -136,15 +136,12 @@ def _draw_mixing(recipe: RecipeOptions, images: Tensor, rng: np.random.Generator
     return None
 
 
-def _apply_gradients(state: TrainingState, lr: float, is_finite: bool) -> None:
-    """Take one optimiser step, which the scaler leaves out where the gradients of fp16 have overflown."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.scaler.step(state.optimizer)
+def _apply_gradients(state: TrainingState, lr: float, left_out: Tensor) -> None:
+    """Take one optimiser step, unless `left_out`, a scalar on the device, is 1; fp16's scale moves either way."""
+    take_step(state.optimizer, lr, left_out)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None and is_finite:
-        state.ema.update_parameters(state.model)
+    if state.ema is not None:
+        state.ema.update(left_out == 0)
 
 
 def _keep_gradients_local(network: nn.Module) -> AbstractContextManager[None]:

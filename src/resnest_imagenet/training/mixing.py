@@ -39,7 +39,7 @@ class Mixing:
         weight = self.weight
         if isinstance(weight, Tensor):
             weight = weight.view(-1, *[1] * (targets.ndim - 1))
-        return torch.lerp(self._partners_of(targets), targets, weight)
+        return self._partners_of(targets).lerp_(targets, weight)  # a copy, and the only one
 
     def _partners_of(self, values: Tensor) -> Tensor:
         return values.flip(0) if self.partner is None else values[self.partner]
@@ -59,7 +59,7 @@ def draw_mixup(
         device: of the values that will be mixed.
     """
     drawn = rng.beta(alpha, alpha, batch if per_sample else None)
-    weight = torch.from_numpy(drawn).float().to(device) if per_sample else float(drawn)
+    weight = _send(drawn.astype(np.float32), device) if per_sample else float(drawn)
     return Mixing(weight, _draw_partner(partner, batch, rng, device))
 
 
@@ -87,7 +87,13 @@ def draw_cutmix(
 
 
 def _draw_partner(kind: str, batch: int, rng: np.random.Generator, device: torch.device) -> Tensor | None:
-    return torch.from_numpy(rng.permutation(batch)).to(device) if kind == "permuted" else None
+    return _send(rng.permutation(batch), device) if kind == "permuted" else None
+
+
+def _send(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copy to a device; from memory that is not pinned a GPU's host would wait for all that it has to do."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def erase_rectangles(images: Tensor, probability: float, rng: np.random.Generator) -> None:
@@ -112,7 +118,7 @@ def erase_rectangles(images: Tensor, probability: float, rng: np.random.Generato
     h, w = heights[range(batch), first], widths[range(batch), first]
     top, left = np.floor(places[0] * (height - h + 1)), np.floor(places[1] * (width - w + 1))
     bounds = np.stack([top, top + h, left, left + w]) * (is_chosen & fits.any(1))
-    top, bottom, left, right = torch.from_numpy(bounds).to(images.device, non_blocking=True).view(4, batch, 1)
+    top, bottom, left, right = _send(bounds, images.device).view(4, batch, 1)
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
     in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
@@ -121,7 +127,7 @@ def erase_rectangles(images: Tensor, probability: float, rng: np.random.Generato
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Turn labels (B,) into float32 class probabilities (B, num_classes)."""
-    return F.one_hot(labels, num_classes).float()
+    return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
 
 
 def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:

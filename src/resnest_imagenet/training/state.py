@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnest_imagenet.config import RecipeOptions
 from resnest_imagenet.distributed import Ranks, gather_objects
-from resnest_imagenet.training.optimizer import build_optimizer
+from resnest_imagenet.training.average import MovingAverage
+from resnest_imagenet.training.optimizer import build_optimizer, complete_state
 
 
 class TrainingState:
@@ -22,9 +22,9 @@ class TrainingState:
         step: optimiser steps done.
         epoch: epochs done, with their evaluation.
         best_top1: best accuracy of an evaluation so far, in percent.
-        skipped: steps that were not applied because a loss or gradient was not finite.
+        skipped: steps that were not applied because a loss or gradient was not finite, as far as that was read.
         loss_sum: of this rank's steps since the last report, on the device: reading it waits for the device.
-        steps_summed: how many these are.
+        steps_summed: how many these are; those among them that were skipped count until that is read.
     """
 
     def __init__(self, model: nn.Module, recipe: RecipeOptions) -> None:
@@ -32,10 +32,7 @@ class TrainingState:
         self.model = model
         self.optimizer = build_optimizer(model, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self.ema: AveragedModel | None = None
-        if recipe.ema_decay is not None:
-            average = get_ema_multi_avg_fn(recipe.ema_decay)
-            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.ema = None if recipe.ema_decay is None else MovingAverage(model, recipe.ema_decay)
         self.step = 0
         self.epoch = 0
         self.best_top1 = -1.0
@@ -53,7 +50,7 @@ class TrainingState:
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+            "ema_updates": 0 if self.ema is None else int(self.ema.updates),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -69,8 +66,9 @@ class TrainingState:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(state["ema_updates"])
+            self.ema.updates.fill_(state["ema_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
+        complete_state(self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.epoch = state["epoch"]

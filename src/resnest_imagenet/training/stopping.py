@@ -63,7 +63,7 @@ class StopRequest:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
             if not self._is_stepping:
                 raise Stopped(f"{self.name}: stopped before the first step; the same command goes on")
-            self._say(f"{self.name}: stopping after this step, with a checkpoint; a second one leaves at once")
+            self._say(f"{self.name}: stopping after this step or the next, with a checkpoint; a second leaves at once")
         elif time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
             self._say("a second signal: leaving at once")
             os._exit(128 + number)
