@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault-test lint bench bench-data lock clean
+.PHONY: help setup demo test fault-test lint bench bench-gpu bench-data lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -42,8 +42,13 @@ lint: $(READY) ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## compare a training step with timm's, side by side
-	$(BIN)/python tools/bench_step.py
+bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes
+	$(BIN)/python tools/bench.py --compile --out docs/performance.json
+	$(BIN)/python tools/bench.py --report docs/performance.json > docs/performance.md
+
+bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which needs torch, timm and this project
+	PYTHONPATH=src $(PYTHON) tools/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \
+	  --out docs/performance_gpu.json
 
 bench-data: $(READY) ## compare the loaders with torchvision's and DALI's own: IMAGES=DIR, with DIR/<class>/<image>
 	$(BIN)/python tools/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))

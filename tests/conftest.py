@@ -12,6 +12,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+# Before Triton: its kernels run in the interpreter where there is no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.data.demo import write_demo_images

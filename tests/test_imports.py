@@ -37,6 +37,7 @@ ONLY_IN = {
     "nvidia": {"data/dali.py", "data/dali_ops.py"},
     "timm": {"models/zoo.py"},
 }
+ONLY_IN["triton"] = {"models/triton_attention.py"}
 ONLY_IN["torchvision"] = {"data/torchvision.py"}
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}

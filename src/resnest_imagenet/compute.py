@@ -1,5 +1,7 @@
 """How a network computes: where, in which memory layout, in which number format."""
 
+import ctypes
+
 import torch
 from torch import nn
 
@@ -14,3 +16,14 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context of fp32 (off), bf16 or fp16 on a device."""
     return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that a step frees for the next step, which needs as much: for a CPU.
+
+    Otherwise it goes back to the system, and comes back page by page, each filled with zeros: some percent of a step.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if set_option is not None:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: never
+            set_option(option, 2**31 - 1)

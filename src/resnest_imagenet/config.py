@@ -39,6 +39,8 @@ class ModelOptions(NetworkOptions):
     """The network to train."""
 
     num_classes: Positive | None  # null: as many as there are class folders
+    # auto: fused, and the formula in torch's operators (reference) where torch.compile fuses that itself.
+    split_attention: Literal["auto", "fused", "reference"]
 
 
 class DataOptions(Options):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -430,6 +431,20 @@ def test_reduced_precision_keeps_float32_weights(precision, small_run, tmp_path)
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
     assert state.scaler.is_enabled() == (precision == "fp16")
     assert 1.5 < read_events(tmp_path / "run")[0]["loss"] < 6
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_run_has_the_plain_keys_and_goes_on_bit_for_bit(small_run, tmp_path, capsys):
+    config = small_run("train.compile=true", "checkpoint.every_steps=4", "checkpoint.keep=9")
+    whole = train(config).state_dict(ALONE)
+    assert re.search(r"^compiled in \d+ s$", capsys.readouterr().out, re.MULTILINE)
+    assert whole["model"].keys() == build_model(config.model.name, 10).state_dict().keys()
+    saved = sorted((tmp_path / "run/checkpoints").glob("step-*.pt"))
+    assert [path.stem for path in saved] == [f"step-{step:09}" for step in (4, 6, 8, 12)]
+    for path in saved[1:]:
+        path.unlink()
+    assert_equal(train(config).state_dict(ALONE), whole)
+    assert "going on after step 4" in capsys.readouterr().out
 
 
 def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_path):

@@ -3,7 +3,7 @@
 python tools/gpu/measure.py OUT [--images DIR] [--device cuda]      (--device cpu tries the script itself)
 
 Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
-under torchrun (NCCL), a run that is stopped and goes on, resnest-eval for each loader, tools/bench_step.py and, on
+under torchrun (NCCL), a run that is stopped and goes on, resnest-eval for each loader, tools/bench.py and, on
 photographs, tools/parity.py and tools/bench_data.py. Prints a table last and writes OUT/gpu.json.
 """
 
@@ -140,13 +140,17 @@ def main() -> None:
         "python": sys.version.split()[0],
     }
     (out / "gpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    size = ["--batch", "128", "--steps", "10", "--rounds", "7"] if on_gpu else ["--batch", "2", "--crop", "64"]
+    size = (
+        ["--batch", "128", "--rounds", "20", "--compile"]
+        if on_gpu
+        else ["--batch", "2", "--crop", "64", "--rounds", "1"]
+    )
     cores = str(len(os.sched_getaffinity(0)))
     bench_options = ["--device", args.device, "--workers", cores, "--out", str(out / "bench_data.json")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
-    bench = [sys.executable, str(REPOSITORY / "tools/bench_step.py"), "--device", args.device, "--precision", "bf16"]
+    bench = [sys.executable, str(REPOSITORY / "tools/bench.py"), "--device", args.device, "--precision", "bf16"]
     subprocess.run(
-        [*bench, *size, "--out", str(out / "bench_step.json")],
+        [*bench, *size, "--out", str(out / "bench.json")],
         env=environment,
         check=False,
     )

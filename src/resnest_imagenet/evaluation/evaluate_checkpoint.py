@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from resnest_imagenet import distributed
-from resnest_imagenet.compute import place
+from resnest_imagenet.compute import keep_freed_memory, place
 from resnest_imagenet.config import EvalConfig
 from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import plan_evaluation
@@ -14,6 +14,7 @@ from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.evaluation.results import CropResult, Results
 from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.zoo import list_imagenet_classes, require_model
 from resnest_imagenet.supervision import EVALUATING, supervise
 from resnest_imagenet.weights.load import Weights, read_weights, restore_network
@@ -29,6 +30,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         require_model(config.model.name)
     choose_loader(config.loader.name)
     device = distributed.choose_device(config.device)
+    keep_freed_memory()
     rank, _, _ = distributed.launched_as()
     if rank == 0 and config.out is not None:
         require_writable(Path(config.out), "out")
@@ -38,7 +40,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     num_outputs = len(model.get_parameter("fc.bias"))
     images = _label(images, weights, num_outputs)
     with distributed.join(device) as ranks, supervise(ranks) as watch:
-        model = place(model, ranks.device)
+        model = place(fold_batch_norms(model), ranks.device)
         plan = plan_evaluation(len(images), config.batch_size, ranks.rank, ranks.world_size)
         transforms = [EvalTransform(crop, **config.protocol.model_dump()) for crop in config.crop]
         # All before the first is used: what one of them refuses is known at once.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnest_imagenet.models.split_attention import SplitAttention
+from resnest_imagenet.models.split_attention import Implementation, SplitAttention
 
 EXPANSION = 4  # output channels of a bottleneck over its planes
 
@@ -113,6 +113,7 @@ class ResNeSt(nn.Module):
         dropout: float = 0.0,
         zero_gamma: bool = True,
         output_stride: int = 32,
+        split_attention: Implementation = "auto",
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
@@ -141,10 +142,11 @@ class ResNeSt(nn.Module):
             channels = planes * EXPANSION
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
-        if zero_gamma:
-            for module in self.modules():
-                if isinstance(module, Bottleneck):
-                    nn.init.zeros_(module.bn3.weight)
+        for module in self.modules():
+            if isinstance(module, SplitAttention):
+                module.implementation = split_attention
+            elif isinstance(module, Bottleneck) and zero_gamma:
+                nn.init.zeros_(module.bn3.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to the features of layer4 (B, 32 planes, H / output_stride, W / output_stride)."""

@@ -1,27 +1,32 @@
 """Split attention, the block of ResNeSt (arXiv 2004.08955, section 3.1), in the radix-major form of section 3.2."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from resnest_imagenet.models.fused_attention import attend
+
+Implementation = Literal["auto", "fused", "reference"]
 
 
 def r_softmax(logits: Tensor, radix: int, cardinality: int) -> Tensor:
     """Turn attention logits into the weights of the splits (section 3.1: the assignment weights a_i^k(c)).
 
     Args:
-        logits: (B, cardinality * radix * C / cardinality, 1, 1), cardinality-major: [k][r][c / cardinality],
-            the order in which the grouped second 1x1 convolution writes them.
+        logits: (B, K R C / K), cardinality-major: [k][r][c / K], the order in which the grouped second 1x1 convolution
+            writes them.
         radix: number of splits R; with R = 1 the weights are a sigmoid, otherwise a softmax over the splits.
         cardinality: number of groups K.
 
     Returns:
-        Weights of the same shape, radix-major: [r][k][c / cardinality], the order of the splits.
+        (B, R, C), the channels in the order of the splits, [k][c / K].
     """
     if radix == 1:
-        return logits.sigmoid()
-    batch = logits.shape[0]
-    weights = logits.view(batch, cardinality, radix, -1).transpose(1, 2).softmax(dim=1)
-    return weights.reshape(batch, -1, 1, 1)
+        return logits.sigmoid()[:, None]
+    return logits.unflatten(1, (cardinality, radix, -1)).softmax(dim=2).transpose(1, 2).flatten(2)
 
 
 class SplitAttention(nn.Module):
@@ -40,6 +45,9 @@ class SplitAttention(nn.Module):
         stride: of the 3x3 convolution.
         dilation: of the 3x3 convolution; its padding is the same.
         reduction: the inner width is max(C * R // reduction, 32).
+        implementation: "reference", the formula above in torch's operators; "fused", one operator with its own backward
+            pass (`fused_attention`); "auto", the fused one in eager mode and the formula under torch.compile, which
+            fuses it itself. What is exported is the formula.
 
     Raises:
         ValueError: in training with one image on the device, where bn1 has one value per channel.
@@ -53,9 +61,11 @@ class SplitAttention(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         reduction: int = 4,
+        implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
         self.radix = radix
+        self.implementation = implementation
         self.cardinality = cardinality
         inner = max(channels * radix // reduction, 32)
         self.conv = nn.Conv2d(
@@ -78,14 +88,42 @@ class SplitAttention(nn.Module):
             raise ValueError(
                 "split attention normalises one value per image and channel: train with at least 2 images per device"
             )
-        x = F.relu(self.bn0(self.conv(x)), inplace=True)
-        # Chunks are 4-dimensional views: a (B, R, C, H, W) reshape would throw channels_last away.
-        splits = x.chunk(self.radix, dim=1)
-        pooled = sum(splits[1:], splits[0]).mean((2, 3), keepdim=True)
-        logits = self.fc2(F.relu(self.bn1(self.fc1(pooled))))
-        # Autocast computes the softmax in float32; kept so, the full-size products would be float32 too.
-        weights = r_softmax(logits, self.radix, self.cardinality).to(x.dtype).chunk(self.radix, dim=1)
-        out = weights[0] * splits[0]
-        for weight, split in zip(weights[1:], splits[1:], strict=True):
-            out = torch.addcmul(out, weight, split)
-        return out
+        y = self.conv(x)
+        # The attention is float32 under autocast: a few small products, which casts would make slower.
+        with self._in_full_precision(y.device.type):
+            if self._is_fused(y):
+                gate = [*self.fc1.parameters(), *self.bn1.parameters(), *self.fc2.parameters()]
+                return attend(y, self.bn0, self.radix, self._weigh, gate)
+            # Chunks are 4-dimensional views: the sum over a fifth dimension would throw channels_last away.
+            splits = F.relu(self.bn0(y), inplace=True).chunk(self.radix, dim=1)
+            weights = self._weigh(sum(splits[1:], splits[0]).mean((2, 3)))[..., None, None].to(y.dtype)
+            products = [split * weights[:, r] for r, split in enumerate(splits)]
+            return sum(products[1:], products[0])
+
+    def _is_fused(self, y: Tensor) -> bool:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or y.device.type not in ("cpu", "cuda"):
+            return False
+        if self.implementation == "auto":
+            return not torch.compiler.is_compiling()
+        return self.implementation == "fused"
+
+    @staticmethod
+    def _in_full_precision(device: str) -> AbstractContextManager[None]:
+        # The meta device has no autocast.
+        return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+    def _weigh(self, pooled: Tensor) -> Tensor:
+        """Map the pooled sum of the splits, (B, C), to their weights, (B, R, C)."""
+        hidden = _project(self.fc1, pooled.to(self.fc1.weight.dtype))
+        hidden = F.relu(self.bn1(hidden[..., None, None])).flatten(1)
+        return r_softmax(_project(self.fc2, hidden), self.radix, self.cardinality)
+
+
+def _project(fc: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a grouped 1x1 convolution to (B, C), as products of matrices: several times faster."""
+    weight = fc.weight.flatten(1)
+    if fc.groups == 1:
+        return F.linear(x, weight, fc.bias)
+    groups = x.unflatten(1, (fc.groups, -1)).transpose(0, 1)
+    products = groups @ weight.unflatten(0, (fc.groups, -1)).transpose(1, 2)
+    return products.transpose(0, 1).flatten(1) + fc.bias

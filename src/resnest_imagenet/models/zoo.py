@@ -11,6 +11,7 @@ from torch import nn
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.models.initialise import initialise
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
+from resnest_imagenet.models.split_attention import Implementation
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def build_model(
     zero_gamma: bool = True,
     output_stride: int = 32,
     init: Literal["fan_in", "fan_out"] = "fan_in",
+    split_attention: Implementation = "auto",
 ) -> nn.Module:
     """Build a network with random weights.
 
@@ -106,6 +108,7 @@ def build_model(
         zero_gamma: the weight of each block's last BN starts at 0 (Goyal et al. 2017, section 5.1).
         output_stride: input pixels per output pixel of the last features: 32, 16 or 8.
         init: what `initialise` does: "fan_in" or "fan_out".
+        split_attention: how it is computed: "auto", "fused" or "reference"; the peers have none.
 
     Returns:
         A module that maps normalised images (B, 3, H, W) to logits (B, num_classes).
@@ -116,7 +119,7 @@ def build_model(
     require_model(name)
     spec = ARCHITECTURES[name]
     if isinstance(spec, ResNeStSpec):
-        model: nn.Module = ResNeSt(spec, num_classes, dropout, zero_gamma, output_stride)
+        model: nn.Module = ResNeSt(spec, num_classes, dropout, zero_gamma, output_stride, split_attention)
     else:
         model = _build_peer(spec, num_classes, dropout, zero_gamma, output_stride)
     initialise(model, init)

@@ -141,6 +141,7 @@ def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "ranks": ranks.world_size,
         "train.batch_size": config.train.batch_size,
         "train.compile": config.train.compile,
+        "model.split_attention": config.model.split_attention,
         "loader": choose_loader(config.loader.name),
         "device": name_device(ranks),
         **list_versions(),

@@ -1,6 +1,7 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
 import inspect
+import time
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet import distributed
-from resnest_imagenet.compute import autocast, place
+from resnest_imagenet.compute import autocast, keep_freed_memory, place
 from resnest_imagenet.config import DataOptions, RecipeOptions, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
@@ -21,6 +22,7 @@ from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError, Stopped
 from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.models.dropblock import DropBlock
+from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.zoo import build_model, require_model
 from resnest_imagenet.supervision import supervise
 from resnest_imagenet.training.control import Control, StopAgreed
@@ -92,7 +94,8 @@ def train(config: TrainConfig) -> TrainingState:
                     train_epoch(state, network, train_loader, plan, config.train, config.seed, control)
                     distributed.broadcast_buffers(state.evaluated_model)
                     pause = partial(control.before_eval_batch, state.epoch, len(train_loader.plan))
-                    accuracy = evaluate(state.evaluated_model, eval_loader, ranks, config.train.precision, pause)
+                    folded = fold_batch_norms(state.evaluated_model)
+                    accuracy = evaluate(folded, eval_loader, ranks, config.train.precision, pause)
                     state.epoch += 1
                     log.evaluation(state, accuracy, eval_transform)
                     is_best = accuracy.top1 > state.best_top1
@@ -162,9 +165,17 @@ def build_train_transform(recipe: RecipeOptions, seed: int) -> TrainTransform:
 
 def _build_state(config: TrainConfig, train_set: ImageSource, ranks: Ranks, is_new: bool) -> TrainingState:
     recipe = config.train
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     classes = list(train_set.classes)
-    model = build_model(config.model.name, len(classes), recipe.dropout, recipe.zero_gamma, init=recipe.init)
+    model = build_model(
+        config.model.name,
+        len(classes),
+        recipe.dropout,
+        recipe.zero_gamma,
+        init=recipe.init,
+        split_attention=config.model.split_attention,
+    )
     if is_new and recipe.init_from is not None:
         same_classes = start_from(model, config.model.name, classes, read_weights(recipe.init_from))
         if ranks.is_main:
@@ -183,15 +194,18 @@ def _wrap(model: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> nn.Module:
         sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, sync: False}
         network = DistributedDataParallel(model, device_ids=devices, **options)
+    started = time.perf_counter()
     if recipe.compile:
         network.compile()
-    if distributed.has_joined():
-        _settle_buckets(network, recipe, ranks)
+    if recipe.compile or distributed.has_joined():
+        _pass_nothing_through(network, recipe, ranks)
+    if recipe.compile and ranks.is_main:
+        print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
     return network
 
 
-def _settle_buckets(network: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> None:
-    """Pass a batch of nothing through, and leave no trace of it.
+def _pass_nothing_through(network: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> None:
+    """Pass a batch of nothing through, and leave no trace of it: what is compiled is compiled then.
 
     After its first backward pass DistributedDataParallel packs the gradients anew, and from three ranks on the order
     in which they are added depends on their place in a bucket. So that the first step after a resumption is like any
