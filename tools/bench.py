@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch, and as users run it: the Makefile's policy is for processes that share cores.
+os.environ.pop("OMP_WAIT_POLICY", None)
 
 import timm
 import torch

@@ -173,7 +173,9 @@ def _make_layer(
     downsample = nn.Sequential(
         OrderedDict(
             {
-                "0": nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
+                "0": nn.Identity()
+                if stride == 1
+                else nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
                 "1": nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),
                 "2": nn.BatchNorm2d(out_channels),
             }
