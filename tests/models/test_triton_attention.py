@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("kind", ["statistics of the batch", "running statistics", "normalised already"])
 @pytest.mark.parametrize(("radix", "width", "height"), [(1, 24, 5), (2, 80, 9), (4, 40, 3)])
 def test_equals_torchs_operators(monkeypatch, radix, width, height, kind, memory_format):
-    monkeypatch.setattr(kernels, "PIXELS_PER_SUM", 64)  # several programs for each sum
+    monkeypatch.setattr(kernels, "STEPS", 2)  # several programs for each sum
     torch.manual_seed(0)
     y = torch.randn(2, radix * width, height, 11).contiguous(memory_format=memory_format)
     gradient = torch.randn(2, width, height, 11).contiguous(memory_format=memory_format)
@@ -84,7 +84,8 @@ from triton.compiler import ASTSource
 from resnest_imagenet.models import triton_attention
 
 TYPES = {"norm": "*fp32", "partial": "*fp32", "weights": "*fp32", "pooled": "*fp32", "scales": "*fp32"}
-VALUES = {"NORMALISES": True, "R": 2, "P": triton_attention.PIXELS, "C": triton_attention.CHANNELS}
+VALUES = {"NORMALISES": True, "R": 2, "STEPS": triton_attention.STEPS}
+VALUES |= {"P": triton_attention.PIXELS, "C": triton_attention.CHANNELS}
 VALUES |= {"y_c": 1, "g_c": 1, "out_c": 1}  # channels_last
 for name in ("_pool", "_sum_weighted", "_sum_products", "_write_gradient"):
     kernel = getattr(triton_attention, name)

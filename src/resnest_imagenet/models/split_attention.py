@@ -110,7 +110,7 @@ class SplitAttention(nn.Module):
     @staticmethod
     def _in_full_precision(device: str) -> AbstractContextManager[None]:
         # The meta device has no autocast.
-        return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
     def _weigh(self, pooled: Tensor) -> Tensor:
         """Map the pooled sum of the splits, (B, C), to their weights, (B, R, C)."""

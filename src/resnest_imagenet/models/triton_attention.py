@@ -17,7 +17,7 @@ from resnest_imagenet.models.fused_attention import Splits, Statistics
 
 CHANNELS = 64  # of a tile, at most
 PIXELS = 32  # of a tile, at most: more would need registers that other programs could use
-PIXELS_PER_SUM = 1024  # of one program: fewer make more programs, and more partial sums
+STEPS = 32  # tiles that one program sums, at most: fewer make more programs, and more partial sums
 
 
 @triton.jit
@@ -43,16 +43,16 @@ def _normalise(y, norm, c, channels, NORMALISES: tl.constexpr):
 
 @triton.jit
 def _pool(
-    y, norm, partial, channels, pixels, y_b, y_c, y_p, per_program,
-    NORMALISES: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    y, norm, partial, channels, pixels, y_b, y_c, y_p,
+    NORMALISES: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Sum the splits over some pixels: partial (programs, B, R C)."""
     b = tl.program_id(0)
     c = tl.program_id(1) * C + tl.arange(0, C)
-    start = tl.program_id(2) * per_program
+    start = tl.program_id(2) * STEPS * P
     total = tl.zeros((C,), tl.float32)
-    for first in range(start, min(start + per_program, pixels), P):
-        pixel = first + tl.arange(0, P)
+    for step in range(STEPS):
+        pixel = start + step * P + tl.arange(0, P)
         inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
         value = tl.load(y + _place(b, c, pixel, y_b, y_c, y_p), mask=inside, other=0.0).to(tl.float32)
         _, z = _normalise(value, norm, c, channels, NORMALISES)
@@ -83,19 +83,19 @@ def _sum_weighted(
 
 @triton.jit
 def _sum_products(
-    y, norm, gradient, partial, channels, width, pixels, y_b, y_c, y_p, g_b, g_c, g_p, per_program,
-    NORMALISES: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    y, norm, gradient, partial, channels, width, pixels, y_b, y_c, y_p, g_b, g_c, g_p,
+    NORMALISES: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Sum over some pixels, where z > 0: gradient, gradient * xhat, 1, xhat; partial: (programs, 4, B, R C)."""
     b = tl.program_id(0)
     c = tl.program_id(1) * C + tl.arange(0, C)
-    start = tl.program_id(2) * per_program
+    start = tl.program_id(2) * STEPS * P
     sum_g = tl.zeros((C,), tl.float32)
     sum_gx = tl.zeros((C,), tl.float32)
     sum_1 = tl.zeros((C,), tl.float32)
     sum_x = tl.zeros((C,), tl.float32)
-    for first in range(start, min(start + per_program, pixels), P):
-        pixel = first + tl.arange(0, P)
+    for step in range(STEPS):
+        pixel = start + step * P + tl.arange(0, P)
         inside = (pixel < pixels)[:, None] & (c < channels)[None, :]
         value = tl.load(y + _place(b, c, pixel, y_b, y_c, y_p), mask=inside, other=0.0).to(tl.float32)
         g = tl.load(gradient + _place(b, c % width, pixel, g_b, g_c, g_p), mask=inside, other=0.0).to(tl.float32)
@@ -154,12 +154,14 @@ class TritonSplits(Splits):
         if statistics is not None and weight is not None and bias is not None:
             inverse = (statistics.variance + statistics.eps).rsqrt()
             self._norm = torch.stack([statistics.mean, inverse, weight, bias]).float()
-        self._programs = triton.cdiv(self._pixels, PIXELS_PER_SUM)
         self._tile = {
             "NORMALISES": statistics is not None,
             "P": min(PIXELS, triton.next_power_of_2(self._pixels)),
             "C": min(CHANNELS, triton.next_power_of_2(self._width)),
         }
+        tiles = triton.cdiv(self._pixels, self._tile["P"])
+        self._steps = min(STEPS, tiles)
+        self._programs = triton.cdiv(tiles, self._steps)
 
     def pool(self) -> Tensor:
         """See `Splits`."""
@@ -167,8 +169,9 @@ class TritonSplits(Splits):
         grid = (self._images, triton.cdiv(self._channels, self._tile["C"]), self._programs)
         with torch.cuda.device_of(self._y):
             _pool[grid](
-                *(self._y, self._norm, partial, self._channels, self._pixels, *_strides(self._y), PIXELS_PER_SUM),
+                *(self._y, self._norm, partial, self._channels, self._pixels, *_strides(self._y)),
                 **self._tile,
+                STEPS=self._steps,
             )
         return partial.sum(0).unflatten(1, (self._radix, -1)).sum(1) / self._pixels
 
@@ -193,8 +196,9 @@ class TritonSplits(Splits):
         with torch.cuda.device_of(self._y):
             _sum_products[grid](
                 *(self._y, self._norm, gradient, partial, self._channels, self._width, self._pixels),
-                *(*_strides(self._y), *_strides(gradient), PIXELS_PER_SUM),
+                *(*_strides(self._y), *_strides(gradient)),
                 **self._tile,
+                STEPS=self._steps,
             )
         self._sums = of_g, of_gx, _, _ = partial.sum(0)
         if self._statistics is not None:  # z = weight * xhat + bias
