@@ -472,7 +472,10 @@ def bad_losses(monkeypatch):
 
     def install(*places):
         real = loop_module.compute_loss
-        bad = lambda *args: real(*args) * (torch.nan if args[-2:] in places else 1.0)  # noqa: E731
+
+        def bad(*args):
+            return real(*args) * (torch.nan if args[-2:] in places else 1.0)
+
         monkeypatch.setattr(loop_module, "compute_loss", bad)
 
     return install
@@ -563,7 +566,10 @@ def test_between_reports_the_host_reads_only_what_came_of_the_step_before(device
     monkeypatch.setattr(health_module._Unread, "read", read)
     monkeypatch.setattr(train_module, "train_epoch", watched_epoch)
     # fp16 is slow on a CPU: six steps of four images, and no evaluation.
-    shorten = lambda *args: replace(plan_steps(*args), steps_per_epoch=6, total_steps=6)  # noqa: E731
+
+    def shorten(*args):
+        return replace(plan_steps(*args), steps_per_epoch=6, total_steps=6)
+
     monkeypatch.setattr(train_module, "plan_steps", shorten)
     monkeypatch.setattr(train_module, "evaluate", lambda *args: Accuracy(0, 0, 1))
     options = ("train.epochs=1", "train.warmup_epochs=0", "train.batch_size=2", "train.global_batch=4")
