@@ -93,7 +93,8 @@ class Watch:
     def _talk(self) -> None:
         assert self._store
         beats = 0
-        while not self._ended.wait(self._beat):
+        # Whoever knows of a failure falls silent: the store leaves with its rank, and torch's log would have the last word.
+        while not self._failure and not self._ended.wait(self._beat):
             beats += 1
             try:
                 self._store.set(f"progress {self._ranks.rank}", json.dumps([self._place, beats]))

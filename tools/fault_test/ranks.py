@@ -124,7 +124,8 @@ def name_the_culprit(place: Place) -> dict[str, Any]:
     require(both.wait(30) == [7, 7], f"a rank hangs: exit code 7 of both\n{both.output}")
     seconds = time.monotonic() - started
     line = "rank 1 hangs, computing the loss in batch 3 of epoch 1: no progress for 4 s"
-    require(line in both.output.splitlines()[-1], f"the rank that hangs is named last\n{both.output}")
+    said = [text for text in both.output.splitlines() if text.startswith("resnest-train: ")]
+    require(line in said[-1], f"the rank that hangs is named last\n{both.output}")
     status = read_status(run)
     require(status["exit_code"] == 7 and line in status["error"], f"status.json: {status}")
     if place.fast:

@@ -121,7 +121,8 @@ class SplitAttention(nn.Module):
 
 def _project(fc: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a grouped 1x1 convolution to (B, C), as products of matrices: several times faster."""
-    weight = fc.weight.flatten(1)
+    # Flattened by way of (O, 1, 1, I): the gradient has the strides of channels_last, as DistributedDataParallel wants.
+    weight = fc.weight.permute(0, 2, 3, 1).flatten(1)
     if fc.groups == 1:
         return F.linear(x, weight, fc.bias)
     groups = x.unflatten(1, (fc.groups, -1)).transpose(0, 1)
