@@ -93,7 +93,7 @@ class Watch:
     def _talk(self) -> None:
         assert self._store
         beats = 0
-        # Whoever knows of a failure falls silent: the store leaves with its rank, and torch's log would have the last word.
+        # Whoever knows of a failure falls silent: its store may leave, and then torch would have the last word.
         while not self._failure and not self._ended.wait(self._beat):
             beats += 1
             try:

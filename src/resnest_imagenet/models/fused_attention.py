@@ -1,7 +1,8 @@
 """Split attention as one operator with its own backward pass: less memory traffic and fewer saved activations.
 
 Between the 3x3 convolution and the weighted sum, what is written out and kept is y alone, the convolution's output.
-The splits U = relu(bn0(y)) are recomputed in the backward pass, and the gradient of y is written once:
+The splits U = relu(bn0(y)) are recomputed in the backward pass, and the gradient of y is written once. Where bn0 is
+none of torch's, y is its output, which the splits replace.
 
     g (B, C, H, W)  gradient of V = sum_r a_r U_r
     gradient of a_r      = sum over pixels of g U_r
@@ -40,7 +41,7 @@ class Splits:
     Args:
         y: (B, R C, H, W), radix-major, of either memory format.
         weight, bias: bn0's, (R C,), or None.
-        statistics: bn0's, or None where y is normalised already.
+        statistics: bn0's, or None where y is normalised already; `rectify` then comes first.
         radix: R.
     """
 
@@ -49,10 +50,15 @@ class Splits:
     ) -> None:
         self._y, self._weight, self._statistics, self._radix = y, weight, statistics, radix
         if statistics is None:
-            self._x = y.relu()
+            self._x = y
         else:
             mean, variance, _, eps = statistics
             self._x = torch.native_batch_norm(y, weight, bias, mean, variance, False, 0.0, eps)[0].relu_()
+
+    def rectify(self) -> None:
+        """Put the splits in the place of y where it is normalised already: it is what the backward pass gets."""
+        if self._statistics is None:
+            self._y.relu_()
 
     def pool(self) -> Tensor:
         """Return the mean over the pixels of the sum over the splits, float32 (B, C)."""
@@ -133,19 +139,25 @@ class _Attend(torch.autograd.Function):
         radix: int,
         gate: Gate,
         *parameters: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         splits = _choose_splits(y)(y, weight, bias, statistics, radix)
+        splits.rectify()
         # The gate has a graph of its own, some kilobytes: whatever it consists of, torch knows its gradients.
         with torch.enable_grad():
             pooled = splits.pool().requires_grad_()
             weights = gate(pooled)
+        ctx.set_materialize_grads(False)  # nobody has a use for y once it is rectified
         ctx.save_for_backward(y, weight, bias)
         ctx.statistics, ctx.radix, ctx.gate = statistics, radix, (pooled, weights, parameters)
-        return splits.sum_weighted(weights.detach())
+        out = splits.sum_weighted(weights.detach())
+        if statistics is not None:
+            return (out,)
+        ctx.mark_dirty(y)
+        return out, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *of_rectified: None) -> tuple[Tensor | None, ...]:
         y, weight, bias = ctx.saved_tensors
         splits = _choose_splits(y)(y, weight, bias, ctx.statistics, ctx.radix)
         pooled, weights, parameters = ctx.gate
@@ -164,7 +176,8 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
 
     Args:
         y: (B, R C, H, W), radix-major, of either memory format.
-        bn: bn0; one that is not torch's BatchNorm2d is called, and its output is kept in place of y.
+        bn: bn0; one that is not torch's BatchNorm2d is called, and its output, which it must not keep, becomes the
+            splits, and is kept in place of y.
         radix: R.
         gate: maps the pooled sum of the splits, (B, C), to their weights (B, R, C).
         parameters: the gate's.
@@ -181,8 +194,9 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
         y = bn(y)
     if not torch.is_grad_enabled():
         splits = _choose_splits(y)(y, weight, bias, statistics, radix)
+        splits.rectify()
         return splits.sum_weighted(gate(splits.pool()))
-    return _Attend.apply(y, weight, bias, statistics, radix, gate, *parameters)
+    return _Attend.apply(y, weight, bias, statistics, radix, gate, *parameters)[0]
 
 
 @torch.no_grad()

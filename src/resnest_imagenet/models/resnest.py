@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnest_imagenet.models.pointwise import PointwiseConv2d
 from resnest_imagenet.models.split_attention import Implementation, SplitAttention
 
 EXPANSION = 4  # output channels of a bottleneck over its planes
@@ -63,12 +64,12 @@ class Bottleneck(nn.Module):
         super().__init__()
         group_width = int(planes * spec.width / 64) * spec.cardinality
         out_channels = planes * EXPANSION
-        self.conv1 = nn.Conv2d(in_channels, group_width, kernel_size=1, bias=False)
+        self.conv1 = PointwiseConv2d(in_channels, group_width)
         self.bn1 = nn.BatchNorm2d(group_width)
         self.conv2 = SplitAttention(group_width, spec.radix, spec.cardinality, dilation=dilation)
         self.avd_layer = nn.AvgPool2d(3, stride, padding=1) if pool else nn.Identity()
         self.avd_first = spec.avd_first
-        self.conv3 = nn.Conv2d(group_width, out_channels, kernel_size=1, bias=False)
+        self.conv3 = PointwiseConv2d(group_width, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = downsample
 
@@ -176,7 +177,7 @@ def _make_layer(
                 "0": nn.Identity()
                 if stride == 1
                 else nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
-                "1": nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),
+                "1": PointwiseConv2d(in_channels, out_channels),
                 "2": nn.BatchNorm2d(out_channels),
             }
         )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnest_imagenet.models.fused_attention import attend
+from resnest_imagenet.models.pointwise import PointwiseConv2d
 
 Implementation = Literal["auto", "fused", "reference"]
 
@@ -79,9 +80,9 @@ class SplitAttention(nn.Module):
             bias=False,
         )
         self.bn0 = nn.BatchNorm2d(channels * radix)
-        self.fc1 = nn.Conv2d(channels, inner, kernel_size=1, groups=cardinality)
+        self.fc1 = PointwiseConv2d(channels, inner, groups=cardinality, bias=True)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.fc2 = nn.Conv2d(inner, channels * radix, kernel_size=1, groups=cardinality)
+        self.fc2 = PointwiseConv2d(inner, channels * radix, groups=cardinality, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] == 1:
@@ -114,17 +115,6 @@ class SplitAttention(nn.Module):
 
     def _weigh(self, pooled: Tensor) -> Tensor:
         """Map the pooled sum of the splits, (B, C), to their weights, (B, R, C)."""
-        hidden = _project(self.fc1, pooled.to(self.fc1.weight.dtype))
+        hidden = self.fc1.project(pooled.to(self.fc1.weight.dtype))
         hidden = F.relu(self.bn1(hidden[..., None, None])).flatten(1)
-        return r_softmax(_project(self.fc2, hidden), self.radix, self.cardinality)
-
-
-def _project(fc: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a grouped 1x1 convolution to (B, C), as products of matrices: several times faster."""
-    # Flattened by way of (O, 1, 1, I): the gradient has the strides of channels_last, as DistributedDataParallel wants.
-    weight = fc.weight.permute(0, 2, 3, 1).flatten(1)
-    if fc.groups == 1:
-        return F.linear(x, weight, fc.bias)
-    groups = x.unflatten(1, (fc.groups, -1)).transpose(0, 1)
-    products = groups @ weight.unflatten(0, (fc.groups, -1)).transpose(1, 2)
-    return products.transpose(0, 1).flatten(1) + fc.bias
+        return r_softmax(self.fc2.project(hidden), self.radix, self.cardinality)

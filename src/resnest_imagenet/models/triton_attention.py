@@ -163,6 +163,9 @@ class TritonSplits(Splits):
         self._steps = min(STEPS, tiles)
         self._programs = triton.cdiv(tiles, self._steps)
 
+    def rectify(self) -> None:
+        """See `Splits`; here the kernels do it whenever they read y."""
+
     def pool(self) -> Tensor:
         """See `Splits`."""
         partial = self._norm.new_empty((self._programs, self._images, self._channels), dtype=torch.float32)
