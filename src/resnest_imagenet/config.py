@@ -191,6 +191,7 @@ class EvalConfig(Options):
     crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)]
     batch_size: Positive
     precision: Precision
+    compile: bool
     device: Device
     out: str | None
     protocol: ProtocolOptions

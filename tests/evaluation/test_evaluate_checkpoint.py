@@ -1,10 +1,12 @@
 import io
 import json
+import shutil
 import tarfile
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from conftest import ALONE
 from resnest_imagenet import build_model
@@ -69,6 +71,15 @@ def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
     assert [r["top1"] for r in written] == [r.top1 for r in results]
     table = format_results(results).splitlines()
     assert len(table) == 3 and table[2].split()[0] == "64"
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
+    options = ("model=resnest14_half", "batch_size=7")
+    eager = evaluate_checkpoint(evaluation_of(bare_weights, *options))
+    counters.clear()
+    assert evaluate_checkpoint(evaluation_of(bare_weights, *options, "compile=true")) == eager
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_each_number_carries_its_protocol(bare_weights, evaluation_of):

@@ -41,6 +41,8 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     images = _label(images, weights, num_outputs)
     with distributed.join(device) as ranks, supervise(ranks) as watch:
         model = place(fold_batch_norms(model), ranks.device)
+        if config.compile:  # once for all crops and for a last batch that is smaller
+            model.compile(dynamic=True, options={"freezing": True})
         plan = plan_evaluation(len(images), config.batch_size, ranks.rank, ranks.world_size)
         transforms = [EvalTransform(crop, **config.protocol.model_dump()) for crop in config.crop]
         # All before the first is used: what one of them refuses is known at once.
