@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault-test lint bench bench-gpu bench-data lock clean
+.PHONY: help setup demo test fault-test lint bench growth bench-gpu bench-data lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ lint: $(READY) ## check style, format and types
 bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes
 	$(BIN)/python tools/bench.py --compile --out docs/performance.json
 	$(BIN)/python tools/bench.py --report docs/performance.json > docs/performance.md
+
+growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
+	$(BIN)/python tools/growth.py --out docs/growth.json
+	$(BIN)/python tools/growth.py --report docs/growth.json > docs/growth.md
 
 bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which needs torch, timm and this project
 	PYTHONPATH=src $(PYTHON) tools/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \

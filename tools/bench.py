@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 # Before torch, and as users run it: the Makefile's policy is for processes that share cores.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from resnest_imagenet import build_model
 from resnest_imagenet.compute import autocast, keep_freed_memory, place
 from resnest_imagenet.models.folding import fold_batch_norms
+from resnest_imagenet.models.pointwise import PointwiseConv2d
 from resnest_imagenet.models.split_attention import SplitAttention
 
 # Split attention in ResNeSt-50 at crop 224: channels, side of the map, blocks.
@@ -150,6 +152,69 @@ def bench_core(batch: int, precision: str, device: torch.device) -> dict[str, Ro
     return {name: lambda name=name: run(name) for name in calls}
 
 
+def bench_convolution(batch: int, precision: str, device: torch.device) -> dict[str, Round]:
+    """Forward and backward pass of the 3x3 convolutions in two groups, in all blocks; other ways to compute them."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def convolve_twice(x: Tensor, weight: Tensor) -> Tensor:
+        halves = zip(x.chunk(2, 1), weight.chunk(2), strict=True)
+        return torch.cat([F.conv2d(half, its, padding=1) for half, its in halves], 1)
+
+    def convolve_block_diagonal(x: Tensor, weight: Tensor) -> Tensor:
+        half = weight.shape[1]
+        above, below = weight.chunk(2)
+        dense = torch.cat([F.pad(above, (0, 0, 0, 0, 0, half)), F.pad(below, (0, 0, 0, 0, half, 0))])
+        return F.conv2d(x, dense.contiguous(memory_format=torch.channels_last), padding=1)
+
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "ours": lambda x, weight: F.conv2d(x, weight, padding=1, groups=2),
+        "two dense convolutions": convolve_twice,
+        "a block-diagonal dense one": convolve_block_diagonal,
+    }
+    operands = []
+    for channels, side, blocks in BLOCKS:
+        shapes = (batch, channels, side, side), (2 * channels, channels // 2, 3, 3), (batch, 2 * channels, side, side)
+        tensors = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+        operands.append(([t.contiguous(memory_format=torch.channels_last) for t in tensors], blocks))
+
+    def run(name: str) -> float:
+        total = 0.0
+        for (x, weight, gradient), blocks in operands:
+            best = []
+            for _ in range(3):
+                with clock(device) as seconds:
+                    out = ways[name](x.requires_grad_(), weight.requires_grad_())
+                    torch.autograd.grad(out, [x, weight], gradient)
+                best += seconds
+            total += blocks * min(best)
+        return total
+
+    return {name: lambda name=name: run(name) for name in ways}
+
+
+def make_step(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+    see: Callable[[Tensor], object] = lambda loss: None,
+) -> Round:
+    """Return what takes a training step, with SGD; `see` gets each loss."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, nesterov=True, weight_decay=1e-4, fused=True)
+
+    def step() -> float:
+        with clock(images.device) as seconds:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(images.device, precision):
+                loss = F.cross_entropy(network(images).float(), labels)
+            loss.backward()
+            optimizer.step()
+        see(loss.detach())
+        return seconds[0]
+
+    return step
+
+
 def bench_step(
     batch: int, crop: int, precision: str, device: torch.device, compiles: bool
 ) -> tuple[dict[str, Round], dict[str, float]]:
@@ -163,6 +228,11 @@ def bench_step(
         "timm, channels_last": place(timm.create_model("resnest50d"), device),
         OTHER: place(timm.create_model("resnet50d"), device),
     }
+    if device.type == "cpu":  # elsewhere ours are convolutions too
+        networks["ours, 1x1 as convolutions"] = place(build_model("resnest50"), device)
+        for module in networks["ours, 1x1 as convolutions"].modules():
+            if isinstance(module, PointwiseConv2d):
+                module.forward = partial(nn.Conv2d.forward, module)
     if compiles:
         networks["ours, compiled"] = place(build_model("resnest50"), device)
         networks["timm, channels_last, compiled"] = place(timm.create_model("resnest50d"), device)
@@ -175,23 +245,11 @@ def bench_step(
             network.load_state_dict(weights)
         is_nchw = name in ("plain formula", "timm, NCHW")
         x = images.contiguous(memory_format=torch.contiguous_format if is_nchw else torch.channels_last)
-        optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, nesterov=True, weight_decay=1e-4, fused=True)
         if "compiled" in name:
             network.compile()
-
-        def step(network: nn.Module = network, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer) -> float:
-            with clock(device) as seconds:
-                optimizer.zero_grad(set_to_none=True)
-                with autocast(device, precision):
-                    loss = F.cross_entropy(network(x).float(), labels)
-                loss.backward()
-                optimizer.step()
-            losses["last"] = float(loss.detach())
-            return seconds[0]
-
+        step = make_step(network, x, labels, precision, lambda loss, name=name: losses.setdefault(name, float(loss)))
         with clock(device) as seconds:
             step()
-        losses[name] = losses.pop("last")
         if "compiled" in name:
             print(f"{name}, {precision}: first step {seconds[0]:.0f} s", flush=True)
         if device.type == "cuda":
@@ -200,7 +258,7 @@ def bench_step(
             step()
             kept[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
         elif "compiled" not in name:
-            kept[name] = count_kept(lambda network=network, x=x: network(x), network, device, precision)
+            kept[name] = count_kept(network, x, precision)
         rounds[name] = step
     del losses[OTHER]
     spread = max(losses.values()) - min(losses.values())
@@ -208,7 +266,7 @@ def bench_step(
     return rounds, kept
 
 
-def count_kept(forward: Callable[[], Tensor], network: nn.Module, device: torch.device, precision: str) -> float:
+def count_kept(network: nn.Module, images: Tensor, precision: str) -> float:
     """Return the MiB of the tensors, parameters aside, that a forward pass keeps for the backward pass."""
     parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, Tensor] = {}
@@ -218,8 +276,8 @@ def count_kept(forward: Callable[[], Tensor], network: nn.Module, device: torch.
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, precision):
-        out = forward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(images.device, precision):
+        out = network(images)
     del out
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2**20
 
@@ -259,15 +317,44 @@ def bench_inference(batch: int, crop: int, precision: str, device: torch.device,
     return rounds
 
 
-def measure(rounds: dict[str, Round], count: int) -> dict[str, list[float]]:
-    """Return seconds by competitor and round; the rounds are interleaved, and one before them warms up."""
+def measure(rounds: dict[str, Round], count: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Return seconds by competitor and round; the rounds are interleaved, and come after some that warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in rounds}
-    for number in range(count + 1):
+    for number in range(count + warm_up):
         for name, run in rounds.items():
             value = run()
-            if number:
+            if number >= warm_up:
                 seconds[name].append(value)
     return seconds
+
+
+def profile_steps(rounds: dict[str, Round], device: torch.device) -> dict[str, dict[str, float]]:
+    """Return the time of each operator in a step, in percent of our step; not of compiled competitors."""
+    profiles: dict[str, dict[str, float]] = {}
+    for name, step in rounds.items():
+        if "compiled" in name:
+            continue
+        tries = []
+        for _ in range(5):
+            with torch.profiler.profile() as profiler:
+                step()
+            on_device = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+            times = {event.key: float(getattr(event, on_device)) for event in profiler.key_averages()}
+            tries.append({key: value for key, value in times.items() if value > 0})
+        profiles[name] = min(tries, key=lambda times: sum(times.values()))
+    whole = sum(profiles["ours"].values())
+    return {name: {key: 100 * t / whole for key, t in times.items()} for name, times in profiles.items()}
+
+
+def tabulate(profiles: dict[str, dict[str, float]]) -> list[str]:
+    """Return a table of the five largest operators of each competitor."""
+    largest = {key for times in profiles.values() for key in sorted(times, key=lambda k: -times[k])[:5]}
+    lines = ["Where the time goes, in percent of our step (torch.profiler; the five largest operators of each):", ""]
+    lines += [f"| | {' | '.join(profiles)} |", "|---|" + "---:|" * len(profiles)]
+    for key in sorted(largest, key=lambda k: -profiles["ours"].get(k, 0.0)):
+        lines.append(f"| {key} | " + " | ".join(f"{times.get(key, 0):.1f}" for times in profiles.values()) + " |")
+    lines.append("| all | " + " | ".join(f"{sum(times.values()):.0f}" for times in profiles.values()) + " |")
+    return [*lines, ""]
 
 
 def report(result: dict) -> str:
@@ -299,7 +386,7 @@ def report(result: dict) -> str:
             ratios = sorted(other / mine for other, mine in zip(seconds, ours, strict=True))
             row = f"| {name} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
             lines.append(row + (f" {kept[name]:.0f} |" if name in kept else " |" if kept else ""))
-        lines.append("")
+        lines += ["", *(tabulate(part["profile"]) if part["profile"] else [])]
     return "\n".join(lines)
 
 
@@ -329,11 +416,13 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
+        torch.ones(2**31, dtype=torch.uint8)  # fetches it: in a run, a step finds what the one before has left
     torch.manual_seed(0)
     result: dict = {"machine": describe_machine(device), "equality": compare_with_plain(), "parts": []}
 
     def add(title: str, rounds: dict[str, Round], kept: dict[str, float] | None = None) -> None:
-        result["parts"].append({"title": title, "seconds": measure(rounds, args.rounds), "kept": kept or {}})
+        part = {"title": title, "seconds": measure(rounds, args.rounds), "kept": kept or {}}
+        result["parts"].append(part | {"profile": profile_steps(rounds, device) if kept else {}})
         if args.out:
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -341,6 +430,7 @@ def main() -> None:
     for precision in args.precision:
         size = f"batch {args.batch}, crop {args.crop}, {precision}"
         add(f"Split attention alone, {size}", bench_core(args.batch, precision, device))
+        add(f"The 3x3 convolution in two groups, {size}", bench_convolution(args.batch, precision, device))
         rounds, kept = bench_step(args.batch, args.crop, precision, device, args.compile)
         add(f"Training step, {size}", rounds, kept)
         del rounds
