@@ -52,8 +52,8 @@ BOUNDS = {
     "step costs whatever its batch: the optimiser, a thousand operators to start. Memory grows with the batch.",
     "crop": "The arithmetic again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic: deeper networks have more of it, and are as fast per multiply-add.",
-    "start": "Imports: most of them torch's, torchvision's and DALI's own.",
-    "checkpoint": "The disk. Before it may count as written, the file is flushed to it; reading verifies checksums.",
+    "start": "Imports of torch: of itself, and of its compiler, which the first optimiser loads; then the first step.",
+    "checkpoint": "torch's serialisation, and the disk, to which the file is flushed; reading verifies its checksums.",
     "evaluation": "The network; images are decoded meanwhile, by the same two cores.",
     "ranks": "Arithmetic: two ranks with a core each do the work of one process with both, and sum the gradients.",
 }
