@@ -206,6 +206,54 @@ class EvalConfig(Options):
         return self
 
 
+class InferenceConfig(Options):
+    """What resnest-predict and resnest-compare share."""
+
+    weights: Literal["auto", "model", "ema"]
+    crop: Crop
+    batch_size: Positive
+    precision: Precision
+    device: Device
+    protocol: ProtocolOptions
+    loader: LoaderOptions
+
+
+class PredictConfig(InferenceConfig):
+    """resnest-predict."""
+
+    ckpt: str
+    model: NetworkOptions | None
+    images: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    top: Positive
+    out: str | None
+
+
+class ComparedDataOptions(Options):
+    """A data set in the ImageNet folder layout, of which the val folder is compared on."""
+
+    root: str | None
+    val_dir: str
+
+
+class CompareConfig(InferenceConfig):
+    """resnest-compare."""
+
+    ckpt: Annotated[list[str], Field(min_length=2)]
+    models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
+    images: str | None  # a folder with one folder per true class, in place of data.root
+    data: ComparedDataOptions
+    csv: str | None
+    page: str | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompareConfig":
+        if (self.images is None) == (self.data.root is None):
+            raise ValueError("give either data.root=... or images=..., a folder with one folder per true class")
+        if self.models is not None and len(self.models) != len(self.ckpt):
+            raise ValueError(f"models has {len(self.models)} names, ckpt {len(self.ckpt)}")
+        return self
+
+
 class ExportConfig(Options):
     """resnest-export."""
 

@@ -1,6 +1,8 @@
 """The ImageNet folder layout: <root>/<train or val>/<class>/<image>."""
 
+import glob
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -54,3 +56,34 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
         files += [os.fsencode(f"{name_of_class}/{image}") for image in images]
         labels.append(np.full(len(images), label, dtype=np.int64))
     return ImageFolder(part, tuple(classes), np.array(files), np.concatenate(labels))
+
+
+def find_images(patterns: list[str]) -> ImageFolder:
+    """List images that have no classes, each once, in the order of the patterns.
+
+    Args:
+        patterns: files, folders (with all that is in them), or patterns such as "photos/**/*.jpg".
+
+    Raises:
+        DataError: a pattern that finds no image.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        # A file's name may look like a pattern.
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        images = [image for path in paths for image in (_list_images(path) if os.path.isdir(path) else [path])]
+        if not images:
+            what = "no images in it" if paths else "no such file or folder"
+            raise DataError(f"images={pattern}: {what} ({', '.join(IMAGE_SUFFIXES)})")
+        found.update(dict.fromkeys(images))
+    files = np.array([os.fsencode(os.path.abspath(path)) for path in found])
+    return ImageFolder(Path(os.sep), ("",), files, np.zeros(len(files), dtype=np.int64))
+
+
+def _list_images(folder: str) -> list[str]:
+    return sorted(
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(IMAGE_SUFFIXES)
+    )

@@ -6,6 +6,7 @@ import struct
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,6 +188,15 @@ def name_unreadable(images: ImageSource, indices: Iterable[int]) -> str | None:
         if fault:
             return f"{images.name(index)}: {fault.detail}"
     return None
+
+
+def split_unreadable(images: ImageSource) -> tuple[ImageSource, list[str]]:
+    """Decode all images, and return those that can be used and a line about each of the others, in order."""
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
+        faults = list(pool.map(lambda index: name_unreadable(images, [index]), range(len(images))))
+    usable = [index for index, fault in enumerate(faults) if fault is None]
+    kept = replace(images, files=images.files[usable], labels=images.labels[usable])
+    return kept, [fault for fault in faults if fault is not None]
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 Architecture numbers stand here and nowhere else; conf/model/ has the names.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -150,6 +152,17 @@ def list_imagenet_classes() -> list[str]:
     from timm.data import ImageNetInfo
 
     return list(ImageNetInfo("imagenet-1k").label_names())
+
+
+def describe_classes(classes: Sequence[str]) -> list[str]:
+    """Return the names of classes in words: those of synsets from timm's table, of all others as they are."""
+    if not any(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return list(classes)  # without timm, which takes seconds to import
+    from timm.data import ImageNetInfo
+
+    table = ImageNetInfo("imagenet-1k")
+    known = set(table.label_names())
+    return [table.label_name_to_description(name) if name in known else name for name in classes]
 
 
 def find_by_timm_name(name: str) -> str:

@@ -1,0 +1,205 @@
+"""Several networks on the same images: the probability each gives to the true class, and where they disagree."""
+
+import csv
+import io
+import itertools
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from resnest_imagenet import distributed
+from resnest_imagenet.compute import keep_freed_memory
+from resnest_imagenet.config import CompareConfig
+from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.source import ImageSource, label_by_classes
+from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.evaluation.inference import Classifier, compute_probabilities, open_classifier
+from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.models.zoo import describe_classes, require_model
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What M networks make of N images.
+
+    Attributes:
+        names: of the networks, all different.
+        images: with their true classes.
+        probabilities: (M, N) float64, of the true class.
+        predicted: (M, N) str, the likeliest class, in words.
+        in_top5: (M, N) bool, whether the true class is among the five likeliest.
+        is_right: (M, N) bool, whether it is the likeliest.
+    """
+
+    names: tuple[str, ...]
+    images: ImageSource
+    probabilities: np.ndarray
+    predicted: np.ndarray
+    in_top5: np.ndarray
+    is_right: np.ndarray
+
+    @property
+    def disagreements(self) -> np.ndarray:
+        """The images that some of the networks have right and others not, where they differ most first."""
+        differ = np.flatnonzero(self.is_right.any(0) & ~self.is_right.all(0))
+        spread = np.ptp(self.probabilities[:, differ], axis=0)
+        return differ[np.argsort(-spread, kind="stable")]
+
+
+def compare_networks(config: CompareConfig) -> Comparison:
+    """Compare, and write `config.csv` and `config.page` where they are set.
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+    """
+    names = config.models or [None] * len(config.ckpt)
+    for name in names:
+        if name is not None:
+            require_model(name)
+    choose_loader(config.loader.name)
+    for option, path in (("csv", config.csv), ("page", config.page)):
+        if path is not None:
+            require_writable(Path(path), option)
+    device = distributed.choose_device(config.device)
+    keep_freed_memory()
+    if config.images is not None:
+        folder = Path(config.images)
+        images: ImageSource = read_image_folder(str(folder.parent), folder.name, "images")
+    else:
+        assert config.data.root is not None
+        images = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+    classifiers = [
+        open_classifier(source, config.weights, name, device) for source, name in zip(config.ckpt, names, strict=True)
+    ]
+    labels = [label_images(images, classifier) for classifier in classifiers]
+    described = [describe_classes(classifier.classes) for classifier in classifiers]
+    transform = EvalTransform(config.crop, **config.protocol.model_dump())
+    plan = plan_evaluation(len(images), config.batch_size, 0, 1)
+    loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
+    shape = (len(classifiers), len(images))
+    probabilities, predicted = np.zeros(shape), np.empty(shape, dtype=object)
+    in_top5, is_right = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    done = 0
+    with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
+        for batch in compute_probabilities(classifiers, loader, device, config.precision):
+            part = slice(done, done + len(batch[0]))
+            done = part.stop
+            for row, values in enumerate(batch):
+                truth = labels[row][part]
+                best = values.topk(min(5, values.shape[1])).indices.numpy()
+                probabilities[row, part] = values.numpy()[np.arange(len(truth)), truth]
+                predicted[row, part] = [described[row][index] for index in best[:, 0]]
+                in_top5[row, part] = (best == truth[:, None]).any(1)
+                is_right[row, part] = best[:, 0] == truth
+            progress.update(len(batch[0]))
+    comparison = Comparison(_distinguish(classifiers), images, probabilities, predicted, in_top5, is_right)
+    if config.csv is not None:
+        with replacing(Path(config.csv)) as file:
+            file.write(encode_csv(comparison).encode())
+    if config.page is not None:
+        from resnest_imagenet.evaluation.compare_page import render_page
+
+        with replacing(Path(config.page)) as file:
+            file.write(render_page(comparison, transform.protocol).encode())
+    return comparison
+
+
+def label_images(images: ImageSource, classifier: Classifier) -> np.ndarray:
+    """Return the output of a network that stands for each image's class, (N,).
+
+    A folder is a class by its name in the checkpoint, or by its words: "goldfish" or "golden_retriever" for ImageNet's.
+
+    Raises:
+        DataError: for a class that the network does not know.
+    """
+    by_words: dict[str, set[str]] = {}
+    for label, text in zip(classifier.classes, describe_classes(classifier.classes), strict=True):
+        for words in (text, *text.split(", ")):
+            by_words.setdefault(_simplify(words), set()).add(label)
+    known = set(classifier.classes)
+    renamed = []
+    for name in images.classes:
+        meant = by_words.get(_simplify(name), set())
+        renamed.append(next(iter(meant)) if name not in known and len(meant) == 1 else name)
+    named = replace(images, classes=tuple(renamed))
+    return label_by_classes(named, classifier.classes, f"the classes of {classifier.source}").labels
+
+
+def mcnemar_p(only_one: int, only_other: int) -> float:
+    """Return McNemar's exact two-sided p: how likely so unequal a division is if both networks err as often.
+
+    Args:
+        only_one: images that only one of them has right.
+        only_other: images that only the other has right.
+    """
+    n = only_one + only_other
+    ways = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(only_one, only_other) + 1)
+    )
+    return min(1.0, 2 * sum(math.exp(each - n * math.log(2)) for each in ways))
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """Return tables for people: by class, over all images, and each pair of networks."""
+    classes, names = comparison.images.classes, comparison.names
+    wide = max(len(name) for name in (*classes, "average"))
+    columns = [max(len(name), 15) for name in names]
+
+    def line(title: str, count: str, cells: list[str]) -> str:
+        return f"{title:<{wide}} {count:>7}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, columns, strict=True))
+
+    lines = [line("class", "images", list(names)), line("", "", ["true p   error"] * len(names))]
+    for label, name in enumerate(classes):
+        of_class = comparison.probabilities[:, comparison.images.labels == label]
+        lines.append(line(name, str(of_class.shape[1]), [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)]))
+    count = comparison.probabilities.shape[1]
+    totals = comparison.probabilities.sum(1)
+    lines.append(line("total", str(count), [f"{p:.2f}  {count - p:.2f}" for p in totals]))
+    lines.append(line("average", "", [f"{p / count:.4f}  {1 - p / count:.4f}" for p in totals]))
+    lines.append(line("top-1 %", "", [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)]))
+    lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
+    return "\n".join([*lines, *describe_pairs(comparison)])
+
+
+def describe_pairs(comparison: Comparison) -> list[str]:
+    """Return a line for each pair of networks: where one is right alone, and McNemar's p."""
+    lines = []
+    for one, other in itertools.combinations(range(len(comparison.names)), 2):
+        first, second = comparison.is_right[one], comparison.is_right[other]
+        alone = int((first & ~second).sum()), int((second & ~first).sum())
+        who, whom = comparison.names[one], comparison.names[other]
+        p = mcnemar_p(*alone)
+        lines.append(f"only {who} right: {alone[0]}, only {whom} right: {alone[1]}; McNemar's exact p = {p:.3g}")
+    return lines
+
+
+def encode_csv(comparison: Comparison) -> str:
+    """Return a row for each image: its class, and each network's probability of it and likeliest class."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "class", *(f"{name} {what}" for name in comparison.names for what in ("p", "predicted"))])
+    images = comparison.images
+    for index in range(len(images)):
+        cells = zip(comparison.probabilities[:, index], comparison.predicted[:, index], strict=True)
+        row = [cell for p, predicted in cells for cell in (f"{p:.6f}", predicted)]
+        writer.writerow([images.name(index), images.classes[images.labels[index]], *row])
+    return text.getvalue()
+
+
+def _simplify(words: str) -> str:
+    return words.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def _distinguish(classifiers: list[Classifier]) -> tuple[str, ...]:
+    """Return the networks' names, with their sources where two have the same, numbered where these are the same too."""
+    names = [classifier.name for classifier in classifiers]
+    if len(set(names)) < len(names):
+        names = [f"{classifier.name} ({classifier.source})" for classifier in classifiers]
+    if len(set(names)) < len(names):
+        names = [f"{name} {number}" for number, name in enumerate(names, 1)]
+    return tuple(names)
