@@ -12,7 +12,14 @@ from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.evaluation.compare import Comparison, compare_networks, format_comparison, label_images, mcnemar_p
+from resnest_imagenet.evaluation.compare import (
+    Comparison,
+    _title,
+    compare_networks,
+    format_comparison,
+    label_images,
+    mcnemar_p,
+)
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.evaluation.inference import Classifier
 from resnest_imagenet.models.zoo import list_imagenet_classes
@@ -68,7 +75,9 @@ def make_comparison(folder):
     probabilities = np.array([[0.9, 0.4, 0.8, 0.7], [0.6, 0.8, 0.3, 0.9]])
     predicted = np.array([["a", "b", "b", "b"], ["a", "a", "a", "b"]], dtype=object)
     images = read_image_folder(str(folder), "val", "data.val_dir")
-    return Comparison(("one", "two"), images, probabilities, predicted, probabilities > 0, probabilities > 0.5)
+    return Comparison(
+        ("one", "two"), images, images.classes, probabilities, predicted, probabilities > 0, probabilities > 0.5
+    )
 
 
 def test_the_table(tmp_path):
@@ -80,6 +89,10 @@ def test_the_table(tmp_path):
     assert lines[6] == ["top-1", "%", "75.00", "75.00"]
     assert " ".join(lines[8]) == "only one right: 1, only two right: 1; McNemar's exact p = 1"
     assert comparison.disagreements.tolist() == [2, 1]
+
+
+def test_synsets_stand_in_words():
+    assert _title(("n01443537", "own")) == ("goldfish (n01443537)", "own")
 
 
 def test_mcnemar():

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import keep_freed_memory
 from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.data.folder import read_image_folder
-from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource, label_by_classes
 from resnest_imagenet.data.transforms import EvalTransform
@@ -30,6 +31,7 @@ class Comparison:
     Attributes:
         names: of the networks, all different.
         images: with their true classes.
+        titles: of the true classes, in words where they are synsets.
         probabilities: (M, N) float64, of the true class.
         predicted: (M, N) str, the likeliest class, in words.
         in_top5: (M, N) bool, whether the true class is among the five likeliest.
@@ -38,6 +40,7 @@ class Comparison:
 
     names: tuple[str, ...]
     images: ImageSource
+    titles: tuple[str, ...]
     probabilities: np.ndarray
     predicted: np.ndarray
     in_top5: np.ndarray
@@ -57,8 +60,7 @@ def compare_networks(config: CompareConfig) -> Comparison:
     Raises:
         UserError: for what a user can cause, as one line.
     """
-    names = config.models or [None] * len(config.ckpt)
-    for name in names:
+    for name in config.models or []:
         if name is not None:
             require_model(name)
     choose_loader(config.loader.name)
@@ -67,26 +69,45 @@ def compare_networks(config: CompareConfig) -> Comparison:
             require_writable(Path(path), option)
     device = distributed.choose_device(config.device)
     keep_freed_memory()
-    if config.images is not None:
-        folder = Path(config.images)
-        images: ImageSource = read_image_folder(str(folder.parent), folder.name, "images")
-    else:
-        assert config.data.root is not None
-        images = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+    images = _open_images(config)
+    models = config.models or [None] * len(config.ckpt)
     classifiers = [
-        open_classifier(source, config.weights, name, device) for source, name in zip(config.ckpt, names, strict=True)
+        open_classifier(source, config.weights, name, device) for source, name in zip(config.ckpt, models, strict=True)
     ]
-    labels = [label_images(images, classifier) for classifier in classifiers]
-    described = [describe_classes(classifier.classes) for classifier in classifiers]
     transform = EvalTransform(config.crop, **config.protocol.model_dump())
     plan = plan_evaluation(len(images), config.batch_size, 0, 1)
     loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
+    comparison = _judge(classifiers, images, loader, device, config.precision)
+    if config.csv is not None:
+        with replacing(Path(config.csv)) as file:
+            file.write(encode_csv(comparison).encode())
+    if config.page is not None:
+        from resnest_imagenet.evaluation.compare_page import render_page
+
+        with replacing(Path(config.page)) as file:
+            file.write(render_page(comparison, transform.protocol).encode())
+    return comparison
+
+
+def _open_images(config: CompareConfig) -> ImageSource:
+    if config.images is not None:
+        folder = Path(config.images).absolute()
+        return read_image_folder(str(folder.parent), folder.name, "images")
+    assert config.data.root is not None
+    return read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+
+
+def _judge(
+    classifiers: list[Classifier], images: ImageSource, loader: Loader, device: torch.device, precision: str
+) -> Comparison:
+    labels = [label_images(images, classifier) for classifier in classifiers]
+    described = [describe_classes(classifier.classes) for classifier in classifiers]
     shape = (len(classifiers), len(images))
     probabilities, predicted = np.zeros(shape), np.empty(shape, dtype=object)
     in_top5, is_right = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     done = 0
     with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-        for batch in compute_probabilities(classifiers, loader, device, config.precision):
+        for batch in compute_probabilities(classifiers, loader, device, precision):
             part = slice(done, done + len(batch[0]))
             done = part.stop
             for row, values in enumerate(batch):
@@ -97,16 +118,8 @@ def compare_networks(config: CompareConfig) -> Comparison:
                 in_top5[row, part] = (best == truth[:, None]).any(1)
                 is_right[row, part] = best[:, 0] == truth
             progress.update(len(batch[0]))
-    comparison = Comparison(_distinguish(classifiers), images, probabilities, predicted, in_top5, is_right)
-    if config.csv is not None:
-        with replacing(Path(config.csv)) as file:
-            file.write(encode_csv(comparison).encode())
-    if config.page is not None:
-        from resnest_imagenet.evaluation.compare_page import render_page
-
-        with replacing(Path(config.page)) as file:
-            file.write(render_page(comparison, transform.protocol).encode())
-    return comparison
+    names = _distinguish(classifiers)
+    return Comparison(names, images, _title(images.classes), probabilities, predicted, in_top5, is_right)
 
 
 def label_images(images: ImageSource, classifier: Classifier) -> np.ndarray:
@@ -146,17 +159,17 @@ def mcnemar_p(only_one: int, only_other: int) -> float:
 
 def format_comparison(comparison: Comparison) -> str:
     """Return tables for people: by class, over all images, and each pair of networks."""
-    classes, names = comparison.images.classes, comparison.names
-    wide = max(len(name) for name in (*classes, "average"))
+    titles, names = comparison.titles, comparison.names
+    wide = max(len(title) for title in (*titles, "average"))
     columns = [max(len(name), 15) for name in names]
 
     def line(title: str, count: str, cells: list[str]) -> str:
         return f"{title:<{wide}} {count:>7}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, columns, strict=True))
 
     lines = [line("class", "images", list(names)), line("", "", ["true p   error"] * len(names))]
-    for label, name in enumerate(classes):
+    for label, title in enumerate(titles):
         of_class = comparison.probabilities[:, comparison.images.labels == label]
-        lines.append(line(name, str(of_class.shape[1]), [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)]))
+        lines.append(line(title, str(of_class.shape[1]), [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)]))
     count = comparison.probabilities.shape[1]
     totals = comparison.probabilities.sum(1)
     lines.append(line("total", str(count), [f"{p:.2f}  {count - p:.2f}" for p in totals]))
@@ -193,6 +206,11 @@ def encode_csv(comparison: Comparison) -> str:
 
 def _simplify(words: str) -> str:
     return words.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
+    described = zip(classes, describe_classes(classes), strict=True)
+    return tuple(name if words == name else f"{words.partition(',')[0]} ({name})" for name, words in described)
 
 
 def _distinguish(classifiers: list[Classifier]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import base64
 import io
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -37,9 +38,11 @@ def render_page(comparison: Comparison, protocol: str) -> str:
     names, images = comparison.names, comparison.images
     head = "".join(f"<th>{escape(name)}: true p</th><th>error</th>" for name in names)
     rows = [
-        _row(name, comparison.probabilities[:, images.labels == label]) for label, name in enumerate(images.classes)
+        _row(name, comparison.probabilities[:, images.labels == label]) for label, name in enumerate(comparison.titles)
     ]
-    rows.append(_row("average", comparison.probabilities))
+    totals = comparison.probabilities.sum(1)
+    cells = "".join(f"<td>{total:,.2f}</td><td>{len(images) - total:,.2f}</td>" for total in totals)
+    rows += [f"<tr><td>total</td><td>{len(images):,}</td>{cells}</tr>", _row("average", comparison.probabilities)]
     for title, values in (("top-1 %", comparison.is_right), ("top-5 %", comparison.in_top5)):
         cells = "".join(f'<td colspan="2">{100 * share:.2f}</td>' for share in values.mean(1))
         rows.append(f"<tr><td>{title}</td><td></td>{cells}</tr>")
@@ -76,7 +79,7 @@ def _picture(comparison: Comparison, index: int) -> str:
     picture = Image.fromarray(decode(images.read(index)).permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     ImageOps.fit(picture, (SIDE, SIDE)).save(buffer, "JPEG", quality=80)
-    truth = escape(images.classes[images.labels[index]])
+    truth = escape(comparison.titles[images.labels[index]])
     lines = [
         f"<div{' class=right' if right else ''}>{escape(name)}: {escape(predicted)}, true p {p:.3f}</div>"
         for name, predicted, p, right in zip(
@@ -90,5 +93,5 @@ def _picture(comparison: Comparison, index: int) -> str:
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<figure><img alt="{truth}" src="data:image/jpeg;base64,{data}">'
-        f"<figcaption><div>{truth}: {escape(images.name(index))}</div>{''.join(lines)}</figcaption></figure>"
+        f"<figcaption><div>{truth}: {escape(Path(images.name(index)).name)}</div>{''.join(lines)}</figcaption></figure>"
     )
