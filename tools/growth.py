@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -140,10 +141,10 @@ def measure_checkpoint(folder: Path, rounds: int) -> dict[str, list[float]]:
             file.flush()
             os.fsync(file.fileno())
 
-    def timed(work: object) -> Round:
+    def timed(work: Callable[[], object]) -> Round:
         def run() -> float:
             with clock(CPU) as seconds:
-                work()  # type: ignore[operator]
+                work()
             return seconds[0]
 
         return run
