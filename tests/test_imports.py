@@ -37,10 +37,13 @@ ONLY_IN = {
     "nvidia": {"data/dali.py", "data/dali_ops.py"},
     "timm": {"models/zoo.py"},
 }
+ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
 ONLY_IN["triton"] = {"models/triton_attention.py"}
 ONLY_IN["torchvision"] = {"data/torchvision.py"}
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
+ONLY_IN["matplotlib"] = {"evaluation/charts.py", "evaluation/report_page.py", "evaluation/explain_pictures.py"}
+ONLY_IN["captum"] = {"evaluation/explain.py"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py"}
 
 

@@ -1,6 +1,7 @@
 """How a network computes: where, in which memory layout, in which number format."""
 
 import ctypes
+import platform
 
 import torch
 from torch import nn
@@ -27,3 +28,10 @@ def keep_freed_memory() -> None:
     if set_option is not None:
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: never
             set_option(option, 2**31 - 1)
+
+
+def name_device(device: torch.device) -> str:
+    """Return what decides the order of additions: the GPU's name, or a CPU's instructions and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -153,9 +153,10 @@ class CheckpointOptions(Options):
 
 
 class LogOptions(Options):
-    """How often to report."""
+    """How often to report, and where besides the run folder's own files."""
 
     every_steps: Positive
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(_as_list)]
 
 
 class TrainConfig(Options):
@@ -173,6 +174,7 @@ class TrainConfig(Options):
     checkpoint: CheckpointOptions
     log: LogOptions
     timeout_seconds: Annotated[float, Field(gt=0)]
+    dry_run: bool
 
 
 class PreviewDataConfig(TrainConfig):
@@ -194,6 +196,7 @@ class EvalConfig(Options):
     compile: bool
     device: Device
     out: str | None
+    predictions: str | None
     protocol: ProtocolOptions
     model: NetworkOptions | None
     data: DataOptions
@@ -228,6 +231,24 @@ class PredictConfig(InferenceConfig):
     out: str | None
 
 
+class ExplainConfig(InferenceConfig):
+    """resnest-explain."""
+
+    ckpt: str
+    model: NetworkOptions | None
+    images: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    out: str
+    top: Positive
+    target: str | int | None
+    layer: Literal["layer1", "layer2", "layer3", "layer4"]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExplainConfig":
+        if self.target is not None and self.top != 1:
+            raise ValueError(f"give either target={self.target} or top={self.top}")
+        return self
+
+
 class ComparedDataOptions(Options):
     """A data set in the ImageNet folder layout, of which the val folder is compared on."""
 
@@ -254,6 +275,16 @@ class CompareConfig(InferenceConfig):
         return self
 
 
+class ReportConfig(Options):
+    """resnest-report."""
+
+    runs: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # run folders, or patterns
+    out: str
+    crop: Literal[224, 320]
+    latency: bool
+    device: Device
+
+
 class ExportConfig(Options):
     """resnest-export."""
 
@@ -261,8 +292,36 @@ class ExportConfig(Options):
     weights: Literal["auto", "model", "ema"]
     model: NetworkOptions | None
     layout: Literal["official", "timm", "mmpretrain", "detectron2"]
-    format: Literal["pth", "safetensors"]
+    format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
+    crop: Crop  # with the protocol: what the others tell their readers, and are tried at
+    protocol: ProtocolOptions
     out: str | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExportConfig":
+        if self.layout in ("mmpretrain", "detectron2") and self.format not in ("pth", "safetensors"):
+            raise ValueError(f"layout={self.layout} is for format=pth or safetensors, not {self.format}")
+        return self
+
+
+class InfoConfig(Options):
+    """resnest-info."""
+
+    model: NetworkOptions | None
+    models: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)] | None  # several, in place of model
+    crop: Crop
+    batch_size: Annotated[int, Field(ge=2)]  # split attention trains with 2 or more
+    precision: Precision
+    device: Device
+    latency: bool
+    rounds: Positive
+    format: Literal["text", "json"]
+
+    @model_validator(mode="after")
+    def _check(self) -> "InfoConfig":
+        if (self.model is None) == (self.models is None):
+            raise ValueError("give either model=NAME or models=[A,B]")
+        return self
 
 
 class Table3Config(Options):

@@ -9,9 +9,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from conftest import run_module
-from resnest_imagenet.commands import data, evaluate, table3, train
+from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import explain_runtime, find_conf
-from resnest_imagenet.config import EvalConfig, ExportConfig, Table3Config, TrainConfig, option_names
+from resnest_imagenet.config import (
+    CompareConfig,
+    EvalConfig,
+    ExplainConfig,
+    ExportConfig,
+    PredictConfig,
+    ReportConfig,
+    Table3Config,
+    TrainConfig,
+    option_names,
+)
 
 
 def call(command, arguments, monkeypatch, capsys):
@@ -79,6 +89,48 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, m
     assert len(lines) == 1
     assert lines[0].startswith("resnest-train: ")
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "code", "message"),
+    [
+        (predict, ["images=x"], 2, "ckpt is not set: give ckpt=..."),
+        (predict, ["ckpt=x.pt"], 2, "images is not set: give images=..."),
+        (predict, ["ckpt=x.pt", "images=x", "topp=3"], 2, "unknown option topp; did you mean 'top'?"),
+        (predict, ["ckpt=x.pt", "images=/nowhere"], 3, "/nowhere"),
+        (predict, ["ckpt=x.pt", "images={}/val"], 4, "x.pt: no such checkpoint"),
+        (predict, ["ckpt=x.pt", "images={}/val", "out=x.txt"], 2, "out=x.txt ends neither in .csv nor in .json"),
+        (predict, ["ckpt=x.pt", "images={}/val", "model=resnet5"], 2, "did you mean 'resnet50'?"),
+        (compare, ["ckpt=[a.pt,b.pt]"], 2, "give either data.root=... or images=..."),
+        (compare, ["ckpt=[a.pt]", "images={}/val"], 2, "ckpt=['a.pt']: list should have at least 2 items"),
+        (compare, ["ckpt=a.pt,b.pt", "images={}/val"], 2, "write a list as [a,b]"),
+        (
+            compare,
+            ["ckpt=[a.pt,b.pt]", "images={}/val", "page={}/val"],
+            2,
+            "page={}/val: cannot be written (it is a folder)",
+        ),
+        (compare, ["ckpt=[a.pt,b.pt]", "images={}/val"], 4, "a.pt: no such checkpoint"),
+        (report, [], 2, "runs is not set: give runs=..."),
+        (report, ["/nowhere"], 2, "runs=/nowhere: no such folder"),
+        (report, ["{}"], 2, "runs={}: neither a run folder nor one with results of resnest-eval"),
+        (report, ["{}", "crop=256"], 2, "crop=256: input should be 224 or 320"),
+        (explain, ["images=x", "out=x"], 2, "ckpt is not set: give ckpt=..."),
+        (explain, ["ckpt=x.pt", "images=/nowhere", "out=x"], 3, "/nowhere"),
+        (evaluate, ["ckpt=x.pt", "data.root={}", "predictions={}/val"], 2, "predictions={}/val: cannot be written"),
+        (export, ["ckpt=x.pt", "format=onx"], 2, "format=onx: input should be "),
+        (export, ["ckpt=x.pt", "format=onnx", "layout=mmpretrain"], 2, "layout=mmpretrain"),
+        (train, ["data.root={}", "log.trackers=[wandbb]"], 2, "log.trackers.0=wandbb: input should be "),
+    ],
+)
+def test_wrong_words_to_the_other_commands(
+    command, arguments, code, message, demo_images, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(demo_images) for argument in arguments]
+    found, lines = call(command, arguments, monkeypatch, capsys)
+    assert (found, len(lines)) == (code, 1), lines
+    assert message.format(demo_images) in lines[0]
 
 
 def test_data_faults_have_exit_code_3(monkeypatch, capsys):
@@ -166,6 +218,10 @@ def list_keys(values, prefix=""):
         ("train", TrainConfig, ["+experiment=resnest50"]),
         ("eval", EvalConfig, ["model=resnest50"]),
         ("eval", EvalConfig, ["model=resnest50", "protocol=ecentercrop"]),
+        ("predict", PredictConfig, ["model=resnest50"]),
+        ("compare", CompareConfig, []),
+        ("explain", ExplainConfig, ["model=resnest50"]),
+        ("report", ReportConfig, []),
         ("export", ExportConfig, ["model=resnest50"]),
         ("table3", Table3Config, []),
         *((f"data_{name}", action.schema, []) for name, action in data.ACTIONS.items()),

@@ -17,7 +17,7 @@ from resnest_imagenet.data import webdataset
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import require_same_classes
+from resnest_imagenet.data.source import read_named, require_same_classes
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import name_members, read_shards, write_shards
 from resnest_imagenet.errors import DataError
@@ -58,6 +58,10 @@ def test_shards_hold_what_the_folder_does(listed, demo_images):
     assert listed.labels.tolist() == folder.labels.tolist()
     assert [listed.read(i) for i in range(103)] == [folder.read(i) for i in range(103)]
     assert listed.name(21) == f"{listed.root}/train-000001.tar: {folder.files[21].decode().lower()}"
+    for source in (listed, folder):
+        assert read_named(source.name(21)) == folder.read(21)
+    with pytest.raises(FileNotFoundError):
+        read_named(listed.name(21) + "x")
 
 
 def test_any_reader_of_tar_files_finds_key_image_and_label(shards, demo_images):

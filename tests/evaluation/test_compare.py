@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from browser import look_at, needs_browser
 from conftest import compose_config
 from resnest_imagenet import build_model
 from resnest_imagenet.config import CompareConfig
@@ -128,3 +129,13 @@ def test_refusals(checkpoints, demo_images):
         compare(both, f"data.root={demo_images}", "models=[resnest50]")
     with pytest.raises(ConfigError, match="ckpt"):
         compare(f"ckpt=[{checkpoints[0]}]", f"data.root={demo_images}")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_in_a_browser(checkpoints, demo_images, tmp_path, width):
+    page = tmp_path / "out.html"
+    found = compare(f"ckpt=[{checkpoints[0]},{checkpoints[1]}]", f"data.root={demo_images}", f"page={page}")
+    seen = look_at(page, width)
+    assert (seen["pictures"], seen["loaded"]) == (len(found.disagreements), [])
+    assert seen["width"] <= width

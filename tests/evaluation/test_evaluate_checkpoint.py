@@ -3,6 +3,7 @@ import json
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.evaluation.counting import Accuracy, evaluate
+from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.evaluation.evaluate_checkpoint import _label, evaluate_checkpoint, format_results
 from resnest_imagenet.models.zoo import list_imagenet_classes
 from resnest_imagenet.weights.load import Weights
@@ -35,13 +36,20 @@ def test_counts_by_hand():
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5, 0], [0, 1, 2, 3, 4, 5, 6]])
     loader = Fixed(3, (logits[:2], torch.tensor([0, 5])), (logits[2:], torch.tensor([0])))
     accuracy = evaluate(nn.Identity(), loader, ALONE)
-    assert accuracy == Accuracy(correct1=1, correct5=2, count=3)
+    assert (accuracy.correct1, accuracy.correct5, accuracy.count) == (1, 2, 3)
     assert accuracy.top1 == pytest.approx(100 / 3)
+    assert accuracy.labels.tolist() == [0, 5, 0]
+    assert accuracy.predicted.tolist() == [0, 1, 6]
+    assert accuracy.in_top5.tolist() == [True, True, False]
+    probabilities = logits.double().softmax(1)
+    np.testing.assert_allclose(accuracy.confidence, probabilities.amax(1), rtol=1e-6)
+    np.testing.assert_allclose(accuracy.true_probability, probabilities[[0, 1, 2], [0, 5, 0]], rtol=1e-6)
 
 
 def test_fewer_than_five_classes():
     loader = Fixed(1, (torch.tensor([[1.0, 2, 3]]), torch.tensor([0])))
-    assert evaluate(nn.Identity(), loader, ALONE) == Accuracy(0, 1, 1)
+    evaluation = evaluate(nn.Identity(), loader, ALONE)
+    assert (evaluation.correct1, evaluation.correct5, evaluation.count) == (0, 1, 1)
 
 
 def test_a_missing_image_is_an_error():

@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,7 +28,7 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import ERandomCrop, TrainTransform
 from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
-from resnest_imagenet.evaluation.counting import Accuracy
+from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, Watch
@@ -415,7 +416,7 @@ def test_accumulated_gradients_are_the_mean_over_the_whole_batch(small_run, demo
         network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
         state = TrainingState(network, config.train)
         initial = network[1].weight.detach().clone()
-        log = SimpleNamespace(start_epoch=id, is_due=lambda _: False, advance=lambda: None)
+        log = SimpleNamespace(start_epoch=id, is_due=lambda _: False, advance=lambda: None, wants_samples=False)
         with Health(state, config.train) as health:
             control = Control(ALONE, Watch(ALONE, 60, print), StopRequest(), health, log, None, 1000)
             train_epoch(state, network, loader, plan, config.train, 0, control)
@@ -571,7 +572,11 @@ def test_between_reports_the_host_reads_only_what_came_of_the_step_before(device
         return replace(plan_steps(*args), steps_per_epoch=6, total_steps=6)
 
     monkeypatch.setattr(train_module, "plan_steps", shorten)
-    monkeypatch.setattr(train_module, "evaluate", lambda *args: Accuracy(0, 0, 1))
+
+    def judge_nothing(model, loader, *args):
+        return Evaluation(*np.zeros((5, loader.plan.num_samples), dtype=int))
+
+    monkeypatch.setattr(train_module, "evaluate", judge_nothing)
     options = ("train.epochs=1", "train.warmup_epochs=0", "train.batch_size=2", "train.global_batch=4")
     options += ("train.mixup_alpha=0.2", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
     options += ("train.cutmix_alpha=1.0", "train.erasing=0.5", "train.dropout=0.2", "train.dropblock=0.2")

@@ -26,13 +26,14 @@ def find_conf() -> Path:
     return inside if inside.is_dir() else package.parents[1] / "conf"
 
 
-def run_command(name: str, schema: type[Config], job: Callable[[Config], None]) -> None:
+def run_command(name: str, schema: type[Config], job: Callable[[Config], float | None]) -> None:
     """Compose conf/<name>.yaml with the command line, check it, and do the job; exit with the error's code.
 
     Args:
         name: the primary configuration.
         schema: what it must satisfy.
-        job: the command's work; imports torch itself, so that --help need not.
+        job: the command's work; imports torch itself, so that --help need not. What it returns is what a sweeper
+            of Hydra's optimises.
     """
     # Idle OpenMP threads sleep instead of spinning: 20 times faster where processes share cores. Before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -46,12 +47,15 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], None]) 
 
     composing = True
 
-    def task(composed: "DictConfig") -> None:
+    if {"-m", "--multirun"} & set(sys.argv[1:]) and launched_as()[2] > 1:
+        _leave(ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun"))
+
+    def task(composed: "DictConfig") -> float | None:
         nonlocal composing
         composing = False
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
-            job(check_config(composed, schema))
+            return job(check_config(composed, schema))
         except UserError as error:
             _leave(error)
         except Exception as error:

@@ -4,11 +4,19 @@ from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import TrainConfig
 
 
-def run(config: TrainConfig) -> None:
-    """Import torch only now, and train."""
+def run(config: TrainConfig) -> float | None:
+    """Train, and return the best top-1, which a sweeper maximises; or print what a run would do."""
+    if config.dry_run:
+        from resnest_imagenet.distributed import launched_as
+        from resnest_imagenet.training.dry_run import describe_run
+
+        plan = describe_run(config)
+        if launched_as()[0] == 0:
+            print(plan)
+        return None
     from resnest_imagenet.training.train import train
 
-    train(config)
+    return train(config).best_top1
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tarfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -188,6 +189,22 @@ def name_unreadable(images: ImageSource, indices: Iterable[int]) -> str | None:
         if fault:
             return f"{images.name(index)}: {fault.detail}"
     return None
+
+
+def read_named(name: str) -> bytes:
+    """Return an image, encoded, by what `ImageSource.name` calls it.
+
+    Raises:
+        OSError: it is not there any more.
+    """
+    shard, _, member = name.partition(".tar: ")
+    if not member:
+        return Path(name).read_bytes()
+    with tarfile.open(shard + ".tar") as archive:
+        for entry in archive:
+            if entry.name == member and (file := archive.extractfile(entry)):
+                return file.read()
+    raise FileNotFoundError(name)
 
 
 def split_unreadable(images: ImageSource) -> tuple[ImageSource, list[str]]:

@@ -19,7 +19,7 @@ from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource, label_by_classes
 from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.evaluation.inference import Classifier, compute_probabilities, open_classifier
+from resnest_imagenet.evaluation.inference import Classifier, compute_probabilities, find_outputs, open_classifier
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import describe_classes, require_model
 
@@ -80,12 +80,12 @@ def compare_networks(config: CompareConfig) -> Comparison:
     comparison = _judge(classifiers, images, loader, device, config.precision)
     if config.csv is not None:
         with replacing(Path(config.csv)) as file:
-            file.write(encode_csv(comparison).encode())
+            file.write(encode_csv(comparison).encode(errors="surrogateescape"))
     if config.page is not None:
-        from resnest_imagenet.evaluation.compare_page import render_page
+        from resnest_imagenet.evaluation.compare_page import render_comparison
 
         with replacing(Path(config.page)) as file:
-            file.write(render_page(comparison, transform.protocol).encode())
+            file.write(render_comparison(comparison, transform.protocol).encode(errors="surrogateescape"))
     return comparison
 
 
@@ -130,16 +130,9 @@ def label_images(images: ImageSource, classifier: Classifier) -> np.ndarray:
     Raises:
         DataError: for a class that the network does not know.
     """
-    by_words: dict[str, set[str]] = {}
-    for label, text in zip(classifier.classes, describe_classes(classifier.classes), strict=True):
-        for words in (text, *text.split(", ")):
-            by_words.setdefault(_simplify(words), set()).add(label)
-    known = set(classifier.classes)
-    renamed = []
-    for name in images.classes:
-        meant = by_words.get(_simplify(name), set())
-        renamed.append(next(iter(meant)) if name not in known and len(meant) == 1 else name)
-    named = replace(images, classes=tuple(renamed))
+    meant = find_outputs(images.classes, classifier.classes)
+    names = zip(images.classes, meant, strict=True)
+    named = replace(images, classes=tuple(classifier.classes[k[0]] if len(k) == 1 else name for name, k in names))
     return label_by_classes(named, classifier.classes, f"the classes of {classifier.source}").labels
 
 
@@ -202,10 +195,6 @@ def encode_csv(comparison: Comparison) -> str:
         row = [cell for p, predicted in cells for cell in (f"{p:.6f}", predicted)]
         writer.writerow([images.name(index), images.classes[images.labels[index]], *row])
     return text.getvalue()
-
-
-def _simplify(words: str) -> str:
-    return words.lower().replace("_", " ").replace("-", " ").strip()
 
 
 def _title(classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""Exact top-1 and top-5 over any number of ranks."""
+"""What a network says of each image of a set, over any number of ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,18 +13,42 @@ from resnest_imagenet.distributed import Ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Counts of a whole evaluation set.
+class Evaluation:
+    """What a network says of N images, in the order of the set.
 
     Attributes:
-        correct1: images whose label is the highest logit.
-        correct5: images whose label is among the five highest.
-        count: images.
+        labels: (N,) int64, the true class.
+        predicted: (N,) int64, the highest logit.
+        in_top5: (N,) bool, whether the true class is among the five highest logits.
+        confidence: (N,) float64, the probability of the predicted class.
+        true_probability: (N,) float64, that of the true one.
     """
 
-    correct1: int
-    correct5: int
-    count: int
+    labels: np.ndarray
+    predicted: np.ndarray
+    in_top5: np.ndarray
+    confidence: np.ndarray
+    true_probability: np.ndarray
+
+    @property
+    def is_right(self) -> np.ndarray:
+        """Whether the highest logit is that of the true class, (N,) bool."""
+        return self.predicted == self.labels
+
+    @property
+    def count(self) -> int:
+        """Images."""
+        return len(self.labels)
+
+    @property
+    def correct1(self) -> int:
+        """Images whose label is the highest logit."""
+        return int(self.is_right.sum())
+
+    @property
+    def correct5(self) -> int:
+        """Images whose label is among the five highest logits."""
+        return int(self.in_top5.sum())
 
     @property
     def top1(self) -> float:
@@ -43,8 +68,8 @@ def evaluate(
     ranks: Ranks,
     precision: str = "fp32",
     before_batch: Callable[[int, bool], None] = lambda batch, is_everywhere: None,
-) -> Accuracy:
-    """Count over all ranks; every rank returns the same.
+) -> Evaluation:
+    """Evaluate over all ranks; every rank returns the same.
 
     Args:
         model: maps images (B, 3, H, W) to logits (B, K); left in evaluation mode.
@@ -57,17 +82,31 @@ def evaluate(
         RuntimeError: where the ranks together did not see each image once.
     """
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    common = loader.plan.num_batches // ranks.world_size
-    for batch, (images, labels) in enumerate(loader.batches(epoch=0)):
+    plan = loader.plan
+    # A row for each image, filled by the one rank that sees it: a sum that no order of ranks can change, of numbers
+    # that float64 holds exactly. It stays on the device, and is read once at the end.
+    table = torch.zeros(plan.num_samples, 6, dtype=torch.float64, device=ranks.device)
+    common = plan.num_batches // ranks.world_size
+    for batch, ((images, labels), samples) in enumerate(zip(loader.batches(epoch=0), plan.batches(0), strict=False)):
         before_batch(batch, batch < common)
         with autocast(ranks.device, precision):
             logits = model(images)
         best = logits.topk(min(5, logits.shape[1])).indices
-        hits = best == labels[:, None]
-        # Integers, and on the device: a sum that no order of ranks can change, read once at the end.
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels), dtype=torch.int64)])
-    correct1, correct5, count = sum_over_ranks(counts).tolist()
-    if count != loader.plan.num_samples:
-        raise RuntimeError(f"evaluated {count} images of {loader.plan.num_samples}")
-    return Accuracy(correct1, correct5, count)
+        probabilities = logits.float().softmax(1)
+        columns = (
+            torch.ones_like(labels),
+            labels,
+            best[:, 0],
+            (best == labels[:, None]).any(1),
+            probabilities.gather(1, best[:, :1])[:, 0],
+            probabilities.gather(1, labels[:, None])[:, 0],
+        )
+        table[torch.from_numpy(samples).to(ranks.device, non_blocking=True)] += torch.stack(
+            [column.to(table.dtype) for column in columns], dim=1
+        )
+    seen, truth, predicted, in_top5, confidence, true_probability = sum_over_ranks(table).T.cpu().numpy()
+    if not (seen == 1).all():
+        raise RuntimeError(f"evaluated {int(seen.sum())} images of {plan.num_samples}")
+    return Evaluation(
+        truth.astype(np.int64), predicted.astype(np.int64), in_top5.astype(bool), confidence, true_probability
+    )

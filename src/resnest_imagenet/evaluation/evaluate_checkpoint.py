@@ -1,6 +1,5 @@
 """The accuracy of a checkpoint at one or several crops."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from resnest_imagenet import distributed
@@ -11,7 +10,8 @@ from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_classes
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.evaluation.counting import evaluate
+from resnest_imagenet.evaluation.counting import Evaluation, evaluate
+from resnest_imagenet.evaluation.predictions import write_predictions
 from resnest_imagenet.evaluation.results import CropResult, Results
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.folding import fold_batch_norms
@@ -21,7 +21,7 @@ from resnest_imagenet.weights.load import Weights, read_weights, restore_network
 
 
 def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
-    """Evaluate a checkpoint on the data set's val folder, at each crop; write `config.out` if it is set.
+    """Evaluate a checkpoint on the data set's val folder, at each crop; write `config.out` and `config.predictions`.
 
     Raises:
         UserError: for what a user can cause, as one line.
@@ -32,8 +32,9 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     device = distributed.choose_device(config.device)
     keep_freed_memory()
     rank, _, _ = distributed.launched_as()
-    if rank == 0 and config.out is not None:
-        require_writable(Path(config.out), "out")
+    for option, path in (("out", config.out), ("predictions", config.predictions)):
+        if rank == 0 and path is not None:
+            require_writable(Path(path), option)
     images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
@@ -50,17 +51,28 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
             build_loader(config.loader.name, images, plan, transform, ranks.device, config.loader.workers)
             for transform in transforms
         ]
-        results: list[CropResult] = []
+        evaluations: list[tuple[str, Evaluation]] = []
 
         def before_batch(batch: int, is_everywhere: bool) -> None:
-            watch.at(len(results), batch, EVALUATING)
+            watch.at(len(evaluations), batch, EVALUATING)
 
-        for crop, transform in zip(config.crop, transforms, strict=True):
-            accuracy = evaluate(model, loaders.pop(0), ranks, config.precision, before_batch)
-            counts = asdict(accuracy)
-            results.append(
-                CropResult(crop=crop, top1=accuracy.top1, top5=accuracy.top5, **counts, protocol=transform.protocol)
+        for transform in transforms:
+            said = evaluate(model, loaders.pop(0), ranks, config.precision, before_batch)
+            evaluations.append((transform.protocol, said))
+        results = [
+            CropResult(
+                crop=crop,
+                top1=said.top1,
+                top5=said.top5,
+                correct1=said.correct1,
+                correct5=said.correct5,
+                count=said.count,
+                protocol=protocol,
             )
+            for crop, (protocol, said) in zip(config.crop, evaluations, strict=True)
+        ]
+        if ranks.is_main and config.predictions is not None:
+            write_predictions(Path(config.predictions), images, evaluations)
         if ranks.is_main and config.out is not None:
             measured = Results(
                 model=name,

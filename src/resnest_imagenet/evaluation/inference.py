@@ -1,6 +1,6 @@
 """Networks for single images: what they call their outputs, and the probabilities they give."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes
 from resnest_imagenet.weights.load import read_weights, restore_network
 
 
@@ -47,6 +47,27 @@ def open_classifier(source: str, choice: str, name: str | None, device: torch.de
     outputs = len(model.get_parameter("fc.bias"))
     classes = weights.classes or (list_imagenet_classes() if outputs == 1000 else [str(n) for n in range(outputs)])
     return Classifier(source, name, tuple(classes), place(fold_batch_norms(model), device))
+
+
+def find_outputs(names: Sequence[str], classes: Sequence[str]) -> list[list[int]]:
+    """Return the outputs that each of some names may mean.
+
+    A class's name means that class; else what has it among its words: "goldfish" or "golden_retriever" for ImageNet's.
+
+    Args:
+        names: as people write them.
+        classes: in the order of the outputs.
+    """
+    exact = {name: output for output, name in enumerate(classes)}
+    by_words: dict[str, set[int]] = {}
+    for output, text in enumerate(describe_classes(classes)):
+        for words in (text, *text.split(", ")):
+            by_words.setdefault(_simplify(words), set()).add(output)
+    return [[exact[name]] if name in exact else sorted(by_words.get(_simplify(name), ())) for name in names]
+
+
+def _simplify(words: str) -> str:
+    return words.lower().replace("_", " ").replace("-", " ").strip()
 
 
 @torch.inference_mode()

@@ -81,7 +81,7 @@ def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
                 progress.update(len(probabilities))
     if config.out is not None:
         with replacing(Path(config.out)) as target:
-            target.write(_encode(predictions, Path(config.out).suffix).encode())
+            target.write(_encode(predictions, Path(config.out).suffix).encode(errors="surrogateescape"))
     return predictions, faults
 
 

@@ -1,18 +1,53 @@
-"""What a network costs: parameters and multiply-adds, counted, not timed."""
+"""What a network costs: counted, not timed."""
 
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnest_imagenet.models.features import STAGES
 from resnest_imagenet.models.zoo import build_model
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage of a network costs, for one image.
+
+    Attributes:
+        stage: "stem" (to the max pool), "layer1" to "layer4", or "head".
+        output: shape of its output, (channels, height, width) or (classes,).
+        parameters: how many.
+        multiply_adds: of convolutions and fc, and one for each activation that a BN scales and shifts: the paper's
+            "FLOPs".
+        activations: elements of the outputs of all convolutions, as pycls' model zoo has them (Radosavovic et al. 2020,
+            "Designing Network Design Spaces").
+    """
+
+    stage: str
+    output: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+    activations: int
 
 
 def count_cost(name: str, crop: int) -> tuple[int, int]:
     """Return the parameters of a network, and its multiply-adds for one image (the paper's "FLOPs").
 
-    Convolutions and fc, and one multiply-add for each activation that a BN scales and shifts. Nothing is allocated.
+    Args:
+        name: one of `list_models()`, with 1000 classes.
+        crop: side of the image in pixels.
+    """
+    stages = count_stages(name, crop)
+    return sum(each.parameters for each in stages), sum(each.multiply_adds for each in stages)
+
+
+def count_stages(name: str, crop: int) -> list[StageCost]:
+    """Return the cost of each stage, in their order. Nothing is allocated.
 
     Args:
         name: one of `list_models()`, with 1000 classes.
@@ -21,15 +56,71 @@ def count_cost(name: str, crop: int) -> tuple[int, int]:
     with torch.device("meta"):
         model = build_model(name).eval()
         images = torch.empty(1, 3, crop, crop)
-    normalised = 0
+    normalised: Counter[str] = Counter()
+    outputs: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
 
-    def count_activations(module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
-        nonlocal normalised
-        normalised += inputs[0].numel()
+        def see(module: nn.Module, inputs: tuple[Tensor], output: Tensor, path: str = path) -> None:
+            outputs[path] = tuple(output.shape[1:])
+            if isinstance(module, nn.BatchNorm2d):
+                normalised[path.partition(".")[0]] += inputs[0].numel()
 
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(count_activations)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.register_forward_hook(see)
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False) as operations,
+        FlopCounterMode(display=False, custom_mapping=_OUTPUT_SIZES) as sizes,
+    ):
         model(images)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2 + normalised
+    multiplied, convolved = (_sum_by_child(model, counter) for counter in (operations, sizes))
+    return [
+        StageCost(
+            stage,
+            outputs[parts[-1]],
+            sum(p.numel() for part in parts for p in model.get_submodule(part).parameters()),
+            sum(multiplied[part] // 2 + normalised[part] for part in parts),
+            sum(convolved[part] for part in parts if part != "fc"),
+        )
+        for stage, parts in {**STAGES, "head": ("fc",)}.items()
+    ]
+
+
+def count_kept(name: str, crop: int, batch_size: int) -> int:
+    """Return the bytes that a training step's forward pass leaves for the backward pass, on a CPU.
+
+    They are the storages that autograd saves, each once, the network's own left out: activations, the images, under
+    autocast also its copies of the weights. The pass is run in name only (`FakeTensorMode`): nothing is allocated.
+
+    Args:
+        name: one of `list_models()`, with 1000 classes.
+        crop: side of the images in pixels.
+        batch_size: 2 or more.
+    """
+    kept: set[torch.UntypedStorage] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage())
+        return tensor
+
+    with FakeTensorMode():
+        model = build_model(name)
+        images = torch.empty(batch_size, 3, crop, crop).contiguous(memory_format=torch.channels_last)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(images)
+    kept -= {tensor.untyped_storage() for tensor in model.state_dict().values()}
+    return sum(storage.nbytes() for storage in kept)
+
+
+def _count_elements(*arguments: Any, out_shape: Any, **options: Any) -> int:
+    return prod(out_shape)
+
+
+# The operators that convolutions become: 1x1 ones of a single pixel are computed as products of matrices.
+_OUTPUT_SIZES = dict.fromkeys((torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.bmm), _count_elements)
+
+
+def _sum_by_child(model: nn.Module, counter: FlopCounterMode) -> Counter[str]:
+    """Return what was counted in each child of the network."""
+    found = counter.get_flop_counts()
+    paths = {name: f"{type(model).__name__}.{name}" for name, _ in model.named_children()}
+    return Counter({name: sum(found[path].values()) for name, path in paths.items() if path in found})

@@ -17,7 +17,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         before: nn.Module | None = None
         holder, key = parent, ""
         for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm2d and isinstance(before, nn.Conv2d):
+            if isinstance(before, nn.Conv2d) and (type(child) is nn.BatchNorm2d or type(child) is nn.SyncBatchNorm):
                 setattr(holder, key, fuse_conv_bn_eval(before, child))
                 setattr(parent, name, nn.Identity())
             holder, key, before = parent, name, child

@@ -51,7 +51,8 @@ class SplitAttention(nn.Module):
             fuses it itself. What is exported is the formula.
 
     Raises:
-        ValueError: in training with one image on the device, where bn1 has one value per channel.
+        ValueError: in training with one image on the device, where bn1 has one value per channel; not where bn1 is
+            frozen (in evaluation mode) or a SyncBatchNorm.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SplitAttention(nn.Module):
         self.fc2 = PointwiseConv2d(inner, channels * radix, groups=cardinality, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] == 1:
+        if type(self.bn1) is nn.BatchNorm2d and self.bn1.training and x.shape[0] == 1:
             raise ValueError(
                 "split attention normalises one value per image and channel: train with at least 2 images per device"
             )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.models.features import STAGES, Backbone, Norm
 from resnest_imagenet.models.initialise import initialise
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import Implementation
@@ -100,6 +101,10 @@ def build_model(
     output_stride: int = 32,
     init: Literal["fan_in", "fan_out"] = "fan_in",
     split_attention: Implementation = "auto",
+    features_only: bool = False,
+    out_features: Sequence[str] = tuple(STAGES),
+    freeze_at: int = 0,
+    norm: Norm = "bn",
 ) -> nn.Module:
     """Build a network with random weights.
 
@@ -111,12 +116,17 @@ def build_model(
         output_stride: input pixels per output pixel of the last features: 32, 16 or 8.
         init: what `initialise` does: "fan_in" or "fan_out".
         split_attention: how it is computed: "auto", "fused" or "reference"; the peers have none.
+        features_only: build a `Backbone`, for detection and segmentation: no classifier, and a list of features.
+        out_features: of a backbone: which, of "stem" (stride 2) and "layer1" to "layer4".
+        freeze_at: of a backbone: the first so many of these stages are not trained.
+        norm: of a backbone: "bn", "frozen" (statistics, weights and biases stay as they are) or "sync" (statistics over
+            all ranks; torch computes these on accelerators only).
 
     Returns:
-        A module that maps normalised images (B, 3, H, W) to logits (B, num_classes).
+        A module that maps normalised images (B, 3, H, W) to logits (B, num_classes), or a `Backbone`.
 
     Raises:
-        ConfigError: (a ValueError) for a name that is not in the table.
+        ConfigError: (a ValueError) for a name that is not in the table, or options of a backbone that do not fit.
     """
     require_model(name)
     spec = ARCHITECTURES[name]
@@ -125,6 +135,10 @@ def build_model(
     else:
         model = _build_peer(spec, num_classes, dropout, zero_gamma, output_stride)
     initialise(model, init)
+    if features_only:
+        return Backbone(_synchronise(model) if norm == "sync" else model, out_features, output_stride, freeze_at, norm)
+    if (tuple(out_features), freeze_at, norm) != (tuple(STAGES), 0, "bn"):
+        raise ConfigError("out_features, freeze_at and norm are of a backbone: add features_only=True")
     return model
 
 
@@ -145,6 +159,15 @@ def _build_peer(spec: PeerSpec, num_classes: int, dropout: float, zero_gamma: bo
     from timm import create_model
 
     return create_model(spec.timm_name, **arguments)
+
+
+def _synchronise(model: nn.Module) -> nn.Module:
+    if isinstance(model, ResNeSt):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # torch's conversion would drop the activations that timm's SKNets have within their batch norms.
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model)
 
 
 def list_imagenet_classes() -> list[str]:

@@ -1,21 +1,29 @@
-"""What a run says: a progress bar or plain lines, metrics.jsonl and TensorBoard."""
+"""What a run says: a progress bar or plain lines, metrics.jsonl, and what the trackers show."""
 
 import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.evaluation.counting import Accuracy
+from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.evaluation.predictions import write_predictions
 from resnest_imagenet.files import replacing, storing
 from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.trackers import Tracker, draw_confusions, draw_samples, open_trackers, show_event
+
+SHOWN_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -36,28 +44,42 @@ class Report:
 
 
 class RunLog:
-    """Reports of rank 0; for the other ranks nothing is shown or written."""
+    """Reports of rank 0; for the other ranks nothing is shown or written.
 
-    def __init__(self, folder: Path, plan: StepPlan, every_steps: int, state: TrainingState, is_main: bool) -> None:
+    Attributes:
+        wants_samples: whether the trackers still lack a batch of this process.
+    """
+
+    def __init__(self, folder: Path, plan: StepPlan, config: TrainConfig, state: TrainingState, is_main: bool) -> None:
         self._plan = plan
-        self._every_steps = every_steps
+        self._every_steps = config.log.every_steps
         self._is_main = is_main
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
         self._loss = float("nan")
         self._folder = folder
+        self._trackers: list[Tracker] = []
+        self._samples: tuple[int, Tensor] | None = None
         if is_main:
             with storing(folder / "metrics.jsonl"):
                 events = _keep_events(folder / "metrics.jsonl", state)
-                self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until close()
-            # TensorBoard's files say what metrics.jsonl says: its own may have lost what a killed process had not
-            # written, and have what the last checkpoint does not know.
-            with storing(folder / "tensorboard"):
-                for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
-                    old.unlink()
-                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=0)
-                for event in events:
-                    self._draw(event)
+                self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
+            self._trackers = open_trackers(folder, config, state.step, events)
+        self.wants_samples = bool(self._trackers)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Flush and close the files, and tell the trackers how the run ended."""
+        self._bar.close()
+        if self._is_main:
+            with storing(self._folder / "metrics.jsonl"):
+                self._metrics.close()
+        for tracker in self._trackers:
+            tracker.close(error)
 
     def is_due(self, state: TrainingState) -> bool:
         """Say whether to report now: every so many steps and at the end of an epoch; the same on all ranks."""
@@ -80,6 +102,16 @@ class RunLog:
         """Move the bar by one step."""
         self._bar.update()
 
+    def samples(self, state: TrainingState, images: Tensor) -> None:
+        """Keep some images of a batch that is about to be trained on, to be shown with the next report.
+
+        Args:
+            state: before its step.
+            images: (B, 3, H, W), as the network sees them; they stay on the device until then.
+        """
+        self._samples = state.step, images[:SHOWN_SAMPLES].clone()
+        self.wants_samples = False
+
     def training(self, state: TrainingState, lr: float, report: Report) -> None:
         """Show and write the steps since the last report; `state` is after the last of them."""
         if not self._is_main:
@@ -89,6 +121,10 @@ class RunLog:
         self._write("train", state, {"loss": report.loss, "lr": lr, "images_per_s": speed, "data_wait": wait})
         self._seconds_per_step = report.seconds / report.steps
         self._loss = report.loss
+        if self._samples is not None:
+            step, images = self._samples
+            self._show("train/samples", step, draw_samples(images))
+            self._samples = None
         end_of_epoch = (state.epoch + 1) * self._plan.steps_per_epoch
         # What matters most comes first: a narrow terminal cuts the end.
         line = (
@@ -101,16 +137,31 @@ class RunLog:
         else:
             self._bar.set_postfix_str(line)
 
-    def evaluation(self, state: TrainingState, accuracy: Accuracy, transform: EvalTransform) -> None:
-        """Show and write the evaluation that ended an epoch; `state` counts that epoch already."""
+    def evaluation(
+        self, state: TrainingState, evaluation: Evaluation, images: ImageSource, transform: EvalTransform
+    ) -> None:
+        """Show and write the evaluation that ended an epoch.
+
+        Args:
+            state: counts that epoch already, but this evaluation is not yet in its best accuracy.
+            evaluation: of the val images.
+            images: these.
+            transform: what was done to them.
+        """
         if not self._is_main:
             return
         self._bar.close()
-        values = {"top1": accuracy.top1, "top5": accuracy.top5, "count": accuracy.count}
+        values = {"top1": evaluation.top1, "top5": evaluation.top5, "count": evaluation.count}
         self._write("eval", state, {**values, "crop": transform.crop, "protocol": transform.protocol})
+        if evaluation.top1 > state.best_top1:
+            write_predictions(self._folder / "predictions.csv", images, [(transform.protocol, evaluation)])
+        epoch = self._name_epoch(state.epoch - 1)
+        if self._trackers:
+            title = f"{epoch}: top-1 {evaluation.top1:.2f} % of {evaluation.count} images"
+            self._show("eval/confusions", state.step, draw_confusions(evaluation, images.classes, title))
         print(
-            f"{self._name_epoch(state.epoch - 1)}: loss {self._loss:.3f}, top-1 {accuracy.top1:.2f} %, "
-            f"top-5 {accuracy.top5:.2f} % of {accuracy.count} images ({transform.protocol})",
+            f"{epoch}: loss {self._loss:.3f}, top-1 {evaluation.top1:.2f} %, "
+            f"top-5 {evaluation.top5:.2f} % of {evaluation.count} images ({transform.protocol})",
             flush=True,
         )
 
@@ -127,24 +178,16 @@ class RunLog:
             with storing(self._folder / "metrics.jsonl"):
                 os.fsync(self._metrics.fileno())
 
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self._is_main:
-            self._bar.close()
-            with storing(self._folder):
-                self._metrics.close()
-                self._tensorboard.close()
-
     def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
         line = {"event": event, "epoch": when.epoch, "step": when.step, **values, "time": time.time()}
         with storing(self._folder):
             self._metrics.write(json.dumps(line) + "\n")
-            self._draw(line)
+        for tracker in self._trackers:
+            show_event(tracker, line)
 
-    def _draw(self, event: dict[str, Any]) -> None:
-        for name, value in event.items():
-            if isinstance(value, float) and name != "time":
-                self._tensorboard.add_scalar(f"{event['event']}/{name}", value, event["step"], event["time"])
+    def _show(self, name: str, step: int, pixels: np.ndarray) -> None:
+        for tracker in self._trackers:
+            tracker.image(name, step, pixels)
 
     def _name_epoch(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self._plan.total_steps // self._plan.steps_per_epoch}"

@@ -69,6 +69,8 @@ def train_epoch(
         # The number of the batch over all ranks: what is drawn for it depends on nothing else.
         number = index * ranks.world_size + ranks.rank
         ends_step = (index + 1) % plan.accumulation == 0
+        if log.wants_samples:
+            log.samples(state, erase_and_mix(images.clone(), recipe, seed, state.epoch, number)[0])
         with nullcontext() if ends_step else _keep_gradients_local(network):
             loss = compute_loss(network, images, labels, recipe, seed, state.epoch, number) / plan.accumulation
             control.watch.then(BACKWARD)
@@ -110,16 +112,22 @@ def compute_loss(
         epoch: counted from 0.
         number: of the batch in the epoch, over all ranks.
     """
-    if recipe.erasing > 0:
-        erase_rectangles(images, recipe.erasing, stream(seed, Purpose.ERASING, epoch, number))
-    mixing = _draw_mixing(recipe, images, stream(seed, Purpose.MIXING, epoch, number))
-    if mixing is not None:
-        images = mixing.mix_images(images)
+    images, mixing = erase_and_mix(images, recipe, seed, epoch, number)
     torch.manual_seed(int(stream(seed, Purpose.MODEL, epoch, number).integers(2**63)))
     with autocast(images.device, recipe.precision):
         logits = network(images)
     targets = labels if mixing is None else mixing.mix_targets(one_hot(labels, logits.shape[1]))
     return smoothed_cross_entropy(logits, targets, recipe.label_smoothing)
+
+
+def erase_and_mix(
+    images: Tensor, recipe: RecipeOptions, seed: int, epoch: int, number: int
+) -> tuple[Tensor, Mixing | None]:
+    """Return what the network sees of a batch, and what was mixed; see `compute_loss`."""
+    if recipe.erasing > 0:
+        erase_rectangles(images, recipe.erasing, stream(seed, Purpose.ERASING, epoch, number))
+    mixing = _draw_mixing(recipe, images, stream(seed, Purpose.MIXING, epoch, number))
+    return images if mixing is None else mixing.mix_images(images), mixing
 
 
 def _draw_mixing(recipe: RecipeOptions, images: Tensor, rng: np.random.Generator) -> Mixing | None:

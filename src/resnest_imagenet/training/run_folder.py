@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.compute import name_device
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import (
     CheckpointError,
@@ -38,7 +39,10 @@ class RunFolder:
     environment.json   versions, devices, git commit, command
     status.json        {"state": "running" | "finished" | "stopped" | "failed", "exit_code": ..., ...}
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
-    tensorboard/       the same as event files
+    predictions.csv    what the best network so far said of each image of the evaluation
+    tensorboard/       the same as event files, with pictures
+    wandb/             the same for W&B, where log.trackers has it
+    trackers.json      by which names W&B and MLflow know the run
     checkpoints/       step-<number>.pt, the last few, and best.pt
     lock               held by the process that writes
     """
@@ -150,7 +154,16 @@ class RunFolder:
         aside = next(folder for n in numbers if not (folder := self.path / f"earlier-{n}").exists())
         with storing(aside):
             aside.mkdir()
-            for name in ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "environment.json"):
+            for name in (
+                "checkpoints",
+                "metrics.jsonl",
+                "predictions.csv",
+                "tensorboard",
+                "wandb",
+                "trackers.json",
+                "config.yaml",
+                "environment.json",
+            ):
                 if (self.path / name).exists():
                     (self.path / name).rename(aside / name)
             self.checkpoints.mkdir()
@@ -169,18 +182,11 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": list_versions(),
         "cuda": torch.version.cuda if ranks.device.type == "cuda" else None,
-        "device": name_device(ranks),
+        "device": name_device(ranks.device),
         "cpus": os.cpu_count(),
         "ranks": ranks.world_size,
         "host": platform.node(),
     }
-
-
-def name_device(ranks: Ranks) -> str:
-    """Return what decides the order of additions: the GPU's name, or a CPU's instructions and threads."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.get_device_name(ranks.device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def list_versions() -> dict[str, str | None]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.compute import name_device
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.loader import Loader, choose_loader
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.distributed import Ranks, gather, gather_objects
 from resnest_imagenet.errors import CheckpointError
-from resnest_imagenet.training.run_folder import RunFolder, list_versions, name_device
+from resnest_imagenet.training.run_folder import RunFolder, list_versions
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -69,12 +70,9 @@ class Saver:
         if not path.exists():
             raise CheckpointError(f"{path}: not there: run_dir={self.run.path} is not shared by all ranks")
         saved = saved or load_checkpoint(path)
-        theirs = saved.get("identity")
-        theirs = theirs if isinstance(theirs, dict) else {}
-        changed = [option for option, value in self.identity.items() if theirs.get(option) != value]
-        if not changed:
+        differences = compare_identity(saved, self.identity)
+        if not differences:
             return saved
-        differences = "; ".join(f"{option}={theirs.get(option)}, not {self.identity[option]}" for option in changed)
         line = f"{path} was trained with {differences}"
         if on_mismatch == "refuse":
             raise CheckpointError(
@@ -113,6 +111,14 @@ class Saver:
             )
 
 
+def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Return in words how the run of a checkpoint differs from another; "" where it does not."""
+    theirs = saved.get("identity")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    changed = [option for option, value in identity.items() if theirs.get(option) != value]
+    return "; ".join(f"{option}={theirs.get(option)}, not {identity[option]}" for option in changed)
+
+
 def describe_identity(config: TrainConfig, plan: StepPlan, train_set: ImageSource, protocol: str) -> dict[str, Any]:
     """Return what must not change when a run goes on: plain values by option name, and a digest of the file names.
 
@@ -143,6 +149,6 @@ def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "train.compile": config.train.compile,
         "model.split_attention": config.model.split_attention,
         "loader": choose_loader(config.loader.name),
-        "device": name_device(ranks),
+        "device": name_device(ranks.device),
         **list_versions(),
     }

@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from resnest_imagenet.training.saving import Saver, describe_circumstances, desc
 from resnest_imagenet.training.schedule import StepPlan, count_accumulation, dropblock_probability, plan_steps
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.stopping import StopRequest
+from resnest_imagenet.training.trackers import require_trackers
 from resnest_imagenet.weights.load import read_weights, start_from
 
 
@@ -44,23 +45,17 @@ def train(config: TrainConfig) -> TrainingState:
         UserError: for what a user can cause, as one line.
         Stopped: after a signal, with a checkpoint.
     """
-    rank, _, world_size = distributed.launched_as()
+    rank, _, _ = distributed.launched_as()
     run = RunFolder(config.run_dir, config.checkpoint.keep, is_main=rank == 0)
     with run.opened(), StopRequest(speaks=rank == 0) as request, ExitStack() as stack:
         # 1. What can be refused before any data is touched.
-        require_model(config.model.name)
-        choose_loader(config.loader.name)
-        count_accumulation(config.train, world_size)
-        device = distributed.choose_device(config.device)
         # 2. The data, and with it the steps and the width of the classifier.
-        train_set, val_set = _open_data(config.data)
-        config = _fix_num_classes(config, train_set)
-        plan = plan_steps(len(train_set), config.train, world_size)
+        config, device, train_set, val_set, plan = prepare(config)
         # 3. The other ranks.
         ranks = stack.enter_context(distributed.join(device, config.timeout_seconds))
         watch = stack.enter_context(supervise(ranks, config.timeout_seconds, run.write_end))
         # 4. The loaders: this rank's share of both sets.
-        train_loader = _build_train_loader(config, train_set, plan, ranks)
+        train_loader = build_train_loader(config, train_set, plan, ranks)
         eval_transform = EvalTransform(config.eval.crop, **config.protocol.model_dump())
         eval_plan = plan_evaluation(len(val_set), config.train.batch_size, ranks.rank, ranks.world_size)
         eval_loader = build_loader(
@@ -83,8 +78,10 @@ def train(config: TrainConfig) -> TrainingState:
         dropblock = DropBlock(state.model) if config.train.dropblock > 0 else None
         network = _wrap(state.model, config.train, ranks)
         # 6. The epochs, to the end or to a signal.
-        log = RunLog(run.path, plan, config.log.every_steps, state, ranks.is_main)
-        with closing(log), Health(state, config.train) as health:
+        with (
+            RunLog(run.path, plan, config, state, ranks.is_main) as log,
+            Health(state, config.train) as health,
+        ):
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
             request.wait_for_step()
             try:
@@ -95,11 +92,11 @@ def train(config: TrainConfig) -> TrainingState:
                     distributed.broadcast_buffers(state.evaluated_model)
                     pause = partial(control.before_eval_batch, state.epoch, len(train_loader.plan))
                     folded = fold_batch_norms(state.evaluated_model)
-                    accuracy = evaluate(folded, eval_loader, ranks, config.train.precision, pause)
+                    evaluation = evaluate(folded, eval_loader, ranks, config.train.precision, pause)
                     state.epoch += 1
-                    log.evaluation(state, accuracy, eval_transform)
-                    is_best = accuracy.top1 > state.best_top1
-                    state.best_top1 = max(state.best_top1, accuracy.top1)
+                    log.evaluation(state, evaluation, val_set, eval_transform)
+                    is_best = evaluation.top1 > state.best_top1
+                    state.best_top1 = max(state.best_top1, evaluation.top1)
                     control.save(state, train_loader, is_best)
             except StopAgreed:
                 request.agree()
@@ -108,6 +105,23 @@ def train(config: TrainConfig) -> TrainingState:
                 raise Stopped(f"stopped after step {state.step}; the same command goes on") from None
         run.write_status("finished", exit_code=0, epoch=state.epoch, step=state.step, best_top1=state.best_top1)
     return state
+
+
+def prepare(config: TrainConfig) -> tuple[TrainConfig, torch.device, ImageSource, ImageSource, StepPlan]:
+    """Check what can be refused before any data is touched, then list the data; nothing is written.
+
+    Returns:
+        The configuration with the number of classes, this rank's device, the training and the val images, the steps.
+    """
+    _, _, world_size = distributed.launched_as()
+    require_model(config.model.name)
+    choose_loader(config.loader.name)
+    require_trackers(config.log.trackers)
+    count_accumulation(config.train, world_size)
+    device = distributed.choose_device(config.device)
+    train_set, val_set = _open_data(config.data)
+    config = _fix_num_classes(config, train_set)
+    return config, device, train_set, val_set, plan_steps(len(train_set), config.train, world_size)
 
 
 def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
@@ -126,7 +140,8 @@ def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig
     return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": found})})
 
 
-def _build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepPlan, ranks: Ranks) -> Loader:
+def build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepPlan, ranks: Ranks) -> Loader:
+    """Make this rank's share of the training set."""
     recipe = config.train
     batches = BatchPlan(
         num_samples=len(train_set),

@@ -12,7 +12,7 @@ from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.resnest import ResNeStSpec
 from resnest_imagenet.models.zoo import ARCHITECTURES
 from resnest_imagenet.weights.layouts import rename
-from resnest_imagenet.weights.load import match_tensors, read_weights
+from resnest_imagenet.weights.load import Weights, match_tensors, read_weights
 
 
 def export_weights(config: ExportConfig) -> str:
@@ -25,16 +25,39 @@ def export_weights(config: ExportConfig) -> str:
     name, tensors = match_tensors(weights, config.model.name if config.model else None)
     if config.layout in ("mmpretrain", "detectron2") and not isinstance(ARCHITECTURES[name], ResNeStSpec):
         raise ConfigError(f"layout={config.layout} is known for ResNeSts, and {config.ckpt} holds a {name}")
-    out = Path(config.out or f"{name}-{config.layout}.{config.format}")
-    if out.suffix != f".{config.format}":
-        raise ConfigError(f"out={out} does not end in .{config.format}: set format=... or another name")
-    if out.exists() and Path(config.ckpt).exists() and out.samefile(config.ckpt):
-        raise ConfigError(f"out={out} is the checkpoint itself: set another name")
-    require_writable(out, "out")
+    out = choose_file(config, f"{name}-{config.layout}.{config.format}")
     renamed = {rename(key, config.layout): value for key, value in tensors.items()}
     # Contiguous, whatever layout training used, and no views of larger memory.
     content = {key: value.clone(memory_format=torch.contiguous_format) for key, value in renamed.items() if key}
     save_checkpoint(content, out)
-    digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    kind = "moving average of " if weights.is_average else ""
-    return f"wrote {out}: {kind}{name}, {len(content)} tensors, SHA-256 {digest}"
+    return f"wrote {out}: {describe_weights(weights, name)}, {len(content)} tensors, SHA-256 {digest(out)}"
+
+
+def choose_file(config: ExportConfig, default: str) -> Path:
+    """Return the file to write, of the default's suffix.
+
+    Raises:
+        ConfigError: it has another one, cannot be written, or is the checkpoint itself.
+    """
+    out, suffix = Path(config.out or default), Path(default).suffix
+    if out.suffix != suffix:
+        raise ConfigError(f"out={out} does not end in {suffix}: set format=... or another name")
+    require_other(config, out)
+    require_writable(out, "out")
+    return out
+
+
+def require_other(config: ExportConfig, file: Path) -> None:
+    """Raise a ConfigError where a file to be written is the checkpoint itself."""
+    if file.exists() and Path(config.ckpt).exists() and file.samefile(config.ckpt):
+        raise ConfigError(f"out={config.out or file} is the checkpoint itself: set another name")
+
+
+def describe_weights(weights: Weights, name: str) -> str:
+    """Return what was exported, in words."""
+    return f"moving average of {name}" if weights.is_average else name
+
+
+def digest(file: Path) -> str:
+    """Return a file's SHA-256."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()

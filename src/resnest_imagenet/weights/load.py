@@ -130,6 +130,22 @@ def start_from(model: nn.Module, name: str, classes: list[str], weights: Weights
     return same
 
 
+def load_backbone(backbone: nn.Module, name: str, source: str, choice: str = "auto") -> None:
+    """Load weights into a network of `build_model(name, features_only=True)`; the classifier, if any, is left out.
+
+    Args:
+        backbone: all stages, or the first ones.
+        name: of the network.
+        source: a file of weights, or published ones, as of `read_weights`.
+        choice: "model", "ema" or "auto".
+
+    Raises:
+        UserError: the weights cannot be read, or are not all of this network's.
+    """
+    _, tensors = match_tensors(read_weights(source, choice), name)
+    backbone.load_state_dict({key: tensors[key] for key in backbone.state_dict()})
+
+
 def match_tensors(weights: Weights, name: str | None) -> tuple[str, dict[str, Tensor]]:
     """Return the network's name and the tensors by its own key names: all, the classifier only where there is one.
 

@@ -1,0 +1,64 @@
+"""The networks for torch.hub: torch.hub.load("OWNER/resnest-imagenet", "resnest50", pretrained=True).
+
+torch.hub clones the repository and installs nothing: the package is used as it lies beside this file. Whatever is here,
+can be called and has no underscore in front is an entry: other names are modules.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import typing
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "src"))
+
+from resnest_imagenet import errors
+from resnest_imagenet.models import zoo
+from resnest_imagenet.weights import published
+
+dependencies = ["torch", "timm", "safetensors", "filelock"]
+
+_DOCUMENTATION = """{name} in training mode, with random weights or published ones.
+
+Maps normalised images (B, 3, H, W) to logits (B, num_classes): RGB in 0..1, minus mean (0.485, 0.456, 0.406), over std
+(0.229, 0.224, 0.225).
+
+Args:
+    pretrained: {choice}"timm:NAME" or a file.
+    num_classes: width of the classifier, a new one where the weights have another number.
+    **options: what else resnest_imagenet.build_model takes, such as dropout or output_stride.
+
+Raises:
+    ConfigError: (a ValueError) for options or weights that there are not.
+    CheckpointError: the weights cannot be had, or do not fit.
+"""
+
+
+def _make_entry(name: str) -> typing.Callable[..., typing.Any]:
+    def entry(pretrained: bool | str = False, num_classes: int = 1000, **options: typing.Any) -> typing.Any:
+        model = zoo.build_model(name, num_classes, **options)
+        if pretrained:
+            _load(model, name, pretrained, num_classes)
+        return model
+
+    entry.__name__ = name
+    choice = "True for the authors' weights; or " if name in published.OFFICIAL else ""
+    entry.__doc__ = _DOCUMENTATION.format(name=name, choice=choice)
+    return entry
+
+
+def _load(model: typing.Any, name: str, pretrained: bool | str, num_classes: int) -> None:
+    # Late: torch.hub says which dependencies are missing after it has read this file.
+    from resnest_imagenet.weights.load import load_backbone, read_weights, start_from
+
+    if pretrained is True and name not in published.OFFICIAL:
+        raise errors.ConfigError(f"there are no official weights of {name}: give pretrained='timm:NAME' or a file")
+    source = f"official:{name}" if pretrained is True else pretrained
+    if not hasattr(model, "fc"):  # features_only=True
+        load_backbone(model, name, source)
+        return
+    # As many classes count as the same: the caller does not name them.
+    start_from(model, name, [""] * num_classes, dataclasses.replace(read_weights(source), classes=None))
+
+
+for _name in zoo.list_models():
+    globals()[_name] = _make_entry(_name)

@@ -1,0 +1,29 @@
+"""resnest-explain: where a network finds a class in images, and how its split attention weighs."""
+
+import sys
+
+from resnest_imagenet.commands.launch import run_command
+from resnest_imagenet.config import ExplainConfig
+from resnest_imagenet.errors import DataError
+
+
+def run(config: ExplainConfig) -> None:
+    """Write the pictures and say where they are; images that were left out raise a DataError after it."""
+    from resnest_imagenet.evaluation.explain import explain_images
+
+    written, faults = explain_images(config)
+    for line in written:
+        print(line, flush=True)
+    for fault in faults:
+        print(f"{fault}; left out", file=sys.stderr)
+    if faults:
+        raise DataError(f"images left out: {len(faults)}")
+
+
+def main() -> None:
+    """Entry of resnest-explain."""
+    run_command("explain", ExplainConfig, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Where a network errs: confusions, accuracy by class, calibration."""
+
+import numpy as np
+
+from resnest_imagenet.evaluation.counting import Evaluation
+
+
+def count_confusions(evaluation: Evaluation, num_classes: int) -> np.ndarray:
+    """Return how many images of each true class (rows) were taken for each class (columns), (K, K) int64."""
+    flat = evaluation.labels * num_classes + evaluation.predicted
+    return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def rank_confusions(confusions: np.ndarray, count: int) -> list[tuple[int, int, int]]:
+    """Return the most frequent confusions as (true class, predicted class, images), at most `count`."""
+    wrong = confusions * ~np.eye(len(confusions), dtype=bool)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+    pairs = np.stack(np.unravel_index(order, wrong.shape), axis=1).tolist()
+    return [(true, predicted, int(wrong[true, predicted])) for true, predicted in pairs if wrong[true, predicted]]
+
+
+def calibrate(evaluation: Evaluation, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sort images into bins of equal width by confidence (Guo et al. 2017, section 2).
+
+    Returns:
+        Mean confidence, accuracy (both between 0 and 1) and number of images of each bin that is not empty.
+    """
+    position = np.minimum((evaluation.confidence * bins).astype(int), bins - 1)
+    counts = np.bincount(position, minlength=bins)
+    sums = [np.bincount(position, weights, bins) for weights in (evaluation.confidence, evaluation.is_right)]
+    filled = counts > 0
+    confidence, accuracy = (total[filled] / counts[filled] for total in sums)
+    return confidence, accuracy, counts[filled]
+
+
+def calibration_error(evaluation: Evaluation, bins: int = 15) -> float:
+    """Return the expected calibration error (Guo et al. 2017, equation 3), between 0 and 1."""
+    confidence, accuracy, counts = calibrate(evaluation, bins)
+    return float((abs(confidence - accuracy) * counts).sum() / counts.sum())

@@ -1,0 +1,86 @@
+"""Pages for a browser that need nothing else: no script, no network; light or dark as the reader has it."""
+
+import base64
+import io
+from collections.abc import Iterable
+from html import escape
+
+from PIL import Image, ImageOps
+
+from resnest_imagenet.data.torchvision import decode
+
+SIDE = 224  # of a picture, in pixels
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --line: #d8d8d8; --muted: #5f5f5f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ececec; --paper: #16181c; --line: #3a3d44; --muted: #a5a8ae; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 1rem;
+  max-width: 76rem; }
+h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; }
+meter { width: 6rem; height: .8rem; vertical-align: middle; }
+.charts { display: grid; gap: 1rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.charts.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 32rem), 1fr)); }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
+figure { margin: 0; min-width: 0; }
+figure img, figure svg { width: 100%; height: auto; display: block; }
+summary { cursor: pointer; }
+figure img { border: 1px solid var(--line); }
+figcaption { font-size: .85rem; color: var(--muted); overflow-wrap: anywhere; }
+pre { overflow-x: auto; font-size: .85rem; }
+.right { color: var(--ink); font-weight: 600; }
+"""
+
+
+def render_page(title: str, body: str) -> str:
+    """Return a whole page.
+
+    Args:
+        title: text.
+        body: HTML.
+    """
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>
+<h1>{escape(title)}</h1>
+{body}
+</body></html>
+"""
+
+
+def render_table(head: Iterable[str], rows: Iterable[Iterable[object]], style: str = "") -> str:
+    """Return a table of texts and numbers, which scrolls sideways where it is too wide.
+
+    Args:
+        head: of the columns.
+        rows: a value for each column.
+        style: "text" aligns all columns to the left.
+    """
+    heads = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="wide"><table class="{style}"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def render_picture(encoded: bytes, truth: str, caption: Iterable[str]) -> str:
+    """Return an image, cut to a square, above some lines.
+
+    Args:
+        encoded: a file that `decode` reads.
+        truth: its class, which a reader hears who cannot see it.
+        caption: HTML, a line each.
+    """
+    buffer = io.BytesIO()
+    picture = Image.fromarray(decode(encoded).permute(1, 2, 0).numpy())
+    ImageOps.fit(picture, (SIDE, SIDE)).save(buffer, "JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img alt="{escape(truth)}" src="data:image/jpeg;base64,{data}">'
+        f"<figcaption>{''.join(caption)}</figcaption></figure>"
+    )

@@ -1,0 +1,148 @@
+"""What runs did: read from their folders, drawn on one page."""
+
+import glob
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resnest_imagenet import distributed
+from resnest_imagenet.compute import name_device
+from resnest_imagenet.config import ReportConfig
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.latency import measure_latency
+from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
+from resnest_imagenet.evaluation.results import Measured, read_measured
+from resnest_imagenet.evaluation.table3 import PAPER
+from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.models.zoo import ARCHITECTURES, build_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; what is not there is empty.
+
+    Attributes:
+        name: the folder, as the user gave it.
+        config: the options of resnest-train by their dotted names.
+        steps, evaluations: the events of metrics.jsonl.
+        status: status.json.
+        environment: environment.json.
+        measured: accuracies of resnest-eval out=..., or else the last one of the training.
+        predictions: predictions.csv, by protocol.
+    """
+
+    name: str
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    status: dict[str, Any]
+    environment: dict[str, Any]
+    measured: list[Measured]
+    predictions: list[Predictions]
+
+    @property
+    def model(self) -> str | None:
+        """Name of the network, where the folder tells."""
+        return self.config.get("model.name") or next((one.model for one in self.measured), None)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """From the first evaluation; 1 before there is one: then steps stand for epochs."""
+        return next((event["step"] / event["epoch"] for event in self.evaluations), 1)
+
+
+def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> list[Run]:
+    """Write the page to `config.out`; return the runs on it.
+
+    Args:
+        config: of resnest-report.
+        recipes: the values of each recipe by its name: what a run changed is named.
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+    """
+    from resnest_imagenet.evaluation.report_page import render_report
+
+    require_writable(Path(config.out), "out")
+    device = distributed.choose_device(config.device)
+    folders = [Path(name) for pattern in config.runs for name in (sorted(glob.glob(pattern)) or [pattern])]
+    runs = [read_run(folder, recipes) for folder in folders]
+    latency: dict[str, float] = {}
+    if config.latency:
+        names = {*(row.model for row in PAPER), *(run.model for run in runs if run.model in ARCHITECTURES)}
+        networks = {name: build_model(name) for name in sorted(names)}
+        latency = measure_latency(networks, config.crop, 1, device, rounds=5)
+    with replacing(Path(config.out)) as file:
+        page = render_report(runs, config.crop, latency, name_device(device))
+        file.write(page.encode(errors="surrogateescape"))
+    return runs
+
+
+def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
+    """Read a run folder, or any folder with results of resnest-eval.
+
+    Raises:
+        ConfigError: there is nothing of the kind, or something that cannot be read.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"runs={folder}: no such folder")
+    events = _read_events(folder / "metrics.jsonl")
+    config = _flatten(_read(folder / "config.yaml"))
+    evaluations = [event for event in events if event["event"] == "eval"]
+    results = [str(path) for path in sorted(folder.glob("*.json")) if '"results"' in path.read_text(errors="replace")]
+    predictions = folder / "predictions.csv"
+    run = Run(
+        name=str(folder),
+        config=config,
+        steps=[event for event in events if event["event"] == "train"],
+        evaluations=evaluations,
+        status=_read(folder / "status.json"),
+        environment=_read(folder / "environment.json"),
+        measured=read_measured(results or ([str(folder)] if evaluations else []), recipes)[0],
+        predictions=read_predictions(predictions) if predictions.exists() else [],
+    )
+    if not (run.steps or run.measured or run.predictions):
+        raise ConfigError(f"runs={folder}: neither a run folder nor one with results of resnest-eval")
+    return run
+
+
+def list_differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
+    """Return the options that differ between runs, each with its values; run_dir is left out."""
+    configs = [run.config for run in runs if run.config]
+    names = dict.fromkeys(name for config in configs for name in config if name != "run_dir")
+    values = ((name, [config.get(name, "") for config in configs]) for name in names)
+    return [(name, each) for name, each in values if any(value != each[0] for value in each)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML or JSON file, {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not what resnest-train writes")
+    return content
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events; a line that was cut by the run's end is none."""
+    if not path.exists():
+        return []
+    try:
+        events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        return [event for event in events if event["event"] in ("train", "eval")]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path}: not what resnest-train writes") from error
+
+
+def _flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

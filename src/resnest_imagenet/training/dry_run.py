@@ -1,0 +1,102 @@
+"""What a run would do, before it does it."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnest_imagenet import distributed
+from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.compute import autocast
+from resnest_imagenet.config import RecipeOptions, TrainConfig
+from resnest_imagenet.data.loader import choose_loader
+from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.models.cost import count_cost, count_kept
+from resnest_imagenet.models.zoo import build_model
+from resnest_imagenet.training.run_folder import RunFolder
+from resnest_imagenet.training.saving import compare_identity, describe_identity
+from resnest_imagenet.training.schedule import StepPlan
+from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.train import build_train_loader, prepare
+
+
+def describe_run(config: TrainConfig) -> str:
+    """Check all that can be checked without training, read one batch, and return the plan, a line for each subject.
+
+    Nothing is written, not even the run folder. Under torchrun each rank reads its batch; the ranks do not meet.
+
+    Raises:
+        UserError: what would stop the run at its start.
+    """
+    config, device, train_set, val_set, plan = prepare(config)
+    recipe, options = config.train, config.checkpoint
+    rank, local_rank, world_size = distributed.launched_as()
+    ranks = Ranks(rank, world_size, local_rank, device)
+    started = time.perf_counter()
+    images, _ = next(iter(build_train_loader(config, train_set, plan, ranks).batches(epoch=0)))
+    seconds = time.perf_counter() - started
+    parameters, multiply_adds = count_cost(config.model.name, recipe.crop)
+    with autocast(torch.device("cpu"), recipe.precision):
+        kept = count_kept(config.model.name, recipe.crop, recipe.batch_size)
+    checkpoint = count_checkpoint_bytes(config)
+    run = RunFolder(config.run_dir, options.keep, is_main=False)
+    protocol = EvalTransform(config.eval.crop, **config.protocol.model_dump()).protocol
+    lines = {
+        "network": f"{config.model.name}, {len(train_set.classes)} classes (with 1000: {parameters / 1e6:.2f} M "
+        f"parameters, {multiply_adds / 1e9:.2f} GFLOPs at {recipe.crop})",
+        "data": f"{len(train_set):,} training and {len(val_set):,} val images in {config.data.root}",
+        "loader": f"{choose_loader(config.loader.name)}: a first batch {tuple(images.shape)} on {images.device}, "
+        f"after {seconds:.1f} s",
+        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in each of {recipe.epochs} epochs; of "
+        f"{plan.global_batch} images, {recipe.batch_size} x {world_size} ranks x {plan.accumulation} passes",
+        "learning rate": _describe_learning_rate(recipe, plan),
+        "evaluation": f"each epoch: {protocol}",
+        "memory": f"{(3 * 4 * parameters + kept) / 1e9:.1f} GB per rank for weights, gradients, momentum and "
+        "activations; more in the backward pass",
+        "checkpoints": f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
+        f"{options.keep} and the best stay",
+        # One more while it is written.
+        "disk": f"{(options.keep + 2) * checkpoint / 1e9:.2f} GB for them in {config.run_dir}, "
+        f"{_count_free_bytes(run.path) / 1e9:,.1f} GB free",
+        "start": _describe_start(run, describe_identity(config, plan, train_set, protocol)),
+    }
+    return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
+
+
+def count_checkpoint_bytes(config: TrainConfig) -> int:
+    """Return what a checkpoint's tensors take: weights, their moving average and momentum. Nothing is allocated."""
+    assert config.model.num_classes is not None
+    with torch.device("meta"):
+        state = TrainingState(build_model(config.model.name, config.model.num_classes), config.train)
+    weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    momentum = sum(parameter.nbytes for parameter in state.model.parameters())
+    return weights * (1 if state.ema is None else 2) + momentum
+
+
+def _describe_start(run: RunFolder, identity: dict[str, Any]) -> str:
+    newest = next(iter(run.list_checkpoints()), None)
+    if newest is None:
+        return f"anew in {run.path}"
+    try:
+        differences = compare_identity(load_checkpoint(newest), identity)
+    except CheckpointError as error:
+        return str(error)
+    return f"{newest} was trained with {differences}" if differences else f"from {newest}"
+
+
+def _describe_learning_rate(recipe: RecipeOptions, plan: StepPlan) -> str:
+    epochs = sorted({round(recipe.epochs * quarter / 4) for quarter in range(4)} | {round(recipe.warmup_epochs)})
+    rates = [f"{plan.learning_rate(epoch * plan.steps_per_epoch):.3g}" for epoch in epochs]
+    last = plan.learning_rate(plan.total_steps - 1)
+    numbers = ", ".join(map(str, epochs))
+    return f"{recipe.schedule}: {', '.join(rates)} after {numbers} epochs, {last:.3g} in the last step"
+
+
+def _count_free_bytes(folder: Path) -> int:
+    """Return what is free where a folder is, or would be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -1,0 +1,375 @@
+"""Where a run is shown beside its own files: TensorBoard, Weights & Biases, MLflow; and the pictures they get."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.errors import ConfigError, Stopped, first_line
+from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.files import replacing, storing
+
+# For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
+SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
+
+Event = dict[str, Any]  # a line of metrics.jsonl
+
+
+class Tracker(Protocol):
+    """Where a run is shown.
+
+    Attributes:
+        is_new: whether it has nothing of the run yet.
+    """
+
+    is_new: bool
+
+    def scalars(self, step: int, values: dict[str, float], when: float) -> None:
+        """Take values by name, of a step and a time in seconds since 1970."""
+
+    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """Take a picture, uint8 (H, W, 3)."""
+
+    def close(self, error: BaseException | None) -> None:
+        """End; `error` is what ended the run, None where it is finished."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise a ConfigError for a tracker that is not installed."""
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        # Any folder of this name, as W&B leaves one where it runs, counts as a package, but has no origin.
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                f"log.trackers has {name}: it is not installed: add the extra [{name}] of resnest-imagenet"
+            )
+
+
+def open_trackers(folder: Path, config: TrainConfig, step: int, events: list[Event]) -> list[Tracker]:
+    """Open what `config.log.trackers` names; what fails to open is left out, with a line.
+
+    Args:
+        folder: of the run, with its config.yaml.
+        config: of the run.
+        step: it goes on from.
+        events: before that; a tracker that is new gets them.
+
+    Raises:
+        StorageError: TensorBoard's files cannot be written.
+    """
+    trackers: list[Tracker] = []
+    for name in dict.fromkeys(config.log.trackers):
+        if name == "tensorboard":
+            trackers.append(TensorBoard(folder, config, step))
+            continue
+        opens: Callable[[Path, TrainConfig], Tracker] = WandB if name == "wandb" else MLflow
+        try:
+            trackers.append(_InBackground(name, opens(folder, config)))
+        except Exception as error:  # whatever a service or its library raises
+            _warn(name, error)
+    for tracker in trackers:
+        if tracker.is_new:
+            for event in events:
+                show_event(tracker, event)
+    return trackers
+
+
+def show_event(tracker: Tracker, event: Event) -> None:
+    """Pass the real numbers of an event on."""
+    values = {name: value for name, value in event.items() if isinstance(value, float) and name != "time"}
+    tracker.scalars(event["step"], {f"{event['event']}/{name}": value for name, value in values.items()}, event["time"])
+
+
+class TensorBoard:
+    """Event files that say what metrics.jsonl says, and have the pictures.
+
+    They are written anew when a run goes on: they may lack what a killed process had not written, and have what the
+    last checkpoint does not know.
+    """
+
+    is_new = True
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self._folder = folder / "tensorboard"
+        with storing(self._folder):
+            old = sorted(self._folder.glob("events.out.tfevents.*"))
+            self._writer = SummaryWriter(str(self._folder), purge_step=0)
+            files = self._writer._get_file_writer()
+            for picture in _read_pictures(old, step):  # nothing else has them
+                files.add_event(picture, walltime=picture.wall_time)
+            self._writer.add_text("config", f"```yaml\n{_read_config(folder)}```")
+            # The third would say that the run has ended well.
+            for summary in hparams(_flatten(config.model_dump()), {"eval/top1": 0.0})[:2]:
+                files.add_summary(summary)
+            self._writer.flush()
+            for file in old:
+                file.unlink()
+
+    def scalars(self, step: int, values: dict[str, float], when: float) -> None:
+        with storing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step, when)
+
+    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
+        with storing(self._folder):
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+            self._writer.flush()
+
+    def close(self, error: BaseException | None) -> None:
+        with storing(self._folder):
+            self._writer.close()
+
+
+class WandB:
+    """A run of W&B, where its own variables say: WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and the others.
+
+    It keeps what it sends in the run folder's wandb/, and sends it from a process of its own.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        import wandb
+
+        known = _read_ids(folder).get("wandb")
+        self.is_new = known is None
+        self._to_image = wandb.Image
+        self._run = wandb.init(
+            id=known or uuid.uuid4().hex[:8],
+            name=str(folder),
+            dir=str(folder),
+            config=config.model_dump(),
+            resume="allow",
+            reinit="create_new",  # of a process that has a run of its own
+            settings=wandb.Settings(
+                console="off", save_code=False, disable_code=True, quiet=True, finish_timeout=SECONDS_TO_FINISH
+            ),
+        )
+        # Its own count of steps cannot go back, as a killed run does.
+        self._run.define_metric("*", step_metric="step")
+        _keep_id(folder, "wandb", self._run.id)
+
+    def scalars(self, step: int, values: dict[str, float], when: float) -> None:
+        self._run.log({**values, "step": step})
+
+    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
+        self._run.log({name: self._to_image(pixels), "step": step})
+
+    def close(self, error: BaseException | None) -> None:
+        self._run.finish(exit_code=0 if error is None else getattr(error, "exit_code", 1))
+
+
+class MLflow:
+    """A run of MLflow, where its own variables say: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+
+    Its calls wait for the server, and try again for minutes where it does not answer.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        self._folder = folder
+        self._config = config
+        self._client = mlflow.MlflowClient()
+        self.is_new = "mlflow" not in _read_ids(folder)
+
+    @cached_property
+    def _run_id(self) -> str:
+        """Go on in the run, or make it: at the first event, in the background, or at the next one that gets through."""
+        run_id = _read_ids(self._folder).get("mlflow")
+        if run_id is None:
+            experiment = self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default"))
+            run_id = self._client.create_run(experiment.experiment_id, run_name=str(self._folder)).info.run_id
+            _keep_id(self._folder, "mlflow", run_id)
+        if self.is_new:  # parameters cannot be changed later; config.yaml can
+            values = _flatten(self._config.model_dump())
+            params = [self._mlflow.entities.Param(name, str(value)) for name, value in values.items()]
+            self._client.log_batch(run_id, params=params)
+        self._client.update_run(run_id, status="RUNNING")
+        self._client.log_text(run_id, _read_config(self._folder), "config.yaml")
+        return run_id
+
+    def scalars(self, step: int, values: dict[str, float], when: float) -> None:
+        milliseconds = int(1000 * when)
+        metrics = [self._mlflow.entities.Metric(*each, milliseconds, step) for each in values.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
+
+    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
+        self._client.log_image(self._run_id, pixels, key=name, step=step)
+
+    def close(self, error: BaseException | None) -> None:
+        ended = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
+        self._client.set_terminated(self._run_id, "FINISHED" if error is None else ended)
+
+
+class _InBackground:
+    """A tracker that may be slow or fail: no step waits for it, and what fails is said once and left out."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        Image.init()  # a loader's process, forked while the thread imports Pillow's formats, could not import them
+        self.is_new = tracker.is_new
+        self._name = name
+        self._tracker = tracker
+        self._has_failed = False
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def scalars(self, step: int, values: dict[str, float], when: float) -> None:
+        self._calls.put(partial(self._tracker.scalars, step, values, when))
+
+    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
+        self._calls.put(partial(self._tracker.image, name, step, pixels))
+
+    def close(self, error: BaseException | None) -> None:
+        self._calls.put(partial(self._tracker.close, error))
+        self._calls.put(None)
+        patience = SECONDS_TO_FINISH if error is None else SECONDS_TO_STOP
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            self._fail(TimeoutError(f"not all was sent within {patience} s"))
+
+    def _work(self) -> None:
+        for call in iter(self._calls.get, None):
+            try:
+                call()
+            except Exception as error:  # as above
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._has_failed:
+            _warn(self._name, error)
+        self._has_failed = True
+
+
+def _warn(name: str, error: Exception) -> None:
+    line = f"{type(error).__name__}: {first_line(error)}"
+    print(f"WARNING: {name} lacks what metrics.jsonl has: {line}", file=sys.stderr, flush=True)
+
+
+def _read_config(folder: Path) -> str:
+    return (folder / "config.yaml").read_text()
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Name options as on the command line; what is no plain value becomes text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return flat
+
+
+def _read_ids(folder: Path) -> dict[str, str]:
+    """Return the trackers' own names for the run in this folder."""
+    path = folder / "trackers.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _keep_id(folder: Path, tracker: str, run_id: str) -> None:
+    ids = {**_read_ids(folder), tracker: run_id}
+    with replacing(folder / "trackers.json") as file:
+        file.write(json.dumps(ids).encode() + b"\n")
+
+
+def _read_pictures(files: list[Path], step: int) -> list[Any]:
+    """Return TensorBoard's events up to a step that have a picture, as they were written."""
+    from tensorboard.backend.event_processing import event_file_loader  # type: ignore[import-untyped]
+
+    events = (event for file in files for event in event_file_loader.LegacyEventFileLoader(str(file)).Load())
+    return [e for e in events if e.step <= step and any(value.HasField("image") for value in e.summary.value)]
+
+
+def draw_samples(images: Tensor) -> np.ndarray:
+    """Draw normalised images, (N, 3, S, S), side by side as they were before: uint8 (H, W, 3)."""
+    pixels = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
+    columns = math.ceil(math.sqrt(len(pixels)))
+    step = images.shape[-1] + 4
+    sheet = Image.new("RGB", (step * columns, step * math.ceil(len(pixels) / columns)), "white")
+    for number, picture in enumerate(pixels.round().clip(0, 255).astype(np.uint8)):
+        sheet.paste(Image.fromarray(picture), (number % columns * step + 2, number // columns * step + 2))
+    return np.asarray(sheet)
+
+
+def draw_confusions(evaluation: Evaluation, classes: Sequence[str], title: str) -> np.ndarray:
+    """Draw which share of the images of each class (a row) was taken for which class (a column).
+
+    Up to 32 classes have their shares in percent, up to 90 their names; from 451 on each has a pixel, and above 1000
+    neighbours share one.
+
+    Args:
+        evaluation: of the images.
+        classes: all names.
+        title: a line.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    count = min(len(classes), 1000)
+    rows, columns = (labels * count // len(classes) for labels in (evaluation.labels, evaluation.predicted))
+    confusions = np.bincount(rows * count + columns, minlength=count**2).reshape(count, count)
+    shares = confusions / np.maximum(confusions.sum(1, keepdims=True), 1)
+    cell = min(44, max(1, 900 // count))
+    side, height = cell * count, min(13, cell)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(height)
+    names = [" ".join(name.split())[:20] for name in classes] if cell >= 10 else []
+    left = 40 + int(max(map(small.getlength, names), default=0))
+    top = left + 24
+    sheet = Image.new("RGB", (max(left + side, 520) + 16, top + side + 52), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((10, 6), title, "black", font)
+    draw.text((left, 30), "taken for", "dimgrey", font)
+    draw.text((10, top), "true class", "dimgrey", _turn(font))
+    sheet.paste(Image.fromarray(_colour(shares).repeat(cell, 0).repeat(cell, 1)), (left, top))
+    draw.rectangle((left - 1, top - 1, left + side, top + side), outline="grey")
+    for number, name in enumerate(names):
+        start, middle = number * cell, (number + 0.5) * cell
+        draw.rectangle((left + start, top + start, left + start + cell - 1, top + start + cell - 1), outline="grey")
+        draw.text((left - 6, top + middle), name, "black", small, anchor="rm")
+        draw.text((left + middle - 0.6 * height, top - 6 - small.getlength(name)), name, "black", _turn(small))
+    for row, column in np.argwhere(shares >= 0.005) if cell >= 28 else ():
+        share = shares[row, column]
+        place = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
+        draw.text(place, f"{100 * share:.0f}", "white" if share > 0.15 else "black", small, anchor="mm")
+    # What the colours say.
+    low, width = top + side + 14, 256
+    sheet.paste(Image.fromarray(_colour(np.linspace(0, 1, width)[None] ** 2).repeat(10, 0)), (left, low))
+    draw.rectangle((left - 1, low - 1, left + width, low + 10), outline="grey")
+    for percent in (0, 2, 10, 25, 50, 100):
+        draw.text((left + width * math.sqrt(percent / 100), low + 14), str(percent), "black", font, anchor="mt")
+    draw.text((left + width + 20, low + 14), "% of the images of a class", "black", font, anchor="lt")
+    return np.asarray(sheet)
+
+
+def _turn(font: Any) -> ImageFont.TransposedFont:
+    """Write from the bottom to the top."""
+    return ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+
+
+def _colour(shares: np.ndarray) -> np.ndarray:
+    """Turn shares into colours, uint8 (..., 3): white for none, then from light blue to almost black.
+
+    The square root parts the small ones: 2 % where a class has 50 images and one goes astray.
+    """
+    stops = ([200, 40, 8], [224, 110, 20], [245, 190, 70])
+    palette = np.stack([np.interp(np.linspace(0, 1, 256), (0, 0.55, 1), each) for each in stops], axis=-1)
+    palette[0] = 255
+    return palette.astype(np.uint8)[np.ceil(255 * np.sqrt(shares)).astype(np.uint8)]

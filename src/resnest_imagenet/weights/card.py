@@ -1,0 +1,75 @@
+"""What another program must know of a network to use it: how images go in, and what its outputs are called."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes
+from resnest_imagenet.weights.load import Weights, read_weights, restore_network
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How an image becomes a network's input: float32 (batch, 3, height, width), RGB in 0..1, minus mean, over std.
+
+    Attributes:
+        crop: side of the input in pixels.
+        ratio: crop over the image's short side before it.
+        interpolation: of the resize, "bilinear" or "bicubic".
+        protocol: the rule in words.
+        mean, std: of red, green and blue.
+    """
+
+    crop: int
+    ratio: float
+    interpolation: str
+    protocol: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A network's name, input and outputs.
+
+    Attributes:
+        model: its name in the zoo.
+        images: its input.
+        classes: of its outputs, in order; None where nobody knows them.
+    """
+
+    model: str
+    images: ImageInput
+    classes: tuple[str, ...] | None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes in words."""
+        return tuple(describe_classes(self.classes)) if self.classes else None
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the card as texts: numbers and lists in JSON, what nobody knows left out."""
+        values = {
+            "model": self.model,
+            "input": "float32 (batch, 3, height, width): RGB in 0..1, minus mean, over std",
+            **asdict(self.images),
+            "classes": self.classes,
+            "class_names": self.class_names,
+        }
+        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
+
+
+def open_network(config: ExportConfig, images: ImageInput) -> tuple[nn.Module, Weights, Card]:
+    """Read the network to be exported, on the CPU and in evaluation mode.
+
+    Raises:
+        UserError: the weights cannot be read or do not fit.
+    """
+    weights = read_weights(config.ckpt, config.weights)
+    model, name = restore_network(weights, config.model.name if config.model else None)
+    classes = weights.classes
+    if classes is None and len(model.get_parameter("fc.bias")) == 1000:
+        classes = list_imagenet_classes()
+    return model.eval(), weights, Card(name, images, tuple(classes) if classes else None)

@@ -1,0 +1,148 @@
+"""A network as a folder for the Hugging Face hub, which timm loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec, list_imagenet_classes
+from resnest_imagenet.weights.card import Card, ImageInput, open_network
+from resnest_imagenet.weights.export import describe_weights, digest, require_other
+from resnest_imagenet.weights.load import Weights
+
+_README = """---
+{licence}library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+---
+# {model}
+
+An image classifier of resnest-imagenet, the project around
+[ResNeSt: Split-Attention Networks](https://arxiv.org/abs/2004.08955).
+
+- Input: RGB in 0..1, minus mean {mean}, over std {std}; {protocol}.
+{accuracy}
+```python
+import timm
+
+model = timm.create_model("hf-hub:OWNER/{model}", pretrained=True).eval()  # or "local-dir:FOLDER"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+In resnest-imagenet: `resnest-eval ckpt=FOLDER/model.safetensors model={model} data.root=...`
+"""
+
+
+def export_folder(config: ExportConfig, images: ImageInput) -> str:
+    """Write model.safetensors, config.json and README.md; return a line about the folder.
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+    """
+    model, weights, card = open_network(config, images)
+    out = Path(config.out or f"{card.model}-hub")
+    file, settings, readme = (out / name for name in ("model.safetensors", "config.json", "README.md"))
+    require_other(config, file)
+    require_writable(settings, "out")
+    tensors = model.state_dict()
+    described = describe_for_timm(card, tensors)
+    # The settings come last, without which timm loads nothing: no old ones for new weights.
+    settings.unlink(missing_ok=True)
+    save_checkpoint(tensors, file)
+    for path, text in (
+        (readme, _write_readme(card, weights.source, _read_accuracy(config, weights))),
+        (settings, json.dumps(described, indent=2, ensure_ascii=False) + "\n"),
+    ):
+        with replacing(path) as opened:
+            opened.write(text.encode())
+    arguments = " with model_args" if "model_args" in described else ""
+    return (
+        f"wrote {out}: {describe_weights(weights, card.model)} as timm's {described['architecture']}{arguments}; "
+        f"model.safetensors has {len(tensors)} tensors, SHA-256 {digest(file)}"
+    )
+
+
+def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return timm's config.json of a network.
+
+    timm's names of ImageNet's classes are its own and left out; it knows neither "crop_resize" nor a resize without
+    antialiasing, and takes the nearest protocol, a resize to crop / crop_pct and a centre crop.
+
+    Args:
+        card: the network.
+        tensors: its state dict.
+    """
+    num_classes, num_features = tensors["fc.weight"].shape
+    architecture, arguments = _find_architecture(card.model)
+    size = [3, card.images.crop, card.images.crop]
+    described: dict[str, Any] = {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "num_features": num_features,
+        "global_pool": "avg",
+        "pretrained_cfg": {
+            "input_size": size,
+            "test_input_size": size,
+            "fixed_input_size": False,
+            "interpolation": card.images.interpolation,
+            "crop_pct": card.images.ratio,
+            "crop_mode": "center",
+            "mean": card.images.mean,
+            "std": card.images.std,
+            "num_classes": num_classes,
+            "pool_size": [-(-card.images.crop // 32)] * 2,
+            "first_conv": "conv1.0" if "conv1.0.weight" in tensors else "conv1",
+            "classifier": "fc",
+        },
+    }
+    if arguments:
+        described["model_args"] = arguments
+    if card.classes and card.class_names and list(card.classes) != list_imagenet_classes():
+        described["label_names"] = card.classes
+        described["label_descriptions"] = dict(zip(card.classes, card.class_names, strict=True))
+    return described
+
+
+def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
+    """Return a network's name in timm, or its nearest relative's and the arguments that make it this network."""
+    spec = ARCHITECTURES[name]
+    if isinstance(spec, PeerSpec):
+        return ("skresnext50_32x4d" if spec.timm_name == "resnet" else spec.timm_name), spec.arguments
+    if name in TIMM_RESNESTS:
+        return TIMM_RESNESTS[name], {}
+    return "resnest50d", {
+        "layers": spec.layers,
+        "stem_width": spec.stem_width,
+        "channels": [spec.planes * 2**stage for stage in range(4)],
+        "cardinality": spec.cardinality,
+        "base_width": spec.width,
+        "block_args": {"radix": spec.radix, "avd": True, "avd_first": spec.avd_first},
+    }
+
+
+def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
+    return _README.format(
+        licence="" if source.startswith("timm:") else "license: apache-2.0\n",  # theirs have several
+        model=card.model,
+        mean=card.images.mean,
+        std=card.images.std,
+        protocol=card.images.protocol,
+        accuracy=f"- {accuracy}\n" if accuracy else "",
+    )
+
+
+def _read_accuracy(config: ExportConfig, weights: Weights) -> str | None:
+    """Return the accuracy in words where the checkpoint has it: a run's best.pt has that of its evaluated weights."""
+    if weights.training is None or Path(config.ckpt).name != "best.pt":
+        return None
+    content = load_checkpoint(config.ckpt)
+    top1, identity = content.get("best_top1"), content.get("identity")
+    if weights.is_average != bool(content.get("ema")) or not isinstance(top1, float) or not isinstance(identity, dict):
+        return None
+    return f"Top-1: {top1:.2f} % of the run's evaluation images ({identity.get('evaluation')})."

@@ -1,0 +1,178 @@
+"""A page on real runs, read from their folders and looked at in a real browser."""
+
+import html
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from hydra import initialize_config_dir
+
+from browser import look_at, needs_browser
+from conftest import SMALL, compose_config
+from resnest_imagenet.commands import report as command
+from resnest_imagenet.commands.launch import find_conf
+from resnest_imagenet.commands.table3 import load_recipes
+from resnest_imagenet.config import EvalConfig, ReportConfig, TrainConfig
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
+from resnest_imagenet.evaluation.predictions import Predictions
+from resnest_imagenet.evaluation.report import Run, list_differences, read_run, write_report
+from resnest_imagenet.evaluation.report_page import render_report
+from resnest_imagenet.evaluation.table3 import PAPER
+from resnest_imagenet.training.train import train
+
+CHARTS = ["Training loss", "Accuracy after each epoch", "Learning rate", "Throughput", "Wait for data", "Calibration"]
+CHARTS += ["Accuracy by class", "Accuracy against computation"]
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return load_recipes()
+
+
+@pytest.fixture(scope="module")
+def folders(demo_images, tmp_path_factory):
+    """Two runs, and one evaluation of the first in a folder of its own."""
+    root = tmp_path_factory.mktemp("runs")
+    places = ("loader=torchvision", f"data.root={demo_images}")
+    for name, options in (("a", ()), ("b", ("train.mixup_alpha=0.2", "seed=1"))):
+        train(compose_config("train", TrainConfig, *SMALL, *places, f"run_dir={root / name}", *options))
+    for name, more in (("a", ()), ("c", (f"predictions={root}/c/predictions.csv",))):
+        options = (*places, f"ckpt={root}/a/checkpoints/best.pt", "device=cpu", "loader.workers=1", "crop=[32,64]")
+        evaluate_checkpoint(compose_config("eval", EvalConfig, *options, f"out={root}/{name}/eval.json", *more))
+    return [root / name for name in "abc"]
+
+
+@pytest.fixture(scope="module")
+def page(folders, recipes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    runs = f"runs=[{','.join(map(str, folders))}]"
+    write_report(compose_config("report", ReportConfig, runs, f"out={out}", "latency=false", "device=cpu"), recipes)
+    return out
+
+
+def test_a_run_is_read_as_it_was(folders, recipes):
+    a, b, c = (read_run(folder, recipes) for folder in folders)
+    assert (a.model, c.model, a.status["state"], a.steps_per_epoch) == (
+        "resnest14_half",
+        "resnest14_half",
+        "finished",
+        6,
+    )
+    assert [one.crop for one in a.measured] == [32, 64]
+    assert [(event["event"], event["epoch"]) for event in b.evaluations] == [("eval", 1), ("eval", 2)]
+    # best.pt's, as the evaluation of that file finds it again.
+    assert a.predictions[0].evaluation.top1 == max(event["top1"] for event in a.evaluations) == a.measured[0].top1
+    for name in ("labels", "predicted", "in_top5"):
+        assert (getattr(a.predictions[0].evaluation, name) == getattr(c.predictions[0].evaluation, name)).all()
+    assert [said.protocol for said in c.predictions] == [one.protocol for one in c.measured]
+    assert not c.steps and not c.config
+    assert list_differences([a, b, c]) == [("seed", [0, 1]), ("train.mixup_alpha", [0.0, 0.2])]
+
+
+def test_the_page_says_what_was_measured(page, folders, recipes):
+    text = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text) and "<script" not in text
+    words = html.unescape(re.sub(r"<[^>]*>", " ", text))
+    for run in (read_run(folder, recipes) for folder in folders):
+        assert words.count(run.name) >= 3
+        for one in run.measured:
+            assert f"{one.top1:.2f}  {one.count}" in re.sub(r"  +", "  ", words)
+        for said in run.predictions:
+            wrong = said.evaluation.count - said.evaluation.correct1
+            assert f"{said.protocol}; {wrong} of 40 images wrong." in words
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_in_a_browser(page, folders, recipes, width, dark):
+    seen = look_at(page, width, dark)
+    predictions = [said for folder in folders for said in read_run(folder, recipes).predictions]
+    expected = [*CHARTS, *["Confusion matrix"] * len(predictions)]
+    assert [label.partition(":")[0] for label in seen["charts"]] == expected
+    assert seen["pictures"] == sum(min(24, said.evaluation.count - said.evaluation.correct1) for said in predictions)
+    assert seen["width"] <= width  # nothing sticks out
+    assert seen["loaded"] == []  # no network
+    assert (seen["paper"], seen["ink"]) == (
+        ("rgb(22, 24, 28)", "rgb(236, 236, 236)") if dark else ("rgb(255, 255, 255)", "rgb(28, 28, 28)")
+    )
+
+
+def test_imagenets_runs_stand_in_table_3(tmp_path, recipes):
+    (tmp_path / "official").mkdir()
+    result = {"crop": 224, "top1": 81.03, "top5": 95.4, "correct1": 40515, "correct5": 47700, "count": 50000}
+    content = {"model": "resnest50", "ckpt": "official:resnest50", "is_average": False, "num_classes": 1000}
+    content |= {"epoch": None, "training": None, "results": [{**result, "protocol": "centre crop 224"}]}
+    (tmp_path / "official/eval.json").write_text(json.dumps(content))
+    run = read_run(tmp_path / "official", recipes)
+    latency = {row.model: 0.001 * number for number, row in enumerate(PAPER, 1)}
+    text = render_report([run], 224, latency, "a device")
+    for title in ("Accuracy against computation", "Accuracy against latency"):
+        (chart,) = re.findall(rf'<svg role="img" aria-label="{title}.*?</svg>', text, re.DOTALL)
+        assert str(tmp_path / "official") in chart and ">SKNet<" in chart
+    assert "interleaved rounds on a device" in text and "Not placed" not in text
+
+
+def test_a_thousand_classes_stay_readable(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(1000), 50)
+    predicted = np.where(rng.random(50_000) < 0.8, labels, rng.integers(0, 1000, 50_000))
+    predicted[:30] = 7  # of class 0
+    random = rng.random((2, 50_000))
+    said = Evaluation(labels, predicted, predicted == labels, *random)
+    classes = tuple(f"class{number:04}" for number in range(1000))
+    files = np.array([str(tmp_path / "gone.jpg")] * 50_000, dtype=object)
+    predictions = [Predictions("centre crop 224", files, classes, said)]
+    text = render_report([Run("big", {}, [], [], {}, {}, [], predictions)], 224, {}, "")
+    row = re.search(r"<h3>Most confused</h3>.*?<tbody><tr>(.*?)</tr>", text, re.DOTALL)
+    assert re.findall(r"<td>(.*?)</td>", row[1]) == ["class0000", "class0007", "30", "60.0"]
+    assert text.count("(no picture at") == 24
+    assert len(text) < 1_500_000
+
+
+def test_confusions_and_calibration_by_hand():
+    said = Evaluation(
+        labels=np.array([0, 0, 1, 1, 2]),
+        predicted=np.array([0, 1, 0, 0, 2]),
+        in_top5=np.ones(5, bool),
+        confidence=np.array([0.95, 0.55, 0.9, 0.91, 1.0]),
+        true_probability=np.zeros(5),
+    )
+    confusions = count_confusions(said, 3)
+    assert confusions.tolist() == [[1, 1, 0], [2, 0, 0], [0, 0, 1]]
+    assert rank_confusions(confusions, 5) == [(1, 0, 2), (0, 1, 1)]
+    assert rank_confusions(confusions, 1) == [(1, 0, 2)]
+    confidence, accuracy, counts = calibrate(said, bins=10)
+    assert counts.tolist() == [1, 4]
+    assert confidence.tolist() == pytest.approx([0.55, (0.95 + 0.9 + 0.91 + 1) / 4])
+    assert accuracy.tolist() == [0, 0.5]
+    assert calibration_error(said, bins=10) == pytest.approx((0.55 + 4 * (0.94 - 0.5)) / 5)
+
+
+def test_refusals(tmp_path, recipes, folders):
+    with pytest.raises(ConfigError, match="runs=.*nowhere: no such folder"):
+        read_run(tmp_path / "nowhere", recipes)
+    with pytest.raises(ConfigError, match="neither a run folder nor one with results"):
+        read_run(tmp_path, recipes)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: not what resnest-train writes"):
+        read_run(tmp_path, recipes)
+    (tmp_path / "config.yaml").write_text("[")
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        read_run(tmp_path, recipes)
+
+
+def test_folders_come_bare(folders, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "r.html"
+    words = [*map(str, folders[:2]), f"out={out}", "latency=false", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["resnest-report", *words])
+    command.main()
+    assert capsys.readouterr().out == f"wrote {out}: {folders[0]}, {folders[1]}\n"
+    assert out.stat().st_size > 100_000

@@ -1,0 +1,88 @@
+"""The costs of stages against figures by hand, the golden totals, and a pass that is really run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import CPU
+from resnest_imagenet import build_model
+from resnest_imagenet.compute import autocast, place
+from resnest_imagenet.models.cost import StageCost, count_kept, count_stages
+from resnest_imagenet.models.split_attention import SplitAttention
+
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["resnest50", "resnest50_fast_4s2x40d", "seresnext50_32x4d", "skresnext50_32x4d"])
+def test_the_stages_sum_to_the_totals(name):
+    stages = count_stages(name, 224)
+    assert [stage.stage for stage in stages] == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert [sum(s.parameters for s in stages), sum(s.multiply_adds for s in stages)] == GOLDEN[name][:2]
+    assert sum(stage.activations for stage in stages) == count_convolved(name)
+
+
+def count_convolved(name):
+    """Count the elements that convolutions put out, by module."""
+    total = 0
+    with torch.device("meta"):
+        model, image = build_model(name).eval(), torch.empty(1, 3, 224, 224)
+
+    def count(module, inputs, output):
+        nonlocal total
+        if isinstance(module, SplitAttention):  # which computes these two as products of matrices
+            total += module.fc1.out_channels + module.fc2.out_channels
+        elif isinstance(module, nn.Conv2d):
+            total += output.numel()
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        model(image)
+    return total
+
+
+def test_stages_by_hand():
+    stem, layer1, layer2, layer3, layer4, head = count_stages("resnest50", 224)
+    weights, channels = 9 * (3 * 32 + 32 * 32 + 32 * 64), 32 + 32 + 64
+    assert stem == StageCost(
+        "stem", (64, 112, 112), weights + 2 * channels, (weights + channels) * 112**2, channels * 112**2
+    )
+    assert head == StageCost("head", (1000,), 2048 * 1000 + 1000, 2048 * 1000, 0)
+    assert [s.output for s in (layer1, layer2, layer3, layer4)] == [
+        (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "published"), [("resnet50", 11.1), ("resnet101", 16.2), ("resnext50_32x4d", 14.4)])
+def test_activations_are_those_published(name, published):
+    """In millions, by pycls' model zoo."""
+    assert sum(stage.activations for stage in count_stages(name, 224)) / 1e6 == pytest.approx(published, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["resnest14_half", "resnest50_fast_4s2x40d", "skresnext50_32x4d"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.005)])
+def test_what_is_kept_is_what_a_step_keeps(name, precision, tolerance):
+    """In bf16 the real pass keeps the means of batch norms, some kilobytes, in float32, the one in name in bf16."""
+    model = place(build_model(name), CPU)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with autocast(CPU, precision):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(images)
+        counted = count_kept(name, 64, 2)
+    assert counted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=tolerance)
+
+
+def test_what_is_kept_grows_with_the_batch():
+    at_2, at_4 = (count_kept("resnest14_half", 64, batch_size) for batch_size in (2, 4))
+    assert at_4 == pytest.approx(2 * at_2, rel=0.01)

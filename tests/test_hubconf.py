@@ -1,0 +1,138 @@
+"""hubconf.py as torch.hub uses it: a clone of the repository, in processes where the package is not installed."""
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnest_imagenet import build_model, list_models
+from resnest_imagenet.commands.launch import find_conf
+
+REPOSITORY = find_conf().parent
+# A branch is named, so that torch.hub does not ask GitHub for the main one.
+PREAMBLE = """
+import sys
+import torch
+try:
+    from resnest_imagenet import build_model
+    sys.exit("installed")
+except ImportError:
+    sys.modules.pop("resnest_imagenet", None)  # conf/, which an editable installation leaves in site-packages
+clone = ("OWNER/resnest-imagenet:main",)
+options = {"trust_repo": True, "skip_validation": True, "verbose": False}
+"""
+
+
+@pytest.fixture(scope="module")
+def torch_home(tmp_path_factory):
+    """Make torch.hub's folder, with the repository as it unpacks it."""
+    home = tmp_path_factory.mktemp("home")
+    clone = home / "hub/OWNER_resnest-imagenet_main"
+    shutil.copytree(REPOSITORY / "src", clone / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "hubconf.py", clone)
+    return home
+
+
+def run_isolated(script, torch_home):
+    """Run a script with torch and the like at hand: without site's .pth files, by which we are installed."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parents[1]), "TORCH_HOME": str(torch_home)}
+    environment |= {"OMP_NUM_THREADS": "1", "no_proxy": "*"}
+    command = [sys.executable, "-S", "-c", PREAMBLE + script]
+    result = subprocess.run(
+        command, cwd=torch_home, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_every_network_is_an_entry_and_nothing_else_is(torch_home):
+    script = """
+print(*torch.hub.list(*clone, **options))
+print(torch.hub.help(*clone, "resnest50", trust_repo=True, skip_validation=True))
+"""
+    names, text = (lines := run_isolated(script, torch_home))[0], "\n".join(lines[1:])
+    assert names.split() == list_models()
+    assert text.startswith("resnest50 in training mode, with random weights or published ones.\n")
+    assert 'pretrained: True for the authors\' weights; or "timm:NAME" or a file.' in text
+
+
+def test_networks_from_a_clone_and_from_a_folder(torch_home):
+    script = f"""
+for repository, source in ((*clone, "github"), ({str(REPOSITORY)!r}, "local")):
+    model = torch.hub.load(repository, "resnest14_half", source=source, num_classes=3, dropout=0.2, **options)
+    print(type(model).__name__, model.fc.out_features, model.dropout.p, model.training)
+print(torch.hub.load(*clone, "resnet50d", **options).fc.out_features)
+print(sys.modules["resnest_imagenet"].__file__)
+"""
+    *networks, peer, file = run_isolated(script, torch_home)
+    assert networks == ["ResNeSt 3 0.2 True"] * 2
+    assert peer == "1000"
+    assert Path(file) == torch_home / "hub/OWNER_resnest-imagenet_main/src/resnest_imagenet/__init__.py"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve a folder on this machine, and yield it and its URL."""
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_pretrained(torch_home, server):
+    folder, url = server
+    model = build_model("resnest14_half", 5)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    sha256 = hashlib.sha256(file.getvalue()).hexdigest()
+    (folder / f"resnest14_half-{sha256[:8]}.pth").write_bytes(file.getvalue())
+    torch.save(model.state_dict(), folder / "own.pth")
+    script = f"""
+torch.hub.list(*clone, **options)  # from now on the package is found
+from resnest_imagenet.weights import published
+published.MIRRORS = ({url!r},)
+published.OFFICIAL["resnest14_half"] = {sha256!r}
+load = lambda name, **more: torch.hub.load(*clone, name, **options, **more)
+for more in ({{"pretrained": True}}, {{"pretrained": {str(folder / "own.pth")!r}}}):
+    for outputs in (5, 3):
+        model = load("resnest14_half", num_classes=outputs, **more)
+        print(model.layer1[0].conv1.weight.sum().item(), model.fc.weight.sum().item())
+print(load("resnest14_half", pretrained=True, features_only=True).layer1[0].conv1.weight.sum().item())
+for name, choice in (("resnest14", True), ("resnest14", "oficial:resnest14")):
+    try:
+        load(name, pretrained=choice)
+    except ValueError as error:
+        print(error)
+"""
+    *sums, backbone, unpublished, misspelt = run_isolated(script, torch_home)
+    own = [str(weight.sum().item()) for weight in (model.layer1[0].conv1.weight, model.fc.weight)]
+    for same, new in ((sums[0], sums[1]), (sums[2], sums[3])):
+        assert same.split() == own
+        assert new.split()[0] == own[0] and new.split()[1] != own[1]
+    assert backbone == own[0]
+    assert unpublished == "there are no official weights of resnest14: give pretrained='timm:NAME' or a file"
+    assert misspelt.startswith("unknown weights 'oficial:resnest14'")
+
+
+def test_missing_dependencies_are_torch_hubs_line(torch_home):
+    script = """
+sys.modules.update(dict.fromkeys(["timm", "safetensors"]))  # importing them now fails
+try:
+    torch.hub.load(*clone, "resnest14_half", **options)
+except RuntimeError as error:
+    print(error)
+"""
+    assert run_isolated(script, torch_home) == ["Missing dependencies: timm, safetensors"]

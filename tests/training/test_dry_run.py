@@ -1,0 +1,58 @@
+import re
+
+import pytest
+
+from conftest import newest_checkpoint, run_module
+from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.training.dry_run import count_checkpoint_bytes, describe_run
+from resnest_imagenet.training.train import train
+
+
+def parse(plan):
+    return {line[:14].strip(): line[15:] for line in plan.splitlines()}
+
+
+def test_the_plan_is_what_the_run_does(small_run, tmp_path):
+    config = small_run("loader=torchvision")
+    plan = parse(describe_run(config))
+    assert not (tmp_path / "run").exists()
+    assert plan["data"].startswith("103 training and 40 val images")
+    assert plan["loader"].startswith("torchvision: a first batch (16, 3, 32, 32) on cpu")
+    assert plan["steps"] == "12, 6 in each of 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
+    assert plan["start"] == f"anew in {tmp_path / 'run'}"
+    state = train(config)
+    assert state.step == 12
+    assert parse(describe_run(config))["start"] == f"from {newest_checkpoint(tmp_path / 'run')}"
+    other = parse(describe_run(small_run("loader=torchvision", "seed=3", "train.momentum=0.8")))["start"]
+    assert other.endswith("was trained with train.momentum=0.9, not 0.8; seed=0, not 3")
+    newest_checkpoint(tmp_path / "run").write_bytes(b"web page")
+    assert "not a readable checkpoint" in parse(describe_run(config))["start"]
+
+
+@pytest.mark.parametrize("option", ["train.ema_decay=null", "train.ema_decay=0.9"])
+def test_a_checkpoint_is_as_large_as_said(small_run, tmp_path, option):
+    config = small_run("loader=torchvision", "train.epochs=1", "train.warmup_epochs=0", option, "model.num_classes=10")
+    train(config)
+    size = newest_checkpoint(tmp_path / "run").stat().st_size
+    assert count_checkpoint_bytes(config) == pytest.approx(size, rel=0.01)
+
+
+def test_it_refuses_what_the_run_would(small_run):
+    for option, error, words in (
+        ("model.num_classes=7", ConfigError, "model.num_classes=7"),
+        ("data.root=/nowhere", DataError, "no such folder"),
+        ("train.global_batch=8192", DataError, "do not fill a step"),
+        ("train.global_batch=17", ConfigError, "no multiple"),
+    ):
+        with pytest.raises(error, match=words):
+            describe_run(small_run(option))
+
+
+def test_two_ranks(demo_images, tmp_path):
+    words = ["+experiment=demo", "device=cpu", f"data.root={demo_images}", "train.crop=32", "train.batch_size=16"]
+    words += ["loader=torchvision", "loader.workers=1", "dry_run=true"]
+    done = run_module("resnest_imagenet.commands.train", *words, ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (steps,) = re.findall(r"^steps .*$", done.stdout, re.MULTILINE)  # of one rank
+    assert steps.endswith("of 32 images, 16 x 2 ranks x 1 passes")
+    assert list(tmp_path.iterdir()) == []

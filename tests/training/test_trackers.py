@@ -1,0 +1,377 @@
+"""What a run shows elsewhere, asked of TensorBoard's server, W&B's files and MLflow's store."""
+
+import importlib.util
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import wandb
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import SMALL, compose_config
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.errors import ConfigError, Stopped
+from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.training import loop as loop_module
+from resnest_imagenet.training import trackers as trackers_module
+from resnest_imagenet.training import train as train_module
+from resnest_imagenet.training.run_folder import RunFolder
+from resnest_imagenet.training.trackers import draw_confusions, open_trackers, require_trackers
+from resnest_imagenet.training.train import train
+
+
+def read_events(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def points_of(events, event, name):
+    return [(e["step"], e[name]) for e in events if e["event"] == event]
+
+
+@pytest.fixture(autouse=True)
+def forget_wandb():
+    """Each test has an environment of its own, and wandb reads it once."""
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def shown(demo_images, tmp_path_factory):
+    """A run with all trackers that dies after step 10 of 12, goes on after step 6, and ends; and the same with none."""
+    place = tmp_path_factory.mktemp("shown")
+    batches = []
+    real_loss, real_wrap = loop_module.compute_loss, train_module._wrap
+
+    def interrupt(*args):
+        if args[-2:] == (1, 4):
+            raise KeyboardInterrupt
+        return real_loss(*args)
+
+    def wrap(*args):
+        network = real_wrap(*args)
+        network.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].clone()))
+        return network
+
+    def run(name, trackers, *more):
+        options = (f"data.root={demo_images}", f"run_dir=runs/{name}", "loader=torchvision", "log.every_steps=3")
+        options += ("train.cutmix_alpha=1.0", "train.erasing=0.5", "train.dropout=0.2", f"log.trackers={trackers}")
+        return train(compose_config("train", TrainConfig, *SMALL, *options, *more))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_PROJECT", "a-project")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/store.db")
+        patch.setenv("MLFLOW_EXPERIMENT_NAME", "an experiment")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        run("without", "[]")
+        patch.setattr(loop_module, "compute_loss", interrupt)
+        patch.setattr(train_module, "_wrap", wrap)
+        with pytest.raises(KeyboardInterrupt):
+            run("with", "[tensorboard,wandb,mlflow]")
+        died = read_events(place / "runs/with")
+        patch.setattr(loop_module, "compute_loss", real_loss)
+        run("with", "[tensorboard,wandb,mlflow]", "timeout_seconds=500")
+    events = read_events(place / "runs/with")
+    return SimpleNamespace(place=place, run=place / "runs/with", events=events, died=died, first_batch=batches[0])
+
+
+def test_a_run_is_the_same_whatever_shows_it(shown):
+    clock = ("time", "images_per_s", "data_wait")
+    with_all, with_none = (
+        [{k: v for k, v in e.items() if k not in clock} for e in events]
+        for events in (shown.events, read_events(shown.place / "runs/without"))
+    )
+    assert with_all == with_none and len(with_all) == 6
+    assert shown.died[-1]["step"] == 9  # a point that the trackers get twice
+    # Nothing beside MLflow's own files is left where the command ran.
+    assert sorted(path.name for path in shown.place.iterdir()) == ["mlruns", "runs", "store.db"]
+    assert {path.name for path in shown.run.iterdir()} >= {"tensorboard", "wandb", "trackers.json"}
+    assert not {path.name for path in (shown.place / "runs/without").iterdir()} & {"tensorboard", "trackers.json"}
+
+
+@contextmanager
+def tensorboard(folder):
+    """Serve a folder with TensorBoard on a free port; yield a function that asks it."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
+        try:
+            address = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.:]+", line)))
+
+            def ask(what, **query):
+                url = f"{address}/data/plugin/{what}?{urllib.parse.urlencode(query)}"
+                with urllib.request.urlopen(url, timeout=20) as answer:
+                    content = answer.read()
+                return json.loads(content) if answer.headers.get_content_type() == "application/json" else content
+
+            yield ask
+        finally:
+            server.terminate()
+
+
+def wait_for(condition):
+    """Return the first true answer within 20 seconds: the server reads its files in the background."""
+    for _ in range(100):
+        if answer := condition():
+            return answer
+        time.sleep(0.2)
+    raise TimeoutError
+
+
+def test_tensorboards_server_shows_numbers_pictures_and_configuration(shown):
+    with tensorboard(shown.run / "tensorboard") as ask:
+        tags = wait_for(lambda: ask("images/tags"))["."]
+        assert tags.keys() == {"train/samples", "eval/confusions"}
+        for event, name in (("train", "loss"), ("train", "lr"), ("eval", "top1")):
+            points = ask("scalars/scalars", run=".", tag=f"{event}/{name}")
+            expected = [(step, pytest.approx(value)) for step, value in points_of(shown.events, event, name)]
+            assert [(step, value) for _, step, value in points] == expected
+
+        pictures = {}
+        for tag in tags:
+            for sample in ask("images/images", run=".", tag=tag, sample=0):
+                content = ask("images/individualImage", **dict(urllib.parse.parse_qsl(sample["query"])))
+                pictures[tag, sample["step"]] = np.array(Image.open(io.BytesIO(content)))
+        # The picture of step 6 is the first process's; of each process there are samples.
+        assert pictures.keys() == {("eval/confusions", step) for step in (6, 12)} | {
+            ("train/samples", step) for step in (0, 6)
+        }
+        # Sixteen images in a square, as they came into the network: erased and mixed.
+        sheet = pictures["train/samples", 0]
+        assert sheet.shape == (4 * 36, 4 * 36, 3)
+        for number, image in enumerate(shown.first_batch.permute(0, 2, 3, 1).numpy()):
+            top, left = number // 4 * 36 + 2, number % 4 * 36 + 2
+            pixels = (image * STD + MEAN).round().clip(0, 255)
+            np.testing.assert_allclose(sheet[top : top + 32, left : left + 32], pixels, atol=1)
+        assert len(np.unique(pictures["eval/confusions", 12], axis=0)) > 50
+
+        (text,) = ask("text/text", run=".", tag="config/text_summary")
+        assert "<pre><code>run_dir: runs/with\nseed: 0\n" in text["text"] and "dropout: 0.2" in text["text"]
+
+
+def test_tensorboard_keeps_the_pictures_that_a_run_goes_on_from(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    config = compose_config("train", TrainConfig, *SMALL, "data.root=/nowhere")
+    for goes_on_from in (0, 10, 5):
+        (tracker,) = open_trackers(tmp_path, config, goes_on_from, [])
+        for step in (5, 10, 15):
+            if step > goes_on_from:
+                tracker.image("picture", step, np.full((2, 3, 3), goes_on_from, np.uint8))
+        tracker.close(None)
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        file.write_bytes(file.read_bytes()[:-10])  # as of a process that was killed amid writing step 15
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    images = events.Images("picture")
+    assert [(image.step, np.array(Image.open(io.BytesIO(image.encoded_image_string))).max()) for image in images] == [
+        (5, 0), (10, 5)
+    ]  # fmt: skip
+
+
+def read_wandb(path):
+    """Yield the records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, record = path.read_bytes(), 7, b""
+    assert content.startswith(b":W&B")
+    while place + 7 <= len(content):
+        left = 2**15 - place % 2**15
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_run(shown):
+    files = sorted(shown.run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    name = json.loads((shown.run / "trackers.json").read_text())["wandb"]
+    assert [path.name for path in files] == [f"run-{name}.wandb"] * 2
+    history, metrics, exits = [], [], []
+    for path in files:
+        for record in read_wandb(path):
+            if record.HasField("run"):
+                run = record.run
+                assert (run.run_id, run.display_name, run.project) == (name, "runs/with", "a-project")
+                config = {each.key: json.loads(each.value_json) for each in run.config.update}
+                assert config["train"]["cutmix_alpha"] == 1.0 and config["model"]["num_classes"] == 10
+            if record.HasField("metric"):
+                metrics.append((record.metric.glob_name, record.metric.step_metric))
+            if record.HasField("history"):
+                items = record.history.item
+                history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            if record.HasField("exit"):
+                exits.append(record.exit.exit_code)
+    sent = [(e["step"], e["train/loss"]) for e in history if "train/loss" in e]
+    expected = points_of(shown.died, "train", "loss") + points_of(shown.events, "train", "loss")[2:]
+    assert sent == expected and [step for step, _ in sent] == [3, 6, 9, 9, 12]
+    assert [(e["step"], e["eval/top1"]) for e in history if "eval/top1" in e] == points_of(shown.events, "eval", "top1")
+    pictures = [(key, e["step"]) for e in history for key in e if key.endswith("/path")]
+    assert pictures == [
+        ("train/samples/path", 0), ("eval/confusions/path", 6), ("train/samples/path", 6), ("eval/confusions/path", 12)
+    ]  # fmt: skip
+    assert len(list(shown.run.glob("wandb/offline-run-*/files/media/images/*/*.png"))) == 4
+    assert metrics == [("*", "step")] * 2 and exits == [1, 0]
+    saved = {path.name for path in shown.run.glob("wandb/offline-run-*/files/*")}
+    assert saved == {"media", "requirements.txt"}  # no code, no console
+
+
+def test_mlflow_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_run(shown):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{shown.place}/store.db")
+    experiment = client.get_experiment_by_name("an experiment")
+    (run,) = client.search_runs([experiment.experiment_id])
+    name = run.info.run_id
+    assert json.loads((shown.run / "trackers.json").read_text())["mlflow"] == name
+    assert (run.info.run_name, run.info.status) == ("runs/with", "FINISHED")
+    assert run.data.params["train.cutmix_alpha"] == "1.0" and run.data.params["model.num_classes"] == "10"
+    assert len(run.data.params) > 60 and run.data.params["timeout_seconds"] == "600.0"  # when it began
+    history = [(m.step, m.value) for m in client.get_metric_history(name, "train/loss")]
+    assert history == points_of(shown.died, "train", "loss") + points_of(shown.events, "train", "loss")[2:]
+    first = client.get_metric_history(name, "eval/top1")[0]
+    assert first.timestamp == int(1000 * shown.events[2]["time"])
+    assert Path(client.download_artifacts(name, "config.yaml")).read_text() == (shown.run / "config.yaml").read_text()
+    pictures = sorted(file.path for file in client.list_artifacts(name, "images") if file.path.endswith(".png"))
+    assert [re.match(r"images/(.*?)\+timestamp", path)[1] for path in pictures] == [
+        "eval~confusions+step+12", "eval~confusions+step+6", "train~samples+step+0", "train~samples+step+6"
+    ]  # fmt: skip
+    assert Image.open(client.download_artifacts(name, pictures[2])).size == (144, 144)
+
+
+def test_a_tracker_that_comes_later_gets_what_it_missed(shown, monkeypatch):
+    """Into MLflow's default experiment, where no other is named."""
+    import mlflow
+
+    uri = f"sqlite:///{shown.place}/later.db"
+    monkeypatch.chdir(shown.place)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    config = compose_config("train", TrainConfig, *SMALL, "data.root=/nowhere", "log.trackers=mlflow")
+    (tracker,) = open_trackers(shown.place / "runs/without", config, 12, shown.events)
+    tracker.close(Stopped("as asked"))
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "KILLED"
+    history = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert history == points_of(shown.events, "train", "loss")
+
+
+def test_servers_that_cannot_be_reached_end_no_run(small_run, tmp_path, monkeypatch, capsys):
+    for name, value in {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"BASE_URL": "http://127.0.0.1:9", "API_KEY": "0" * 40, "INIT_TIMEOUT": "2"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    train(small_run("train.epochs=1", "train.warmup_epochs=0", "log.trackers=[wandb,mlflow]"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING: ")]
+    assert [line[: line.index(":", 9)] for line in lines] == [
+        "WARNING: wandb lacks what metrics.jsonl has",
+        "WARNING: mlflow lacks what metrics.jsonl has",
+    ]
+    assert len(read_events(tmp_path / "run")) == 2 and not (tmp_path / "run/trackers.json").exists()
+
+
+def test_no_step_waits_for_a_tracker_and_its_failure_is_said_once(monkeypatch, capsys):
+    taken = []
+
+    def fail(step, values, when):
+        time.sleep(0.2)
+        taken.append(step)
+        raise OSError("gone")
+
+    slow = SimpleNamespace(is_new=True, scalars=fail, close=lambda error: time.sleep(60))
+    monkeypatch.setattr(trackers_module, "SECONDS_TO_STOP", 1)
+    tracker = trackers_module._InBackground("mlflow", slow)
+    started = time.monotonic()
+    for step in range(3):
+        tracker.scalars(step, {}, 0.0)
+    assert time.monotonic() - started < 0.1
+    tracker.close(KeyboardInterrupt())
+    assert 0.9 < time.monotonic() - started < 3
+    assert taken == [0, 1, 2]
+    assert capsys.readouterr().err == "WARNING: mlflow lacks what metrics.jsonl has: OSError: gone\n"
+
+
+def test_a_tracker_that_is_not_installed_is_one_line_before_any_data_is_read(small_run, tmp_path, monkeypatch):
+    # W&B makes such a folder wherever it runs: to Python a package.
+    (tmp_path / "elsewhere/wandb").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere")])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert importlib.util.find_spec("wandb") is not None
+    line = r"^log.trackers has wandb: it is not installed: add the extra \[wandb\] of resnest-imagenet$"
+    with pytest.raises(ConfigError, match=line):
+        require_trackers(["tensorboard", "wandb"])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ConfigError, match="log.trackers has mlflow: it is not installed"):
+        train(small_run("log.trackers=[wandb,mlflow]", "data.root=/nowhere"))
+    with pytest.raises(ConfigError, match="log.trackers.0=neptune: input should be 'tensorboard', 'wandb' or 'mlflow'"):
+        small_run("log.trackers=[neptune]")
+
+
+def test_a_run_that_is_set_aside_takes_its_names_along(tmp_path):
+    """Else the new one would go on in its W&B and MLflow runs."""
+    for name in ("checkpoints", "wandb"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "trackers.json").write_text("{}")
+    aside = RunFolder(str(tmp_path), keep=2, is_main=True).set_aside()
+    assert {path.name for path in aside.iterdir()} == {"checkpoints", "wandb", "trackers.json"}
+
+
+def test_none_of_them_is_imported_unasked():
+    script = "import resnest_imagenet.training.train, sys; print({'tensorboard', 'wandb', 'mlflow'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
+def judge(labels, predicted):
+    return Evaluation(labels, predicted, *np.zeros((3, len(labels))))
+
+
+def test_a_thousand_classes_have_a_pixel_each():
+    """Class n has n + 1 images, all taken for class 998 - n; but half of class 0 for others, and 999 has none."""
+    labels = np.repeat(np.arange(1, 999), np.arange(2, 1000))
+    evaluation = judge(
+        np.append(labels, np.zeros(100, int)), np.concatenate([998 - labels, np.full(50, 997), np.arange(50)])
+    )
+    picture = draw_confusions(evaluation, [str(label) for label in range(1000)], "title")
+    left, top = 40, 64
+    cells = picture[top : top + 1000, left : left + 1000]
+    assert len(np.unique(cells[np.arange(1, 999), np.arange(998)[::-1]], axis=0)) == 1
+    assert (cells[1, 997] < 100).all()
+    assert (cells[0, :50].sum(-1) > cells[0, 997].sum()).all() and cells[0, 997].sum() > cells[1, 997].sum()
+    assert (cells != 255).any(-1).sum() == 998 + 1 + 50
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    assert len(file.getvalue()) < 150_000
+
+
+def test_more_classes_share_pixels_and_any_name_can_be_drawn():
+    labels = np.arange(21841)
+    assert draw_confusions(judge(labels, labels), ["x"] * 21841, "title").shape == (1116, 1056, 3)
+    names = ["a\nb", "\udcff", "", "a name of more than twenty characters"]
+    assert draw_confusions(judge(labels % 4, labels % 4), names, "title").shape[1] == 536
+
+
+def test_the_colours_of_a_confusion_matrix_rise_with_the_share():
+    shares = np.linspace(0, 1, 101)
+    colours = trackers_module._colour(shares).astype(int).sum(-1)
+    assert colours[0] == 3 * 255 and (np.diff(colours) < 0).all()
+    assert colours[-1] < 100
