@@ -24,12 +24,11 @@ from conftest import SMALL, compose_config
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.errors import ConfigError, Stopped
-from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import trackers as trackers_module
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.run_folder import RunFolder
-from resnest_imagenet.training.trackers import draw_confusions, open_trackers, require_trackers
+from resnest_imagenet.training.trackers import open_trackers, require_trackers
 from resnest_imagenet.training.train import train
 
 
@@ -339,39 +338,3 @@ def test_none_of_them_is_imported_unasked():
     script = "import resnest_imagenet.training.train, sys; print({'tensorboard', 'wandb', 'mlflow'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
-
-
-def judge(labels, predicted):
-    return Evaluation(labels, predicted, *np.zeros((3, len(labels))))
-
-
-def test_a_thousand_classes_have_a_pixel_each():
-    """Class n has n + 1 images, all taken for class 998 - n; but half of class 0 for others, and 999 has none."""
-    labels = np.repeat(np.arange(1, 999), np.arange(2, 1000))
-    evaluation = judge(
-        np.append(labels, np.zeros(100, int)), np.concatenate([998 - labels, np.full(50, 997), np.arange(50)])
-    )
-    picture = draw_confusions(evaluation, [str(label) for label in range(1000)], "title")
-    left, top = 40, 64
-    cells = picture[top : top + 1000, left : left + 1000]
-    assert len(np.unique(cells[np.arange(1, 999), np.arange(998)[::-1]], axis=0)) == 1
-    assert (cells[1, 997] < 100).all()
-    assert (cells[0, :50].sum(-1) > cells[0, 997].sum()).all() and cells[0, 997].sum() > cells[1, 997].sum()
-    assert (cells != 255).any(-1).sum() == 998 + 1 + 50
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG")
-    assert len(file.getvalue()) < 150_000
-
-
-def test_more_classes_share_pixels_and_any_name_can_be_drawn():
-    labels = np.arange(21841)
-    assert draw_confusions(judge(labels, labels), ["x"] * 21841, "title").shape == (1116, 1056, 3)
-    names = ["a\nb", "\udcff", "", "a name of more than twenty characters"]
-    assert draw_confusions(judge(labels % 4, labels % 4), names, "title").shape[1] == 536
-
-
-def test_the_colours_of_a_confusion_matrix_rise_with_the_share():
-    shares = np.linspace(0, 1, 101)
-    colours = trackers_module._colour(shares).astype(int).sum(-1)
-    assert colours[0] == 3 * 255 and (np.diff(colours) < 0).all()
-    assert colours[-1] < 100

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
-from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
+from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import ConfigError
 
@@ -37,6 +38,12 @@ class Loader(Protocol):
             DataError: for an image that cannot be decoded and may not be replaced, with its path.
         """
         ...
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Return what a loader yields, normalised (B, 3, H, W), as it was before: uint8 (B, H, W, 3)."""
+    values = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
+    return values.round().clip(0, 255).astype(np.uint8)
 
 
 def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:

@@ -1,13 +1,17 @@
-"""Charts as SVG within a page, in the colours of the page."""
+"""Charts: as SVG within a page, in its colours, or as pixels."""
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 # Seen on white and on black, and apart by people who do not see all colours; the styles tell them apart besides.
@@ -15,6 +19,7 @@ _COLOURS = ("#3b8fd6", "#d8722c", "#2a9d7f", "#c05fb5", "#9a8320", "#d9534f", "#
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vPX"
 INK = "#010203"  # stands for the page's own
+NAMED, NUMBERED = 60, 24  # classes up to which a confusion matrix has names and numbers
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -35,18 +40,10 @@ def render_chart(
         paint: draws into the axes.
         size: in inches, of 72 pixels on a wide screen.
     """
-    parts = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
-    ink: dict[Any, Any] = dict.fromkeys(parts, INK)
     # Text stays text: small, searchable, in the page's font. The salt keeps the names within one chart its own.
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9}
-    with matplotlib.rc_context({**ink, **style, "axes.titlesize": 10, "legend.fontsize": 8}):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
-        axes.grid(color=INK, alpha=0.15, linewidth=0.6)
-        axes.set_axisbelow(True)
-        paint(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(framealpha=0)
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
+    parts = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
+    with _drawn(title, x, y, paint, size, style | dict.fromkeys(parts, INK)) as figure:
         file = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
@@ -56,3 +53,57 @@ def render_chart(
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     label = escape(f"{title}: {y} against {x}")
     return f'<figure class="chart">{svg.replace("<svg", f"""<svg role="img" aria-label="{label}" """, 1)}</figure>'
+
+
+def draw_chart(title: str, x: str, y: str, paint: Callable[[Axes], object], size: tuple[float, float]) -> np.ndarray:
+    """Draw a chart as `render_chart` does, in black on white; return uint8 (100 * height, 100 * width, 3)."""
+    with _drawn(title, x, y, paint, size, {}) as figure:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+@contextmanager
+def _drawn(
+    title: str, x: str, y: str, paint: Callable[[Axes], object], size: tuple[float, float], style: dict[Any, Any]
+) -> Iterator[Figure]:
+    # Names of files and classes may have a dollar sign, and are no formulas.
+    common: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "text.parse_math": False}
+    with matplotlib.rc_context({**common, **style}):
+        figure = Figure(figsize=size, layout="constrained", dpi=100)
+        axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
+        axes.grid(color=matplotlib.rcParams["text.color"], alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
+        paint(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(framealpha=0)
+        yield figure
+
+
+def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str]) -> None:
+    """Draw which share of the images of each class (a row) was taken for which class (a column).
+
+    The colours rise with the square root of the share: one image of 50 that goes astray is seen.
+
+    Args:
+        axes: where.
+        confusions: images, (K, K).
+        names: of the classes.
+    """
+    shares = confusions / np.maximum(confusions.sum(1, keepdims=True), 1)
+    # Few cells are drawn with sharp edges; of many each keeps its own pixel.
+    how: Any = "nearest" if len(names) <= NAMED else "none"
+    seen = np.ma.masked_equal(shares, 0)  # no mark at all where there is no image
+    image = axes.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation=how, aspect="equal")
+    axes.grid(visible=False)
+    figure = axes.get_figure()
+    assert figure
+    scale = figure.colorbar(image, ticks=(0, 0.02, 0.1, 0.25, 0.5, 1), shrink=0.7)
+    scale.set_label("share of the true class")
+    if len(names) <= NAMED:
+        short = [" ".join(name.encode(errors="replace").decode().split())[:20] for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=90)
+        axes.set_yticks(range(len(names)), short)
+    for row, column in np.argwhere(confusions) if len(names) <= NUMBERED else ():
+        colour = "white" if shares[row, column] > 0.3 else "black"
+        axes.text(column, row, confusions[row, column], ha="center", va="center", color=colour, fontsize=8)

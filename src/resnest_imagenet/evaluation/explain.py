@@ -18,10 +18,10 @@ from resnest_imagenet import distributed
 from resnest_imagenet.compute import autocast, keep_freed_memory
 from resnest_imagenet.config import ExplainConfig
 from resnest_imagenet.data.folder import find_images
-from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.loader import build_loader, choose_loader, to_pixels
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource, split_unreadable
-from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform
+from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.evaluation.inference import Classifier, find_outputs, open_classifier
 from resnest_imagenet.files import replacing, require_writable, storing
@@ -113,15 +113,16 @@ def _explain(
             chosen = torch.full((len(batch), 1), target, device=device)
         # In float32 whatever the precision is: fp16 would lose small gradients.
         evidence = torch.stack([map_evidence(model, config.layer, batch, classes) for classes in chosen.T], 1)
-        pixels = batch.permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
+        pixels = to_pixels(batch)
         weights = {block: each.cpu().numpy() for block, each in attention.items()}
         for row, classes in enumerate(chosen.tolist()):
             maps = tuple(
                 ClassMap(described[k].partition(",")[0], probabilities[row, k].item(), each)
                 for k, each in zip(classes, evidence[row].cpu().numpy(), strict=True)
             )
-            picture = pixels[row].round().clip(0, 255).astype(np.uint8)
-            yield Explanation(images.name(done), picture, maps, {block: each[row] for block, each in weights.items()})
+            yield Explanation(
+                images.name(done), pixels[row], maps, {block: each[row] for block, each in weights.items()}
+            )
             done += 1
 
 

@@ -5,10 +5,17 @@ import numpy as np
 from resnest_imagenet.evaluation.counting import Evaluation
 
 
-def count_confusions(evaluation: Evaluation, num_classes: int) -> np.ndarray:
-    """Return how many images of each true class (rows) were taken for each class (columns), (K, K) int64."""
-    flat = evaluation.labels * num_classes + evaluation.predicted
-    return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+def count_confusions(evaluation: Evaluation, num_classes: int, cells: int | None = None) -> np.ndarray:
+    """Return how many images of each true class (rows) were taken for each class (columns), (K, K) int64.
+
+    Args:
+        evaluation: of the images.
+        num_classes: K.
+        cells: where it is below K, so many rows and columns, which neighbouring classes share.
+    """
+    size = cells or num_classes
+    rows, columns = (labels * size // num_classes for labels in (evaluation.labels, evaluation.predicted))
+    return np.bincount(rows * size + columns, minlength=size**2).reshape(size, size)
 
 
 def rank_confusions(confusions: np.ndarray, count: int) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ import yaml
 from matplotlib.axes import Axes
 
 from resnest_imagenet.data.source import read_named
-from resnest_imagenet.evaluation.charts import INK, render_chart, style_of
+from resnest_imagenet.evaluation.charts import INK, paint_confusions, render_chart, style_of
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.page import render_page, render_picture, render_table
 from resnest_imagenet.evaluation.predictions import Predictions
@@ -21,7 +21,6 @@ from resnest_imagenet.models.zoo import ARCHITECTURES, describe_classes
 
 PAIRS = 20  # of confused classes
 CLASSES = 20  # with the lowest accuracy
-LABELLED = 30  # classes up to which the confusion matrix has names and numbers
 PICTURES = 24  # of mistakes
 
 
@@ -191,16 +190,7 @@ def _render_confusions(run: Run, said: Predictions) -> str:
     of_class = np.maximum(confusions.sum(1), 1)
 
     def draw_matrix(axes: Axes) -> None:
-        shares = confusions / of_class[:, None]
-        axes.grid(visible=False)
-        axes.imshow(shares, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-        if len(titles) <= LABELLED:
-            axes.set_xticks(range(len(titles)), titles, rotation=90)
-            axes.set_yticks(range(len(titles)), titles)
-            for (row, column), count in np.ndenumerate(confusions):
-                colour = "black" if shares[row, column] > 0.6 else "white"
-                if count:
-                    axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+        paint_confusions(axes, confusions, titles)
 
     matrix = render_chart("Confusion matrix", "predicted", "true", draw_matrix, (5.5, 5))
     pairs = [

@@ -19,9 +19,10 @@ from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.evaluation.predictions import write_predictions
 from resnest_imagenet.files import replacing, storing
 from resnest_imagenet.training.health import Verdict
+from resnest_imagenet.training.pictures import draw_confusions, draw_samples
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
-from resnest_imagenet.training.trackers import Tracker, draw_confusions, draw_samples, open_trackers, show_event
+from resnest_imagenet.training.trackers import Tracker, open_trackers, show_event
 
 SHOWN_SAMPLES = 16
 

@@ -9,11 +9,10 @@ from PIL import Image, ImageDraw, ImageOps
 
 from resnest_imagenet import distributed
 from resnest_imagenet.config import PreviewDataConfig
-from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
+from resnest_imagenet.data.loader import build_loader, choose_loader, open_source, to_pixels
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import name_unreadable
 from resnest_imagenet.data.torchvision import decode
-from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.training.train import build_train_transform
@@ -59,8 +58,7 @@ def write_preview(config: PreviewDataConfig) -> int:
         sheet.paste(ImageOps.contain(original, (recipe.crop, recipe.crop)), (MARGIN, top + CAPTION))
     for epoch in range(config.epochs):
         ((images, _),) = loader.batches(epoch)
-        pixels = images.permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
-        for top, picture in zip(rows, pixels.round().clip(0, 255).astype(np.uint8), strict=True):
+        for top, picture in zip(rows, to_pixels(images), strict=True):
             sheet.paste(Image.fromarray(picture), (MARGIN + step * (1 + epoch), top + CAPTION))
     with replacing(out) as file:
         sheet.save(file, format="PNG")

@@ -1,8 +1,7 @@
-"""Where a run is shown beside its own files: TensorBoard, Weights & Biases, MLflow; and the pictures they get."""
+"""Where a run is shown beside its own files: TensorBoard, Weights & Biases, MLflow."""
 
 import importlib.util
 import json
-import math
 import os
 import sys
 import threading
@@ -14,13 +13,10 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
 
 from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.errors import ConfigError, Stopped, first_line
-from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.files import replacing, storing
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
@@ -296,80 +292,3 @@ def _read_pictures(files: list[Path], step: int) -> list[Any]:
 
     events = (event for file in files for event in event_file_loader.LegacyEventFileLoader(str(file)).Load())
     return [e for e in events if e.step <= step and any(value.HasField("image") for value in e.summary.value)]
-
-
-def draw_samples(images: Tensor) -> np.ndarray:
-    """Draw normalised images, (N, 3, S, S), side by side as they were before: uint8 (H, W, 3)."""
-    pixels = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
-    columns = math.ceil(math.sqrt(len(pixels)))
-    step = images.shape[-1] + 4
-    sheet = Image.new("RGB", (step * columns, step * math.ceil(len(pixels) / columns)), "white")
-    for number, picture in enumerate(pixels.round().clip(0, 255).astype(np.uint8)):
-        sheet.paste(Image.fromarray(picture), (number % columns * step + 2, number // columns * step + 2))
-    return np.asarray(sheet)
-
-
-def draw_confusions(evaluation: Evaluation, classes: Sequence[str], title: str) -> np.ndarray:
-    """Draw which share of the images of each class (a row) was taken for which class (a column).
-
-    Up to 32 classes have their shares in percent, up to 90 their names; from 451 on each has a pixel, and above 1000
-    neighbours share one.
-
-    Args:
-        evaluation: of the images.
-        classes: all names.
-        title: a line.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
-    count = min(len(classes), 1000)
-    rows, columns = (labels * count // len(classes) for labels in (evaluation.labels, evaluation.predicted))
-    confusions = np.bincount(rows * count + columns, minlength=count**2).reshape(count, count)
-    shares = confusions / np.maximum(confusions.sum(1, keepdims=True), 1)
-    cell = min(44, max(1, 900 // count))
-    side, height = cell * count, min(13, cell)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(height)
-    names = [" ".join(name.split())[:20] for name in classes] if cell >= 10 else []
-    left = 40 + int(max(map(small.getlength, names), default=0))
-    top = left + 24
-    sheet = Image.new("RGB", (max(left + side, 520) + 16, top + side + 52), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((10, 6), title, "black", font)
-    draw.text((left, 30), "taken for", "dimgrey", font)
-    draw.text((10, top), "true class", "dimgrey", _turn(font))
-    sheet.paste(Image.fromarray(_colour(shares).repeat(cell, 0).repeat(cell, 1)), (left, top))
-    draw.rectangle((left - 1, top - 1, left + side, top + side), outline="grey")
-    for number, name in enumerate(names):
-        start, middle = number * cell, (number + 0.5) * cell
-        draw.rectangle((left + start, top + start, left + start + cell - 1, top + start + cell - 1), outline="grey")
-        draw.text((left - 6, top + middle), name, "black", small, anchor="rm")
-        draw.text((left + middle - 0.6 * height, top - 6 - small.getlength(name)), name, "black", _turn(small))
-    for row, column in np.argwhere(shares >= 0.005) if cell >= 28 else ():
-        share = shares[row, column]
-        place = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
-        draw.text(place, f"{100 * share:.0f}", "white" if share > 0.15 else "black", small, anchor="mm")
-    # What the colours say.
-    low, width = top + side + 14, 256
-    sheet.paste(Image.fromarray(_colour(np.linspace(0, 1, width)[None] ** 2).repeat(10, 0)), (left, low))
-    draw.rectangle((left - 1, low - 1, left + width, low + 10), outline="grey")
-    for percent in (0, 2, 10, 25, 50, 100):
-        draw.text((left + width * math.sqrt(percent / 100), low + 14), str(percent), "black", font, anchor="mt")
-    draw.text((left + width + 20, low + 14), "% of the images of a class", "black", font, anchor="lt")
-    return np.asarray(sheet)
-
-
-def _turn(font: Any) -> ImageFont.TransposedFont:
-    """Write from the bottom to the top."""
-    return ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
-
-
-def _colour(shares: np.ndarray) -> np.ndarray:
-    """Turn shares into colours, uint8 (..., 3): white for none, then from light blue to almost black.
-
-    The square root parts the small ones: 2 % where a class has 50 images and one goes astray.
-    """
-    stops = ([200, 40, 8], [224, 110, 20], [245, 190, 70])
-    palette = np.stack([np.interp(np.linspace(0, 1, 256), (0, 0.55, 1), each) for each in stops], axis=-1)
-    palette[0] = 255
-    return palette.astype(np.uint8)[np.ceil(255 * np.sqrt(shares)).astype(np.uint8)]
