@@ -68,6 +68,23 @@ def compare_resumed(out: Path, *options: str) -> dict[str, object]:
     return {"case": f"stopped and gone on: {' '.join(options[2:])}", "exit": stopped.returncode, "difference": largest}
 
 
+def look(out: Path, device: str) -> list[dict]:
+    """Run the commands that look at the first run's network."""
+    images = next((out / "demo/val").iterdir())
+    common = (f"ckpt={out / 'dali-fp32/checkpoints/best.pt'}", f"images={images}", "crop=56", "precision=bf16")
+    rows = []
+    for command, options in (
+        ("predict", (*common, f"out={out / 'predicted.csv'}")),
+        ("explain", (*common, f"out={out / 'explained'}")),
+        ("info", ("models=[resnet50,resnest50,resnest50_fast_2s1x64d]", "batch_size=128", "precision=bf16")),
+        ("report", (f"runs={out / 'dali-fp32'}", f"out={out / 'report.html'}")),
+    ):
+        code, seconds, tail = run(f"{COMMANDS}.{command}", *options, f"device={device}")
+        rows.append({"case": command, "exit": code, "seconds": seconds, "output": tail})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def print_table(rows: list[dict]) -> None:
     print(f"{'case':<60}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
     for row in rows:
@@ -132,6 +149,8 @@ def main() -> None:
         tops = [r["top1"] for r in json.loads(result.read_text())["results"]] if code == 0 else tail
         rows.append({"case": f"eval {loader}", "exit": code, "seconds": seconds, "top1": tops})
         print(rows[-1], flush=True)
+
+    rows += look(out, args.device)
 
     on_gpu = args.device == "cuda"
     machine = {
