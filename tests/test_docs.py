@@ -24,7 +24,7 @@ MODULES = {script.module: name for name, script in SCRIPTS.items()}
 
 
 def read_commands(page):
-    """Return the commands in a page's blocks, each as words; long lines are joined, comments and output are left out."""
+    """Return the commands in a page's blocks, each as words; long lines are joined, comments are left out."""
     blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
     texts = (dedent(text).replace("\\\n", " ") for language, text in blocks if language in ("", "sh", "bash"))
     lines = itertools.chain.from_iterable(text.splitlines() for text in texts)
