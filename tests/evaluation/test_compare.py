@@ -15,6 +15,7 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.evaluation.compare import (
     Comparison,
+    _distinguish,
     _title,
     compare_networks,
     format_comparison,
@@ -94,6 +95,18 @@ def test_the_table(tmp_path):
 
 def test_synsets_stand_in_words():
     assert _title(("n01443537", "own")) == ("goldfish (n01443537)", "own")
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["runs/a/checkpoints/best.pt", "runs/b/checkpoints/best.pt"], ("net (a)", "net (b)")),
+        (["a/best.pt", "a/best.pt"], ("net 1", "net 2")),
+        (["best.pt", "runs/best.pt", "x.pth"], ("net (best.pt)", "net (runs/best.pt)", "net (x.pth)")),
+    ],
+)
+def test_networks_of_the_same_name_are_told_apart(sources, names):
+    assert _distinguish([Classifier(source, "net", (), torch.nn.Identity()) for source in sources]) == names
 
 
 def test_mcnemar():

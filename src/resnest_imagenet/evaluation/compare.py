@@ -203,10 +203,19 @@ def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _distinguish(classifiers: list[Classifier]) -> tuple[str, ...]:
-    """Return the networks' names, with their sources where two have the same, numbered where these are the same too."""
+    """Return the networks' names; where two have the same, with what differs in their sources, or numbered."""
     names = [classifier.name for classifier in classifiers]
     if len(set(names)) < len(names):
-        names = [f"{classifier.name} ({classifier.source})" for classifier in classifiers]
+        parts = _drop_shared([classifier.source.split("/") for classifier in classifiers])
+        parts = _drop_shared([source[::-1] for source in parts])
+        differing = ["/".join(source[::-1]) for source in parts]
+        names = [f"{name} ({where})" if where else name for name, where in zip(names, differing, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} {number}" for number, name in enumerate(names, 1)]
     return tuple(names)
+
+
+def _drop_shared(lists: list[list[str]]) -> list[list[str]]:
+    """Drop the first items, as far as they are the same in all lists."""
+    shared = sum(1 for _ in itertools.takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))
+    return [items[shared:] for items in lists]

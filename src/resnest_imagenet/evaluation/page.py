@@ -21,6 +21,7 @@ h2 { margin-top: 2.5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
 meter { width: 6rem; height: .8rem; vertical-align: middle; }
 .charts { display: grid; gap: 1rem; margin-top: 1rem;
