@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -169,10 +170,35 @@ def test_refusals(tmp_path, recipes, folders):
         read_run(tmp_path, recipes)
 
 
-def test_folders_come_bare(folders, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "r.html"
-    words = [*map(str, folders[:2]), f"out={out}", "latency=false", "device=cpu"]
-    monkeypatch.setattr(sys, "argv", ["resnest-report", *words])
+def call(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["resnest-report", *map(str, words), "latency=false", "device=cpu"])
     command.main()
-    assert capsys.readouterr().out == f"wrote {out}: {folders[0]}, {folders[1]}\n"
-    assert out.stat().st_size > 100_000
+    return capsys.readouterr()
+
+
+def test_folders_come_bare_and_have_any_name(folders, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "r.html"
+    odd = tmp_path / "lr=0.1, it's $x & <b>"
+    shutil.copytree(folders[2], odd)
+    assert call(monkeypatch, capsys, folders[0], odd, f"out={out}").out == f"wrote {out}: {folders[0]}, {odd}\n"
+    text = out.read_text()
+    assert "<b>" not in text and html.escape(str(odd)) in text
+
+
+def test_a_pattern_leaves_out_what_is_no_run(folders, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folders[1], tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    # Cut as a killed run leaves it: no evaluation yet, the last line half written.
+    (tmp_path / "young").mkdir()
+    lines = (folders[0] / "metrics.jsonl").read_text().splitlines()[:1]
+    (tmp_path / "young/metrics.jsonl").write_text(f"{lines[0]}\n{lines[0][:30]}")
+    shutil.copy(folders[0] / "config.yaml", tmp_path / "young")
+    printed = call(monkeypatch, capsys, f"runs={tmp_path}/*", f"out={tmp_path}/r.html")
+    assert printed.out.endswith(f": {tmp_path}/b, {tmp_path}/young\n")
+    assert [line.rpartition(": ")[2] for line in printed.err.splitlines()] == [
+        "neither a run folder nor one with results of resnest-eval",
+        "no such folder",
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, capsys, f"{tmp_path}/nothing*")

@@ -1,6 +1,7 @@
 """resnest-report: what runs did, as one page."""
 
 import itertools
+import os
 import sys
 
 from resnest_imagenet.commands.launch import run_command
@@ -12,17 +13,23 @@ def run(config: ReportConfig) -> None:
     """Write the page and say where."""
     from resnest_imagenet.evaluation.report import write_report
 
-    runs = write_report(config, load_recipes())
+    runs, left_out = write_report(config, load_recipes())
+    for line in left_out:
+        print(f"resnest-report: left out: {line}", file=sys.stderr)
     print(f"wrote {config.out}: {', '.join(run.name for run in runs)}")
 
 
 def main() -> None:
     """Entry of resnest-report. Folders may come first, bare: `resnest-report runs/a runs/b` is runs=[runs/a,runs/b]."""
-    folders = list(itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), sys.argv[1:]))
+    folders = list(itertools.takewhile(_is_folder, sys.argv[1:]))
     if folders:
-        runs = ",".join(f"'{folder}'" for folder in folders)
+        runs = ",".join("'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'" for folder in folders)
         sys.argv[1 : 1 + len(folders)] = [f"runs=[{runs}]"]
     run_command("report", ReportConfig, run)
+
+
+def _is_folder(word: str) -> bool:
+    return os.path.isdir(word) or not ("=" in word or word.startswith("-"))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _drawn(
         axes.set_axisbelow(True)
         paint(axes)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(framealpha=0)
+            axes.legend(framealpha=0).set_in_layout(False)  # long names do not push the axes away
         yield figure
 
 

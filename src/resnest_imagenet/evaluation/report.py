@@ -11,7 +11,7 @@ import yaml
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import name_device
 from resnest_imagenet.config import ReportConfig
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.results import Measured, read_measured
@@ -54,12 +54,15 @@ class Run:
         return next((event["step"] / event["epoch"] for event in self.evaluations), 1)
 
 
-def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> list[Run]:
-    """Write the page to `config.out`; return the runs on it.
+def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> tuple[list[Run], list[str]]:
+    """Write the page to `config.out`.
 
     Args:
         config: of resnest-report.
         recipes: the values of each recipe by its name: what a run changed is named.
+
+    Returns:
+        The runs on it, and a line for everything that a pattern matches and that is none.
 
     Raises:
         UserError: for what a user can cause, as one line.
@@ -68,8 +71,7 @@ def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> li
 
     require_writable(Path(config.out), "out")
     device = distributed.choose_device(config.device)
-    folders = [Path(name) for pattern in config.runs for name in (sorted(glob.glob(pattern)) or [pattern])]
-    runs = [read_run(folder, recipes) for folder in folders]
+    runs, left_out = _find_runs(config.runs, recipes)
     latency: dict[str, float] = {}
     if config.latency:
         names = {*(row.model for row in PAPER), *(run.model for run in runs if run.model in ARCHITECTURES)}
@@ -78,7 +80,24 @@ def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> li
     with replacing(Path(config.out)) as file:
         page = render_report(runs, config.crop, latency, name_device(device))
         file.write(page.encode(errors="surrogateescape"))
-    return runs
+    return runs, left_out
+
+
+def _find_runs(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[list[Run], list[str]]:
+    runs: list[Run] = []
+    left_out: list[str] = []
+    for pattern in patterns:
+        is_path = Path(pattern).exists() or not glob.has_magic(pattern)
+        for name in [pattern] if is_path else sorted(glob.glob(pattern)):
+            try:
+                runs.append(read_run(Path(name), recipes))
+            except UserError as error:
+                if is_path:
+                    raise
+                left_out.append(str(error))
+    if not runs:
+        raise ConfigError(f"runs={','.join(patterns)}: no run there")
+    return runs, left_out
 
 
 def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:

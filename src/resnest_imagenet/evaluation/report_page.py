@@ -158,7 +158,7 @@ def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device
                 axes.plot(x, y, label=family, markersize=4, linewidth=1, **style_of(number) | {"linestyle": "-"})
             for run, one in placed:
                 axes.plot(cost(one.model), one.top1, "*", color=INK, markersize=10)
-                axes.annotate(run.name, (cost(one.model), one.top1), textcoords="offset points", xytext=(6, 4))
+                axes.annotate(run.name, (cost(one.model), one.top1), textcoords="offset points", xytext=(6, 4), in_layout=False)
 
         return paint
 
