@@ -6,15 +6,11 @@ import time
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import nn
 
-from conftest import CPU, run_module
+from conftest import CPU
 from resnest_imagenet import build_model
 from resnest_imagenet.commands import info
-from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import InfoConfig, option_names
 from resnest_imagenet.evaluation.latency import WARM_UP, measure_latency
 from resnest_imagenet.models.cost import count_cost
 
@@ -73,21 +69,6 @@ def test_text(monkeypatch, capsys):
 def test_refusals(arguments, message, monkeypatch, capsys):
     code, _, lines = call(monkeypatch, capsys, *arguments)
     assert code == 2 and len(lines) == 1 and lines[0].startswith(f"resnest-info: {message}")
-
-
-def test_help_needs_no_torch(tmp_path):
-    profiled = {"PYTHONPROFILEIMPORTTIME": "1"}
-    result = run_module("resnest_imagenet.commands.info", "--help", cwd=tmp_path, env=profiled)
-    assert result.returncode == 0 and result.stdout.count("\n  resnest-info ") == 3
-    assert "resnest50_fast_2s1x64d" in result.stdout
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "hydra" in imported and not imported & {"torch", "timm"}
-
-
-def test_every_option_in_conf_is_in_the_schema_and_the_reverse():
-    with initialize_config_dir(str(find_conf()), version_base="1.3"):
-        composed = OmegaConf.to_container(compose("info"))
-    assert sorted([*composed, "model.name"]) == sorted(option_names(InfoConfig))
 
 
 class Slow(nn.Module):
