@@ -206,6 +206,8 @@ class EvalConfig(Options):
     def _check(self) -> "EvalConfig":
         if self.data.on_error == "substitute":
             raise ValueError("data.on_error=substitute is for training: it would falsify an evaluation's counts")
+        if len(set(self.crop)) < len(self.crop):
+            raise ValueError(f"crop={self.crop} has the same crop twice")
         return self
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,9 @@ from resnest_imagenet.evaluation.predictions import read_predictions, write_pred
 
 
 def test_written_and_read_back(demo_images, tmp_path):
-    images = read_image_folder(str(demo_images), "val", "data.val_dir")
+    shutil.copytree(demo_images / "val", tmp_path / "val")
+    (tmp_path / 'val/ring/a\r\n"odd", name.JPEG').write_bytes(b"")
+    images = read_image_folder(str(tmp_path), "val", "data.val_dir")
     rng = np.random.default_rng(0)
     said = []
     for protocol in ("short side 37 bilinear, centre crop 32", "another, with a comma"):
@@ -27,7 +31,7 @@ def test_written_and_read_back(demo_images, tmp_path):
         assert (read.evaluation.top1, read.evaluation.correct5) == (written.top1, written.correct5)
 
 
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", None])
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "x" * 200_000, None])
 def test_other_files_are_named(tmp_path, content):
     path = tmp_path / "predictions.csv"
     if content is not None:

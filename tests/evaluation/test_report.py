@@ -198,7 +198,7 @@ def test_a_pattern_leaves_out_what_is_no_run(folders, tmp_path, monkeypatch, cap
     assert printed.out.endswith(f": {tmp_path}/b, {tmp_path}/young\n")
     assert [line.rpartition(": ")[2] for line in printed.err.splitlines()] == [
         "neither a run folder nor one with results of resnest-eval",
-        "no such folder",
+        "not a folder",
     ]
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, capsys, f"{tmp_path}/nothing*")

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from conftest import newest_checkpoint, run_module
-from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.errors import CheckpointError, ConfigError, DataError
 from resnest_imagenet.training.dry_run import count_checkpoint_bytes, describe_run
 from resnest_imagenet.training.train import train
 
@@ -23,10 +23,14 @@ def test_the_plan_is_what_the_run_does(small_run, tmp_path):
     state = train(config)
     assert state.step == 12
     assert parse(describe_run(config))["start"] == f"from {newest_checkpoint(tmp_path / 'run')}"
-    other = parse(describe_run(small_run("loader=torchvision", "seed=3", "train.momentum=0.8")))["start"]
-    assert other.endswith("was trained with train.momentum=0.9, not 0.8; seed=0, not 3")
+    other = ("loader=torchvision", "seed=3", "train.momentum=0.8")
+    differences = r"was trained with train\.momentum=0\.9, not 0\.8; seed=0, not 3"
+    with pytest.raises(CheckpointError, match=differences):
+        describe_run(small_run(*other))
+    aside = parse(describe_run(small_run(*other, "checkpoint.on_mismatch=set_aside")))["start"]
+    assert re.search(f"^anew: .*{differences}, and is set aside$", aside)
     newest_checkpoint(tmp_path / "run").write_bytes(b"web page")
-    assert "not a readable checkpoint" in parse(describe_run(config))["start"]
+    assert parse(describe_run(config))["start"].startswith("from the one before the newest: ")
 
 
 @pytest.mark.parametrize("option", ["train.ema_decay=null", "train.ema_decay=0.9"])
@@ -37,12 +41,15 @@ def test_a_checkpoint_is_as_large_as_said(small_run, tmp_path, option):
     assert count_checkpoint_bytes(config) == pytest.approx(size, rel=0.01)
 
 
-def test_it_refuses_what_the_run_would(small_run):
+def test_it_refuses_what_the_run_would(small_run, tmp_path):
+    (tmp_path / "file").touch()
     for option, error, words in (
         ("model.num_classes=7", ConfigError, "model.num_classes=7"),
         ("data.root=/nowhere", DataError, "no such folder"),
         ("train.global_batch=8192", DataError, "do not fill a step"),
         ("train.global_batch=17", ConfigError, "no multiple"),
+        ("train.init_from=/nope.pth", CheckpointError, "no such checkpoint"),
+        (f"run_dir={tmp_path}/file/x", ConfigError, "cannot be written"),
     ):
         with pytest.raises(error, match=words):
             describe_run(small_run(option))

@@ -47,8 +47,8 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
 
     composing = True
 
-    if {"-m", "--multirun"} & set(sys.argv[1:]) and launched_as()[2] > 1:
-        _leave(ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun"))
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        _check_sweep(name)
 
     def task(composed: "DictConfig") -> float | None:
         nonlocal composing
@@ -141,7 +141,7 @@ def explain_runtime(error: Exception) -> UserError | None:
             f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
             "install both from the same index (make setup does, with uv)"
         )
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     return None
 
@@ -165,6 +165,15 @@ def _leave(error: UserError) -> NoReturn:
         print(line, file=sys.stderr)
         tell_launcher(line)
     sys.exit(error.exit_code)
+
+
+def _check_sweep(name: str) -> None:
+    """Refuse a sweep that cannot be one."""
+    if launched_as()[2] > 1:
+        _leave(ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun"))
+    folders = [word for word in sys.argv[1:] if word.startswith("run_dir=")]
+    if name == "train" and not any("$" in word or "," in word for word in folders):
+        _leave(ConfigError("--multirun needs a folder for each job: write 'run_dir=runs/sweep/${hydra:job.num}'"))
 
 
 def _list_groups() -> list[str]:

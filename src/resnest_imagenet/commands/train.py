@@ -4,7 +4,7 @@ from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import TrainConfig
 
 
-def run(config: TrainConfig) -> float | None:
+def run(config: TrainConfig) -> float:
     """Train, and return the best top-1, which a sweeper maximises; or print what a run would do."""
     if config.dry_run:
         from resnest_imagenet.distributed import launched_as
@@ -13,7 +13,7 @@ def run(config: TrainConfig) -> float | None:
         plan = describe_run(config)
         if launched_as()[0] == 0:
             print(plan)
-        return None
+        return float("nan")  # to a sweeper
     from resnest_imagenet.training.train import train
 
     return train(config).best_top1

@@ -195,15 +195,18 @@ def read_named(name: str) -> bytes:
     """Return an image, encoded, by what `ImageSource.name` calls it.
 
     Raises:
-        OSError: it is not there any more.
+        OSError: it is not there any more, or damaged.
     """
     shard, _, member = name.partition(".tar: ")
     if not member:
         return Path(name).read_bytes()
-    with tarfile.open(shard + ".tar") as archive:
-        for entry in archive:
-            if entry.name == member and (file := archive.extractfile(entry)):
-                return file.read()
+    try:
+        with tarfile.open(shard + ".tar") as archive:
+            for entry in archive:
+                if entry.name == member and (file := archive.extractfile(entry)):
+                    return file.read()
+    except tarfile.TarError as error:
+        raise OSError(f"{shard}.tar: {error}") from error
     raise FileNotFoundError(name)
 
 

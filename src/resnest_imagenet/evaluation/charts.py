@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -69,7 +70,8 @@ def _drawn(
 ) -> Iterator[Figure]:
     # Names of files and classes may have a dollar sign, and are no formulas.
     common: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "text.parse_math": False}
-    with matplotlib.rc_context({**common, **style}):
+    with matplotlib.rc_context({**common, **style}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: a box stands for each
         figure = Figure(figsize=size, layout="constrained", dpi=100)
         axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
         axes.grid(color=matplotlib.rcParams["text.color"], alpha=0.15, linewidth=0.6)

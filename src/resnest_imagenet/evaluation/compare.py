@@ -21,7 +21,7 @@ from resnest_imagenet.data.source import ImageSource, label_by_classes
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.evaluation.inference import Classifier, compute_probabilities, find_outputs, open_classifier
 from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.models.zoo import describe_classes, require_model
+from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def encode_csv(comparison: Comparison) -> str:
 
 
 def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
-    described = zip(classes, describe_classes(classes), strict=True)
-    return tuple(name if words == name else f"{words.partition(',')[0]} ({name})" for name, words in described)
+    named = zip(classes, name_classes(classes), strict=True)
+    return tuple(name if words == name else f"{words} ({name})" for name, words in named)
 
 
 def _distinguish(classifiers: list[Classifier]) -> tuple[str, ...]:

@@ -71,8 +71,6 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
             )
             for crop, (protocol, said) in zip(config.crop, evaluations, strict=True)
         ]
-        if ranks.is_main and config.predictions is not None:
-            write_predictions(Path(config.predictions), images, evaluations)
         if ranks.is_main and config.out is not None:
             measured = Results(
                 model=name,
@@ -85,6 +83,8 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
             )
             with replacing(Path(config.out)) as file:
                 file.write(measured.model_dump_json(indent=2).encode() + b"\n")
+        if ranks.is_main and config.predictions is not None:
+            write_predictions(Path(config.predictions), images, evaluations)
     return results
 
 

@@ -26,7 +26,7 @@ from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.evaluation.inference import Classifier, find_outputs, open_classifier
 from resnest_imagenet.files import replacing, require_writable, storing
 from resnest_imagenet.models.split_attention import SplitAttention
-from resnest_imagenet.models.zoo import describe_classes, require_model
+from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _explain(
     config: ExplainConfig, images: ImageSource, classifier: Classifier, device: torch.device
 ) -> Iterator[Explanation]:
     """Yield the images' explanations, in order."""
-    described = describe_classes(classifier.classes)
+    named = name_classes(classifier.classes)
     target = None if config.target is None else find_class(str(config.target), classifier.classes)
     transform = EvalTransform(config.crop, **config.protocol.model_dump())
     plan = plan_evaluation(len(images), config.batch_size, 0, 1)
@@ -117,7 +117,7 @@ def _explain(
         weights = {block: each.cpu().numpy() for block, each in attention.items()}
         for row, classes in enumerate(chosen.tolist()):
             maps = tuple(
-                ClassMap(described[k].partition(",")[0], probabilities[row, k].item(), each)
+                ClassMap(named[k], probabilities[row, k].item(), each)
                 for k, each in zip(classes, evidence[row].cpu().numpy(), strict=True)
             )
             yield Explanation(

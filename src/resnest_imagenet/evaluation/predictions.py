@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,16 +45,17 @@ def write_predictions(path: Path, images: ImageSource, evaluations: list[tuple[s
         StorageError: it cannot be written.
     """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # All names in quotes: a line break of any kind may be in one.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(_COLUMNS)
     for protocol, said in evaluations:
         for index in range(len(images)):
+            file = os.path.abspath(images.name(index))
             names = images.classes[said.labels[index]], images.classes[said.predicted[index]]
-            values = (said.confidence[index], said.true_probability[index])
-            row = (protocol, images.name(index), *names, int(said.in_top5[index]), *(f"{p:.6g}" for p in values))
-            writer.writerow(row)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
+            values = (float(f"{p:.6g}") for p in (said.confidence[index], said.true_probability[index]))
+            writer.writerow((protocol, file, *names, int(said.in_top5[index]), *values))
+    with replacing(path) as target:
+        target.write(text.getvalue().encode("utf-8", errors="surrogateescape"))
 
 
 def read_predictions(path: Path) -> list[Predictions]:
@@ -63,13 +65,15 @@ def read_predictions(path: Path) -> list[Predictions]:
         DataError: it is no such file.
     """
     try:
-        with open(path, newline="", errors="surrogateescape") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.reader(file))
         if not rows or tuple(rows[0]) != _COLUMNS:
             raise ValueError(f"its first line is not {','.join(_COLUMNS)}")
         columns = np.array(rows[1:], dtype=object).reshape(-1, len(_COLUMNS)).T
         numbers = columns[4:].astype(np.float64)
-    except (OSError, ValueError) as error:
+        if not ((numbers >= 0) & (numbers <= 1)).all():
+            raise ValueError("a probability is not between 0 and 1")
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: not the predictions of an evaluation ({error})") from error
     return [
         _name(str(protocol), columns[:, chosen], numbers[:, chosen])

@@ -2,6 +2,8 @@
 
 import glob
 import json
+import operator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from resnest_imagenet.config import ReportConfig
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
-from resnest_imagenet.evaluation.results import Measured, read_measured
+from resnest_imagenet.evaluation.results import Measured, list_results, read_measured
 from resnest_imagenet.evaluation.table3 import PAPER
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import ARCHITECTURES, build_model
+
+# What the page takes of each event.
+_KEYS = {"train": ("step", "loss", "lr", "images_per_s", "data_wait"), "eval": ("step", "epoch", "top1")}
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,8 @@ def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> tu
     runs, left_out = _find_runs(config.runs, recipes)
     latency: dict[str, float] = {}
     if config.latency:
-        names = {*(row.model for row in PAPER), *(run.model for run in runs if run.model in ARCHITECTURES)}
-        networks = {name: build_model(name) for name in sorted(names)}
+        names = {row.model for row in PAPER} | {one.model for run in runs for one in run.measured}
+        networks = {name: build_model(name) for name in sorted(names & ARCHITECTURES.keys())}
         latency = measure_latency(networks, config.crop, 1, device, rounds=5)
     with replacing(Path(config.out)) as file:
         page = render_report(runs, config.crop, latency, name_device(device))
@@ -86,9 +91,13 @@ def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> tu
 def _find_runs(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[list[Run], list[str]]:
     runs: list[Run] = []
     left_out: list[str] = []
+    seen: list[str] = []
     for pattern in patterns:
         is_path = Path(pattern).exists() or not glob.has_magic(pattern)
         for name in [pattern] if is_path else sorted(glob.glob(pattern)):
+            if any(os.path.abspath(name) == each for each in seen):
+                continue
+            seen.append(os.path.abspath(name))
             try:
                 runs.append(read_run(Path(name), recipes))
             except UserError as error:
@@ -107,14 +116,14 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
         ConfigError: there is nothing of the kind, or something that cannot be read.
     """
     if not folder.is_dir():
-        raise ConfigError(f"runs={folder}: no such folder")
+        raise ConfigError(f"runs={folder}: {'not a' if folder.exists() else 'no such'} folder")
     events = _read_events(folder / "metrics.jsonl")
     config = _flatten(_read(folder / "config.yaml"))
     evaluations = [event for event in events if event["event"] == "eval"]
-    results = [str(path) for path in sorted(folder.glob("*.json")) if '"results"' in path.read_text(errors="replace")]
+    results = [str(path) for path in list_results(folder)]
     predictions = folder / "predictions.csv"
     run = Run(
-        name=str(folder),
+        name=str(folder).encode(errors="replace").decode(),  # charts cannot draw everything that a system can name
         config=config,
         steps=[event for event in events if event["event"] == "train"],
         evaluations=evaluations,
@@ -123,6 +132,8 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
         measured=read_measured(results or ([str(folder)] if evaluations else []), recipes)[0],
         predictions=read_predictions(predictions) if predictions.exists() else [],
     )
+    if not (run.steps or run.measured or run.predictions) and run.config:
+        raise ConfigError(f"runs={folder}: it has reported nothing yet")
     if not (run.steps or run.measured or run.predictions):
         raise ConfigError(f"runs={folder}: neither a run folder nor one with results of resnest-eval")
     return run
@@ -155,7 +166,10 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        return [event for event in events if event["event"] in ("train", "eval")]
+        events = [event for event in events if event["event"] in _KEYS]
+        for event in events:
+            operator.itemgetter(*_KEYS[event["event"]])(event)
+        return events
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path}: not what resnest-train writes") from error
 

@@ -17,7 +17,7 @@ from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.evaluation.report import Run, list_differences
 from resnest_imagenet.evaluation.table3 import PAPER
 from resnest_imagenet.models.cost import count_cost
-from resnest_imagenet.models.zoo import ARCHITECTURES, describe_classes
+from resnest_imagenet.models.zoo import ARCHITECTURES, name_classes
 
 PAIRS = 20  # of confused classes
 CLASSES = 20  # with the lowest accuracy
@@ -42,7 +42,9 @@ def render_report(runs: list[Run], crop: int, latency: dict[str, float], device:
         "Environment": _render_environment(runs),
     }
     body = "\n".join(f"<section><h2>{escape(title)}</h2>{html}</section>" for title, html in sections.items() if html)
-    return render_page(" and ".join(run.name for run in runs), _render_summary(runs) + body)
+    return render_page(
+        " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs", _render_summary(runs) + body
+    )
 
 
 def _render_summary(runs: list[Run]) -> str:
@@ -97,16 +99,18 @@ def _render_curves(runs: list[Run]) -> str:
             axes.plot(epochs, values, label=run.name, markersize=3, linewidth=1.2, **style_of(number))
 
     runs = [run for run in runs if run.steps]
+    # How long an epoch is, is known from its evaluation; a younger run alone is drawn over its steps.
+    runs = [run for run in runs if run.evaluations] or runs
     if not runs:
         return ""
+    x = "epoch" if runs[0].evaluations else "step"
     charts = [
-        render_chart("Training loss", "epoch", "loss", draw_steps("loss")),
-        render_chart("Learning rate", "epoch", "learning rate", draw_steps("lr")),
-        render_chart("Throughput", "epoch", "images/s", draw_steps("images_per_s")),
-        render_chart("Wait for data", "epoch", "% of the time", draw_steps("data_wait", 100)),
+        render_chart("Training loss", x, "loss", draw_steps("loss")),
+        render_chart("Learning rate", x, "learning rate", draw_steps("lr")),
+        render_chart("Throughput", x, "images/s", draw_steps("images_per_s")),
+        render_chart("Wait for data", x, "% of the time", draw_steps("data_wait", 100)),
     ]
-    runs = [run for run in runs if run.evaluations]
-    if runs:
+    if runs[0].evaluations:
         charts.insert(1, render_chart("Accuracy after each epoch", "epoch", "top-1 %", draw_top1))
     return _arrange(charts)
 
@@ -158,7 +162,9 @@ def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device
                 axes.plot(x, y, label=family, markersize=4, linewidth=1, **style_of(number) | {"linestyle": "-"})
             for run, one in placed:
                 axes.plot(cost(one.model), one.top1, "*", color=INK, markersize=10)
-                axes.annotate(run.name, (cost(one.model), one.top1), textcoords="offset points", xytext=(6, 4), in_layout=False)
+                axes.annotate(
+                    run.name, (cost(one.model), one.top1), textcoords="offset points", xytext=(6, 4), in_layout=False
+                )
 
         return paint
 
@@ -185,7 +191,7 @@ def _render_mistakes(run: Run) -> str:
 
 
 def _render_confusions(run: Run, said: Predictions) -> str:
-    titles = [name.partition(",")[0] for name in describe_classes(said.classes)]
+    titles = name_classes(said.classes)
     confusions = count_confusions(said.evaluation, len(titles))
     of_class = np.maximum(confusions.sum(1), 1)
 

@@ -114,11 +114,17 @@ def _read(path: Path, recipes: dict[str, dict[str, Any]]) -> Iterator[tuple[Path
     if path.is_file():
         yield path, _read_results(path, recipes)
         return
-    files = [file for file in sorted(path.glob("*.json")) if '"results"' in file.read_text(errors="replace")]
+    files = list_results(path)
     for file in files:
         yield file, _read_results(file, recipes)
     if not files:
         yield path, [_read_run(path, recipes)]
+
+
+def list_results(folder: Path) -> list[Path]:
+    """Return the files of resnest-eval out=... in a folder."""
+    files = [path for path in sorted(folder.glob("*.json")) if path.is_file()]
+    return [path for path in files if '"results"' in path.read_text(errors="replace")]
 
 
 def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measured]:

@@ -89,7 +89,7 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
     """Return the bytes that a training step's forward pass leaves for the backward pass, on a CPU.
 
     They are the storages that autograd saves, each once, the network's own left out: activations, the images, under
-    autocast also its copies of the weights. The pass is run in name only (`FakeTensorMode`): nothing is allocated.
+    autocast also its copies of the weights. The pass is run in name only (`FakeTensorMode`): little is allocated.
 
     Args:
         name: one of `list_models()`, with 1000 classes.

@@ -188,6 +188,12 @@ def describe_classes(classes: Sequence[str]) -> list[str]:
     return [table.label_name_to_description(name) if name in known else name for name in classes]
 
 
+def name_classes(classes: Sequence[str]) -> list[str]:
+    """Return short names of classes: the first of the words where there are words, else the names as they are."""
+    described = zip(classes, describe_classes(classes), strict=True)
+    return [name if words == name else words.partition(",")[0] for name, words in described]
+
+
 def find_by_timm_name(name: str) -> str:
     """Return the network of weights that timm publishes, such as resnest50 for resnest50d.in1k.
 

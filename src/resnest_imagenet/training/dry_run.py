@@ -1,5 +1,6 @@
 """What a run would do, before it does it."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from resnest_imagenet.config import RecipeOptions, TrainConfig
 from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from resnest_imagenet.models.cost import count_cost, count_kept
 from resnest_imagenet.models.zoo import build_model
 from resnest_imagenet.training.run_folder import RunFolder
@@ -22,6 +23,7 @@ from resnest_imagenet.training.saving import compare_identity, describe_identity
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import build_train_loader, prepare
+from resnest_imagenet.weights.load import match_tensors, read_weights
 
 
 def describe_run(config: TrainConfig) -> str:
@@ -40,11 +42,13 @@ def describe_run(config: TrainConfig) -> str:
     images, _ = next(iter(build_train_loader(config, train_set, plan, ranks).batches(epoch=0)))
     seconds = time.perf_counter() - started
     parameters, multiply_adds = count_cost(config.model.name, recipe.crop)
+    checkpoint = count_checkpoint_bytes(config)
     with autocast(torch.device("cpu"), recipe.precision):
         kept = count_kept(config.model.name, recipe.crop, recipe.batch_size)
-    checkpoint = count_checkpoint_bytes(config)
     run = RunFolder(config.run_dir, options.keep, is_main=False)
     protocol = EvalTransform(config.eval.crop, **config.protocol.model_dump()).protocol
+    needed = (options.keep + 2) * checkpoint  # the best, and one that is being written
+    free = _count_free_bytes(run.path)
     lines = {
         "network": f"{config.model.name}, {len(train_set.classes)} classes (with 1000: {parameters / 1e6:.2f} M "
         f"parameters, {multiply_adds / 1e9:.2f} GFLOPs at {recipe.crop})",
@@ -55,14 +59,13 @@ def describe_run(config: TrainConfig) -> str:
         f"{plan.global_batch} images, {recipe.batch_size} x {world_size} ranks x {plan.accumulation} passes",
         "learning rate": _describe_learning_rate(recipe, plan),
         "evaluation": f"each epoch: {protocol}",
-        "memory": f"{(3 * 4 * parameters + kept) / 1e9:.1f} GB per rank for weights, gradients, momentum and "
-        "activations; more in the backward pass",
+        "memory": f"{(checkpoint + 4 * parameters + kept) / 1e9:.1f} GB per rank for weights, their average, "
+        "momentum, gradients and activations; more in the backward pass",
         "checkpoints": f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
         f"{options.keep} and the best stay",
-        # One more while it is written.
-        "disk": f"{(options.keep + 2) * checkpoint / 1e9:.2f} GB for them in {config.run_dir}, "
-        f"{_count_free_bytes(run.path) / 1e9:,.1f} GB free",
-        "start": _describe_start(run, describe_identity(config, plan, train_set, protocol)),
+        "disk": f"{needed / 1e9:.2f} GB for them in {config.run_dir}, {free / 1e9:,.1f} GB free"
+        + (": NOT ENOUGH" if needed > free else ""),
+        "start": _describe_start(run, config, describe_identity(config, plan, train_set, protocol)),
     }
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
 
@@ -77,19 +80,27 @@ def count_checkpoint_bytes(config: TrainConfig) -> int:
     return weights * (1 if state.ema is None else 2) + momentum
 
 
-def _describe_start(run: RunFolder, identity: dict[str, Any]) -> str:
+def _describe_start(run: RunFolder, config: TrainConfig, identity: dict[str, Any]) -> str:
     newest = next(iter(run.list_checkpoints()), None)
     if newest is None:
-        return f"anew in {run.path}"
+        if config.train.init_from is None:
+            return f"anew in {run.path}"
+        match_tensors(read_weights(config.train.init_from), config.model.name)
+        return f"anew in {run.path}, with the weights of {config.train.init_from}"
     try:
         differences = compare_identity(load_checkpoint(newest), identity)
-    except CheckpointError as error:
-        return str(error)
-    return f"{newest} was trained with {differences}" if differences else f"from {newest}"
+    except DamagedCheckpointError as error:
+        return f"from the one before the newest: {error}"
+    if not differences:
+        return f"from {newest}"
+    line = f"{newest} was trained with {differences}"
+    if config.checkpoint.on_mismatch == "refuse":
+        raise CheckpointError(f"{line}: choose another run_dir, or checkpoint.on_mismatch=set_aside")
+    return f"anew: {line}, and is set aside"
 
 
 def _describe_learning_rate(recipe: RecipeOptions, plan: StepPlan) -> str:
-    epochs = sorted({round(recipe.epochs * quarter / 4) for quarter in range(4)} | {round(recipe.warmup_epochs)})
+    epochs = sorted({recipe.epochs * quarter // 4 for quarter in range(4)} | {int(recipe.warmup_epochs)})
     rates = [f"{plan.learning_rate(epoch * plan.steps_per_epoch):.3g}" for epoch in epochs]
     last = plan.learning_rate(plan.total_steps - 1)
     numbers = ", ".join(map(str, epochs))
@@ -97,6 +108,8 @@ def _describe_learning_rate(recipe: RecipeOptions, plan: StepPlan) -> str:
 
 
 def _count_free_bytes(folder: Path) -> int:
-    """Return what is free where a folder is, or would be made."""
+    """Return what is free where a folder is, or would be made; a ConfigError where it cannot be."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"run_dir={folder}: cannot be written ({there})")
     return shutil.disk_usage(there).free

@@ -3,7 +3,9 @@
 import json
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +17,9 @@ from tqdm import tqdm
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import Evaluation
-from resnest_imagenet.evaluation.predictions import write_predictions
+from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
 from resnest_imagenet.files import replacing, storing
 from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.pictures import draw_confusions, draw_samples
@@ -51,7 +54,25 @@ class RunLog:
         wants_samples: whether the trackers still lack a batch of this process.
     """
 
-    def __init__(self, folder: Path, plan: StepPlan, config: TrainConfig, state: TrainingState, is_main: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: StepPlan,
+        config: TrainConfig,
+        state: TrainingState,
+        is_main: bool,
+        ending: ExitStack,
+    ) -> None:
+        """Open the files.
+
+        Args:
+            folder: of the run.
+            plan: its steps.
+            config: its configuration.
+            state: where it begins or goes on.
+            is_main: whether this rank shows and writes.
+            ending: closes the trackers when all else of the run has ended, whatever it ended with.
+        """
         self._plan = plan
         self._every_steps = config.log.every_steps
         self._is_main = is_main
@@ -65,7 +86,10 @@ class RunLog:
             with storing(folder / "metrics.jsonl"):
                 events = _keep_events(folder / "metrics.jsonl", state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
+            _drop_other_predictions(folder / "predictions.csv", state.best_top1)
             self._trackers = open_trackers(folder, config, state.step, events)
+            for tracker in self._trackers:
+                ending.push(partial(_close, tracker))
         self.wants_samples = bool(self._trackers)
 
     def __enter__(self) -> "RunLog":
@@ -74,13 +98,11 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Flush and close the files, and tell the trackers how the run ended."""
+        """Flush and close the files."""
         self._bar.close()
         if self._is_main:
             with storing(self._folder / "metrics.jsonl"):
                 self._metrics.close()
-        for tracker in self._trackers:
-            tracker.close(error)
 
     def is_due(self, state: TrainingState) -> bool:
         """Say whether to report now: every so many steps and at the end of an epoch; the same on all ranks."""
@@ -195,6 +217,25 @@ class RunLog:
 
     def _time(self, steps: int) -> str:
         return tqdm.format_interval(steps * self._seconds_per_step)
+
+
+def _close(
+    tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Tell a tracker how the run ended."""
+    tracker.close(error)
+
+
+def _drop_other_predictions(path: Path, best_top1: float) -> None:
+    """Remove predictions that are not those of the best network: a run may die between writing one and the other."""
+    if not path.exists():
+        return
+    try:
+        is_of_best = [said.evaluation.top1 for said in read_predictions(path)] == [best_top1]
+    except DataError:
+        is_of_best = False
+    if not is_of_best:
+        path.unlink()
 
 
 def _keep_events(path: Path, state: TrainingState) -> list[dict[str, Any]]:

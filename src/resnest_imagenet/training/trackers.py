@@ -21,6 +21,7 @@ from resnest_imagenet.files import replacing, storing
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
+MAX_WAITING = 100  # events for a tracker that does not answer, above which pictures are left out
 
 Event = dict[str, Any]  # a line of metrics.jsonl
 
@@ -153,7 +154,13 @@ class WandB:
             resume="allow",
             reinit="create_new",  # of a process that has a run of its own
             settings=wandb.Settings(
-                console="off", save_code=False, disable_code=True, quiet=True, finish_timeout=SECONDS_TO_FINISH
+                console="off",
+                save_code=False,
+                disable_code=True,
+                quiet=True,
+                # The other ranks wait meanwhile, and take a long wait for a hang.
+                init_timeout=min(90.0, config.timeout_seconds / 2),
+                finish_timeout=SECONDS_TO_FINISH,
             ),
         )
         # Its own count of steps cannot go back, as a killed run does.
@@ -171,7 +178,7 @@ class WandB:
 
 
 class MLflow:
-    """A run of MLflow, where its own variables say: MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+    """A run of MLflow, where its own variables say: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME or _ID.
 
     Its calls wait for the server, and try again for minutes where it does not answer.
     """
@@ -190,8 +197,13 @@ class MLflow:
         """Go on in the run, or make it: at the first event, in the background, or at the next one that gets through."""
         run_id = _read_ids(self._folder).get("mlflow")
         if run_id is None:
-            experiment = self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default"))
-            run_id = self._client.create_run(experiment.experiment_id, run_name=str(self._folder)).info.run_id
+            experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
+            if experiment is None:
+                name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+                known = self._client.get_experiment_by_name(name)
+                # Not set_experiment, which would set MLFLOW_EXPERIMENT_ID for the process.
+                experiment = known.experiment_id if known else self._client.create_experiment(name)
+            run_id = self._client.create_run(experiment, run_name=str(self._folder)).info.run_id
             _keep_id(self._folder, "mlflow", run_id)
         if self.is_new:  # parameters cannot be changed later; config.yaml can
             values = _flatten(self._config.model_dump())
@@ -231,7 +243,8 @@ class _InBackground:
         self._calls.put(partial(self._tracker.scalars, step, values, when))
 
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
-        self._calls.put(partial(self._tracker.image, name, step, pixels))
+        if self._calls.qsize() < MAX_WAITING:  # pictures are large
+            self._calls.put(partial(self._tracker.image, name, step, pixels))
 
     def close(self, error: BaseException | None) -> None:
         self._calls.put(partial(self._tracker.close, error))

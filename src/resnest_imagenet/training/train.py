@@ -49,9 +49,10 @@ def train(config: TrainConfig) -> TrainingState:
     run = RunFolder(config.run_dir, config.checkpoint.keep, is_main=rank == 0)
     with run.opened(), StopRequest(speaks=rank == 0) as request, ExitStack() as stack:
         # 1. What can be refused before any data is touched.
-        # 2. The data, and with it the steps and the width of the classifier.
+        # 2. The data, and with it the steps and the width of the classifier: both in `prepare`.
         config, device, train_set, val_set, plan = prepare(config)
-        # 3. The other ranks.
+        # 3. The other ranks. The trackers are closed after these have parted: closing may wait for a server.
+        trackers = stack.enter_context(ExitStack())
         ranks = stack.enter_context(distributed.join(device, config.timeout_seconds))
         watch = stack.enter_context(supervise(ranks, config.timeout_seconds, run.write_end))
         # 4. The loaders: this rank's share of both sets.
@@ -79,7 +80,7 @@ def train(config: TrainConfig) -> TrainingState:
         network = _wrap(state.model, config.train, ranks)
         # 6. The epochs, to the end or to a signal.
         with (
-            RunLog(run.path, plan, config, state, ranks.is_main) as log,
+            RunLog(run.path, plan, config, state, ranks.is_main, trackers) as log,
             Health(state, config.train) as health,
         ):
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
