@@ -146,6 +146,12 @@ class WandB:
         known = _read_ids(folder).get("wandb")
         self.is_new = known is None
         self._to_image = wandb.Image
+        settings = wandb.Settings(
+            console="off", save_code=False, disable_code=True, quiet=True, finish_timeout=SECONDS_TO_FINISH
+        )
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            # The other ranks wait meanwhile, and take a long wait for a hang.
+            settings.init_timeout = min(90.0, config.timeout_seconds / 2)
         self._run = wandb.init(
             id=known or uuid.uuid4().hex[:8],
             name=str(folder),
@@ -153,15 +159,7 @@ class WandB:
             config=config.model_dump(),
             resume="allow",
             reinit="create_new",  # of a process that has a run of its own
-            settings=wandb.Settings(
-                console="off",
-                save_code=False,
-                disable_code=True,
-                quiet=True,
-                # The other ranks wait meanwhile, and take a long wait for a hang.
-                init_timeout=min(90.0, config.timeout_seconds / 2),
-                finish_timeout=SECONDS_TO_FINISH,
-            ),
+            settings=settings,
         )
         # Its own count of steps cannot go back, as a killed run does.
         self._run.define_metric("*", step_metric="step")
