@@ -47,6 +47,13 @@ def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):
     )
 
 
+def test_a_sweep_into_one_folder_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["resnest-train", "-m", "seed=0,1", "data.root=x", "run_dir=runs/a"])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert "--multirun needs a folder for each job" in capsys.readouterr().err
+
+
 SWEEP = ("--multirun", *SMALL, "train.epochs=1", "train.warmup_epochs=0", "loader=torchvision", "data.root={}")
 
 

@@ -119,6 +119,7 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, m
         (explain, ["images=x", "out=x"], 2, "ckpt is not set: give ckpt=..."),
         (explain, ["ckpt=x.pt", "images=/nowhere", "out=x"], 3, "/nowhere"),
         (evaluate, ["ckpt=x.pt", "data.root={}", "predictions={}/val"], 2, "predictions={}/val: cannot be written"),
+        (evaluate, ["ckpt=x.pt", "data.root={}", "crop=[64,64]"], 2, "crop=[64, 64] has the same crop twice"),
         (export, ["ckpt=x.pt", "format=onx"], 2, "format=onx: input should be "),
         (export, ["ckpt=x.pt", "format=onnx", "layout=mmpretrain"], 2, "layout=mmpretrain"),
         (train, ["data.root={}", "log.trackers=[wandbb]"], 2, "log.trackers.0=wandbb: input should be "),

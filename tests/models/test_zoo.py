@@ -8,7 +8,7 @@ import pytest
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.models.cost import count_cost
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.models.zoo import list_imagenet_classes, name_classes
 
 # Parameters, and multiply-adds at 224 and 320 pixels, as counted once.
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -69,6 +69,10 @@ def test_peers_take_the_same_arguments():
     assert model.fc.out_features == 7
     assert model.drop_rate == 0.3
     assert model.layer1[0].conv3.bn.weight.count_nonzero() == 0
+
+
+def test_short_names_cut_words_and_no_names():
+    assert name_classes(["n01443537", "cat, black", "cat, white"]) == ["goldfish", "cat, black", "cat, white"]
 
 
 def test_imagenet_classes():
