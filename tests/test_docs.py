@@ -1,6 +1,5 @@
 """The commands in README and docs: every one composes, and those of the tutorial are run."""
 
-import itertools
 import re
 import shlex
 import sys
@@ -11,8 +10,10 @@ from textwrap import dedent
 
 import pytest
 
+from conftest import compose_config
 from resnest_imagenet.commands import launch
-from resnest_imagenet.config import Options, option_names
+from resnest_imagenet.config import Options, TrainConfig, option_names
+from resnest_imagenet.evaluation.table3 import PAPER
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,21 +24,38 @@ SCRIPTS = {
 MODULES = {script.module: name for name, script in SCRIPTS.items()}
 
 
+COMMAND = re.compile(r"(resnest-\w+|torchrun|make|python|tools/\S+|sbatch|docker|export|mkdir|diff)( |$)")
+FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
 def read_commands(page):
-    """Return the commands in a page's blocks, each as words; long lines are joined, comments are left out."""
-    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    texts = (dedent(text).replace("\\\n", " ") for language, text in blocks if language in ("", "sh", "bash"))
-    lines = itertools.chain.from_iterable(text.splitlines() for text in texts)
-    known = re.compile(r"(resnest-\w+|torchrun|make|python|tools/\S+|sbatch)( |$)")
-    return [shlex.split(line, comments=True) for line in lines if known.match(line)]
+    """Return the commands in a page's blocks, each as words; long lines are joined, comments are left out.
+
+    A block of commands has nothing else in it, so that none is passed over.
+    """
+    commands = []
+    for language, block in FENCED.findall(page.read_text()):
+        lines = dedent(block).replace("\\\n", " ").splitlines() if language in ("", "sh", "bash") else []
+        are_commands = [bool(COMMAND.match(line.lstrip("$> "))) for line in lines]
+        if any(are_commands):
+            strange = [line for line in lines if not COMMAND.match(line)]
+            assert not strange, f"{page.name}: {strange[0]!r} among commands"
+            commands += [shlex.split(line, comments=True) for line in lines]
+    return commands
 
 
 def to_script(words):
-    """Return the console command behind some words, and its arguments; torchrun's own are left out."""
+    """Return the console command behind some words, and its arguments; what starts it is left out."""
     if words[0] == "torchrun":
         module = words.index("-m") + 1
         return MODULES[words[module]], words[module + 1 :]
-    return (words[0], words[1:]) if words[0] in SCRIPTS else (None, [])
+    for place, word in enumerate(words):
+        if word == "tools/slurm/train.sbatch":
+            return "resnest-train", words[place + 1 :]
+        if word in SCRIPTS:  # in a container too
+            return word, words[place + 1 :]
+    return None, []
 
 
 ALL = [(page, words) for page in PAGES for words in read_commands(page)]
@@ -55,9 +73,8 @@ def test_a_command_composes(page, words, monkeypatch):
     name, arguments = to_script(words)
     if name is None:
         if words[0] == "make":
-            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            assert {word for word in words[1:] if "=" not in word} <= set(targets)
-        else:
+            assert {word for word in words[1:] if "=" not in word} <= set(TARGETS)
+        elif words[0] not in ("docker", "export", "mkdir", "diff"):
             files = [word for word in words if word.startswith("tools/")]
             assert files and all((ROOT / file).exists() for file in files)
         return
@@ -77,14 +94,57 @@ def list_schemas(schema=Options):
     return [schema, *(each for child in schema.__subclasses__() for each in list_schemas(child))]
 
 
+KNOWN = {name for schema in list_schemas() for name in option_names(schema)}
+GROUPS = {folder.name for folder in launch.find_conf().iterdir() if folder.is_dir()}
+SECTIONS = {name.partition(".")[0] for name in KNOWN if "." in name}
+FILES = {"py", "md", "json", "yaml"}  # train.py is no option
+FOREIGN = re.compile(r"hydra[./].*|cred_expire|pretrained")  # Hydra's, SLURM's, torch.hub's
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_options_in_the_text_and_links_are_there(page):
-    text = page.read_text()
-    known = {name for schema in list_schemas() for name in option_names(schema)}
+def test_options_in_the_text_are_there(page):
+    text = FENCED.sub("", page.read_text())
     named = set(re.findall(r"(?<![\w./])((?:train|data|model|loader|eval|protocol|checkpoint|log)\.\w+)=", text))
-    assert named <= known, named - known
-    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
-        assert (page.parent / target).exists(), target
+    assert named <= KNOWN, named - KNOWN
+    for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text.replace("\n", " ")):
+        words = span.split()
+        if words[0] in SCRIPTS or len(words) == 1:  # option=value, alone or after a command
+            given = {word.lstrip("+~'").partition("=")[0] for word in words if re.match(r"['+~]?[a-z][\w./]*=", word)}
+            unknown = {name for name in given - KNOWN - GROUPS if not FOREIGN.fullmatch(name)}
+            assert not unknown, f"`{span}`: {unknown}"
+        for group, choice in re.findall(rf"(?:^|\s)\+?({'|'.join(sorted(GROUPS))})=([a-z]\w*)(?=\s|$)", span):
+            files = [file.stem for file in (launch.find_conf() / group).glob("*.yaml")]
+            assert choice in files, f"`{span}`: no {group} of that name"
+        section, _, name = span.partition(".")
+        if section in SECTIONS and re.fullmatch(r"[a-z_0-9]+", name) and name not in FILES:
+            assert span in KNOWN, span
+        if words[0] == "make" and len(words) > 1:
+            assert words[1] in TARGETS, span
+        for path in re.findall(r"(?<![\w./])((?:tools|conf|docs|tests|src|docker)/[\w./-]+)", span):
+            assert (ROOT / path).exists() or re.search("[A-Z]{3}", path), f"`{span}`: {path}"  # NAME.yaml
+
+
+def list_anchors(page):
+    """Return what GitHub calls a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        assert not anchor or anchor in list_anchors(there), f"{target}#{anchor}"
+
+
+def test_the_rows_of_table_3_are_what_the_experiments_say():
+    text = (ROOT / "docs/table3.md").read_text()
+    for row in PAPER:
+        recipe = compose_config("train", TrainConfig, f"+experiment={row.model}", "data.root=/imagenet").train
+        start = f"| {row.name} | {row.model} | {recipe.recipe} | {recipe.epochs} | {recipe.global_batch} | "
+        ranks = recipe.global_batch // recipe.batch_size
+        assert f"{start}{ranks} x {recipe.batch_size} | {row.top1[224]:.2f} | {row.top1[320]:.2f} |" in text, row.name
 
 
 # The same commands on fewer images.
