@@ -41,8 +41,9 @@ def collect_features(model, images):
     found = {}
     model.maxpool.register_forward_pre_hook(lambda module, inputs: found.update(stem=inputs[0].clone()))
     for name in ("layer1", "layer2", "layer3", "layer4"):
-        hook = lambda module, inputs, output, name=name: found.update({name: output.clone()})  # noqa: E731
-        getattr(model, name).register_forward_hook(hook)
+        getattr(model, name).register_forward_hook(
+            lambda module, inputs, output, name=name: found.update({name: output.clone()})
+        )
     model(images)
     return found
 

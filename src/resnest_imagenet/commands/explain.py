@@ -1,10 +1,7 @@
 """resnest-explain: where a network finds a class in images, and how its split attention weighs."""
 
-import sys
-
-from resnest_imagenet.commands.launch import run_command
+from resnest_imagenet.commands.launch import report_left_out, run_command
 from resnest_imagenet.config import ExplainConfig
-from resnest_imagenet.errors import DataError
 
 
 def run(config: ExplainConfig) -> None:
@@ -14,10 +11,7 @@ def run(config: ExplainConfig) -> None:
     written, faults = explain_images(config)
     for line in written:
         print(line, flush=True)
-    for fault in faults:
-        print(f"{fault}; left out", file=sys.stderr)
-    if faults:
-        raise DataError(f"images left out: {len(faults)}")
+    report_left_out(faults)
 
 
 def main() -> None:

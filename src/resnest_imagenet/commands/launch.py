@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from resnest_imagenet.config import Options, option_names
 from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
-from resnest_imagenet.errors import ConfigError, DistributedError, Stopped, UserError, first_line, suggest
+from resnest_imagenet.errors import ConfigError, DataError, DistributedError, Stopped, UserError, first_line, suggest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -144,6 +144,18 @@ def explain_runtime(error: Exception) -> UserError | None:
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     return None
+
+
+def report_left_out(faults: list[str]) -> None:
+    """Name the images that were left out of the work.
+
+    Raises:
+        DataError: there are any.
+    """
+    for fault in faults:
+        print(f"{fault}; left out", file=sys.stderr)
+    if faults:
+        raise DataError(f"images left out: {len(faults)}")
 
 
 def _leave(error: UserError) -> NoReturn:

@@ -1,10 +1,7 @@
 """resnest-predict: the likeliest classes of images."""
 
-import sys
-
-from resnest_imagenet.commands.launch import run_command
+from resnest_imagenet.commands.launch import report_left_out, run_command
 from resnest_imagenet.config import PredictConfig
-from resnest_imagenet.errors import DataError
 
 
 def run(config: PredictConfig) -> None:
@@ -13,10 +10,7 @@ def run(config: PredictConfig) -> None:
 
     predictions, faults = predict_images(config)
     print(format_predictions(predictions), flush=True)
-    for fault in faults:
-        print(f"{fault}; left out", file=sys.stderr)
-    if faults:
-        raise DataError(f"images left out: {len(faults)}")
+    report_left_out(faults)
 
 
 def main() -> None:
