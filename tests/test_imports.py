@@ -39,7 +39,7 @@ ONLY_IN = {
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
 ONLY_IN["triton"] = {"models/triton_attention.py"}
-ONLY_IN["torchvision"] = {"data/torchvision.py"}
+ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py"}
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
 ONLY_IN["matplotlib"] = {"evaluation/charts.py", "evaluation/report_page.py", "evaluation/explain_pictures.py"}

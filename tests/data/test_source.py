@@ -7,10 +7,9 @@ import pytest
 from PIL import Image
 from test_folder import make_tree
 
+from resnest_imagenet.data.decoding import Fault, find_fault
 from resnest_imagenet.data.loader import open_source
 from resnest_imagenet.data.source import (
-    Fault,
-    find_fault,
     label_by_classes,
     name_unreadable,
     require_same_classes,

@@ -27,7 +27,7 @@ FAULTS = (
     "broken link",
     "not a file",  # a pipe, a socket or a device
     "unreadable",
-    # Of source.Fault:
+    # Of decoding.Fault:
     "empty",
     "not an image",
     "wrong format",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from resnest_imagenet.data.source import find_fault
+from resnest_imagenet.data.decoding import find_fault
 
-# No image of at most source.MAX_PIXELS has more bytes; a file that has more is not read.
+# No image of at most decoding.MAX_PIXELS has more bytes; a file that has more is not read.
 MAX_BYTES = 2**30
 # The shorter side, in pixels, of images that nobody means to train on.
 TINY = 8

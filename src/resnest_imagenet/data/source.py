@@ -1,50 +1,17 @@
 """What a loader reads from: encoded images with labels, wherever they are kept."""
 
-import io
 import os
-import struct
 import tarfile
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from resnest_imagenet.errors import DataError, first_line
-
-# By content, whatever the file's name says. MPO is what some cameras write into .jpg files: JPEGs, the first counts.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
-# As Pillow calls them; besides, PNGs may have 16 bits.
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
-# Above, Pillow warns of a decompression bomb, and from twice as many on refuses. ImageNet's largest have 70 million.
-MAX_PIXELS = 89_478_485
-# DALI refuses PNGs without it, Pillow and torchvision do not.
-PNG_END = b"IEND\xaeB\x60\x82"
-# What Pillow raises on damaged images.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why an image cannot be used: in one of a few words, for programs, and in a line."""
-
-    kind: Literal["empty", "not an image", "wrong format", "wrong mode", "too large", "damaged"]
-    detail: str
+from resnest_imagenet.data.decoding import find_fault
+from resnest_imagenet.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -144,41 +111,6 @@ def are_numbers(classes: Sequence[str]) -> bool:
     return list(classes) == [str(label) for label in range(len(classes))]
 
 
-def find_fault(encoded: bytes) -> Fault | None:
-    """Return why an image cannot be used, or None where it can.
-
-    What both loaders decode to the same pixels can be used, up to MAX_PIXELS: neither loader has a limit. What is too
-    large is told by its header and not decoded.
-    """
-    if not encoded:
-        return Fault("empty", "not a readable image (it is empty)")
-    try:
-        with _without_warnings(), Image.open(io.BytesIO(encoded)) as image:
-            fault = _judge_header(image)
-            if fault is None:
-                image.convert("RGB")
-            if fault is None and image.format == "PNG" and PNG_END not in encoded:
-                fault = Fault("damaged", "a PNG image without its end")
-    except UnidentifiedImageError:
-        fault = Fault("not an image", "not a readable image (of no known format)")
-    except Image.DecompressionBombError as error:  # where nobody has lifted Pillow's own limit
-        fault = Fault("too large", f"not a readable image ({error})")
-    except UNREADABLE as error:
-        fault = Fault("damaged", f"not a readable image ({first_line(error)})")
-    return fault
-
-
-def _judge_header(image: Image.Image) -> Fault | None:
-    what = f"a {image.format} image"
-    if image.format not in FORMATS:
-        return Fault("wrong format", f"{what} (not one of {', '.join(FORMATS)})")
-    if image.mode not in MODES and not (image.format == "PNG" and image.mode.startswith("I")):
-        return Fault("wrong mode", f"{what} of mode {image.mode} (not one of {', '.join(MODES)})")
-    if image.width * image.height > MAX_PIXELS:
-        return Fault("too large", f"{what} of {image.width} x {image.height} pixels (over {MAX_PIXELS:,})")
-    return None
-
-
 def name_unreadable(images: ImageSource, indices: Iterable[int]) -> str | None:
     """Return one line about the first of some images that cannot be used, or None where all can."""
     for index in indices:
@@ -217,14 +149,6 @@ def split_unreadable(images: ImageSource) -> tuple[ImageSource, list[str]]:
     usable = [index for index, fault in enumerate(faults) if fault is None]
     kept = replace(images, files=images.files[usable], labels=images.labels[usable])
     return kept, [fault for fault in faults if fault is not None]
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keep Pillow from warning of what it mends, and of large images: they are judged here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """The torchvision loader: worker processes decode and crop, the device normalises."""
 
 import gc
-import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from resnest_imagenet.data.decoding import UNREADABLE, decode
 from resnest_imagenet.data.pillow_ops import apply_operations
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.source import PNG_END, UNREADABLE, ImageSource, find_fault
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 
@@ -61,28 +60,6 @@ class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
             except UNREADABLE as error:
                 fault = error
         raise OSError(f"image {index}: bad, and so is what may stand in for it") from fault
-
-
-def decode(encoded: bytes) -> Tensor:
-    """Decode an image as DALI does: uint8 RGB (3, H, W), EXIF orientation and transparency ignored.
-
-    Raises:
-        UNREADABLE: not an image, or damaged.
-    """
-    # What torchvision decodes and DALI does not.
-    if encoded.startswith(b"GIF8") or (encoded.startswith(b"\x89PNG") and PNG_END not in encoded):
-        raise OSError("what DALI does not decode")
-    try:
-        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError):
-        # JPEGs without an end marker, BMP and TIFF images: Pillow and DALI read them, and agree.
-        if fault := find_fault(encoded):
-            raise OSError(fault.detail) from None
-        with Image.open(io.BytesIO(encoded)) as picture:
-            image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    if image.dtype == torch.uint16:  # of 16-bit PNGs
-        image = ((image.to(torch.int32) + 128) // 257).to(torch.uint8)
-    return image
 
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
