@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from resnest_imagenet.data.decoding import UNREADABLE, decode
+from resnest_imagenet.data.decoding import BadImage, Fault, decode
 from resnest_imagenet.data.pillow_ops import apply_operations
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
@@ -51,15 +51,16 @@ class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
         """Return an image or what stands in for it, and the index of the one it is.
 
         Raises:
-            OSError: none of them can be used.
+            BadImage: none of them can be used.
+            OSError: the storage fails.
         """
         fault: Exception | None = None
         for used in self.substitution.candidates(index):
             try:
                 return decode(self.images.read(used)), used
-            except UNREADABLE as error:
+            except BadImage as error:
                 fault = error
-        raise OSError(f"image {index}: bad, and so is what may stand in for it") from fault
+        raise BadImage(Fault("damaged", f"image {index}: bad, and so is what may stand in for it")) from fault
 
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
@@ -89,6 +90,7 @@ def _eval_crop(image: Tensor, transform: EvalTransform) -> Tensor:
     if transform.order == "crop_resize":
         window = transform.square(*image.shape[-2:])
         return F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
+    image = F.crop(image, *transform.source(*image.shape[-2:]))
     height, width = transform.resized(*image.shape[-2:])
     image = F.resize(image, [height, width], interpolation, antialias=transform.antialias)
     return F.crop(image, *transform.window(height, width))
@@ -169,7 +171,7 @@ class TorchvisionLoader:
         for indices in self.plan.batches(epoch, start):
             try:
                 images, offsets, labels, used = next(batches)
-            except (RuntimeError, *UNREADABLE):
+            except (RuntimeError, BadImage):
                 self._explain(indices)
                 raise
             for index, used_index in zip(indices.tolist(), used.tolist(), strict=True):
@@ -182,6 +184,6 @@ class TorchvisionLoader:
         """Raise a DataError with the image behind a failed batch; return after any other failure."""
         for index in indices.tolist():
             used: int | None = None
-            with suppress(OSError):
+            with suppress(BadImage):
                 _, used = self._samples.load(index)
             self.substitution.record(index, used)
