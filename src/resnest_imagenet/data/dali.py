@@ -171,6 +171,18 @@ class _Trial:
         return pipeline
 
 
+def _to_decodable(encoded: bytes, by_pillow: bool = False) -> bytes:
+    """Return an image in a form that DALI decodes: itself if it is ordinary, else a PPM, decoded by Pillow.
+
+    Raises:
+        BadImage: it cannot be used.
+    """
+    if is_ordinary(encoded) and not by_pillow:
+        return encoded
+    pixels = decode_by_pillow(encoded)
+    return b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes()
+
+
 class _Inputs:
     """What DALI's external source asks for: the next batch's images, labels and, in training, draws.
 
@@ -226,16 +238,12 @@ class _Inputs:
         return images, labels, crops, mirrors, np.array(MEAN, np.float32) - looks.offset, *drawn
 
     def read(self, index: int) -> bytes:
-        """Return an image in a form that DALI decodes: itself if it is ordinary, else a PPM, which Pillow decoded.
+        """Return an image as DALI decodes it.
 
         Raises:
             BadImage: it cannot be used.
         """
-        encoded = self._images.read(index)
-        if is_ordinary(encoded) and index not in self.by_pillow:
-            return encoded
-        pixels = decode_by_pillow(encoded)
-        return b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes()
+        return _to_decodable(self._images.read(index), index in self.by_pillow)
 
     def _read_all(self, indices: list[int]) -> tuple[list[bytes], list[int | None]]:
         """Read in threads of this call only: none is left to a fork, or by a loader that is gone."""

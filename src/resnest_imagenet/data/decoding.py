@@ -187,7 +187,8 @@ def open_image(encoded: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         for start, signature, name in OTHER_FORMATS:
             if encoded.startswith(signature, start):
-                fault = Fault("wrong format", f"a {name} image (not one of {', '.join(FORMATS)})")
+                article = "an" if name[0] in "AI" else "a"
+                fault = Fault("wrong format", f"{article} {name} image (not one of {', '.join(FORMATS)})")
                 raise BadImage(fault) from error
         raise BadImage(Fault("not an image", "not a readable image (of no known format)")) from error
     except Image.DecompressionBombError as error:  # where nobody has lifted Pillow's own limit
