@@ -4,7 +4,9 @@ import gc
 import io
 import itertools
 import resource
+import struct
 import weakref
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -358,6 +360,28 @@ def test_extreme_shapes(transform, tmp_path):
     if transform.crop == 224:
         whole = F.resize(torch.from_numpy(np.array(Image.open(folder.path(6).decode()))).permute(2, 0, 1), [256, 10240])
         assert (to_pixels(one)[6] + mean_of_channels()[0] - F.center_crop(whole, [224, 224])).abs().max() < 2.01
+
+
+def test_what_only_dali_refuses_is_decoded_by_pillow(images, tmp_path):
+    """PNGs whose rows are whole, but not the checksum behind them."""
+    for index in range(len(images)):
+        path = tmp_path / "val" / "x" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encoded = io.BytesIO()
+        Image.open(images.path(index).decode()).convert("RGB").save(encoded, "PNG")
+        png = encoded.getvalue()
+        if index in (3, 36):
+            start, end = png.rindex(b"IDAT"), len(png) - 16
+            data = png[start : end - 2]
+            png = png[: start - 4] + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+            png += encoded.getvalue()[-12:]
+        path.write_bytes(png)
+    folder = read_image_folder(str(tmp_path), "val", "x")
+    assert name_unreadable(folder, range(len(folder))) is None
+    assert differences(folder, EvalTransform(48)).max() < 2.01
+    loader = make_loader("dali", folder, EvalTransform(48))
+    assert sum(len(labels) for _, labels in loader.batches(0)) == len(images)
+    assert loader._inputs.by_pillow == {3, 36}
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -334,14 +334,22 @@ class DaliLoader:
         return pipeline
 
     def _find_refused(self) -> bool:
-        """Find the images among those asked for last that DALI does not decode: Pillow will; say whether there are any.
+        """Find images among those asked for last that DALI does not decode, for Pillow; say whether there are any.
 
         Where Pillow does not decode them either, they are bad like any other.
         """
         inputs = self._inputs
         # On a GPU both: a fault of the GPU is not the images'.
         trials = [_Trial(device) for device in {torch.device("cpu"), self._device}]
-        recent = [index for used in inputs.recent for index in used if index not in inputs.by_pillow]
-        refused = [index for index in recent if not any(decodes(inputs.read(index)) for decodes in trials)]
-        inputs.by_pillow.update(refused)
+
+        def is_refused(index: int) -> bool:
+            try:
+                encoded = inputs.read(index)
+            except BadImage:  # the file has changed since
+                return True
+            return not any(decodes(encoded) for decodes in trials)
+
+        recent = {index for used in inputs.recent for index in used if index not in inputs.by_pillow}
+        refused = set(filter(is_refused, recent))
+        inputs.by_pillow |= refused
         return bool(refused)
