@@ -118,6 +118,7 @@ BAD = {
         "damaged",
         "a PNG image with a wrong checksum",
     ),
+    "a PNG with a wrong checksum at its end": (PNG[:-1] + b"x", "damaged", "a PNG image with a wrong checksum"),
     "a PNG with half of its rows": (
         write_png(chunk(b"IDAT", zlib.compress(bytes((0, *[200] * 24) * 4)))),
         "damaged",

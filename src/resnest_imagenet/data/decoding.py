@@ -122,7 +122,7 @@ def _is_ordinary_png(encoded: bytes) -> bool:
     for content, checksum in chunks:
         kind = bytes(content[:4])
         # The checksums of the data are left to the decoders.
-        if kind not in (b"IDAT", b"IEND") and (kind not in _EXTRAS or zlib.crc32(content) != checksum):
+        if kind != b"IDAT" and (kind not in (*_EXTRAS, b"IEND") or zlib.crc32(content) != checksum):
             return False
         if kind != kinds[-1]:
             kinds.append(kind)
