@@ -35,7 +35,7 @@ from resnest_imagenet.data.transforms import (
 from resnest_imagenet.errors import ConfigError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
-READING_THREADS = 8  # they wait for the storage, rather than for the processor
+READING_THREADS = 8  # of shards: they wait for the storage, rather than for the processor
 # As Pillow and torchvision decode: EXIF orientation ignored, and on a GPU the same chroma upsampling as on a CPU.
 DECODING: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -198,6 +198,7 @@ class _Inputs:
         plan: BatchPlan,
         transform: TrainTransform | EvalTransform,
         substitution: Substitution,
+        workers: int,
     ) -> None:
         self.plan = plan
         self.transform = transform
@@ -205,6 +206,7 @@ class _Inputs:
         self.by_pillow: set[int] = set()  # those that only DALI does not decode
         self._images = images
         self._substitution = substitution
+        self._num_threads = READING_THREADS if images.shard_sizes else workers
         self._epoch = 0
         self._pending: Iterator[np.ndarray] = iter(())
 
@@ -251,8 +253,8 @@ class _Inputs:
         def read_share(share: np.ndarray) -> list[tuple[bytes, int | None]]:
             return [self._read_or_replace(index) for index in share.tolist()]
 
-        with ThreadPoolExecutor(READING_THREADS) as threads:
-            shares = threads.map(read_share, np.array_split(indices, READING_THREADS))
+        with ThreadPoolExecutor(self._num_threads) as threads:
+            shares = threads.map(read_share, np.array_split(indices, self._num_threads))
             encoded, used = zip(*itertools.chain.from_iterable(shares), strict=True)
         return list(encoded), list(used)
 
@@ -285,7 +287,7 @@ class DaliLoader:
             raise ConfigError(f"{option}=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan
         self.substitution = Substitution(images, max_errors)
-        self._inputs = _Inputs(images, plan, transform, self.substitution)
+        self._inputs = _Inputs(images, plan, transform, self.substitution, max(1, workers))
         self._device = device
         self._workers = max(1, workers)
         self._pipeline: Pipeline | None = None
