@@ -48,9 +48,16 @@ class NonFiniteError(UserError):
 
 
 class StorageError(UserError):
-    """A file cannot be written: the disk is full, or the folder read-only."""
+    """A file cannot be written: the disk is full, or the folder read-only; or one cannot be read."""
 
     exit_code = 6
+
+
+class LoadingError(StorageError, OSError):
+    """A loader does not get an image that may be sound: the storage fails, or its workers are gone."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class DistributedError(UserError):
@@ -75,3 +82,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    r"""Return a text that fits a line and any terminal: with \n for a line break and \udcff for what is no UTF-8."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

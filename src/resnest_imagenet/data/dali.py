@@ -18,6 +18,7 @@ from nvidia.dali.pipeline import do_not_convert
 from torch import Tensor
 
 from resnest_imagenet.data.dali_ops import apply_operations
+from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
@@ -146,7 +147,7 @@ class _Trial:
             pipeline = self._pipeline or self._build()
             self._pipeline = None  # of no more use if it fails
             pipeline.run(encoded=[encoded])
-        except (OSError, RuntimeError):
+        except (BadImage, RuntimeError):
             return False
         self._pipeline = pipeline
         return True

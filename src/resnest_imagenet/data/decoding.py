@@ -41,7 +41,7 @@ UNREADABLE = (
 class Fault:
     """Why an image cannot be used: in one of a few words, for programs, and in a line."""
 
-    kind: Literal["empty", "not an image", "wrong format", "wrong mode", "too large", "damaged"]
+    kind: Literal["not a file", "empty", "not an image", "wrong format", "wrong mode", "too large", "damaged"]
     detail: str
 
 
