@@ -16,10 +16,10 @@ from resnest_imagenet.config import DataOptions, RecipeOptions, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import ImageSource, require_same_classes
+from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes, require_separate
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import ConfigError, Stopped
+from resnest_imagenet.errors import ConfigError, LoadingError, Stopped
 from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
@@ -104,6 +104,10 @@ def train(config: TrainConfig) -> TrainingState:
                 control.save(state, train_loader)
                 distributed.gather(0, ranks)  # none leaves before the checkpoint is written
                 raise Stopped(f"stopped after step {state.step}; the same command goes on") from None
+            except LoadingError:
+                if ranks.world_size == 1:  # others would wait for this one elsewhere: their last checkpoint stands
+                    control.save(state, train_loader)
+                raise
         run.write_status("finished", exit_code=0, epoch=state.epoch, step=state.step, best_top1=state.best_top1)
     return state
 
@@ -114,13 +118,15 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, torch.device, ImageSource
     Returns:
         The configuration with the number of classes, this rank's device, the training and the val images, the steps.
     """
-    _, _, world_size = distributed.launched_as()
+    rank, _, world_size = distributed.launched_as()
     require_model(config.model.name)
     choose_loader(config.loader.name)
     require_trackers(config.log.trackers)
     count_accumulation(config.train, world_size)
     device = distributed.choose_device(config.device)
     train_set, val_set = _open_data(config.data)
+    if rank == 0:
+        print_notes(train_set, val_set)
     config = _fix_num_classes(config, train_set)
     return config, device, train_set, val_set, plan_steps(len(train_set), config.train, world_size)
 
@@ -129,6 +135,7 @@ def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
     """List the images of both parts."""
     train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
     val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
+    require_separate(train_set.root, val_set.root)
     require_same_classes(train_set, val_set)
     return train_set, val_set
 
