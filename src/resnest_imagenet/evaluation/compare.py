@@ -14,11 +14,13 @@ from tqdm import tqdm
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import keep_freed_memory
 from resnest_imagenet.config import CompareConfig
-from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.examine import split_unreadable
+from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, label_by_classes
+from resnest_imagenet.data.source import ImageSource, label_by_classes, print_notes
 from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.errors import DataError, printable
 from resnest_imagenet.evaluation.inference import Classifier, compute_probabilities, find_outputs, open_classifier
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
@@ -36,6 +38,7 @@ class Comparison:
         predicted: (M, N) str, the likeliest class, in words.
         in_top5: (M, N) bool, whether the true class is among the five likeliest.
         is_right: (M, N) bool, whether it is the likeliest.
+        skipped: a line for each image that cannot be used; it is none of the N.
     """
 
     names: tuple[str, ...]
@@ -45,6 +48,7 @@ class Comparison:
     predicted: np.ndarray
     in_top5: np.ndarray
     is_right: np.ndarray
+    skipped: tuple[str, ...] = ()
 
     @property
     def disagreements(self) -> np.ndarray:
@@ -69,7 +73,9 @@ def compare_networks(config: CompareConfig) -> Comparison:
             require_writable(Path(path), option)
     device = distributed.choose_device(config.device)
     keep_freed_memory()
-    images = _open_images(config)
+    images, faults = split_unreadable(_open_images(config))
+    if not len(images):
+        raise DataError(faults[0])
     models = config.models or [None] * len(config.ckpt)
     classifiers = [
         open_classifier(source, config.weights, name, device) for source, name in zip(config.ckpt, models, strict=True)
@@ -78,23 +84,28 @@ def compare_networks(config: CompareConfig) -> Comparison:
     plan = plan_evaluation(len(images), config.batch_size, 0, 1)
     loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
     comparison = _judge(classifiers, images, loader, device, config.precision)
+    comparison = replace(comparison, skipped=tuple(faults))
     if config.csv is not None:
         with replacing(Path(config.csv)) as file:
             file.write(encode_csv(comparison).encode(errors="surrogateescape"))
     if config.page is not None:
         from resnest_imagenet.evaluation.compare_page import render_comparison
 
+        page = render_comparison(comparison, transform.protocol)
         with replacing(Path(config.page)) as file:
-            file.write(render_comparison(comparison, transform.protocol).encode(errors="surrogateescape"))
+            file.write(page.encode(errors="surrogateescape"))
     return comparison
 
 
-def _open_images(config: CompareConfig) -> ImageSource:
+def _open_images(config: CompareConfig) -> ImageFolder:
     if config.images is not None:
         folder = Path(config.images).absolute()
-        return read_image_folder(str(folder.parent), folder.name, "images")
-    assert config.data.root is not None
-    return read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+        images = read_image_folder(str(folder.parent), folder.name, "images")
+    else:
+        assert config.data.root is not None
+        images = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+    print_notes(images)
+    return images
 
 
 def _judge(
@@ -152,7 +163,7 @@ def mcnemar_p(only_one: int, only_other: int) -> float:
 
 def format_comparison(comparison: Comparison) -> str:
     """Return tables for people: by class, over all images, and each pair of networks."""
-    titles, names = comparison.titles, comparison.names
+    titles, names = (tuple(map(printable, texts)) for texts in (comparison.titles, comparison.names))
     wide = max(len(title) for title in (*titles, "average"))
     columns = [max(len(name), 15) for name in names]
 
@@ -162,14 +173,16 @@ def format_comparison(comparison: Comparison) -> str:
     lines = [line("class", "images", list(names)), line("", "", ["true p   error"] * len(names))]
     for label, title in enumerate(titles):
         of_class = comparison.probabilities[:, comparison.images.labels == label]
-        lines.append(line(title, str(of_class.shape[1]), [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)]))
+        count = of_class.shape[1]
+        cells = [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)] if count else []  # all images of it were skipped
+        lines.append(line(title, str(count), cells or ["-"] * len(names)))
     count = comparison.probabilities.shape[1]
     totals = comparison.probabilities.sum(1)
     lines.append(line("total", str(count), [f"{p:.2f}  {count - p:.2f}" for p in totals]))
     lines.append(line("average", "", [f"{p / count:.4f}  {1 - p / count:.4f}" for p in totals]))
     lines.append(line("top-1 %", "", [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)]))
     lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
-    return "\n".join([*lines, *describe_pairs(comparison)])
+    return "\n".join([*lines, *map(printable, describe_pairs(comparison))])
 
 
 def describe_pairs(comparison: Comparison) -> list[str]:

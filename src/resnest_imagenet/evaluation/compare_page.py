@@ -42,7 +42,7 @@ probability that a network gives to the true class; error is 1 minus that.</p>
 
 
 def _row(name: str, probabilities: np.ndarray) -> str:
-    means = probabilities.mean(1)
+    means = probabilities.mean(1) if probabilities.size else np.zeros(len(probabilities))
     cells = "".join(f'<td><meter value="{p:.4f}"></meter> {p:.4f}</td><td>{1 - p:.4f}</td>' for p in means)
     return f"<tr><td>{escape(name)}</td><td>{probabilities.shape[1]:,}</td>{cells}</tr>"
 

@@ -7,7 +7,7 @@ from resnest_imagenet.compute import keep_freed_memory, place
 from resnest_imagenet.config import EvalConfig
 from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_classes
+from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_classes, print_notes
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import Evaluation, evaluate
@@ -36,6 +36,8 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         if rank == 0 and path is not None:
             require_writable(Path(path), option)
     images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
+    if rank == 0:
+        print_notes(images)
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
     num_outputs = len(model.get_parameter("fc.bias"))

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import autocast, keep_freed_memory
 from resnest_imagenet.config import ExplainConfig
+from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import find_images
 from resnest_imagenet.data.loader import build_loader, choose_loader, to_pixels
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, split_unreadable
+from resnest_imagenet.data.source import ImageSource, print_notes
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.evaluation.inference import Classifier, find_outputs, open_classifier
@@ -83,6 +84,7 @@ def explain_images(config: ExplainConfig) -> tuple[list[str], list[str]]:
     found = find_images(config.images)
     if any(out in Path(found.name(index)).parents for index in range(len(found))):
         raise ConfigError(f"out={config.out} holds images to explain: choose another folder")
+    print_notes(found)
     images, faults = split_unreadable(found)
     if not len(images):
         return [], faults

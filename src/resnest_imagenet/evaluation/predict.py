@@ -11,12 +11,13 @@ from tqdm import tqdm
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import keep_freed_memory
 from resnest_imagenet.config import PredictConfig
+from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import find_images
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import split_unreadable
+from resnest_imagenet.data.source import print_notes
 from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.evaluation.inference import compute_probabilities, open_classifier
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import describe_classes, require_model
@@ -59,7 +60,9 @@ def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
         if Path(config.out).suffix not in (".csv", ".json"):
             raise ConfigError(f"out={config.out} ends neither in .csv nor in .json")
         require_writable(Path(config.out), "out")
-    images, faults = split_unreadable(find_images(config.images))
+    found = find_images(config.images)
+    print_notes(found)
+    images, faults = split_unreadable(found)
     predictions: list[Prediction] = []
     if len(images):
         classifier = open_classifier(config.ckpt, config.weights, config.model.name if config.model else None, device)
@@ -89,9 +92,9 @@ def format_predictions(predictions: list[Prediction]) -> str:
     """Return a table for people: each image with its likeliest classes."""
     lines = []
     for each in predictions:
-        lines += [each.file] if each.rank == 1 else []
+        lines += [printable(each.file)] if each.rank == 1 else []
         name = each.description if each.description == each.label else f"{each.description} ({each.label})"
-        lines.append(f"  {100 * each.probability:>6.2f} %  {name}")
+        lines.append(f"  {100 * each.probability:>6.2f} %  {printable(name)}")
     return "\n".join(lines)
 
 
