@@ -3,6 +3,7 @@
 A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
 """
 
+import os
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,17 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 def _as_list(value: Any) -> Any:
     """Take crop=224 for crop=[224]."""
     return value if isinstance(value, list) else [value]
+
+
+def _as_path(value: Any) -> Any:
+    """Take run_dir=20240501, which is a number to Hydra, for text, and ~ for the home folder."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+_IS_PATH = BeforeValidator(_as_path)
+Place = Annotated[str, _IS_PATH]  # of files and folders
 
 
 class Options(BaseModel):
@@ -47,9 +59,9 @@ class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
     kind: Literal["folder", "webdataset"]
-    root: str
-    train_dir: str
-    val_dir: str
+    root: Place
+    train_dir: Place
+    val_dir: Place
     on_error: Literal["raise", "substitute"]  # training images that cannot be decoded
     max_errors: Annotated[int, Field(ge=0)]  # on_error=substitute: how many of them, per rank
     # Of kind=webdataset: training images are shuffled within so many shards at a time; null: over the whole set.
@@ -105,7 +117,7 @@ class RecipeOptions(Options):
     dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
     init: Literal["fan_in", "fan_out"]
     # Weights to start from, with a new classifier where the classes are others.
-    init_from: Annotated[str, Field(min_length=1)] | None
+    init_from: Annotated[str, Field(min_length=1), _IS_PATH] | None
     zero_gamma: bool
     ema_decay: Fraction | None  # per step; null: no moving average
     precision: Precision
@@ -162,7 +174,7 @@ class LogOptions(Options):
 class TrainConfig(Options):
     """resnest-train."""
 
-    run_dir: Annotated[str, Field(min_length=1)]
+    run_dir: Annotated[str, Field(min_length=1), _IS_PATH]
     seed: Seed
     device: Device
     model: ModelOptions
@@ -180,7 +192,7 @@ class TrainConfig(Options):
 class PreviewDataConfig(TrainConfig):
     """resnest-data preview."""
 
-    out: str
+    out: Place
     images: Positive
     epochs: Positive
 
@@ -188,15 +200,15 @@ class PreviewDataConfig(TrainConfig):
 class EvalConfig(Options):
     """resnest-eval."""
 
-    ckpt: str
+    ckpt: Place
     weights: Literal["auto", "model", "ema"]
     crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)]
     batch_size: Positive
     precision: Precision
     compile: bool
     device: Device
-    out: str | None
-    predictions: str | None
+    out: Place | None
+    predictions: Place | None
     protocol: ProtocolOptions
     model: NetworkOptions | None
     data: DataOptions
@@ -226,20 +238,20 @@ class InferenceConfig(Options):
 class PredictConfig(InferenceConfig):
     """resnest-predict."""
 
-    ckpt: str
+    ckpt: Place
     model: NetworkOptions | None
-    images: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
     top: Positive
-    out: str | None
+    out: Place | None
 
 
 class ExplainConfig(InferenceConfig):
     """resnest-explain."""
 
-    ckpt: str
+    ckpt: Place
     model: NetworkOptions | None
-    images: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
-    out: str
+    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    out: Place
     top: Positive
     target: str | int | None
     layer: Literal["layer1", "layer2", "layer3", "layer4"]
@@ -254,19 +266,19 @@ class ExplainConfig(InferenceConfig):
 class ComparedDataOptions(Options):
     """A data set in the ImageNet folder layout, of which the val folder is compared on."""
 
-    root: str | None
-    val_dir: str
+    root: Place | None
+    val_dir: Place
 
 
 class CompareConfig(InferenceConfig):
     """resnest-compare."""
 
-    ckpt: Annotated[list[str], Field(min_length=2)]
+    ckpt: Annotated[list[Place], Field(min_length=2)]
     models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
-    images: str | None  # a folder with one folder per true class, in place of data.root
+    images: Place | None  # a folder with one folder per true class, in place of data.root
     data: ComparedDataOptions
-    csv: str | None
-    page: str | None
+    csv: Place | None
+    page: Place | None
 
     @model_validator(mode="after")
     def _check(self) -> "CompareConfig":
@@ -280,8 +292,8 @@ class CompareConfig(InferenceConfig):
 class ReportConfig(Options):
     """resnest-report."""
 
-    runs: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # run folders, or patterns
-    out: str
+    runs: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # run folders, or patterns
+    out: Place
     crop: Literal[224, 320]
     latency: bool
     device: Device
@@ -290,14 +302,14 @@ class ReportConfig(Options):
 class ExportConfig(Options):
     """resnest-export."""
 
-    ckpt: str
+    ckpt: Place
     weights: Literal["auto", "model", "ema"]
     model: NetworkOptions | None
     layout: Literal["official", "timm", "mmpretrain", "detectron2"]
     format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
     crop: Crop  # with the protocol: what the others tell their readers, and are tried at
     protocol: ProtocolOptions
-    out: str | None
+    out: Place | None
 
     @model_validator(mode="after")
     def _check(self) -> "ExportConfig":
@@ -329,14 +341,14 @@ class InfoConfig(Options):
 class Table3Config(Options):
     """resnest-table3."""
 
-    results: Annotated[list[str], BeforeValidator(_as_list)]
+    results: Annotated[list[Place], BeforeValidator(_as_list)]
     format: Literal["markdown", "json", "csv"]
 
 
 class DemoDataConfig(Options):
     """resnest-data demo."""
 
-    out: str
+    out: Place
     seed: Seed
     train_per_class: Positive
     val_per_class: Positive
@@ -345,17 +357,17 @@ class DemoDataConfig(Options):
 class PrepareDataConfig(Options):
     """resnest-data prepare."""
 
-    archives: str
-    out: str
+    archives: Place
+    out: Place
     verify: bool
 
 
 class FolderOptions(Options):
     """A data set in the ImageNet folder layout."""
 
-    root: str
-    train_dir: str | None  # null: leave this part out
-    val_dir: str | None
+    root: Place
+    train_dir: Place | None  # null: leave this part out
+    val_dir: Place | None
 
     @model_validator(mode="after")
     def _check(self) -> "FolderOptions":
@@ -370,7 +382,7 @@ class CheckDataConfig(Options):
     """resnest-data check."""
 
     data: FolderOptions
-    out: str | None
+    out: Place | None
     workers: Positive | None
 
 
@@ -378,7 +390,7 @@ class ShardDataConfig(Options):
     """resnest-data shard."""
 
     data: FolderOptions
-    out: str
+    out: Place
     images_per_shard: Positive
     shuffle: bool
 
@@ -392,3 +404,14 @@ def option_names(schema: type[Options], prefix: str = "") -> list[str]:
             if isinstance(part, type) and issubclass(part, Options):
                 names += option_names(part, f"{prefix}{name}.")
     return names
+
+
+def list_places(schema: type[Options], prefix: str = "") -> dict[str, bool]:
+    """Return the options of a schema that are files or folders, dotted, and whether each takes a list of them."""
+    places = {}
+    for name, field in schema.model_fields.items():
+        if _as_path.__name__ in repr((field.annotation, field.metadata)):
+            places[prefix + name] = "list[" in repr(field.annotation)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
+            places |= list_places(field.annotation, f"{prefix}{name}.")
+    return places

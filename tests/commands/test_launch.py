@@ -1,16 +1,20 @@
 """The commands as a user calls them: what is refused, in which words, with which exit code."""
 
+import os
+import shutil
+import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from conftest import run_module
+from conftest import compose_config, run_module
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
-from resnest_imagenet.commands.launch import explain_runtime, find_conf
+from resnest_imagenet.commands.launch import explain_composition, explain_runtime, find_conf, quote_place
 from resnest_imagenet.config import (
     CompareConfig,
     EvalConfig,
@@ -21,6 +25,7 @@ from resnest_imagenet.config import (
     ReportConfig,
     Table3Config,
     TrainConfig,
+    list_places,
     option_names,
 )
 
@@ -71,8 +76,8 @@ def call(command, arguments, monkeypatch, capsys):
         (["protocol=ecentrecrop"], "unknown protocol 'ecentrecrop'; did you mean 'ecentercrop'?"),
         (["data.root=/x", "~train.epochs"], "train.epochs is not set"),
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
-        (["data.root=/a=b"], "cannot read 'data.root=/a=b': write option=value, quote special characters"),
-        (["data.root"], "cannot read 'data.root': write option=value"),
+        (["model.name=a=b"], "cannot read model.name=a=b: quote it for the shell and for Hydra: 'model.name=\"a=b\"'"),
+        (["data.root"], "cannot read data.root: write option=value"),
         (["data.root=/x", "train.lr_per_256=inf"], "train.lr_per_256=inf: input should be a finite number"),
         (["model=null"], "Config group override must be a string or a list"),
         (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
@@ -160,6 +165,36 @@ def test_a_group_option_without_its_group_and_a_list_without_brackets(monkeypatc
     assert code == 2 and "data.on_error=substitute is for training: it would falsify" in lines[0]
     code, lines = call(table3, ["results=a,b"], monkeypatch, capsys)
     assert code == 2 and lines[0].endswith(": write a list as [a,b]")
+
+
+NAMES = ("20240501", "2024_05_01", "/a,b", "/größe", "/a b=c(1)", "/it's", 'a"b', "true", "/{x}", "runs/${seed}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_and_folders_may_have_any_name(name):
+    word = quote_place(f"run_dir={name}", list_places(TrainConfig))
+    assert compose_config("train", TrainConfig, "data.root=/x", word).run_dir == name.replace("${seed}", "0")
+
+
+def test_numbers_and_the_home_folder_in_places():
+    options = ("ckpt=x", "images=[~/a,2012]", "out=~/b.csv", "model=null")
+    with pytest.raises(OverrideParseException):
+        compose_config("predict", PredictConfig, *options)
+    options = ("ckpt=x", 'images=["~/a",2012]', quote_place("out=~/b.csv", list_places(PredictConfig)))
+    config = compose_config("predict", PredictConfig, *options)
+    assert config.images == [os.path.expanduser("~/a"), "2012"] and config.out == os.path.expanduser("~/b.csv")
+    assert quote_place("images=a,b", list_places(PredictConfig)) == "images=a,b"
+    assert quote_place("out=null", list_places(PredictConfig)) == "out=null"
+
+
+@pytest.mark.parametrize("shell", [shell for shell in ("bash", "dash", "zsh") if shutil.which(shell)])
+def test_the_advice_to_quote_works_when_it_is_typed(shell):
+    for word, value in (("model.name=größe", "größe"), ("model.name=a=b", "a=b"), ("model.name=it's", "it's")):
+        with pytest.raises(OverrideParseException) as caught:
+            compose_config("train", TrainConfig, "data.root=/x", word)
+        advice = str(explain_composition(caught.value, TrainConfig)).rpartition(": ")[2]
+        typed = subprocess.run([shell, "-c", f"printf %s {advice}"], capture_output=True, text=True, check=True).stdout
+        assert compose_config("train", TrainConfig, "data.root=/x", typed).model.name == value
 
 
 def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):

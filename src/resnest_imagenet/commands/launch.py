@@ -3,15 +3,25 @@
 import io
 import os
 import re
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from resnest_imagenet.config import Options, option_names
+from resnest_imagenet.config import Options, list_places, option_names
 from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
-from resnest_imagenet.errors import ConfigError, DataError, DistributedError, Stopped, UserError, first_line, suggest
+from resnest_imagenet.errors import (
+    ConfigError,
+    DataError,
+    DistributedError,
+    Stopped,
+    UserError,
+    first_line,
+    printable,
+    suggest,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,6 +56,9 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
     from omegaconf.errors import OmegaConfBaseException
 
     composing = True
+    if not {"-m", "--multirun"} & set(sys.argv[1:]):  # in a sweep a comma is between values
+        places = list_places(schema)
+        sys.argv[1:] = [quote_place(word, places) for word in sys.argv[1:]]
 
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         _check_sweep(name)
@@ -73,6 +86,31 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
         if not composing:
             raise
         _leave(explain_composition(error, schema))
+
+
+def quote_place(word: str, places: Mapping[str, bool]) -> str:
+    """Quote the value of an option that is a file or folder: Hydra has a grammar for what is not quoted.
+
+    To it 2024_05_01 is a number, and a comma, ~ or an umlaut is an error. What may be meant as Hydra's own stays: a
+    quoted value, a list, null, anything with a backslash.
+
+    Args:
+        word: of the command line.
+        places: the options' names, with whether each takes a list.
+    """
+    option, equals, value = word.partition("=")
+    name = option.lstrip("+")
+    if not equals or name not in places or value in ("", "null", "???") or (places[name] and "," in value):
+        return word
+    is_hydras = value[0] in "'\"[{" or "\\" in value
+    return word if is_hydras else f"{option}={_quote(value)}"
+
+
+def _quote(value: str) -> str:
+    """Quote a value for Hydra, each item where it is a list."""
+    if value.startswith("[") and value.endswith("]"):
+        return "[" + ",".join(_quote(item.strip("'\" ")) for item in value[1:-1].split(",")) + "]"
+    return '"' + value.replace('"', '\\"') + '"'
 
 
 def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
@@ -115,7 +153,11 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"unknown {group} {choice!r}{suggest(choice, error.options)} ({', '.join(error.options)})")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"cannot read {error.override!r}: write option=value, quote special characters")
+        option, equals, value = str(error.override).partition("=")
+        if not equals:
+            return ConfigError(f"cannot read {error.override}: write option=value")
+        quoted = shlex.quote(option + "=" + _quote(value.strip("'\"")))
+        return ConfigError(f"cannot read {error.override}: quote it for the shell and for Hydra: {quoted}")
     overridden = re.match(r"Could not override '([^']+)'", str(error))
     if overridden:
         option = overridden[1]
@@ -153,7 +195,7 @@ def report_left_out(faults: list[str]) -> None:
         DataError: there are any.
     """
     for fault in faults:
-        print(f"{fault}; left out", file=sys.stderr)
+        print(printable(f"{fault}; left out"), file=sys.stderr)
     if faults:
         raise DataError(f"images left out: {len(faults)}")
 
@@ -173,7 +215,7 @@ def _leave(error: UserError) -> NoReturn:
         # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
         time.sleep(10)
     if not is_said:
-        line = f"{Path(sys.argv[0]).stem}: {who}{error}"
+        line = printable(f"{Path(sys.argv[0]).stem}: {who}{error}")
         print(line, file=sys.stderr)
         tell_launcher(line)
     sys.exit(error.exit_code)
