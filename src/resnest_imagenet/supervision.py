@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from resnest_imagenet.distributed import Ranks, is_lost_peer, tell_launcher
-from resnest_imagenet.errors import DistributedError, Stopped, UserError, first_line
+from resnest_imagenet.errors import DistributedError, Stopped, UserError, first_line, printable
 
 FAILURE = "failure"  # the key of the first failure
 SECONDS_TO_LEAVE = 5  # for a rank that knows that another has failed, before it is ended
@@ -117,7 +117,7 @@ class Watch:
             patience = 2 * self._beat if still > self._timeout else SECONDS_TO_LEAVE
             if min(still, time.monotonic() - first_seen) > patience:
                 if not failure.is_said:
-                    print(f"resnest-train: rank {self._ranks.rank}: {failure}", file=sys.stderr, flush=True)
+                    print(printable(f"resnest-train: rank {self._ranks.rank}: {failure}"), file=sys.stderr, flush=True)
                 self._on_abort(failure)
                 os._exit(failure.exit_code)
 
