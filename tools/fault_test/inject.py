@@ -161,6 +161,40 @@ def killed_in_write(place: str, number: int, share: float) -> None:
 
 
 @fault
+def has_failing_storage(error: str, times: int, visit: int) -> None:
+    """Every fifth file fails to be read, so many times in a row, when it is wanted for the given time."""
+    import errno
+
+    from resnest_imagenet.data.folder import ImageFolder
+
+    number, real = getattr(errno, error), ImageFolder.fetch
+    visits: dict[int, int] = {}
+    failed: dict[int, int] = {}
+
+    def fetch(self: Any, index: int) -> bytes:
+        is_it = index % 5 == 0 and "/train/" in self.name(index) and visits.get(index, 0) + 1 == visit
+        if is_it and failed.get(index, 0) < times:
+            failed[index] = failed.get(index, 0) + 1
+            raise OSError(number, os.strerror(number))
+        visits[index] = visits.get(index, 0) + 1
+        return real(self, index)
+
+    ImageFolder.fetch = fetch
+
+
+@fault
+def loses_worker(epoch: int, batch: int) -> None:
+    """A worker of the loader is killed."""
+    from multiprocessing import active_children
+
+    def act() -> None:
+        for worker in active_children():
+            worker.kill()
+
+    _before_loss(None, epoch, batch, act)
+
+
+@fault
 def has_full_disk(num_bytes: int) -> None:
     """No file may grow beyond so many bytes."""
     import resource

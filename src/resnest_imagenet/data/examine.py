@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import io
 import multiprocessing
 import os
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from resnest_imagenet.data.decoding import BadImage, Fault, decode, find_fault
+from resnest_imagenet.data.decoding import BadImage, Fault, decode, find_fault, is_ordinary, open_image
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.processes import end_with_parent
 from resnest_imagenet.data.reading import PASSING, read_file, try_again
@@ -165,10 +164,10 @@ def examine_file(root: str, path: str) -> Examined:
 
 
 def _find_fault(encoded: bytes) -> Fault | None:
-    """Return why an image cannot be used: by its structure, or since a loader's decoder refuses it."""
+    """Return why an image cannot be used, after Pillow has decoded it and, where a run leaves it to that, torchvision."""
     try:
         fault = find_fault(encoded)
-        if fault is None:
+        if fault is None and is_ordinary(encoded):
             decode(encoded)
     except BadImage as error:
         return error.fault
@@ -179,7 +178,7 @@ def _find_fault(encoded: bytes) -> Fault | None:
 
 def _find_oddities(path: str, encoded: bytes) -> Iterator[Finding]:
     """Yield what is unusual about an image that can be used."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with open_image(encoded) as image:
         # MPO is several JPEGs in one file, of which the first counts.
         form = "JPEG" if image.format == "MPO" else image.format
         mode, size = image.mode, image.size

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from resnest_imagenet.data.decoding import UNREADABLE, BadImage, Fault, decode
+from resnest_imagenet.data.decoding import BadImage, Fault, decode
 from resnest_imagenet.data.pillow_ops import apply_operations
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.processes import end_with_parent
@@ -73,9 +73,7 @@ class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
         for used in self.substitution.candidates(index):
             try:
                 return decode(self.images.read(used)), used
-            except LoadingError:
-                raise
-            except (BadImage, *UNREADABLE) as error:
+            except BadImage as error:
                 fault = error
         raise BadImage(Fault("damaged", f"image {index}: bad, and so is what may stand in for it")) from fault
 
@@ -107,6 +105,7 @@ def _eval_crop(image: Tensor, transform: EvalTransform) -> Tensor:
     if transform.order == "crop_resize":
         window = transform.square(*image.shape[-2:])
         return F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
+    image = F.crop(image, *transform.source(*image.shape[-2:]))
     height, width = transform.resized(*image.shape[-2:])
     image = F.resize(image, [height, width], interpolation, antialias=transform.antialias)
     return F.crop(image, *transform.window(height, width))
@@ -217,7 +216,7 @@ class TorchvisionLoader:
         for indices in self.plan.batches(epoch, start):
             try:
                 batch = next(batches)
-            except (RuntimeError, OSError, EOFError, BadImage, *UNREADABLE) as error:
+            except (RuntimeError, OSError, EOFError, BadImage) as error:
                 if failure := _explain_failure(error):
                     raise failure from error
                 self._explain(indices)

@@ -105,7 +105,8 @@ def train(config: TrainConfig) -> TrainingState:
                 distributed.gather(0, ranks)  # none leaves before the checkpoint is written
                 raise Stopped(f"stopped after step {state.step}; the same command goes on") from None
             except LoadingError:
-                if ranks.world_size == 1:  # others would wait for this one elsewhere: their last checkpoint stands
+                # Other ranks wait for this one elsewhere: together they cannot save, and the last checkpoint stands.
+                if state.step > 0 and ranks.world_size == 1:
                     control.save(state, train_loader)
                 raise
         run.write_status("finished", exit_code=0, epoch=state.epoch, step=state.step, best_top1=state.best_top1)
