@@ -176,8 +176,9 @@ def has_failing_storage(error: str, times: int, visit: int) -> None:
         if is_it and failed.get(index, 0) < times:
             failed[index] = failed.get(index, 0) + 1
             raise OSError(number, os.strerror(number))
+        content = real(self, index)
         visits[index] = visits.get(index, 0) + 1
-        return real(self, index)
+        return content
 
     ImageFolder.fetch = fetch
 

@@ -164,7 +164,7 @@ def examine_file(root: str, path: str) -> Examined:
 
 
 def _find_fault(encoded: bytes) -> Fault | None:
-    """Return why an image cannot be used, after Pillow has decoded it and, where a run leaves it to that, torchvision."""
+    """Return why an image cannot be used, after Pillow has decoded it and, what a run leaves to it, torchvision."""
     try:
         fault = find_fault(encoded)
         if fault is None and is_ordinary(encoded):

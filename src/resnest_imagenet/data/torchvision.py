@@ -55,11 +55,11 @@ class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
             crop, offset = _eval_crop(image, self.transform), np.zeros(3, np.float32)
         return crop, offset, int(self.images.labels[used]), used
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any] | LoadingError:
-        """Return the samples of a batch; a storage's error as a value: torch would raise its text and traceback."""
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any] | BadImage | LoadingError:
+        """Return the samples of a batch; an error as a value: torch would make another of its text."""
         try:
             return [self[key] for key in keys]
-        except LoadingError as error:
+        except (BadImage, LoadingError) as error:
             return error
 
     def load(self, index: int) -> tuple[Tensor, int]:
@@ -124,8 +124,8 @@ class _Keys:
             yield [(self.epoch, index) for index in indices.tolist()]
 
 
-def _collate(samples: list[Any] | LoadingError) -> Any:
-    return samples if isinstance(samples, LoadingError) else default_collate(samples)
+def _collate(samples: list[Any] | BadImage | LoadingError) -> Any:
+    return default_collate(samples) if isinstance(samples, list) else samples
 
 
 def _set_up_worker(parent: int, worker: int) -> None:
@@ -157,7 +157,7 @@ def _explain_failure(error: Exception) -> LoadingError | None:
         return LoadingError(errno.ENOSPC, f"{what}: --ipc=host, a larger --shm-size, or loader.workers=0")
     # A batch is fetched from its worker's memory: that, too, tells that it is gone.
     is_gone = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
-    if is_gone or re.search(r"DataLoader worker .* (exited unexpectedly|is killed by signal)", text):
+    if is_gone or re.search(r"(DataLoader worker|Pin memory thread).* (exited unexpectedly|is killed by signal)", text):
         what = "a worker process of the loader was killed (is memory or /dev/shm short?)"
         return LoadingError(errno.ECHILD, f"{what}: lower loader.workers, --ipc=host, or loader.workers=0")
     return None
@@ -216,12 +216,11 @@ class TorchvisionLoader:
         for indices in self.plan.batches(epoch, start):
             try:
                 batch = next(batches)
-            except (RuntimeError, OSError, EOFError, BadImage) as error:
-                if failure := _explain_failure(error):
-                    raise failure from error
+            except (RuntimeError, OSError, EOFError) as error:
+                raise (_explain_failure(error) or error) from error
+            if isinstance(batch, BadImage):
                 self._explain(indices)
-                raise
-            if isinstance(batch, LoadingError):
+            if isinstance(batch, BadImage | LoadingError):
                 raise batch
             images, offsets, labels, used = batch
             for index, used_index in zip(indices.tolist(), used.tolist(), strict=True):
@@ -231,7 +230,7 @@ class TorchvisionLoader:
             yield images.float().sub_(mean).div_(self._std), labels.to(self._device, non_blocking=True)
 
     def _explain(self, indices: np.ndarray) -> None:
-        """Raise a DataError with the image behind a failed batch; return after any other failure."""
+        """Raise a DataError with the image that cannot be used, nor what may stand in for it."""
         for index in indices.tolist():
             used: int | None = None
             with suppress(BadImage):
