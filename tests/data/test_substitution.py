@@ -193,7 +193,7 @@ def test_a_worker_that_is_killed_is_one_line_with_the_way_out(sound):
     next(batches)
     (worker,) = set(active_children()).difference(others)
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(LoadingError, match=r"^a worker process of the loader was killed .*loader.workers=0$"):
+    with pytest.raises(LoadingError, match=r"^a worker process of the loader has died .*loader.workers=0$"):
         list(batches)
 
 

@@ -1,5 +1,6 @@
 import csv
 import html.parser
+import os
 import shutil
 
 import numpy as np
@@ -48,6 +49,26 @@ def checkpoints(tmp_path_factory):
 
 def compare(*options):
     return compare_networks(compose_config("compare", CompareConfig, *OPTIONS, *options))
+
+
+def test_images_that_cannot_be_used_are_skipped(checkpoints, demo_images, tmp_path, capfd):
+    for label, name, content in (("ring", "b.jpg", b"<html>"), ("disk", "a.jpg", b""), ("disk", ".hidden.jpg", b"")):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / name).write_bytes(content)
+    os.mkfifo(tmp_path / "ring/a.jpg")
+    for path in (demo_images / "val/ring").iterdir():
+        os.link(path, tmp_path / "ring" / path.name)
+    comparison = compare(f"ckpt=[{checkpoints[0]},{checkpoints[1]}]", f"images={tmp_path}", f"page={tmp_path}/p.html")
+    assert comparison.probabilities.shape == (2, 4)
+    assert [line.removeprefix(f"{tmp_path}/") for line in comparison.skipped] == [
+        "disk/a.jpg: not a readable image (it is empty)",
+        "ring/a.jpg: not a file but a named pipe",
+        "ring/b.jpg: not a readable image (of no known format)",
+    ]
+    table = format_comparison(comparison).splitlines()
+    assert [table[2].split(), table[3].split()[:2]] == [["disk", "0", "-", "-"], ["ring", "4"]]
+    captured = capfd.readouterr()
+    assert captured.err == f"{tmp_path}: 1 hidden files or folders are skipped (the first: disk/.hidden.jpg)\n"
 
 
 @pytest.mark.parametrize("place", ["data.root={}", "images={}/val"])

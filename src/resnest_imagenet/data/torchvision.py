@@ -158,7 +158,7 @@ def _explain_failure(error: Exception) -> LoadingError | None:
     # A batch is fetched from its worker's memory: that, too, tells that it is gone.
     is_gone = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
     if is_gone or re.search(r"(DataLoader worker|Pin memory thread).* (exited unexpectedly|is killed by signal)", text):
-        what = "a worker process of the loader was killed (is memory or /dev/shm short?)"
+        what = "a worker process of the loader has died (killed, or short of memory, /dev/shm or open files?)"
         return LoadingError(errno.ECHILD, f"{what}: lower loader.workers, --ipc=host, or loader.workers=0")
     return None
 
