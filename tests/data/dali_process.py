@@ -25,21 +25,26 @@ TRANSFORMS = {"evaluation": EvalTransform(32), "training": TrainTransform(32, se
 
 
 def decode_each(images):
-    """Return the pixels of each image, "bad" where DALI is not asked, "refused" where it raises."""
+    """Return the pixels of each image as the loader gets them, or "bad"."""
     answers, pipeline = [], None
     for encoded in images:
-        if pipeline is None:
-            pipeline = _decoding_pipeline("cpu", batch_size=1, num_threads=4, device_id=None, prefetch_queue_depth=1)
-            pipeline.build()
-        try:
-            pipeline.feed_input("encoded", [np.frombuffer(_to_decodable(encoded), np.uint8)])
-            (pixels,) = pipeline.run()
-            answers.append(np.array(pixels.at(0)))
-        except BadImage:
-            answers.append("bad")
-        except RuntimeError:
-            answers.append("refused")
-            pipeline = None
+        for by_pillow in (False, True):  # where DALI refuses it
+            if pipeline is None:
+                options = {"num_threads": 4, "device_id": None, "prefetch_queue_depth": 1}
+                pipeline = _decoding_pipeline("cpu", batch_size=1, **options)
+                pipeline.build()
+            try:
+                pipeline.feed_input("encoded", [np.frombuffer(_to_decodable(encoded, by_pillow), np.uint8)])
+                (pixels,) = pipeline.run()
+            except BadImage:
+                answers.append("bad")
+                break
+            except RuntimeError:
+                assert not by_pillow
+                pipeline = None
+            else:
+                answers.append(np.array(pixels.at(0)))
+                break
     return answers
 
 

@@ -93,6 +93,8 @@ ODD = {
     "a line of pixels": encode(Image.new("L", (1, 20000), 7), "PNG"),
     "one pixel": encode(Image.new("RGB", (1, 1), "red"), "JPEG"),
     "an interlaced PNG": write_png(chunk(b"IDAT", zlib.compress(bytes(1000))), interlaced=1),
+    "a PNG with a comment that Pillow refuses": insert(PNG, PICTURE - 4, chunk(b"zTXt", b"x")),
+    "a PNG with a transparent colour": encode(RGB, "PNG", transparency=(0, 0, 0)),
     "a black PNG": encode(Image.new("RGB", (8, 8)), "PNG"),
 }
 NOT_READABLE = "not a readable image ("
@@ -246,16 +248,20 @@ def test_bad_files_are_faults_for_all(kind, of_dali):
     assert fault.detail.startswith(detail)
 
 
-def test_ordinary_are_sound_jpegs_only():
+def test_ordinary_are_plain_jpegs_and_pngs():
     ordinary = {name for name, encoded in {**SOUND, **ODD}.items() if is_ordinary(encoded)}
     assert ordinary == {
         "JPEG",
         "JPEG with restarts",
         "progressive JPEG",
         "grey JPEG",
+        "PNG",
+        "a PNG with a comment that Pillow refuses",
+        "a black PNG",
         "a JPEG with bytes after its end",
         "a JPEG with an end in its middle",
         "a JPEG with a short segment of Adobe's",
+        "a line of pixels",
         "one pixel",
     }
 

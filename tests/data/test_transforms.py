@@ -184,3 +184,18 @@ def test_evaluation_windows_are_torchvisions(size, ratio):
     top, left, h, w = transform.window(height, width)
     ours = resized.crop((left, top, left + w, top + h))
     np.testing.assert_array_equal(np.array(ours), np.array(v2.functional.center_crop(resized, [224, 224])))
+
+
+@pytest.mark.parametrize("size", [(375, 500), (10, 320), (320, 10), (1, 1)])
+def test_what_is_resized_is_the_whole_of_an_ordinary_image(size):
+    assert EvalTransform(224).source(*size) == (0, 0, *size)
+
+
+@pytest.mark.parametrize(("size", "source"), [((20000, 1), (9984, 0, 32, 1)), ((3, 40000), (0, 19952, 3, 96))])
+def test_of_a_line_of_pixels_only_the_middle_is_resized(size, source):
+    transform = EvalTransform(416)
+    assert transform.source(*size) == source
+    height, width = transform.resized(*source[2:])
+    assert height * width <= 32 * 475**2
+    top, left, h, w = transform.window(height, width)
+    assert top >= 0 and left >= 0 and top + h <= height and left + w <= width

@@ -1,7 +1,7 @@
 """Encoded images: what can be used, and how it is decoded, whichever loader is used.
 
-An ordinary JPEG is left to the loaders' own decoders, which agree on it. Everything else goes through Pillow, for both
-loaders and the data check: there their decoders differ, and DALI's may end the process.
+An ordinary JPEG or PNG is left to the loaders' own decoders, which agree on it. Everything else goes through Pillow,
+for both loaders and the data check: there their decoders differ, and DALI's may end the process.
 """
 
 import io
@@ -56,6 +56,9 @@ _SEGMENT = struct.Struct(">BBH")
 _FRAME = struct.Struct(">BHHB")
 _JFIF, _ADOBE = 0xE0, 0xEE  # say how the colours are coded, from so many bytes on:
 _LEAST = {_JFIF: 16, _ADOBE: 14}
+# Of PNGs: chunks that change no pixel.
+_PNG = b"\x89PNG\r\n\x1a\n"
+_EXTRAS = {b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"sBIT", b"bKGD"}
 # Of interlaced PNGs: first column and row of each pass, and the steps between them.
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its colour type
@@ -98,9 +101,38 @@ def find_fault(encoded: bytes) -> Fault | None:
 def is_ordinary(encoded: bytes) -> bool:
     """Say whether an image is one on which all decoders agree, also where its data is damaged.
 
-    It is a JPEG of 8 bits, grey or coloured, whose segments and scans follow each other from its start to its end
-    without a gap. Where some of the data within is not what was written, all of them make the same of it.
+    It is a JPEG or PNG of 8 bits, grey or coloured, neither interlaced nor animated, whose segments or chunks follow
+    each other from its start to its end without a gap. Where some of a JPEG's data is not what was written, all
+    decoders make the same of it; where a PNG's is not, all refuse it.
     """
+    return _is_ordinary_png(encoded) or _is_ordinary_jpeg(encoded)
+
+
+def _is_ordinary_png(encoded: bytes) -> bool:
+    if not encoded.startswith(_PNG) or len(encoded) < 33:
+        return False
+    chunks = _chunks(encoded)
+    header, checksum = next(chunks, (b"", 0))
+    if len(header) != 17 or zlib.crc32(header) != checksum:
+        return False
+    kind, width, height, bits, colour, *methods = struct.unpack(">4sIIBBBBB", header)
+    if (kind, bits, methods) != (b"IHDR", 8, [0, 0, 0]) or colour not in (0, 2, 4, 6):
+        return False
+    kinds = [b"IHDR"]
+    for content, checksum in chunks:
+        kind = bytes(content[:4])
+        # The checksums of the data are left to the decoders.
+        if kind not in (b"IDAT", b"IEND") and (kind not in _EXTRAS or zlib.crc32(content) != checksum):
+            return False
+        if kind != kinds[-1]:
+            kinds.append(kind)
+        if kind == b"IEND":
+            break
+    is_whole = kinds.count(b"IDAT") == 1 and kinds[-1] == b"IEND"
+    return is_whole and 0 < width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE
+
+
+def _is_ordinary_jpeg(encoded: bytes) -> bool:
     if not encoded.startswith(b"\xff\xd8"):
         return False
     place, has_frame = 2, False
@@ -175,15 +207,17 @@ def open_image(encoded: bytes) -> Image.Image:
     if not encoded:
         raise BadImage(Fault("empty", "not a readable image (it is empty)"))
     formats = [name for name in FORMATS if name != "MPO"]  # which Pillow opens as a JPEG
+    # Pillow stumbles on what other decoders do not look at.
+    if _is_ordinary_png(encoded):
+        encoded = _without_extra_chunks(encoded)
     try:
         with _without_warnings():
             try:
                 return Image.open(io.BytesIO(encoded), formats=formats)
             except UnidentifiedImageError:
-                if not is_ordinary(encoded):
+                if not _is_ordinary_jpeg(encoded):
                     raise
-                # Pillow stumbles on damage that decoders do not look at.
-                return Image.open(io.BytesIO(_without_extras(encoded)), formats=formats)
+                return Image.open(io.BytesIO(_without_extra_segments(encoded)), formats=formats)
     except UnidentifiedImageError as error:
         for start, signature, name in OTHER_FORMATS:
             if encoded.startswith(signature, start):
@@ -195,7 +229,16 @@ def open_image(encoded: bytes) -> Image.Image:
         raise BadImage(Fault("too large", f"not a readable image ({error})")) from error
 
 
-def _without_extras(encoded: bytes) -> bytes:
+def _without_extra_chunks(encoded: bytes) -> bytes:
+    """Return an ordinary PNG without the chunks that change no pixel."""
+    kept: list[bytes | memoryview] = [_PNG]
+    for content, checksum in _chunks(encoded):
+        if content[:4] not in _EXTRAS:
+            kept += ((len(content) - 4).to_bytes(4, "big"), content, checksum.to_bytes(4, "big"))
+    return b"".join(kept)
+
+
+def _without_extra_segments(encoded: bytes) -> bytes:
     """Return an ordinary JPEG without the segments that change no pixel."""
     kept, place, marker = [encoded[:2]], 2, 0
     while marker != _SCAN:
