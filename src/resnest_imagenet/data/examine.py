@@ -171,6 +171,8 @@ def _find_fault(encoded: bytes) -> Fault | None:
             decode(encoded)
     except BadImage as error:
         return error.fault
+    except MemoryError:  # as if the system had ended this process for it
+        os._exit(1)
     except Exception as error:  # whatever a decoder raises over a file is the file's fault
         return Fault("damaged", f"not a readable image ({first_line(error)})")
     return fault
