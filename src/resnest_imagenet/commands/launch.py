@@ -92,7 +92,7 @@ def quote_place(word: str, places: Mapping[str, bool]) -> str:
     """Quote the value of an option that is a file or folder: Hydra has a grammar for what is not quoted.
 
     To it 2024_05_01 is a number, and a comma, ~ or an umlaut is an error. What may be meant as Hydra's own stays: a
-    quoted value, a list, null, anything with a backslash.
+    quoted value, a list, null, anything with a backslash or an interpolation.
 
     Args:
         word: of the command line.
@@ -102,7 +102,7 @@ def quote_place(word: str, places: Mapping[str, bool]) -> str:
     name = option.lstrip("+")
     if not equals or name not in places or value in ("", "null", "???") or (places[name] and "," in value):
         return word
-    is_hydras = value[0] in "'\"[{" or "\\" in value
+    is_hydras = value[0] in "'\"[{" or "\\" in value or "${" in value
     return word if is_hydras else f"{option}={_quote(value)}"
 
 
