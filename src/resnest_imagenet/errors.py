@@ -48,7 +48,7 @@ class NonFiniteError(UserError):
 
 
 class StorageError(UserError):
-    """A file cannot be written: the disk is full, or the folder read-only."""
+    """A file cannot be read or written for want of disk, memory or a working storage: it may pass."""
 
     exit_code = 6
 
@@ -59,17 +59,33 @@ class DistributedError(UserError):
     exit_code = 7
 
 
-class Stopped(UserError):  # noqa: N818 - not an error
-    """A run has stopped as asked, after a checkpoint; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+class Stopped(SystemExit):
+    """A run has stopped as asked; the same command resumes it (EX_TEMPFAIL of sysexits.h).
+
+    An exit and no Exception: a signal's handler raises it in the middle of anything, and whoever catches `Exception`
+    there would take it for a damaged file, a failed compilation or a tracker that does not answer.
+
+    Attributes:
+        exit_code, is_shared, is_said: as of a `UserError`.
+    """
 
     exit_code = 75
     is_shared = True
+    is_said = False
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest of the valid names, or "" where none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory was short: torch's allocators have no common type for that."""
+    is_allocator = isinstance(error, RuntimeError) and any(
+        phrase in str(error) for phrase in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+    return is_allocator or isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:

@@ -56,7 +56,7 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
             return job(check_config(composed, schema))
-        except UserError as error:
+        except (UserError, Stopped) as error:
             _leave(error)
         except Exception as error:
             if explained := explain_runtime(error):
@@ -158,7 +158,7 @@ def report_left_out(faults: list[str]) -> None:
         raise DataError(f"images left out: {len(faults)}")
 
 
-def _leave(error: UserError) -> NoReturn:
+def _leave(error: UserError | Stopped) -> NoReturn:
     """Print the line and exit; of ranks that would all say the same, one speaks."""
     rank, local_rank, world_size = launched_as()
     who = ""

@@ -88,8 +88,8 @@ class RunFolder:
 
     def write_end(self, error: BaseException) -> None:
         """Say in status.json how the run ended."""
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        text = str(error) if isinstance(error, UserError | Stopped) else f"{type(error).__name__}: {error}"
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         self.write_status(state, exit_code=code, error=text)
 

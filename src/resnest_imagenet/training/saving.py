@@ -11,7 +11,7 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.loader import Loader, choose_loader
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.distributed import Ranks, gather, gather_objects
-from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.errors import CheckpointError, is_out_of_memory
 from resnest_imagenet.training.run_folder import RunFolder, list_versions
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
@@ -92,6 +92,8 @@ class Saver:
         try:
             self._restore(state, loader, saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"{self.run.checkpoints}: not of this version, or not a run's") from error
 
     def _restore(self, state: TrainingState, loader: Loader, saved: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> TrainingState:
     """
     rank, _, _ = distributed.launched_as()
     run = RunFolder(config.run_dir, config.checkpoint.keep, is_main=rank == 0)
-    with run.opened(), StopRequest(speaks=rank == 0) as request, ExitStack() as stack:
+    with StopRequest(speaks=rank == 0) as request, run.opened(), ExitStack() as stack:
         # 1. What can be refused before any data is touched.
         # 2. The data, and with it the steps and the width of the classifier: both in `prepare`.
         config, device, train_set, val_set, plan = prepare(config)

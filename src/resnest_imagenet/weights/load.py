@@ -53,7 +53,7 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
 
     Raises:
-        CheckpointError: missing, unreadable, damaged or not a state dict.
+        CheckpointError: missing, unreadable, damaged, not a state dict, or not with a name for each output.
         ConfigError: for an unknown published name, or a moving average that is not there.
     """
     # Not a file, and like no path: a published name, or a misspelt one.
@@ -75,6 +75,9 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         has_names = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
         if not (has_names and isinstance(name, str) and isinstance(training, dict) and isinstance(epoch, int)):
             raise CheckpointError(f"{source}: not a configuration of this project")
+        classifier = weights.tensors.get("fc.weight")
+        if classifier is not None and classifier.shape[:1] != (len(classes),):
+            raise CheckpointError(f"{source}: {len(classes)} class names for fc.weight {tuple(classifier.shape)}")
         return replace(weights, model=name, classes=classes, training=training, epoch=epoch)
     return weights
 
@@ -223,6 +226,9 @@ def _require_tensors(content: Any, source: str) -> dict[str, Tensor]:
         is_number = value.is_floating_point() or key.endswith(".num_batches_tracked")
         if not is_number or value.is_meta or value.layout != torch.strided:
             raise CheckpointError(f"{source}: {key} is no dense tensor of floating-point numbers")
+        # A few numbers in the file may be expanded to a classifier that no memory holds.
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{source}: {key} {tuple(value.shape)} repeats its numbers: save its .clone()")
     return tensors
 
 

@@ -58,10 +58,10 @@ def fetch(source: str) -> tuple[Path, str]:
 def _fetch_official(name: str) -> Path:
     file = f"{name}-{OFFICIAL[name][:8]}.pth"
     path = Path(torch.hub.get_dir(), "checkpoints", file)
-    if _has_sha256(path, OFFICIAL[name]):  # before the lock, so that a cache may be read-only
-        return path
     failures = []
     try:
+        if _has_sha256(path, OFFICIAL[name]):  # before the lock, so that a cache may be read-only
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{file}.lock")):  # the other ranks wait for the first one's file
             if _has_sha256(path, OFFICIAL[name]):
