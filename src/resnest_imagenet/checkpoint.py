@@ -165,7 +165,7 @@ def _check_digest(data: bytes, path: Path) -> bool:
         length, comment = data[-_COMMENT_BYTES - 2 : -_COMMENT_BYTES], data[-_COMMENT_BYTES:]
         has_comment = comment.startswith(_MARK) and length == _COMMENT_LENGTH
         if _is_zip(data) and not has_comment and (data[-_END_BYTES:][:4] != b"PK\x05\x06" or data[-2:] != b"\0\0"):
-            raise DamagedCheckpointError(f"{path}: damaged (it does not end as it was written)")
+            raise DamagedCheckpointError(f"{path}: damaged (its end is missing or changed)")
         parts = (memoryview(data)[: -_COMMENT_BYTES - 2], b"\0\0") if has_comment else ()
         written = comment.removeprefix(_MARK)
     if not parts:
@@ -208,6 +208,6 @@ def _explain(error: Exception) -> str:
     if refused is None:
         return ""
     return (
-        f": it holds {refused[1]}, which is not read, since it may execute code; where you trust the file, save its "
-        "state dict alone: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW)"
+        f": it holds {refused[1]}, which is not read, since it may execute code; where you trust the file, read it by "
+        "torch.load with weights_only off, and torch.save its state dict alone"
     )
