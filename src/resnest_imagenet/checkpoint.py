@@ -8,8 +8,9 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import safetensors.torch
 import torch
@@ -39,7 +40,7 @@ class _Unread:
 
 
 # What training checkpoints of timm and of torchvision's references hold beside the weights, by pickle's names.
-_UNREAD = [
+_UNREAD: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Unread, f"{module}.{name}")
     for modules, names in (
         (("argparse",), ("Namespace",)),
@@ -83,7 +84,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
             file.write(data.replace(_ZEROS, hashlib.sha256(data).hexdigest().encode(), 1))
             return
         archive = _Digesting(file)
-        torch.save(content, archive)
+        torch.save(content, cast("BinaryIO", archive))
         file.seek(-len(_COMMENT_LENGTH), os.SEEK_END)
         file.write(_COMMENT_LENGTH + archive.make_comment())
 
@@ -156,18 +157,18 @@ def _check_digest(data: bytes, path: Path) -> bool:
     Raises:
         DamagedCheckpointError: it differs, or the end of an archive is not one.
     """
+    parts: tuple[bytes | memoryview, ...] = ()
+    written = b""
     if path.suffix == ".safetensors":
         header = data[: 8 + int.from_bytes(data[:8], "little")]
-        found = _METADATA_DIGEST.search(header)
-        parts = (data[: found.start(1)], _ZEROS, memoryview(data)[found.end(1) :]) if found else ()
-        written = found[1] if found else b""
+        if found := _METADATA_DIGEST.search(header):
+            parts, written = (data[: found.start(1)], _ZEROS, memoryview(data)[found.end(1) :]), found[1]
     else:
         length, comment = data[-_COMMENT_BYTES - 2 : -_COMMENT_BYTES], data[-_COMMENT_BYTES:]
-        has_comment = comment.startswith(_MARK) and length == _COMMENT_LENGTH
-        if _is_zip(data) and not has_comment and (data[-_END_BYTES:][:4] != b"PK\x05\x06" or data[-2:] != b"\0\0"):
+        if length == _COMMENT_LENGTH and comment.startswith(_MARK):
+            parts, written = (memoryview(data)[: -_COMMENT_BYTES - 2], b"\0\0"), comment.removeprefix(_MARK)
+        elif _is_zip(data) and not (data[-_END_BYTES:].startswith(b"PK\x05\x06") and data.endswith(b"\0\0")):
             raise DamagedCheckpointError(f"{path}: damaged (its end is missing or changed)")
-        parts = (memoryview(data)[: -_COMMENT_BYTES - 2], b"\0\0") if has_comment else ()
-        written = comment.removeprefix(_MARK)
     if not parts:
         return False
     sha256 = hashlib.sha256()

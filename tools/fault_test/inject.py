@@ -4,6 +4,7 @@ As a program (under torchrun): resnest-train with the faults of the environment 
 [name, arguments]; they happen in the first attempt only, not after a restart.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 FAULTS: dict[str, Callable[..., None]] = {}
@@ -71,6 +73,57 @@ def raises(at_rank: int, epoch: int, batch: int) -> None:
 def gets_signal(name: str, at_rank: int, epoch: int, batch: int) -> None:
     """A rank gets a signal."""
     _before_loss(at_rank, epoch, batch, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+@fault
+def gets_signal_in(name: str, place: str, at_rank: int | None = None) -> None:
+    """A rank gets a signal in the middle of its start, where a function begins.
+
+    Args:
+        name: of the signal.
+        place: the function, by its whole name.
+        at_rank: None: all ranks get it.
+    """
+    owner, function = _find(place)
+    real = getattr(owner, function)
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        if at_rank in (None, rank()):
+            os.kill(os.getpid(), signal.Signals[name])
+        return real(*args, **options)
+
+    setattr(owner, function, signalled)
+
+
+def _find(place: str) -> tuple[Any, str]:
+    """Return the module or class that has what a name stands for, and its name there."""
+    parent, _, name = place.rpartition(".")
+    try:
+        return importlib.import_module(parent), name
+    except ModuleNotFoundError:
+        owner, class_name = _find(parent)
+        return getattr(owner, class_name), name
+
+
+@fault
+def has_little_memory(megabytes: int) -> None:
+    """While a checkpoint is read the process may grow by so much only."""
+    import resource
+
+    from resnest_imagenet.training import run_folder
+
+    real = run_folder.load_checkpoint
+
+    def load_checkpoint(path: Any) -> Any:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 2**20, before[1]))
+        try:
+            return real(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    run_folder.load_checkpoint = load_checkpoint
 
 
 @fault
