@@ -15,6 +15,7 @@ from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
 
 MAX_BYTES = 10**6  # of a file of options
+MAX_DRAWN = 1e40  # more than float32 holds, and less than breaks a chart's axis
 
 
 class CropResult(Options):
@@ -180,9 +181,10 @@ def read_events(path: Path, numbers: dict[str, tuple[str, ...]]) -> list[dict[st
                 is_count = name in ("step", "epoch")  # from 1 on; a loss may be infinite
                 if type(value) not in (int, float) or (is_count and not 0 < value < math.inf):
                     raise ValueError(f"{name}={value}")
-                float(value)  # no larger than can be drawn
+                if MAX_DRAWN < abs(value) < math.inf:
+                    raise ValueError(f"{name}={value}")
         return events
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not what resnest-train writes") from error
 
 
