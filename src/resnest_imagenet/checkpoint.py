@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import safetensors.torch
 import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
 
 from resnest_imagenet.errors import CheckpointError, DamagedCheckpointError, StorageError, UserError, is_out_of_memory
 from resnest_imagenet.files import replacing
@@ -80,7 +81,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """
     with replacing(path) as file:
         if path.suffix == ".safetensors":
-            data = safetensors.torch.save(content, metadata={"format": "pt", "sha256": _ZEROS.decode()})
+            data = format_safetensors(content, metadata={"format": "pt", "sha256": _ZEROS.decode()})
             file.write(data.replace(_ZEROS, hashlib.sha256(data).hexdigest().encode(), 1))
             return
         archive = _Digesting(file)
@@ -106,7 +107,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         data = _read(path)
         has_digest = _check_digest(data, path)
         if path.suffix == ".safetensors":
-            return safetensors.torch.load(data)
+            return parse_safetensors(data)
         if _is_zip(data):
             _check_archive(data, path, has_digest)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_UNREAD):
