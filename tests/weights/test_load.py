@@ -149,6 +149,7 @@ def test_training_checkpoints_of_other_projects_are_read(model, tmp_path):
     assert torch.serialization.get_safe_globals().count(argparse.Namespace) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_is_not_read_is_named_with_the_way_out(model, tmp_path):
     torch.save({"model": model.state_dict(), "hook": torch.nn.ReLU()}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"it holds torch.nn.modules.activation.ReLU, .* its state dict alone"):
