@@ -38,7 +38,9 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 def stop_while_starting(place: Place) -> dict[str, Any]:
     """A signal at each stage of a start: exit code 75, no checkpoint changes, the next start resumes bit for bit."""
     options: tuple[str, ...] = ("checkpoint.every_steps=2", "loader=torchvision")
-    options += () if place.fast else (*RICH, "log.trackers=[tensorboard,mlflow]")
+    options += () if place.fast else RICH
+    # Asked before it has opened, MLflow writes nothing.
+    more_of = {"compiling": ("train.compile=true",), "opening MLflow": ("log.trackers=[mlflow]",)}
     whole, stopped = place.new_run(), place.new_run()
     require(Trainer(place, whole, *options).wait() == [0], f"{whole} ends well")
     killed = Trainer(place, stopped, *options, faults=[("killed", [0, 0, 5])])
@@ -46,8 +48,7 @@ def stop_while_starting(place: Place) -> dict[str, Any]:
     stages = {stage: STAGES[stage] for stage in list(STAGES)[2:7:4]} if place.fast else STAGES
     before = _read_checkpoints(stopped)
     for (stage, function), name in zip(stages.items(), itertools.cycle(SIGNALS)):
-        more = ("train.compile=true",) if stage == "compiling" else ()
-        _require_stopped(place, stopped, name, function, *options, *more)
+        _require_stopped(place, stopped, name, function, *options, *more_of.get(stage, ()))
         require(_read_checkpoints(stopped) == before, f"{name} while {stage}: a checkpoint has changed")
     trainer = Trainer(place, stopped, *options)
     require(trainer.wait() == [0], f"{stopped} ends well:\n{trainer.output}")
