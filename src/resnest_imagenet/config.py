@@ -3,10 +3,11 @@
 A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
 """
 
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 # Five halvings need 32 pixels.
@@ -21,6 +22,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 def _as_list(value: Any) -> Any:
     """Take crop=224 for crop=[224]."""
     return value if isinstance(value, list) else [value]
+
+
+def _keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Take "own" as it is, whatever the type is: a union would put the names of its types into an error's option."""
+    return value if value == "own" else validate(value)
 
 
 class Options(BaseModel):
@@ -138,6 +144,22 @@ class ProtocolOptions(Options):
     antialias: bool
 
 
+_Own = WrapValidator(_keep_own)
+
+
+class OwnProtocolOptions(Options):
+    """The same for a network that is there: "own" stands for what its own evaluation has."""
+
+    order: Literal["own", "resize_crop", "crop_resize"]
+    ratio: Annotated[Annotated[float, Field(gt=0, le=1)] | None, _Own]
+    interpolation: Literal["own", "auto", "bilinear", "bicubic"]
+    antialias: Annotated[bool, _Own]
+
+    def list_changes(self) -> dict[str, Any]:
+        """Return what is not the network's own, as `EvalTransform` takes it."""
+        return {option: value for option, value in self if value != "own"}
+
+
 class EvalOptions(Options):
     """The evaluation after each epoch."""
 
@@ -190,14 +212,15 @@ class EvalConfig(Options):
 
     ckpt: str
     weights: Literal["auto", "model", "ema"]
-    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)]
+    # null: the checkpoint's own
+    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)] | None
     batch_size: Positive
     precision: Precision
     compile: bool
     device: Device
     out: str | None
     predictions: str | None
-    protocol: ProtocolOptions
+    protocol: OwnProtocolOptions
     model: NetworkOptions | None
     data: DataOptions
     loader: LoaderOptions
@@ -206,7 +229,7 @@ class EvalConfig(Options):
     def _check(self) -> "EvalConfig":
         if self.data.on_error == "substitute":
             raise ValueError("data.on_error=substitute is for training: it would falsify an evaluation's counts")
-        if len(set(self.crop)) < len(self.crop):
+        if self.crop is not None and len(set(self.crop)) < len(self.crop):
             raise ValueError(f"crop={self.crop} has the same crop twice")
         return self
 
@@ -215,11 +238,11 @@ class InferenceConfig(Options):
     """What resnest-predict and resnest-compare share."""
 
     weights: Literal["auto", "model", "ema"]
-    crop: Crop
+    crop: Crop | None  # null: the checkpoint's own
     batch_size: Positive
     precision: Precision
     device: Device
-    protocol: ProtocolOptions
+    protocol: OwnProtocolOptions
     loader: LoaderOptions
 
 
@@ -295,8 +318,8 @@ class ExportConfig(Options):
     model: NetworkOptions | None
     layout: Literal["official", "timm", "mmpretrain", "detectron2"]
     format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
-    crop: Crop  # with the protocol: what the others tell their readers, and are tried at
-    protocol: ProtocolOptions
+    crop: Crop | None  # with the protocol: what the others tell their readers, and are tried at; null: its own
+    protocol: OwnProtocolOptions
     out: str | None
 
     @model_validator(mode="after")

@@ -117,11 +117,13 @@ PROTOCOLS = {
 
 @pytest.mark.parametrize(("name", "crop"), PROTOCOLS)
 def test_the_shipped_protocols_in_words(name, crop):
-    """Composed as either command does; the paper's is the default, here and in the class."""
+    """Composed as either command does; the paper's is the default of training and in the class."""
     choice = [] if name == "paper" else [f"protocol={name}"]
-    for command, schema, needed in (("train", TrainConfig, []), ("eval", EvalConfig, ["ckpt=x"])):
-        options = compose_config(command, schema, *choice, *needed, "data.root=x").protocol
-        transform = EvalTransform(crop, **options.model_dump())
+    training = compose_config("train", TrainConfig, *choice, "data.root=x").protocol.model_dump()
+    evaluation = compose_config("eval", EvalConfig, *choice, "ckpt=x", "data.root=x").protocol.list_changes()
+    assert evaluation == (training if choice else {})  # the default is the checkpoint's own
+    for options in (training, evaluation):
+        transform = EvalTransform(crop, **options)
         assert transform.protocol == PROTOCOLS[name, crop]
         if name == "paper":
             assert transform == EvalTransform(crop)
@@ -132,7 +134,7 @@ def test_the_shipped_protocols_in_words(name, crop):
 
 
 def test_every_shipped_protocol_is_named_here():
-    assert {path.stem for path in (find_conf() / "protocol").iterdir()} == {name for name, _ in PROTOCOLS}
+    assert {path.stem for path in (find_conf() / "protocol").iterdir()} == {"own", *(name for name, _ in PROTOCOLS)}
 
 
 def test_other_options_stand_in_the_words_too():

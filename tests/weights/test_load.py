@@ -1,6 +1,7 @@
 """Every layout, wrapper and file format into a network, and each way in which weights do not fit."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,8 +214,9 @@ def test_a_new_classifier_for_other_classes(model, save):
     assert torch.equal(new.fc.weight, own)
     assert torch.equal(new.layer4[0].conv1.weight, model.layer4[0].conv1.weight)
     same = build_model(NAME, 7)
-    assert start_from(same, NAME, list("abcdefg"), weights)
-    assert torch.equal(same.fc.weight, model.fc.weight)
+    assert start_from(same, NAME, list("abcdefg"), replace(weights, classes=list("gfedcba")))
+    assert torch.equal(same.fc.weight, model.fc.weight.flip(0)) and torch.equal(same.fc.bias, model.fc.bias.flip(0))
+    assert not start_from(same, NAME, list("abcdefg"), weights)  # nobody says which
 
 
 def test_export_refuses_what_it_cannot_do(model, save, tmp_path):

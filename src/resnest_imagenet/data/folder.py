@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from resnest_imagenet.data.source import ImageSource, find_part, list_folders
+from resnest_imagenet.data.source import ImageSource, find_part, list_folders, order_classes
 from resnest_imagenet.errors import DataError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 class ImageFolder(ImageSource):
-    """The images of one folder: the classes are its folders, sorted; the files are sorted by class and name."""
+    """The images of one folder: the classes are its folders, in `order_classes`, the files are by class and name."""
 
     def path(self, index: int) -> bytes:
         """Return the path of one image as the operating system knows it."""
@@ -41,7 +41,7 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
         DataError: root or part missing, no classes, a class without images.
     """
     part = find_part(root, name, option)
-    classes = list_folders(part)
+    classes = order_classes(list_folders(part))
     if not classes:
         raise DataError(f"{part}: no class folders; the layout is {part}/<class>/<image>.JPEG")
     files: list[bytes] = []

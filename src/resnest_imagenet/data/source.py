@@ -1,6 +1,7 @@
 """What a loader reads from: encoded images with labels, wherever they are kept."""
 
 import os
+import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -106,8 +107,20 @@ def require_same_classes(train: ImageSource, val: ImageSource) -> None:
         raise DataError(f"{val.root} and {train.root} have the same classes, but in another order")
 
 
+def read_numbers(classes: Sequence[str]) -> list[int] | None:
+    """Return the numbers that class names are, with or without leading zeros; None unless all are."""
+    return [int(name) for name in classes] if all(re.fullmatch("[0-9]{1,9}", name) for name in classes) else None
+
+
+def order_classes(names: Iterable[str]) -> list[str]:
+    """Return class names in the order of their labels: as text, but the numbers 0 to N - 1 as numbers."""
+    names = sorted(names)
+    numbers = read_numbers(names) or []
+    return sorted(names, key=int) if sorted(numbers) == list(range(len(names))) else names
+
+
 def are_numbers(classes: Sequence[str]) -> bool:
-    """Say whether the classes are the numbers of their labels: of shards that do not name them."""
+    """Say whether the classes are the numbers of their labels, as of shards that do not name them."""
     return list(classes) == [str(label) for label in range(len(classes))]
 
 

@@ -15,8 +15,8 @@ from resnest_imagenet.data.folder import find_images
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import split_unreadable
-from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.inference import compute_probabilities, open_classifier
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import describe_classes, require_model
@@ -62,14 +62,14 @@ def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
     images, faults = split_unreadable(find_images(config.images))
     predictions: list[Prediction] = []
     if len(images):
-        classifier = open_classifier(config.ckpt, config.weights, config.model.name if config.model else None, device)
+        classifier = open_classifier(config.ckpt, config.model.name if config.model else None, config, device)
         described = describe_classes(classifier.classes)
-        transform = EvalTransform(config.crop, **config.protocol.model_dump())
         plan = plan_evaluation(len(images), config.batch_size, 0, 1)
-        loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
+        loader = build_loader(config.loader.name, images, plan, classifier.transform, device, config.loader.workers)
         done = 0
         with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-            for (probabilities,) in compute_probabilities([classifier], loader, device, config.precision):
+            batches = compute_probabilities([classifier], loader, device, config.precision, images.name)
+            for (probabilities,) in batches:
                 best = probabilities.topk(min(config.top, probabilities.shape[1]))
                 for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                     file = images.name(done)
@@ -102,5 +102,5 @@ def _encode(predictions: list[Prediction], suffix: str) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Prediction)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: guard(value) for key, value in row.items()} for row in rows)
     return text.getvalue()

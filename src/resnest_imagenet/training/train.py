@@ -3,6 +3,7 @@
 import inspect
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomR
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError, Stopped
 from resnest_imagenet.evaluation.counting import evaluate
+from resnest_imagenet.evaluation.labels import name_outputs
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.zoo import build_model, require_model
@@ -93,7 +95,7 @@ def train(config: TrainConfig) -> TrainingState:
                     distributed.broadcast_buffers(state.evaluated_model)
                     pause = partial(control.before_eval_batch, state.epoch, len(train_loader.plan))
                     folded = fold_batch_norms(state.evaluated_model)
-                    evaluation = evaluate(folded, eval_loader, ranks, config.train.precision, pause)
+                    evaluation = evaluate(folded, eval_loader, ranks, config.train.precision, pause, val_set.name)
                     state.epoch += 1
                     log.evaluation(state, evaluation, val_set, eval_transform)
                     is_best = evaluation.top1 > state.best_top1
@@ -193,7 +195,9 @@ def _build_state(config: TrainConfig, train_set: ImageSource, ranks: Ranks, is_n
         split_attention=config.model.split_attention,
     )
     if is_new and recipe.init_from is not None:
-        same_classes = start_from(model, config.model.name, classes, read_weights(recipe.init_from))
+        weights = read_weights(recipe.init_from)
+        weights = replace(weights, classes=name_outputs(classes, weights.classes, len(classes)))
+        same_classes = start_from(model, config.model.name, classes, weights)
         if ranks.is_main:
             head = "its classifier too" if same_classes else f"with a new classifier of {len(classes)} classes"
             print(f"starting from {recipe.init_from}, {head}", flush=True)
