@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -7,12 +8,16 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from conftest import ALONE
+from conftest import ALONE, compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.errors import ConfigError, DataError, NonFiniteError
+from resnest_imagenet.evaluation.compare import compare_networks
 from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint, format_results
+from resnest_imagenet.evaluation.explain import explain_images
+from resnest_imagenet.evaluation.predict import predict_images
 
 
 class Fixed:
@@ -50,6 +55,42 @@ def test_a_missing_image_is_an_error():
     loader = Fixed(4, (torch.zeros(2, 5), torch.tensor([0, 1])))
     with pytest.raises(RuntimeError, match="evaluated 2 images of 4"):
         evaluate(nn.Identity(), loader, ALONE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_end_an_evaluation(value):
+    logits = torch.arange(21.0).view(3, 7)
+    logits[2, 4] = value
+    loader = Fixed(3, (logits[:2], torch.tensor([0, 5])), (logits[2:], torch.tensor([0])))
+    line = r"^c\.jpg: its logits are not finite in fp16, like those of 1 of 3 images; bf16 and fp32 hold larger values$"
+    with pytest.raises(NonFiniteError, match=line) as error:
+        evaluate(nn.Identity(), loader, ALONE, "fp16", name=lambda index: "abc"[index] + ".jpg")
+    assert error.value.exit_code == 5
+
+
+@pytest.fixture
+def overflowing_weights(tmp_path):
+    """Finite weights whose logits are not."""
+    model = build_model("resnest14_half", 10)
+    nn.init.constant_(model.fc.weight, 3e38)
+    torch.save(model.state_dict(), tmp_path / "overflow.pth")
+    return tmp_path / "overflow.pth"
+
+
+def test_every_command_names_the_first_image(overflowing_weights, evaluation_of, demo_images, tmp_path):
+    first = re.escape(str(next((demo_images / "val").rglob("checker_0_00000.JPEG"))))
+    line = f"^{first}: its logits are not finite in fp32, like those of "
+    network, fast = ("model=resnest14_half",), ("device=cpu", "loader.workers=1", "crop=32", "batch_size=8")
+    ckpt, images = f"ckpt={overflowing_weights}", f"images={demo_images}/val"
+    with pytest.raises(NonFiniteError, match=f"{line}40 of 40 images$"):
+        evaluate_checkpoint(evaluation_of(overflowing_weights, *network))
+    with pytest.raises(NonFiniteError, match=f"{line}8 of 8 images$"):
+        predict_images(compose_config("predict", PredictConfig, *fast, *network, ckpt, images))
+    with pytest.raises(NonFiniteError, match=line):
+        explain_images(compose_config("explain", ExplainConfig, *fast, *network, ckpt, images, f"out={tmp_path}/out"))
+    both = (f"ckpt=[{overflowing_weights},{overflowing_weights}]", "models=[resnest14_half,resnest14_half]")
+    with pytest.raises(NonFiniteError, match=line):
+        compare_networks(compose_config("compare", CompareConfig, *fast, *both, images))
 
 
 @pytest.fixture

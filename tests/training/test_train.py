@@ -459,6 +459,20 @@ def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_p
     assert not torch.equal(saved["ema"]["fc.weight"], saved["model"]["fc.weight"])
 
 
+def test_an_evaluation_that_is_not_finite_stops_the_run(small_run, tmp_path):
+    """Losses are finite, with each batch's own statistics; those of evaluation have no square root."""
+    model = build_model("resnest14_half", 10)
+    torch.nn.init.constant_(model.bn1.running_var, -1e9)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(
+        NonFiniteError, match=r"checker_0_00000\.JPEG: its logits are not finite in fp32, like .* 40 of 40"
+    ):
+        train(small_run(f"train.init_from={tmp_path}/bare.pth", "train.epochs=1", "train.warmup_epochs=0"))
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path):
     with pytest.raises(NonFiniteError, match="rank 0: loss or gradient not finite at step 2, learning rate 6.144e.28"):
         train(small_run("train.lr_per_256=1e30", "train.warmup_epochs=0"))

@@ -139,7 +139,7 @@ def test_a_graph_that_computes_something_else_is_not_written(model, checkpoint, 
 
 def test_a_network_without_finite_logits_is_refused(tmp_path, monkeypatch):
     broken = build_model(NAME, 3).eval()
-    torch.nn.init.constant_(broken.fc.bias, float("nan"))
+    torch.nn.init.constant_(broken.bn1.running_var, -1)
     save_checkpoint(broken.state_dict(), tmp_path / "nan.pth")
     substitute(monkeypatch, broken)
     with pytest.raises(CheckpointError, match="nan.pth: the logits are not finite"):

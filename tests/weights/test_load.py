@@ -219,6 +219,25 @@ def test_a_new_classifier_for_other_classes(model, save):
     assert not start_from(same, NAME, list("abcdefg"), weights)  # nobody says which
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (float("nan"), torch.float32),
+        (float("nan"), torch.float8_e4m3fn),
+        (float("inf"), torch.float16),
+        (float("-inf"), torch.bfloat16),
+    ],
+)
+def test_values_that_are_not_finite_are_named(model, save, value, dtype):
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for key in ("layer1.0.bn3.running_var", "fc.weight"):
+        state[key].view(-1)[-1] = value
+        state[key] = state[key].to(dtype)
+    for source in (save({f"module.{key}": tensor for key, tensor in state.items()}), save({"model": state}, "run.pt")):
+        with pytest.raises(CheckpointError, match=f"^{source}: layer1.0.bn3.running_var has values that are not fin"):
+            read_weights(source)
+
+
 def test_export_refuses_what_it_cannot_do(model, save, tmp_path):
     source = save(model.state_dict())
     with pytest.raises(ConfigError, match="out=.*out.pt does not end in .pth"):
