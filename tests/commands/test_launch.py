@@ -74,7 +74,7 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/a=b"], "cannot read 'data.root=/a=b': write option=value, quote special characters"),
         (["data.root"], "cannot read 'data.root': write option=value"),
         (["data.root=/x", "train.lr_per_256=inf"], "train.lr_per_256=inf: input should be a finite number"),
-        (["model=null"], "Config group override must be a string or a list"),
+        (["model=null"], "a group cannot be null: write group=NAME"),
         (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
         (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
         (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),

@@ -10,16 +10,17 @@ from torch import nn
 from conftest import ALONE, compose_config
 from resnest_imagenet import build_model
 from resnest_imagenet.config import CompareConfig, PredictConfig
+from resnest_imagenet.data import folder
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.source import order_classes
 from resnest_imagenet.data.webdataset import read_shards, write_shards
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.errors import CheckpointError, DataError
 from resnest_imagenet.evaluation.compare import compare_networks
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.evaluation.labels import label_images, name_outputs
 from resnest_imagenet.evaluation.predict import predict_images
 from resnest_imagenet.models.zoo import list_imagenet_classes
-from resnest_imagenet.training.train import _build_state, prepare
+from resnest_imagenet.training.train import _build_state, prepare, train
 
 NUMBERS = [str(number) for number in range(12)]  # as text: 0, 1, 10, 11, 2, ...
 
@@ -73,6 +74,8 @@ def test_the_order_of_class_folders():
         (["1", "2"], None, 2, None),  # from 1 on: which is the first output?
         (["0", "5"], None, 2, None),
         (["1", "01"], None, 2, None),
+        (["0"], ["0", "00"], 2, ["0", "00"]),
+        (["000"], ["0", "00"], 2, None),
         (["a", "b"], None, 2, ["a", "b"]),
         (["a", "b"], ["0", "1"], 2, ["a", "b"]),  # trained on shards without names
         (["a", "b"], ["b", "a"], 2, ["b", "a"]),
@@ -130,6 +133,17 @@ def test_a_classifier_comes_along_in_another_order(tmp_path, image, small_run):
     assert train_set.classes[bias.argmax()] == "2" and bias.argmax() == 4
 
 
+def test_a_run_with_its_classes_in_text_order_is_not_relabelled(tmp_path, image, small_run, monkeypatch):
+    """A run of a version that ordered the numbers as text, too."""
+    make_tree(tmp_path, image, *(f"{part}/{number}/1.JPEG" for part in ("train", "val") for number in NUMBERS))
+    config = small_run(f"data.root={tmp_path}", "train.batch_size=4", "train.epochs=1", "train.warmup_epochs=0")
+    with monkeypatch.context() as context:
+        context.setattr(folder, "order_classes", sorted)
+        train(config)
+    with pytest.raises(CheckpointError, match="was trained with training images=12 .*, not 12 "):
+        train(config)
+
+
 def test_numbers_that_are_no_outputs_are_refused(tmp_path, image, evaluation_of):
     make_tree(tmp_path, image, *(f"val/{number}/1.JPEG" for number in range(1, 13)))
     bare = save_constant(tmp_path / "bare.pth", 12, 2)
@@ -151,12 +165,12 @@ def test_thousand_outputs_are_imagenets_classes(tmp_path, image, evaluation_of):
 def test_a_thousand_other_folders_are_labelled_in_their_order(tmp_path, image, capsys):
     """Not by names that happen to be timm's or ImageNet's."""
     make_tree(tmp_path, image, *(f"val/place{number:03}/1.JPEG" for number in range(1000)))
-    folder = read_image_folder(str(tmp_path), "val", "x")
-    assert label_images(folder, None, 1000, "x.pth").labels.tolist() == list(range(1000))
-    line = f"{tmp_path}/val: its classes are taken for the outputs, in their order, of x.pth\n"
+    images = read_image_folder(str(tmp_path), "val", "x")
+    assert label_images(images, None, 1000, "x.pth").labels.tolist() == list(range(1000))
+    line = f"{tmp_path}/val: its classes, in their order, are taken for the outputs of x.pth\n"
     assert capsys.readouterr().err == line
     with pytest.raises(DataError, match="1000 of its classes are not among the classes of x.pth: place000, "):
-        label_images(folder, list_imagenet_classes(), 1000, "x.pth")
+        label_images(images, list_imagenet_classes(), 1000, "x.pth")
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +207,8 @@ def test_numbers_and_names_of_classes_meet_by_position(tmp_path, image, numbered
         label_images(shards, ["cat", "dog"], 2, "x")
     # The other way round: trained on numbered shards, evaluated on folders.
     make_tree(tmp_path, image, f"val/{imagenet[7]}/1.jpg", f"val/{imagenet[900]}/1.jpg")
-    folder = read_image_folder(str(tmp_path), "val", "data.val_dir")
-    assert label_images(folder, numbers, 1000, "x").labels.tolist() == [7, 900]
+    images = read_image_folder(str(tmp_path), "val", "data.val_dir")
+    assert label_images(images, numbers, 1000, "x").labels.tolist() == [7, 900]
     # A part of the numbers, for all to whom ImageNet's outputs have none or public names.
     make_tree(tmp_path, image, "part/3/1.jpg", "part/10/1.jpg")
     for known in (numbers, None, imagenet):

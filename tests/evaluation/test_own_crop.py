@@ -3,7 +3,6 @@
 import json
 from functools import partial
 
-import onnx
 import pytest
 import timm
 import torch
@@ -66,10 +65,10 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
     explain.explain_images(compose_config("explain", ExplainConfig, *single, f"out={tmp_path}/explained"))
     assert [transform.protocol for transform in seen] == [WORDS, WORDS]
 
-    for form, out in (("onnx", "net.onnx"), ("hub", "hub")):
-        export(compose_config("export", ExportConfig, f"ckpt={ckpt}", f"format={form}", f"out={tmp_path / out}"))
-    metadata = {each.key: each.value for each in onnx.load(tmp_path / "net.onnx").metadata_props}
+    config = compose_config("export", ExportConfig, f"ckpt={ckpt}", "format=hub", f"out={tmp_path}/hub")
+    metadata = open_network(config, partial(describe_input, config))[2].to_metadata()  # of onnx and torch_export
     assert (metadata["crop"], metadata["ratio"], metadata["order"]) == ("48", "0.6", "crop_resize")
+    export(config)
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}/hub", pretrained=True))
     assert (data["input_size"], data["crop_pct"], data["interpolation"]) == ([3, 48, 48], 0.6, "bilinear")
     assert capsys.readouterr().err == ""  # nothing had to be assumed

@@ -129,7 +129,7 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
             problem = f"unknown option {option}{suggest(option, known + groups)}"
         return ConfigError(problem)
     if "Config group override must be a string" in str(error):
-        return ConfigError("a group cannot be null: write group=NAME, as protocol=own for the checkpoint's")
+        return ConfigError("a group cannot be null: write group=NAME (protocol=own: the checkpoint's, not in training)")
     hint = ": write a list as [a,b]" if "Ambiguous value" in str(error) else ""
     return ConfigError(first_line(error) + hint)
 

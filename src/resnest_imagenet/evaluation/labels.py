@@ -33,7 +33,8 @@ def name_outputs(classes: Sequence[str], known: Sequence[str] | None, num_output
     numbers, own_numbers = read_numbers(classes), read_numbers(own)
     if numbers is not None and own_numbers is not None:
         names = dict(zip(own_numbers, own, strict=True))
-        if len(set(numbers)) < len(numbers) or not set(numbers) <= names.keys():
+        is_clear = len(names) == len(own) and len(set(numbers)) == len(numbers)
+        if not is_clear or not set(numbers) <= names.keys():
             return None
         return list((names | dict(zip(numbers, classes, strict=True))).values())
     if known is not None and list(known) != numbered:
@@ -78,7 +79,7 @@ def label_images(images: ImageSource, known: Sequence[str] | None, num_outputs: 
             "set data.root or ckpt"
         )
     if names is not None and names not in (list(known or ()), imagenet) and launched_as()[0] == 0:
-        order = "class n is output n" if has_numbers else "its classes are taken for the outputs, in their order,"
-        print(f"{images.root}: {order} of {source}", file=sys.stderr)
+        how = "class n is output n" if has_numbers else "its classes, in their order, are taken for the outputs"
+        print(f"{images.root}: {how} of {source}", file=sys.stderr)
     whose = f"the classes of {source}" if known else "ImageNet's 1000"
     return label_by_classes(images, names or own or (), whose)
