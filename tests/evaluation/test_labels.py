@@ -140,7 +140,7 @@ def test_a_run_with_its_classes_in_text_order_is_not_relabelled(tmp_path, image,
     with monkeypatch.context() as context:
         context.setattr(folder, "order_classes", sorted)
         train(config)
-    with pytest.raises(CheckpointError, match="was trained with training images=12 .*, not 12 "):
+    with pytest.raises(CheckpointError, match="was trained with"):
         train(config)
 
 

@@ -89,7 +89,8 @@ def choose_transforms(
     if crops is None and (weights.crop is None or weights.training is None):
         line = f"taking the usual test crop of {name}: {transforms[0].protocol}; crop=... sets another"
     elif others:
-        line = f"crop={','.join(others)} is not its own: evaluated at {own.crop}, trained at {trained or 'another'}"
+        line = f"crop={','.join(others)} is not its own: evaluated at {own.crop}"
+        line += f", trained at {trained}" if trained else ""
     if line is not None and launched_as()[0] == 0:
         print(f"{weights.source}: {line}", file=sys.stderr)
     return transforms

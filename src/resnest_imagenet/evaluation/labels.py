@@ -60,7 +60,7 @@ def label_images(images: ImageSource, known: Sequence[str] | None, num_outputs: 
     """
     imagenet = list_imagenet_classes() if num_outputs == 1000 else None
     own = known or imagenet
-    if own is not None:
+    if own is not None and not set(images.classes) <= set(own):
         meant = zip(images.classes, find_outputs(images.classes, own), strict=True)
         images = replace(images, classes=tuple(own[k[0]] if len(k) == 1 else name for name, k in meant))
     names = name_outputs(images.classes, known, num_outputs)
