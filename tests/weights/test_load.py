@@ -16,8 +16,8 @@ from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.models.zoo import list_imagenet_classes
 from resnest_imagenet.weights import published
-from resnest_imagenet.weights.export import export_weights
-from resnest_imagenet.weights.load import match_tensors, read_weights, restore_network, start_from
+from resnest_imagenet.weights.export import describe_weights, export_weights
+from resnest_imagenet.weights.load import Weights, match_tensors, read_weights, restore_network, start_from
 
 NAME = "resnest14_half"
 
@@ -236,6 +236,18 @@ def test_values_that_are_not_finite_are_named(model, save, value, dtype):
     for source in (save({f"module.{key}": tensor for key, tensor in state.items()}), save({"model": state}, "run.pt")):
         with pytest.raises(CheckpointError, match=f"^{source}: layer1.0.bn3.running_var has values that are not fin"):
             read_weights(source)
+
+
+def test_an_export_says_which_numbers_its_outputs_are():
+    """Of a run of a version that ordered numbered folders as text: bare weights do not tell."""
+    numbers = [str(number) for number in range(12)]
+    for classes, words in (
+        (sorted(numbers), f"{NAME} with its outputs for the classes 0, 1, 10, 11, 2, 3, 4, 5, ..."),
+        (numbers, NAME),
+        (["b", "a"], NAME),
+        (None, NAME),
+    ):
+        assert describe_weights(Weights("x", {}, classes=classes), NAME) == words
 
 
 def test_export_refuses_what_it_cannot_do(model, save, tmp_path):

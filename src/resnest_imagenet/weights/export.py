@@ -54,8 +54,12 @@ def require_other(config: ExportConfig, file: Path) -> None:
 
 
 def describe_weights(weights: Weights, name: str) -> str:
-    """Return what was exported, in words."""
-    return f"moving average of {name}" if weights.is_average else name
+    """Return what was exported, in words: with the classes, where these are numbers, but not those of the outputs."""
+    words = f"moving average of {name}" if weights.is_average else name
+    classes, numbers = weights.classes or [], [str(output) for output in range(len(weights.classes or []))]
+    if classes != numbers and set(classes) == set(numbers):
+        words += f" with its outputs for the classes {', '.join(classes[:8])}, ..."
+    return words
 
 
 def digest(file: Path) -> str:
