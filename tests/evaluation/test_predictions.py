@@ -14,7 +14,7 @@ from resnest_imagenet.evaluation.compare import Comparison
 from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
 from resnest_imagenet.evaluation.results import Measured
-from resnest_imagenet.evaluation.table3 import build_table, format_table
+from resnest_imagenet.evaluation.table3 import format_table
 
 
 def test_written_and_read_back(demo_images, tmp_path):
@@ -63,12 +63,14 @@ def test_no_table_has_formulas(tmp_path):
     values = np.full((1, 1), 0.5)
     compared = Comparison((name,), images, (name,), values, np.array([[name]]), values > 0, values > 0, ("p",))
     measured = Measured("resnest50", 224, 80.0, 1, 1, "@x", "p", "+x")
+    counted = dict.fromkeys(("parameters_paper", "parameters", "gflops_paper", "gflops"), 1.0)
+    counted |= {"row": "ResNeSt-50", "model": "resnest50", "top1_paper": {224: 81.13}}
     attention = {"layer1.0": np.zeros((1, 2, 4), dtype=np.float32)}
     for text in (
         predict._encode(predictions, ".csv"),
         compare.encode_csv(compared),
         explain.encode_csv([name], attention),
-        format_table(build_table([measured]), "csv"),
+        format_table([{**counted, "measured": [vars(measured)]}], "csv"),
     ):
         cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
         assert any(cell.startswith("'") for cell in cells)
