@@ -54,6 +54,8 @@ class DataOptions(Options):
     max_errors: Annotated[int, Field(ge=0)]  # on_error=substitute: how many of them, per rank
     # Of kind=webdataset: training images are shuffled within so many shards at a time; null: over the whole set.
     shuffle_shards: Positive | None
+    # By what a run that resumes tells that its images are still the same, besides their names and labels.
+    digest: Literal["names", "sizes", "content"]
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
@@ -149,7 +151,7 @@ class CheckpointOptions(Options):
 
     every_steps: Positive
     keep: Annotated[int, Field(ge=2)]  # the newest may be damaged
-    on_mismatch: Literal["refuse", "set_aside"]  # run_dir holds another run
+    on_mismatch: Literal["refuse", "set_aside", "extend"]  # run_dir holds another run, or this with fewer epochs
 
 
 class LogOptions(Options):

@@ -40,6 +40,10 @@ class ImageSource(ABC):
         return ()
 
     @abstractmethod
+    def list_sizes(self) -> np.ndarray:
+        """Return the images' sizes in bytes, encoded, int64 (N,); -1 for a file that is not there."""
+
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return what a person can find the image by."""
 

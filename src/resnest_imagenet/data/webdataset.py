@@ -90,6 +90,10 @@ class ShardedImages(ImageSource):
         """How many images each shard holds."""
         return tuple(np.bincount(self.shard, minlength=len(self.shards)).tolist())
 
+    def list_sizes(self) -> np.ndarray:
+        """Return the images' sizes in bytes, int64 (N,): those of the listing."""
+        return self.length
+
     def name(self, index: int) -> str:
         """Return the path of the image's shard and its name there."""
         shard, _, member = os.fsdecode(self.files[index]).partition("/")

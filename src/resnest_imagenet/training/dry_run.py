@@ -15,11 +15,11 @@ from resnest_imagenet.config import RecipeOptions, TrainConfig
 from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from resnest_imagenet.errors import ConfigError, DamagedCheckpointError
 from resnest_imagenet.models.cost import count_cost, count_kept
 from resnest_imagenet.models.zoo import build_model
 from resnest_imagenet.training.run_folder import RunFolder
-from resnest_imagenet.training.saving import compare_identity, describe_identity
+from resnest_imagenet.training.saving import describe_identity, find_problem, is_over
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import build_train_loader, prepare
@@ -65,7 +65,7 @@ def describe_run(config: TrainConfig) -> str:
         f"{options.keep} and the best stay",
         "disk": f"{needed / 1e9:.2f} GB for them in {config.run_dir}, {free / 1e9:,.1f} GB free"
         + (": NOT ENOUGH" if needed > free else ""),
-        "start": _describe_start(run, config, describe_identity(config, plan, train_set, protocol)),
+        "start": _describe_start(run, config, describe_identity(config, plan, train_set, val_set, protocol, ranks)),
     }
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
 
@@ -81,22 +81,24 @@ def count_checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def _describe_start(run: RunFolder, config: TrainConfig, identity: dict[str, Any]) -> str:
-    newest = next(iter(run.list_checkpoints()), None)
-    if newest is None:
-        if config.train.init_from is None:
-            return f"anew in {run.path}"
-        match_tensors(read_weights(config.train.init_from), config.model.name)
-        return f"anew in {run.path}, with the weights of {config.train.init_from}"
+    newest = None if run.is_moving() else next(iter(run.list_checkpoints()), None)
     try:
-        differences = compare_identity(load_checkpoint(newest), identity)
+        saved = {} if newest is None else load_checkpoint(newest)
     except DamagedCheckpointError as error:
         return f"from the one before the newest: {error}"
-    if not differences:
-        return f"from {newest}"
-    line = f"{newest} was trained with {differences}"
-    if config.checkpoint.on_mismatch == "refuse":
-        raise CheckpointError(f"{line}: choose another run_dir, or checkpoint.on_mismatch=set_aside")
-    return f"anew: {line}, and is set aside"
+    remains = run.find_remains() if newest is None and not run.is_moving() else None
+    problem = find_problem(run, newest, saved, remains, identity, config.checkpoint.on_mismatch)
+    if problem:
+        return f"from scratch: {problem}, and is set aside"
+    if newest is None:
+        if config.train.init_from is None:
+            return f"from scratch in {run.path}"
+        match_tensors(read_weights(config.train.init_from), config.model.name)
+        return f"from scratch in {run.path}, with the weights of {config.train.init_from}"
+    if is_over(run, saved, identity):
+        return f"finished: best top-1 {saved['best_top1']:.2f} %, nothing to do"
+    before = saved["identity"]["train.epochs"]
+    return f"from {newest}" + (f", extended from {before} epochs" if before != config.train.epochs else "")
 
 
 def _describe_learning_rate(recipe: RecipeOptions, plan: StepPlan) -> str:

@@ -66,16 +66,17 @@ def train(config: TrainConfig) -> TrainingState:
         saver = Saver(
             run,
             ranks,
-            identity=describe_identity(config, plan, train_set, eval_transform.protocol),
+            identity=describe_identity(config, plan, train_set, val_set, eval_transform.protocol, ranks),
             circumstances=describe_circumstances(config, ranks),
             description={"config": config.model_dump(), "classes": list(train_set.classes)},
         )
         saved = saver.find(config.checkpoint.on_mismatch)
         state = _build_state(config, train_set, ranks, is_new=saved is None)
         if saved is not None:
-            saver.restore(state, train_loader, saved)
+            if saver.restore(state, train_loader, saved):
+                return state
             del saved  # as large as the state
-        run.describe(config.model_dump(), ranks)
+        run.begin(config.model_dump(), ranks, state.step or None)
         dropblock = DropBlock(state.model) if config.train.dropblock > 0 else None
         network = _wrap(state.model, config.train, ranks)
         # 6. The epochs, to the end or to a signal.

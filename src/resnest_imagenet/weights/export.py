@@ -44,6 +44,8 @@ def choose_file(config: ExportConfig, default: str) -> Path:
         raise ConfigError(f"out={out} does not end in {suffix}: set format=... or another name")
     require_other(config, out)
     require_writable(out, "out")
+    if out.exists() and not out.is_file():  # its digest is read back
+        raise ConfigError(f"out={out}: not a file")
     return out
 
 
