@@ -29,6 +29,9 @@ def test_the_plan_is_what_the_run_does(small_run, tmp_path):
         describe_run(small_run(*other))
     aside = parse(describe_run(small_run(*other, "checkpoint.on_mismatch=set_aside")))["start"]
     assert re.search(f"^from scratch: .*{differences}, and is set aside$", aside)
+    (tmp_path / "run/earlier-1.moving").mkdir()  # as a process leaves it that is killed while it sets the run aside
+    assert parse(describe_run(config))["start"] == f"from scratch in {tmp_path / 'run'}"
+    (tmp_path / "run/earlier-1.moving").rmdir()
     newest_checkpoint(tmp_path / "run").write_bytes(b"web page")
     assert parse(describe_run(config))["start"].startswith("from the one before the newest: ")
 

@@ -161,6 +161,23 @@ def killed_in_write(place: str, number: int, share: float) -> None:
 
 
 @fault
+def killed_in_move(number: int) -> None:
+    """Killed before one of the renames that set an earlier run aside."""
+    from pathlib import Path
+
+    real, renames = Path.rename, 0
+
+    def rename(self: Path, target: Any) -> Any:
+        nonlocal renames
+        renames += ".moving" in f"{self} {target}"
+        if renames == number:
+            die()
+        return real(self, target)
+
+    Path.rename = rename
+
+
+@fault
 def has_full_disk(num_bytes: int) -> None:
     """No file may grow beyond so many bytes."""
     import resource

@@ -150,7 +150,7 @@ class RunFolder:
 
     def _holds_run(self) -> bool:
         """Say whether a run has begun here, which status.json is about."""
-        names = ("config.yaml", "metrics.jsonl", "checkpoints/best.pt")
+        names = ("config.yaml", "metrics.jsonl", "predictions.csv", "checkpoints/best.pt")
         return any((self.path / name).exists() for name in names) or bool(self.list_checkpoints())
 
     def find_remains(self) -> str | None:
@@ -235,7 +235,7 @@ class RunFolder:
         """Move what is left of a run that is being set aside; nothing of a new one is there before this is done."""
         for moving in self.path.glob(f"earlier-*{_MOVING}"):
             synchronise(self.path)
-            for entry in self.path.iterdir():
+            for entry in sorted(self.path.iterdir()):
                 if not _STAYS.fullmatch(entry.name):
                     entry.rename(moving / entry.name)
             synchronise(moving)
