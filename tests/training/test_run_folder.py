@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from conftest import ALONE
-from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import open_source
 from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import DataError
@@ -194,4 +193,4 @@ def test_init_from_is_the_same_however_it_is_spelled(identify, demo_images, tmp_
         (None, ["train.init_from"]),
     ):
         assert list(compare_identity({"identity": {**now, "train.init_from": spelled}}, now)) == differences
-    assert "train.recipe" not in now and read_image_folder(str(demo_images), "val", "x").list_sizes().min() > 0
+    assert "train.recipe" not in now

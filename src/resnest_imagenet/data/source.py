@@ -40,8 +40,8 @@ class ImageSource(ABC):
         return ()
 
     @abstractmethod
-    def list_sizes(self) -> np.ndarray:
-        """Return the images' sizes in bytes, encoded, int64 (N,); -1 for a file that is not there."""
+    def list_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Return sizes in bytes of n images, encoded, int64 (n,); -1 for a file that is not there."""
 
     @abstractmethod
     def name(self, index: int) -> str:

@@ -90,9 +90,9 @@ class ShardedImages(ImageSource):
         """How many images each shard holds."""
         return tuple(np.bincount(self.shard, minlength=len(self.shards)).tolist())
 
-    def list_sizes(self) -> np.ndarray:
-        """Return the images' sizes in bytes, int64 (N,): those of the listing."""
-        return self.length
+    def list_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Return sizes in bytes of n images, int64 (n,): those of the listing."""
+        return self.length[indices]
 
     def name(self, index: int) -> str:
         """Return the path of the image's shard and its name there."""

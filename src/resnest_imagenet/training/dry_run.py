@@ -37,7 +37,7 @@ def describe_run(config: TrainConfig) -> str:
     config, device, train_set, val_set, plan = prepare(config)
     recipe, options = config.train, config.checkpoint
     rank, local_rank, world_size = distributed.launched_as()
-    ranks = Ranks(rank, world_size, local_rank, device)
+    ranks, alone = Ranks(rank, world_size, local_rank, device), Ranks(0, 1, 0, device)
     started = time.perf_counter()
     images, _ = next(iter(build_train_loader(config, train_set, plan, ranks).batches(epoch=0)))
     seconds = time.perf_counter() - started
@@ -65,7 +65,7 @@ def describe_run(config: TrainConfig) -> str:
         f"{options.keep} and the best stay",
         "disk": f"{needed / 1e9:.2f} GB for them in {config.run_dir}, {free / 1e9:,.1f} GB free"
         + (": NOT ENOUGH" if needed > free else ""),
-        "start": _describe_start(run, config, describe_identity(config, plan, train_set, val_set, protocol, ranks)),
+        "start": _describe_start(run, config, describe_identity(config, plan, train_set, val_set, protocol, alone)),
     }
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
 

@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from resnest_imagenet.training.state import TrainingState
 
 # What an identity has of each part of the data; where one differs, those after it tell nothing new.
 _OF_IMAGES = ("images", "labels", "sizes", "content")
-_READERS = 32  # files at a time, of content: they may be far away
+_LOOKING_THREADS, _LOOKED_AT = 32, 256  # each waits for its own answer of a file server; and is given so many files
 
 
 @dataclass(frozen=True)
@@ -255,11 +257,21 @@ def describe_identity(
     val_set: ImageSource,
     protocol: str,
     ranks: Ranks,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Return what must not change when a run goes on: plain values by option name, and digests of the data.
 
     The evaluation's protocol and the val images are among them: the best accuracy so far is comparable under the same
-    only. Paths are relative to the data set's folder, which may move. All ranks take part: one looks at the files.
+    only. Paths are relative to the data set's folder, which may move. All ranks take part, and share the files.
+
+    Args:
+        config: of the run.
+        plan: its steps.
+        train_set: its training images.
+        val_set: the images of its evaluations.
+        protocol: of its evaluations, in words.
+        ranks: who takes part.
+        tick: called from time to time while the files are looked at, as data.digest asks for.
     """
     recipe = config.train.model_dump()
     # The number of ranks and with it the batch may change as long as the global batch stays; the others leave the run
@@ -268,10 +280,12 @@ def describe_identity(
         del recipe[name]
     recipe["init_from"] = _locate(config.train.init_from)
     parts = {"training": train_set, "val": val_set}
-    of_files = {}
-    if ranks.is_main:
-        of_files = {name: _describe_files(name, images, config.data.digest) for name, images in parts.items()}
-    of_files = gather_objects(of_files, ranks)[0]
+    files: dict[str, str] = {}
+    for name, images in parts.items() if config.data.digest != "names" else ():
+        sizes = _look_at(images, images.list_sizes, ranks, tick)
+        files[f"{name} sizes"] = f"{sizes.sum()} {_digest(sizes)}"
+    for name, images in parts.items() if config.data.digest == "content" else ():
+        files[f"{name} content"] = _digest(_look_at(images, partial(_digest_images, images), ranks, tick))
     return {
         "model.name": config.model.name,
         "model.num_classes": config.model.num_classes,
@@ -283,7 +297,7 @@ def describe_identity(
         "classes": list(train_set.classes),
         **{f"{name} images": f"{len(images)} {_digest(images.files)}" for name, images in parts.items()},
         **{f"{name} labels": _digest(images.labels) for name, images in parts.items()},
-        **{name: value for values in of_files.values() for name, value in values.items()},
+        **files,
     }
 
 
@@ -294,17 +308,27 @@ def _locate(init_from: str | None) -> str | None:
     return os.path.realpath(init_from)
 
 
-def _describe_files(part: str, images: ImageSource, digest: str) -> dict[str, str]:
-    """Look at the files themselves, as far as data.digest asks for."""
-    description = {}
-    if digest != "names":
-        sizes = images.list_sizes()
-        description[f"{part} sizes"] = f"{sizes.sum()} {_digest(sizes)}"
-    if digest == "content":
-        with ThreadPoolExecutor(_READERS) as pool:
-            contents = np.array(list(pool.map(lambda index: _digest_image(images, index), range(len(images)))))
-        description[f"{part} content"] = _digest(contents)
-    return description
+def _look_at(
+    images: ImageSource, look: Callable[[np.ndarray], np.ndarray], ranks: Ranks, tick: Callable[[], None]
+) -> np.ndarray:
+    """Return what `look` returns for the indices of all images, (N, ...); each rank looks at its share."""
+    share = np.arange(len(images))[ranks.rank :: ranks.world_size]
+    looked = []
+    with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
+        for values in pool.map(look, np.array_split(share, 1 + len(share) // _LOOKED_AT)):
+            looked.append(values)
+            tick()
+    shares = gather_objects(np.concatenate(looked), ranks)
+    whole = np.empty((len(images), *shares[0].shape[1:]), shares[0].dtype)
+    for rank, values in enumerate(shares):
+        whole[rank :: ranks.world_size] = values
+    return whole
+
+
+def _digest_images(images: ImageSource, indices: np.ndarray) -> np.ndarray:
+    """Return the digests of n images, uint8 (n, 32)."""
+    digests = b"".join(_digest_image(images, index) for index in indices.tolist())
+    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
 
 
 def _digest_image(images: ImageSource, index: int) -> bytes:

@@ -24,7 +24,7 @@ from resnest_imagenet.evaluation.counting import evaluate
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.zoo import build_model, require_model
-from resnest_imagenet.supervision import supervise
+from resnest_imagenet.supervision import STARTING, supervise
 from resnest_imagenet.training.control import Control, StopAgreed
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
@@ -63,10 +63,11 @@ def train(config: TrainConfig) -> TrainingState:
             config.loader.name, val_set, eval_plan, eval_transform, ranks.device, config.loader.workers
         )
         # 5. The model, the same on every rank, and all that changes with it: new, or as the newest checkpoint has it.
+        tick = partial(watch.then, STARTING)
         saver = Saver(
             run,
             ranks,
-            identity=describe_identity(config, plan, train_set, val_set, eval_transform.protocol, ranks),
+            identity=describe_identity(config, plan, train_set, val_set, eval_transform.protocol, ranks, tick),
             circumstances=describe_circumstances(config, ranks),
             description={"config": config.model_dump(), "classes": list(train_set.classes)},
         )
