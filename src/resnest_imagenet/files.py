@@ -178,9 +178,18 @@ def _warn_unlocked(path: Path, error: OSError) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which is gone afterwards; filelock.Timeout where another process holds it."""
-    lock = FileLock(path, timeout=0)
+def locked(path: Path, timeout: float = 0) -> Iterator[None]:
+    """Hold a lock file, which is gone afterwards.
+
+    Args:
+        path: the file.
+        timeout: seconds to wait for another process that holds it; -1: without end.
+
+    Raises:
+        filelock.Timeout: it still holds it then.
+        OSError: the file cannot be made.
+    """
+    lock = FileLock(path, timeout=timeout)
     try:
         lock.acquire()
     except OSError as error:

@@ -174,9 +174,7 @@ def find_problem(
         ways.insert(0, "put them back")
     else:
         differences = compare_identity(saved, identity)
-        is_longer = (
-            list(differences) == ["train.epochs"] and saved["identity"]["train.epochs"] < identity["train.epochs"]
-        )
+        is_longer = [*differences] == ["train.epochs"] and 0 < _count_epochs(saved) < identity["train.epochs"]
         if not differences or (is_longer and on_mismatch == "extend"):
             return None
         problem = f"{newest} was trained with {'; '.join(differences.values())}"
@@ -302,8 +300,8 @@ def describe_identity(
 
 
 def _locate(init_from: str | None) -> str | None:
-    """Return a path as it is spelled nowhere else; the name of published weights as it is."""
-    if init_from is None or init_from.startswith(("official:", "timm:")):
+    """Return the absolute path of a file, without links; the name of published weights as it is."""
+    if not isinstance(init_from, str) or init_from.startswith(("official:", "timm:")):
         return init_from
     return os.path.realpath(init_from)
 
