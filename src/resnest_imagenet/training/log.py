@@ -87,7 +87,8 @@ class RunLog:
             with storing(folder / "metrics.jsonl"):
                 events = _keep_events(folder / "metrics.jsonl", state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
-            self._loss = next((event["loss"] for event in reversed(events) if event["event"] == "train"), None)
+            losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
+            self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
             _drop_other_predictions(folder / "predictions.csv", state.best_top1)
             self._trackers = open_trackers(folder, config, state.step, events)
             for tracker in self._trackers:
@@ -262,9 +263,10 @@ def _keep_events(path: Path, state: TrainingState) -> list[Event]:
 
 
 def _is_whole(event: Event) -> bool:
-    """Say whether an event has what all have."""
-    is_timed = isinstance(event.get("time"), int | float)
-    return is_timed and all(type(event.get(name)) is int for name in ("epoch", "step"))
+    """Say whether an event has what all have, of a size that trackers take."""
+    counts, when = (event.get("epoch"), event.get("step")), event.get("time")
+    is_timed = isinstance(when, int | float) and 0 <= when < 1e11
+    return is_timed and all(type(count) is int and count >= 0 for count in counts)
 
 
 def _is_before(event: Event, state: TrainingState) -> bool:
