@@ -42,6 +42,7 @@ def test_a_run_is_set_aside_in_one_move_wherever_it_is_killed(tmp_path, monkeypa
         folder = tmp_path / str(moment)
         fill(folder)
         before, calls = list_texts(folder), []
+        (folder / "rank-0.here.7.trace").touch()
 
         def counted(path, *args, of, calls=calls, moment=moment, **options):
             calls.append(of)
@@ -64,7 +65,12 @@ def test_a_run_is_set_aside_in_one_move_wherever_it_is_killed(tmp_path, monkeypa
             outcomes.add(aside.exists())
             assert list_texts(aside if aside.exists() else folder).items() >= before.items()
             assert run.find_remains() is None or not aside.exists()
-            assert {path.name for path in folder.iterdir()} >= {"lock", "status.json", "earlier-1"}
+            assert {path.name for path in folder.iterdir()} >= {
+                "lock",
+                "status.json",
+                "earlier-1",
+                "rank-0.here.7.trace",
+            }
     assert moment > 12 and outcomes == {False, True}
 
 
@@ -128,9 +134,11 @@ def test_files_of_others_stay_and_what_is_no_file_makes_room(tmp_path, small_run
 @pytest.fixture
 def identify(small_run):
     """Return what a run on some data is known by."""
+    configs = {digest: small_run(f"data.digest={digest}") for digest in ("names", "sizes", "content")}
 
     def identify(kind, root, digest="sizes"):
-        config = small_run(f"data.digest={digest}", "train.init_from=weights.pth")
+        config = configs[digest]
+        config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": "weights.pth"})})
         train_set, val_set = (open_source(kind, str(root), part, "x") for part in ("train", "val"))
         plan = plan_steps(103, config.train, 1)
         return describe_identity(config, plan, train_set, val_set, "a protocol", ALONE)

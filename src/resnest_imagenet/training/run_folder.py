@@ -32,7 +32,8 @@ from resnest_imagenet.files import DAMAGED, move_damaged, owned, remove_temporar
 
 _FILES = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "predictions.csv", "trackers.json")
 _MOVING = ".moving"  # the suffix of earlier-<number> until all of that run is in it
-_STAYS = re.compile(rf"lock|earlier-\d+({re.escape(_MOVING)})?")  # when a run is set aside
+# When a run is set aside: what is of this start's processes, and what was set aside before.
+_STAYS = re.compile(rf"lock|rank-.*\.trace|earlier-\d+({re.escape(_MOVING)})?")
 _PACKAGES = ("resnest-imagenet", "torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130")
 
 
@@ -50,7 +51,7 @@ class RunFolder:
     trackers.json      by which names W&B and MLflow know the run
     checkpoints/       step-<number>.pt, the last few, and best.pt
     lock               held by the process that writes
-    earlier-<number>/  a run that was set aside: all of the above but the lock
+    earlier-<number>/  a run that was set aside: all that was here but the lock
     """
 
     def __init__(self, path: str, keep: int, is_main: bool) -> None:
