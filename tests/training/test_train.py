@@ -247,14 +247,6 @@ def test_shuffling_by_shards_reaches_the_plan(small_run, demo_images, tmp_path, 
     assert (plans[0].shard_sizes, plans[0].shuffle_shards) == ((30, 30, 30, 13), 2)
 
 
-def test_a_finished_run_is_not_trained_again(small_run, tmp_path):
-    train(small_run("train.epochs=1", "train.warmup_epochs=0"))
-    before = (tmp_path / "run/metrics.jsonl").read_text()
-    state = train(small_run("train.epochs=1", "train.warmup_epochs=0"))
-    assert state.step == 6
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
-
-
 def test_another_recipe_in_the_same_folder_is_refused(small_run):
     train(small_run("train.epochs=1", "train.warmup_epochs=0"))
     with pytest.raises(
