@@ -23,6 +23,8 @@ from resnest_imagenet.distributed import Ranks
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
+# What torchrun tells the first of two ranks.
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @pytest.fixture(scope="session")

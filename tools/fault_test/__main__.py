@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fault_test import bad_images, counting, crashes, hostile, options, ranks
+from fault_test import bad_images, counting, crashes, frozen, hostile, options, ranks
 from fault_test.harness import Place
 
 Entry = Callable[[Place], dict[str, Any]]
@@ -38,6 +38,7 @@ CATALOGUE: dict[int, Entry] = {
     10: hostile.refuse_code,
     11: bad_images.name_bad_data,
     12: options.explain_options,
+    20: frozen.outlast_a_freeze,
 }
 
 

@@ -160,15 +160,20 @@ def report_left_out(faults: list[str]) -> None:
 
 def _leave(error: UserError) -> NoReturn:
     """Print the line and exit; of ranks that would all say the same, one speaks."""
-    rank, local_rank, world_size = launched_as()
+    try:
+        rank, local_rank, world_size = launched_as()
+    except ConfigError:  # which is the error
+        rank, local_rank, world_size = 0, 0, 1
     who = ""
-    if world_size == 1 or not has_joined():
+    if isinstance(error, DistributedError):
+        is_said = error.is_said
+    elif world_size == 1 or not has_joined():
         is_said = local_rank > 0  # one per node speaks
     elif error.is_shared:
         is_said = rank > 0
     else:
         is_said = error.is_said
-        who = "" if isinstance(error, DistributedError) else f"rank {rank}: "
+        who = f"rank {rank}: "
     if is_said and not isinstance(error, Stopped):
         # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
         time.sleep(10)
@@ -181,8 +186,11 @@ def _leave(error: UserError) -> NoReturn:
 
 def _check_sweep(name: str) -> None:
     """Refuse a sweep that cannot be one."""
-    if launched_as()[2] > 1:
-        _leave(ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun"))
+    try:
+        if launched_as()[2] > 1:
+            raise ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun")
+    except ConfigError as error:
+        _leave(error)
     folders = [word for word in sys.argv[1:] if word.startswith("run_dir=")]
     if name == "train" and not any("$" in word or "," in word for word in folders):
         _leave(ConfigError("--multirun needs a folder for each job: write 'run_dir=runs/sweep/${hydra:job.num}'"))
