@@ -1,5 +1,7 @@
 """The commands as a user calls them: what is refused, in which words, with which exit code."""
 
+import os
+import subprocess
 import sys
 import zipfile
 
@@ -272,3 +274,22 @@ def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path):
         "resnest_imagenet.commands.data", "demo", "--info", "searchpath", cwd=tmp_path, env={"PYTHONPATH": str(site)}
     )
     assert str(site / "resnest_imagenet" / "conf") in where.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "line"),
+    [(None, 141, ""), ("/dev/full", 6, "data: the output cannot be written (No space left on device)\n")],
+)
+def test_a_command_whose_output_goes_away_ends_without_a_traceback(device, code, line):
+    """None: a pipe whose reader has left."""
+    if device is None:
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(device, os.O_WRONLY)
+    try:
+        command = [sys.executable, "-m", "resnest_imagenet.commands.data", "demo", "--help"]
+        result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (code, line)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fault_test import bad_images, counting, crashes, frozen, hostile, options, ranks
+from fault_test import bad_images, counting, crashes, frozen, hostile, options, ranks, terminal
 from fault_test.harness import Place
 
 Entry = Callable[[Place], dict[str, Any]]
@@ -39,6 +39,7 @@ CATALOGUE: dict[int, Entry] = {
     11: bad_images.name_bad_data,
     12: options.explain_options,
     20: frozen.outlast_a_freeze,
+    21: terminal.outlast_the_terminal,
 }
 
 

@@ -11,7 +11,7 @@ OPTIONS = (*RICH, "loader=torchvision", "train.epochs=4", "log.every_steps=2")
 
 
 def outlast_a_freeze(place: Place) -> dict[str, Any]:
-    """Ranks that were frozen for longer than timeout_seconds and run again finish bit for bit; one that stays is named."""
+    """Ranks frozen for longer than timeout_seconds run again and finish bit for bit; one that stays frozen is named."""
     timeout = 2 if place.fast else 4
     options = (*OPTIONS, f"timeout_seconds={timeout}")
     whole = place.new_run()

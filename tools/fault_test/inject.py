@@ -6,6 +6,7 @@ As a program (under torchrun): resnest-train with the faults of the environment 
 
 import json
 import os
+import pty
 import signal
 import sys
 import time
@@ -71,6 +72,51 @@ def raises(at_rank: int, epoch: int, batch: int) -> None:
 def gets_signal(name: str, at_rank: int, epoch: int, batch: int) -> None:
     """A rank gets a signal."""
     _before_loss(at_rank, epoch, batch, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+@fault
+def ignores_hangup() -> None:
+    """Started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@fault
+def loses_output(kind: str, epoch: int, batch: int) -> None:
+    """What the run prints to goes away.
+
+    Args:
+        kind: "pipe" (its reader leaves), "terminal" (is closed) or "disk" (is full).
+        epoch, batch: when.
+    """
+    ours = None
+    if kind == "terminal":
+        ours, theirs = pty.openpty()  # from the start: a bar is shown
+        _print_to(theirs)
+
+    def act() -> None:
+        if ours is None:
+            _print_to(_leave_pipe() if kind == "pipe" else os.open("/dev/full", os.O_WRONLY))
+        else:
+            os.close(ours)
+
+    _before_loss(None, epoch, batch, act)
+
+
+@fault
+def has_no_reader() -> None:
+    """The reader of what it prints has left."""
+    _print_to(_leave_pipe())
+
+
+def _leave_pipe() -> int:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return theirs
+
+
+def _print_to(descriptor: int) -> None:
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
 
 
 @fault

@@ -1,6 +1,5 @@
 """What every command does around its work: compose and check the configuration, and turn errors into lines."""
 
-import io
 import os
 import re
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.config import Options, option_names
 from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
 from resnest_imagenet.errors import ConfigError, DataError, DistributedError, Stopped, UserError, first_line, suggest
@@ -37,10 +37,13 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
     """
     # Idle OpenMP threads sleep instead of spinning: 20 times faster where processes share cores. Before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be more than a terminal can show
-        sys.stdout.reconfigure(errors="backslashreplace")
     # Hydra then raises instead of printing a traceback's digest and leaving with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    with surviving_output(may_lose=name == "train"):  # a run is worth more than its lines
+        _run(name, schema, job)
+
+
+def _run(name: str, schema: type[Config], job: Callable[[Config], float | None]) -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

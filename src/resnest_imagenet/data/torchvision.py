@@ -112,7 +112,7 @@ def _leave_signals_to_parent(worker: int) -> None:
 
     The parent decides: without its workers it could not finish the step that it stops after.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -4,11 +4,12 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from resnest_imagenet.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The same request may come twice: from the scheduler to every process, and from torchrun to its ranks.
 SECONDS_OF_ONE_REQUEST = 2.0
 
@@ -37,7 +38,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # others may not
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # nohup ignores SIGHUP for the run: it shall outlast its terminal.
+            is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signals = [number for number in SIGNALS if not (number == signal.SIGHUP and is_nohup)]
+            self._before = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def __exit__(
@@ -70,4 +74,5 @@ class StopRequest:
 
     def _say(self, line: str) -> None:
         if self._speaks:  # not through sys.stderr, which the signal may have interrupted
-            os.write(2, f"resnest-train: {line}\n".encode())
+            with suppress(OSError):  # the terminal may be what is gone
+                os.write(2, f"resnest-train: {line}\n".encode())
