@@ -246,11 +246,21 @@ def has_joined() -> bool:
 
 def tell_launcher(line: str) -> None:
     """Let torchrun's summary, which comes last, repeat why this rank failed."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    path = find_launcher_file()
     if path:
         with open(path, "w") as file:
-            details = {"py_callstack": line, "timestamp": str(int(time.time()))}
-            json.dump({"message": {"message": line, "extraInfo": details}}, file)
+            file.write(format_failure(line))
+
+
+def find_launcher_file() -> str | None:
+    """Return the file in which torchrun looks for the reason when this rank has failed; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
+def format_failure(line: str) -> str:
+    """Return a reason as torchrun reads it."""
+    details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    return json.dumps({"message": {"message": line, "extraInfo": details}})
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -38,10 +38,17 @@ class Watch:
     its clock again: while it was frozen it saw no progress of the others. And they wait some seconds for it.
     """
 
-    def __init__(self, ranks: Ranks, timeout: float, on_abort: Callable[[UserError], None]) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        timeout: float,
+        on_abort: Callable[[UserError], None],
+        note: Callable[[int, int, str], None] = lambda epoch, batch, doing: None,
+    ) -> None:
         self._ranks = ranks
         self._timeout = timeout
         self._on_abort = on_abort
+        self._note = note
         self._beat = min(2.0, timeout / 10)
         self._place: tuple[int, int, str] = (0, 0, STARTING)
         self._moved = self._awake = time.monotonic()
@@ -58,6 +65,7 @@ class Watch:
         """Say where this rank is: all ranks pass the same places in the same order."""
         self._place = (epoch, batch, doing)
         self._moved = time.monotonic()
+        self._note(epoch, batch, doing)
 
     def then(self, doing: str) -> None:
         """Say what this rank does next at the same place."""
@@ -90,7 +98,7 @@ class Watch:
             time.sleep(2.5 * self._beat)
             silent = [rank for rank, line in enumerate(self._read_progress()) if line == before[rank]]
             if silent:
-                place = _describe(json.loads(before[silent[0]])[0])
+                place = describe_place(json.loads(before[silent[0]])[0])
                 error = DistributedError(f"{_name(silent)} is gone without a word; last seen {place}")
                 if self.publish(error, None):
                     return error
@@ -157,7 +165,7 @@ class Watch:
     def _accuse(self, late: list[int], place: tuple[int, int, str]) -> None:
         """Publish who keeps the others waiting, and be the one that says it."""
         who = "every rank" if len(late) == self._ranks.world_size else _name(late)
-        text = f"{who} hangs, {_describe(place)}: no progress for {self._timeout:g} s (timeout_seconds)"
+        text = f"{who} hangs, {describe_place(place)}: no progress for {self._timeout:g} s (timeout_seconds)"
         if self.publish(DistributedError(text), None):
             print(f"resnest-train: {text}", file=sys.stderr, flush=True)
             tell_launcher(text)
@@ -184,7 +192,8 @@ def _lost() -> DistributedError:
     )
 
 
-def _describe(place: tuple[int, int, str]) -> str:
+def describe_place(place: tuple[int, int, str]) -> str:
+    """Say what is done at a place, and in which batch."""
     epoch, batch, doing = place
     if doing in (LOADING, FORWARD, BACKWARD, AGREEING):
         return f"{doing} in batch {batch + 1} of epoch {epoch + 1}"
@@ -197,7 +206,10 @@ def _name(ranks: list[int]) -> str:
 
 @contextmanager
 def supervise(
-    ranks: Ranks, timeout: float = 600, on_abort: Callable[[UserError], None] = lambda error: None
+    ranks: Ranks,
+    timeout: float = 600,
+    on_abort: Callable[[UserError], None] = lambda error: None,
+    note: Callable[[int, int, str], None] = lambda epoch, batch, doing: None,
 ) -> Iterator[Watch]:
     """Watch over the ranks, and name the one that fails first.
 
@@ -205,11 +217,12 @@ def supervise(
         ranks: who takes part; one alone has nobody to watch.
         timeout: seconds without progress after which a rank counts as hanging.
         on_abort: called before the process is ended from within a collective.
+        note: called with each place that this rank comes to.
 
     Raises:
         DistributedError: instead of a collective's error, with its cause.
     """
-    watch = Watch(ranks, timeout, on_abort)
+    watch = Watch(ranks, timeout, on_abort, note)
     watch.start()
     try:
         yield watch

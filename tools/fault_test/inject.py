@@ -86,7 +86,8 @@ def loses_output(kind: str, epoch: int, batch: int) -> None:
 
     Args:
         kind: "pipe" (its reader leaves), "terminal" (is closed) or "disk" (is full).
-        epoch, batch: when.
+        epoch: when.
+        batch: when.
     """
     ours = None
     if kind == "terminal":

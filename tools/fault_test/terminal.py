@@ -10,7 +10,7 @@ OPTIONS = (*RICH, "loader=torchvision", "train.epochs=3", "log.every_steps=1")
 
 
 def outlast_the_terminal(place: Place) -> dict[str, Any]:
-    """A pipe, terminal or disk behind the output that goes away costs a run nothing; SIGHUP saves; others leave: 141."""
+    """A pipe, terminal or disk behind the output that goes away costs a run nothing; SIGHUP saves; others end: 141."""
     whole = place.new_run()
     require(Trainer(place, whole, *OPTIONS).wait() == [0], f"{whole} ends well")
     kinds = ("terminal",) if place.fast else ("pipe", "terminal", "disk")

@@ -34,6 +34,7 @@ from resnest_imagenet.training.saving import Saver, describe_circumstances, desc
 from resnest_imagenet.training.schedule import StepPlan, count_accumulation, dropblock_probability, plan_steps
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.stopping import StopRequest
+from resnest_imagenet.training.trace import Trace
 from resnest_imagenet.training.trackers import require_trackers
 from resnest_imagenet.weights.load import read_weights, start_from
 
@@ -53,8 +54,11 @@ def train(config: TrainConfig) -> TrainingState:
         config, device, train_set, val_set, plan = prepare(config)
         # 3. The other ranks. The trackers are closed after these have parted: closing may wait for a server.
         trackers = stack.enter_context(ExitStack())
+        trace = stack.enter_context(Trace(run.path))
         ranks = stack.enter_context(distributed.join(device, config.timeout_seconds))
-        watch = stack.enter_context(supervise(ranks, config.timeout_seconds, run.write_end))
+        trace.begin(plan_batches(config, train_set, plan, ranks))
+        on_abort = trace.closing_after(run.write_end)
+        watch = stack.enter_context(supervise(ranks, config.timeout_seconds, on_abort, trace.note))
         # 4. The loaders: this rank's share of both sets.
         train_loader = build_train_loader(config, train_set, plan, ranks)
         eval_transform = EvalTransform(config.eval.crop, **config.protocol.model_dump())
@@ -76,6 +80,7 @@ def train(config: TrainConfig) -> TrainingState:
             saver.restore(state, train_loader, saved)
             del saved  # as large as the state
         run.describe(config.model_dump(), ranks)
+        trace.report_last_attempt(train_set, val_set)
         dropblock = DropBlock(state.model) if config.train.dropblock > 0 else None
         network = _wrap(state.model, config.train, ranks)
         # 6. The epochs, to the end or to a signal.
@@ -143,10 +148,18 @@ def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig
 
 def build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepPlan, ranks: Ranks) -> Loader:
     """Make this rank's share of the training set."""
-    recipe = config.train
-    batches = BatchPlan(
+    batches = plan_batches(config, train_set, plan, ranks)
+    transform = build_train_transform(config.train, config.seed)
+    max_errors = config.data.max_errors if config.data.on_error == "substitute" else 0
+    loader = config.loader
+    return build_loader(loader.name, train_set, batches, transform, ranks.device, loader.workers, max_errors)
+
+
+def plan_batches(config: TrainConfig, train_set: ImageSource, plan: StepPlan, ranks: Ranks) -> BatchPlan:
+    """Plan this rank's batches of an epoch of training."""
+    return BatchPlan(
         num_samples=len(train_set),
-        batch_size=recipe.batch_size,
+        batch_size=config.train.batch_size,
         num_batches=plan.steps_per_epoch * plan.accumulation * ranks.world_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -155,10 +168,6 @@ def build_train_loader(config: TrainConfig, train_set: ImageSource, plan: StepPl
         shard_sizes=train_set.shard_sizes,
         shuffle_shards=config.data.shuffle_shards or 0,
     )
-    transform = build_train_transform(recipe, config.seed)
-    max_errors = config.data.max_errors if config.data.on_error == "substitute" else 0
-    loader = config.loader
-    return build_loader(loader.name, train_set, batches, transform, ranks.device, loader.workers, max_errors)
 
 
 def build_train_transform(recipe: RecipeOptions, seed: int) -> TrainTransform:
