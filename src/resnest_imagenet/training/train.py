@@ -232,13 +232,15 @@ def _wrap(model: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> nn.Module:
 def _pass_nothing_through(network: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> None:
     """Pass a batch of nothing through, and leave no trace of it: what is compiled is compiled then.
 
-    After its first backward pass DistributedDataParallel packs the gradients anew, and from three ranks on the order
-    in which they are added depends on their place in a bucket. So that the first step after a resumption is like any
-    other, no step is the first.
+    The batch is as the loaders' are, channels_last too: for another the network would be compiled a second time. After
+    its first backward pass DistributedDataParallel packs the gradients in another order, and from three ranks on the
+    order in which they are added depends on their place in a bucket. So that the first step after a resumption is like
+    any other, no step is the first.
     """
     before = [buffer.clone() for buffer in network.buffers()]
+    nothing = torch.zeros(recipe.batch_size, 3, recipe.crop, recipe.crop, device=ranks.device)
     with autocast(ranks.device, recipe.precision):
-        network(torch.zeros(recipe.batch_size, 3, recipe.crop, recipe.crop, device=ranks.device)).sum().backward()
+        network(nothing.to(memory_format=torch.channels_last)).sum().backward()
     network.zero_grad(set_to_none=True)
     for buffer, value in zip(network.buffers(), before, strict=True):
         buffer.copy_(value)
