@@ -87,6 +87,12 @@ def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
     eager = evaluate_checkpoint(evaluation_of(bare_weights, *options))
     counters.clear()
     assert evaluate_checkpoint(evaluation_of(bare_weights, *options, "compile=true")) == eager
+
+
+def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(bare_weights, evaluation_of, graphs):
+    options = ("model=resnest14_half", "batch_size=13", "crop=[64,96]", "compile=true")  # 40 = 3 x 13 + 1
+    evaluate_checkpoint(evaluation_of(bare_weights, *options))
+    assert graphs.frame_count == 1
     assert counters["stats"]["unique_graphs"] > 0
 
 

@@ -448,6 +448,17 @@ def test_a_compiled_run_has_the_plain_keys_and_goes_on_bit_for_bit(small_run, tm
     assert "going on after step 4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_run_is_compiled_once_before_its_first_step(loader, small_run, graphs, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(train_module, "train_epoch", lambda *args: compiled.append(graphs.frame_count) or loop(*args))
+    loop = train_epoch
+    options = ("train.epochs=1", "train.warmup_epochs=0", "train.crop=48", "train.batch_size=8", "train.erasing=0.5")
+    options += ("train.global_batch=16", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2")
+    train(small_run("train.compile=true", f"loader={loader}", "train.precision=bf16", *options))
+    assert (compiled, graphs.frame_count) == ([1], 1)
+
+
 def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_path):
     state = train(small_run("train.ema_decay=0.5"))
     last = newest_checkpoint(tmp_path / "run")

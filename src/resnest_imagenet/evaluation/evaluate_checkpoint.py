@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import keep_freed_memory, place
 from resnest_imagenet.config import EvalConfig
@@ -42,8 +45,9 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     images = _label(images, weights, num_outputs)
     with distributed.join(device) as ranks, supervise(ranks) as watch:
         model = place(fold_batch_norms(model), ranks.device)
-        if config.compile:  # once for all crops and for a last batch that is smaller
-            model.compile(dynamic=True, options={"freezing": True})
+        if config.compile:
+            model.compile(dynamic=True, options={"freezing": True})  # once for all crops, where they are not tiny
+            model = _FullBatches(model, config.batch_size)
         plan = plan_evaluation(len(images), config.batch_size, ranks.rank, ranks.world_size)
         transforms = [EvalTransform(crop, **config.protocol.model_dump()) for crop in config.crop]
         # All before the first is used: what one of them refuses is known at once.
@@ -86,6 +90,23 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         if ranks.is_main and config.predictions is not None:
             write_predictions(Path(config.predictions), images, evaluations)
     return results
+
+
+class _FullBatches(nn.Module):
+    """Fills up the last batch, which may be smaller: a network is compiled again for another number of images."""
+
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.batch_size = batch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of the images (B, 3, H, W), B at most `batch_size`."""
+        if len(images) < self.batch_size:
+            full = images.new_zeros(self.batch_size, *images.shape[1:]).to(memory_format=torch.channels_last)
+            full[: len(images)] = images
+            return self.model(full)[: len(images)]
+        return self.model(images)
 
 
 def format_results(results: list[CropResult]) -> str:

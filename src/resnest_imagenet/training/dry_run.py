@@ -18,6 +18,7 @@ from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from resnest_imagenet.models.cost import count_cost, count_kept
 from resnest_imagenet.models.zoo import build_model
+from resnest_imagenet.training.memory import count_free_bytes
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.saving import compare_identity, describe_identity
 from resnest_imagenet.training.schedule import StepPlan
@@ -48,7 +49,7 @@ def describe_run(config: TrainConfig) -> str:
     run = RunFolder(config.run_dir, options.keep, is_main=False)
     protocol = EvalTransform(config.eval.crop, **config.protocol.model_dump()).protocol
     needed = (options.keep + 2) * checkpoint  # the best, and one that is being written
-    free = _count_free_bytes(run.path)
+    free = _count_free_disk(run.path)
     lines = {
         "network": f"{config.model.name}, {len(train_set.classes)} classes (with 1000: {parameters / 1e6:.2f} M "
         f"parameters, {multiply_adds / 1e9:.2f} GFLOPs at {recipe.crop})",
@@ -60,7 +61,7 @@ def describe_run(config: TrainConfig) -> str:
         "learning rate": _describe_learning_rate(recipe, plan),
         "evaluation": f"each epoch: {protocol}",
         "memory": f"{(checkpoint + 4 * parameters + kept) / 1e9:.1f} GB per rank for weights, their average, "
-        "momentum, gradients and activations; more in the backward pass",
+        f"momentum, gradients and activations; more in the backward pass{_describe_free_memory(device)}",
         "checkpoints": f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
         f"{options.keep} and the best stay",
         "disk": f"{needed / 1e9:.2f} GB for them in {config.run_dir}, {free / 1e9:,.1f} GB free"
@@ -107,7 +108,12 @@ def _describe_learning_rate(recipe: RecipeOptions, plan: StepPlan) -> str:
     return f"{recipe.schedule}: {', '.join(rates)} after {numbers} epochs, {last:.3g} in the last step"
 
 
-def _count_free_bytes(folder: Path) -> int:
+def _describe_free_memory(device: torch.device) -> str:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else count_free_bytes()
+    return "" if free is None else f"; {free / 1e9:.1f} GB are free"
+
+
+def _count_free_disk(folder: Path) -> int:
     """Return what is free where a folder is, or would be made; a ConfigError where it cannot be."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -29,6 +29,7 @@ from resnest_imagenet.training.control import Control, StopAgreed
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import train_epoch
+from resnest_imagenet.training.memory import require_memory
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.saving import Saver, describe_circumstances, describe_identity
 from resnest_imagenet.training.schedule import StepPlan, count_accumulation, dropblock_probability, plan_steps
@@ -127,6 +128,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, torch.device, ImageSource
     device = distributed.choose_device(config.device)
     train_set, val_set = _open_data(config.data)
     config = _fix_num_classes(config, train_set)
+    require_memory(config, device)
     return config, device, train_set, val_set, plan_steps(len(train_set), config.train, world_size)
 
 
