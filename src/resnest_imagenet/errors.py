@@ -1,6 +1,8 @@
 """Errors that a user can cause: one line that says what is wrong, where, and what to do."""
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 
 
@@ -70,6 +72,37 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest of the valid names, or "" where none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory was short: torch's allocators have no common type for that."""
+    is_allocator = isinstance(error, RuntimeError) and any(
+        phrase in str(error) for phrase in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+    return is_allocator or isinstance(error, MemoryError)
+
+
+def explain_runtime(error: BaseException) -> UserError | None:
+    """Explain what torch or the system raises where a user can fix it; None for any other error."""
+    text, number = str(error), error.errno if isinstance(error, OSError) else None
+    if "torchvision::nms" in text:
+        from importlib.metadata import version
+
+        return ConfigError(
+            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
+            "install both from the same index (make setup does, with uv)"
+        )
+    if is_out_of_memory(error) or "ALLOC_FAILED" in text:  # cuBLAS and cuDNN
+        return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
+        return StorageError("too many open files: raise the limit (ulimit -n), or lower loader.workers")
+    # Workers hand over batches in files of these names.
+    if re.search(r"</torch_|shared memory|DataLoader worker .* (exited unexpectedly|is killed)", text):
+        way_out = "--ipc=host or a larger --shm-size of the container, fewer loader.workers, or loader.workers=0"
+        return StorageError(f"{first_line(error).rstrip('. ')}: is /dev/shm full, or memory short? {way_out}")
+    if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS):
+        return StorageError(f"{error.filename or 'a file'}: {error.strerror}")
+    return None
 
 
 def first_line(error: BaseException) -> str:

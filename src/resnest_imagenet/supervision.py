@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from resnest_imagenet.distributed import Ranks, is_lost_peer, tell_launcher
-from resnest_imagenet.errors import DistributedError, Stopped, UserError, first_line
+from resnest_imagenet.errors import DistributedError, Stopped, UserError, explain_runtime, first_line
 
 FAILURE = "failure"  # the key of the first failure
 SECONDS_TO_LEAVE = 5  # for a rank that knows that another has failed, before it is ended
@@ -221,6 +221,7 @@ def supervise(
 
     Raises:
         DistributedError: instead of a collective's error, with its cause.
+        UserError: instead of what torch or the system raises where a user can fix it.
     """
     watch = Watch(ranks, timeout, on_abort, note)
     watch.start()
@@ -229,10 +230,14 @@ def supervise(
     except BaseException as error:
         if is_lost_peer(error):
             raise watch.find_cause() from error
+        explained = None if isinstance(error, UserError) else explain_runtime(error)
         if ranks.store and not isinstance(error, Stopped):
-            told = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {first_line(error)}")
+            told = error if isinstance(error, UserError) else explained
+            told = told or UserError(f"{type(error).__name__}: {first_line(error)}")
             with suppress(RuntimeError):
                 told.is_said = not watch.publish(told, ranks.rank)
+        if explained:
+            raise explained from error
         raise
     finally:
         watch.end()

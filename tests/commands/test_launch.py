@@ -1,6 +1,7 @@
 """The commands as a user calls them: what is refused, in which words, with which exit code."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,9 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from conftest import run_module
+from conftest import ALONE, run_module
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
-from resnest_imagenet.commands.launch import explain_runtime, find_conf
+from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import (
     CompareConfig,
     EvalConfig,
@@ -25,6 +26,8 @@ from resnest_imagenet.config import (
     TrainConfig,
     option_names,
 )
+from resnest_imagenet.errors import explain_runtime
+from resnest_imagenet.supervision import supervise
 
 
 def call(command, arguments, monkeypatch, capsys):
@@ -200,12 +203,35 @@ def test_shards_of_one_part_and_of_none(demo_images, tmp_path, monkeypatch, caps
     assert (code, lines) == (2, ["resnest-data: data.train_dir=null and data.val_dir=null leave nothing"])
 
 
-def test_torch_errors_that_a_user_can_mend_are_explained():
-    error = explain_runtime(RuntimeError("operator torchvision::nms does not exist"))
-    assert error.exit_code == 2
-    assert "was not built for torch" in str(error)
-    assert "Lower the batch size" in str(explain_runtime(torch.OutOfMemoryError("CUDA out of memory.")))
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (RuntimeError("operator torchvision::nms does not exist"), 2, "was not built for torch"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "Lower the batch size"),
+        (MemoryError(), 2, "MemoryError Lower the batch size"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "Lower the batch size",
+        ),
+        (OSError(24, "Too many open files", "x.jpg"), 6, "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), 6, "ulimit -n"),
+        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), 6, "--ipc=host"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 6, "pid 7.*loader.workers=0"),
+        (OSError(28, "No space left on device", "/disk/events"), 6, "^/disk/events: No space left on device$"),
+    ],
+)
+def test_errors_of_torch_and_the_system_that_a_user_can_fix_are_explained(error, code, words):
+    explained = explain_runtime(error)
+    assert explained.exit_code == code
+    assert re.search(words, str(explained))
+    with pytest.raises(type(explained), match=words), supervise(ALONE):
+        raise error
+
+
+def test_other_errors_are_bugs():
     assert explain_runtime(RuntimeError("something else")) is None
+    assert explain_runtime(FileNotFoundError(2, "No such file", "x")) is None
 
 
 def list_keys(values, prefix=""):

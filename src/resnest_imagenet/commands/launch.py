@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.config import Options, option_names
 from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
-from resnest_imagenet.errors import ConfigError, DataError, DistributedError, Stopped, UserError, first_line, suggest
+from resnest_imagenet.errors import (
+    ConfigError,
+    DataError,
+    DistributedError,
+    Stopped,
+    UserError,
+    explain_runtime,
+    first_line,
+    suggest,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -133,20 +142,6 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
         return ConfigError(problem)
     hint = ": write a list as [a,b]" if "Ambiguous value" in str(error) else ""
     return ConfigError(first_line(error) + hint)
-
-
-def explain_runtime(error: Exception) -> UserError | None:
-    """Explain the torch errors that a user can mend; None for any other."""
-    if "torchvision::nms" in str(error):
-        from importlib.metadata import version
-
-        return ConfigError(
-            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
-            "install both from the same index (make setup does, with uv)"
-        )
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
-    return None
 
 
 def report_left_out(faults: list[str]) -> None:
