@@ -229,6 +229,12 @@ def test_errors_of_torch_and_the_system_that_a_user_can_fix_are_explained(error,
         raise error
 
 
+def test_torch_says_that_memory_is_short_in_the_words_that_are_looked_for():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert explain_runtime(error.value).exit_code == 2
+
+
 def test_other_errors_are_bugs():
     assert explain_runtime(RuntimeError("something else")) is None
     assert explain_runtime(FileNotFoundError(2, "No such file", "x")) is None
