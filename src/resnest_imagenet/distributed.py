@@ -197,12 +197,16 @@ def _wait_for_ranks(store: "Store", rank: int, world_size: int, timeout: float) 
     """Return when all have come. Python waits, and not the store: a signal must end it at once."""
     store.set(f"came {rank}", "")
     deadline = time.monotonic() + timeout
-    missing = list(range(world_size))
-    while missing := [other for other in missing if not store.check([f"came {other}"])]:
+    keys = [f"came {other}" for other in range(world_size)]
+    while not store.check(keys):
         if time.monotonic() > deadline:
+            come = [store.check([key]) for key in keys]
+            missing = [other for other, has_come in enumerate(come) if not has_come]
+            if not missing:  # the last one has just come
+                return
             who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not come"
             error = DistributedError(f"{who} within {timeout:g} s (timeout_seconds)")
-            error.is_said = rank != min(set(range(world_size)) - set(missing))
+            error.is_said = rank != come.index(True)
             raise error
         time.sleep(0.05)
 
