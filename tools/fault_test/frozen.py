@@ -23,11 +23,13 @@ def outlast_a_freeze(place: Place) -> dict[str, Any]:
         both.wait_for("epoch 2/4 2/")
         _send(both, ranks, signal.SIGSTOP)
         # All for as long as they like; of one the others wait a few seconds more.
-        time.sleep(3 * timeout if len(ranks) == 2 else timeout + 2.5)
+        time.sleep(2.5 * timeout if len(ranks) == 2 else timeout + 2.5)
         _send(both, ranks, signal.SIGCONT)
         require(both.wait() == [0, 0], f"ranks {ranks} were frozen and run again\n{both.output}")
         require("hangs" not in both.output, both.output)
         require_equal_runs(whole, run)
+    if place.fast:
+        return {"frozen": len(freezes)}
     run = place.new_run()
     both = Trainer(place, run, *options, ranks=2)
     both.wait_for("epoch 2/4 2/")

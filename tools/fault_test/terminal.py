@@ -6,7 +6,7 @@ from typing import Any
 
 from fault_test.harness import RICH, Command, Place, Trainer, newest, read_status, require, require_equal_runs
 
-OPTIONS = (*RICH, "loader=torchvision", "train.epochs=3", "log.every_steps=1")
+OPTIONS = (*RICH, "loader=torchvision", "train.epochs=2", "log.every_steps=1")
 
 
 def outlast_the_terminal(place: Place) -> dict[str, Any]:
@@ -22,24 +22,24 @@ def outlast_the_terminal(place: Place) -> dict[str, Any]:
 
     run = place.new_run()
     hung_up = Trainer(place, run, *OPTIONS)
-    hung_up.wait_for("epoch 2/3 2/")
+    hung_up.wait_for("epoch 1/2 3/")
     os.kill(hung_up.processes[0].pid, signal.SIGHUP)
     require(hung_up.wait() == [75], f"SIGHUP saves: exit code 75\n{hung_up.output}")
     kept = Trainer(place, run, *OPTIONS, faults=[("ignores_hangup", [])])
-    kept.wait_for("epoch 2/3 6/")
+    kept.wait_for("epoch 2/2 2/")
     os.kill(kept.processes[0].pid, signal.SIGHUP)
     require(kept.wait() == [0], f"under nohup SIGHUP is nothing\n{kept.output}")
     require_equal_runs(whole, run)
 
     weights = (f"ckpt={newest(run)}", "device=cpu", "loader=torchvision", "loader.workers=1", "crop=32")
-    calls = {
+    calls: dict[str, list[str]] = {
         "table3": [],
         "predict": [*weights, f"images={place.data}/val"],
         "evaluate": [*weights, f"data.root={place.data}"],
         "data": ["check", f"data.root={place.data}"],
         "info": ["model=resnest14"],
     }
-    calls = dict(list(calls.items())[:2]) if place.fast else calls
+    calls = {"table3": []} if place.fast else calls
     for command, arguments in calls.items():
         left = Command(place, command, *arguments, faults=[("has_no_reader", [])])
         require(left.wait() == [128 + signal.SIGPIPE], f"{command} | head: {left.processes[0].exitcode}")
