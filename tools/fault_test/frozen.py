@@ -12,7 +12,7 @@ OPTIONS = (*RICH, "loader=torchvision", "train.epochs=4", "log.every_steps=2")
 
 def outlast_a_freeze(place: Place) -> dict[str, Any]:
     """Ranks frozen for longer than timeout_seconds run again and finish bit for bit; one that stays frozen is named."""
-    timeout = 2 if place.fast else 4
+    timeout = 4
     options = (*OPTIONS, f"timeout_seconds={timeout}")
     whole = place.new_run()
     require(Trainer(place, whole, *options, ranks=2).wait() == [0, 0], f"{whole} ends well")
