@@ -20,7 +20,8 @@ dependencies = ["torch", "timm", "safetensors", "filelock"]
 _DOCUMENTATION = """{name} in training mode, with random weights or published ones.
 
 Maps normalised images (B, 3, H, W) to logits (B, num_classes): RGB in 0..1, minus mean (0.485, 0.456, 0.406), over std
-(0.229, 0.224, 0.225).
+(0.229, 0.224, 0.225). With weights, its attribute crop is the side of the images that these are evaluated on: a
+run's own, or what is published, usually {crop} pixels.
 
 Args:
     pretrained: {choice}"timm:NAME" or a file.
@@ -42,7 +43,7 @@ def _make_entry(name: str) -> typing.Callable[..., typing.Any]:
 
     entry.__name__ = name
     choice = "True for the authors' weights; or " if name in published.OFFICIAL else ""
-    entry.__doc__ = _DOCUMENTATION.format(name=name, choice=choice)
+    entry.__doc__ = _DOCUMENTATION.format(name=name, choice=choice, crop=zoo.usual_crop(name))
     return entry
 
 
@@ -56,8 +57,11 @@ def _load(model: typing.Any, name: str, pretrained: bool | str, num_classes: int
     if not hasattr(model, "fc"):  # features_only=True
         load_backbone(model, name, source)
         return
+    weights = read_weights(source)
+    model.crop = weights.crop or zoo.usual_crop(name)
     # As many classes count as the same: the caller does not name them.
-    start_from(model, name, [""] * num_classes, dataclasses.replace(read_weights(source), classes=None))
+    classes = list(map(str, range(num_classes)))
+    start_from(model, name, classes, dataclasses.replace(weights, classes=classes))
 
 
 for _name in zoo.list_models():

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 # Before Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():
@@ -23,6 +25,8 @@ from resnest_imagenet.distributed import Ranks
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
+# What torchrun tells the first of two ranks.
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,20 @@ def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
         return compose_config("eval", EvalConfig, *places, "device=cpu", "crop=32", "loader.workers=1", *overrides)
 
     return make
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """Count what is compiled, and run it as it is: `frame_count` graphs."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compile_module = nn.Module.compile
+
+    def compile_counted(module: nn.Module, dynamic: bool | None = None, **options: object) -> None:
+        compile_module(module, backend=counter, dynamic=dynamic)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_counted)
+    return counter
 
 
 def newest_checkpoint(run: Path) -> Path:

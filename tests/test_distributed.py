@@ -1,13 +1,20 @@
 """Real process groups under torchrun, on the CPU."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
 
-from conftest import SMALL, newest_checkpoint, run_module
+from conftest import CPU, LAUNCHED, SMALL, newest_checkpoint, run_module
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.distributed import join, launched_as
+from resnest_imagenet.errors import ConfigError, DistributedError, Stopped
+from resnest_imagenet.training.stopping import StopRequest
 
 TRAIN = "resnest_imagenet.commands.train"
 
@@ -111,3 +118,65 @@ def test_a_run_folder_that_is_not_shared_is_noticed(demo_images, tmp_path):
     assert (
         "rank 1: run/checkpoints/step-000000003.pt: not there: run_dir=run is not shared by all ranks" in result.stderr
     )
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set torchrun's variables."""
+
+    def launch(**variables):
+        for name in ("LOCAL_WORLD_SIZE", *LAUNCHED):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}, {"MASTER_PORT": "29500", "SLURM_NTASKS": "2"}]
+)
+def test_what_no_launcher_has_set_is_a_process_alone(variables, launched):
+    launched(**variables)
+    assert launched_as() == (0, 0, 1)
+    with join(CPU) as ranks:
+        assert ranks.store is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "1"}, "RANK set without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE set without RANK, LOCAL_RANK, "),
+        ({**LAUNCHED, "MASTER_ADDR": ""}, "RANK, LOCAL_RANK, WORLD_SIZE set without MASTER_ADDR: "),
+        ({**LAUNCHED, "RANK": "x"}, "RANK=x is no number"),
+        ({**LAUNCHED, "WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 is no number"),
+        ({**LAUNCHED, "RANK": "2"}, "RANK=2 must be less than WORLD_SIZE=2"),
+    ],
+)
+def test_variables_of_torchrun_that_make_no_sense(variables, message, launched):
+    launched(**variables)
+    with pytest.raises(ConfigError, match=message):
+        launched_as()
+
+
+def test_a_rank_that_never_comes_is_named_and_a_signal_ends_the_wait(launched):
+    launched(**LAUNCHED)
+    with (
+        pytest.raises(DistributedError, match=r"^rank 1 did not come within 0.3 s \(timeout_seconds\)$"),
+        join(CPU, 0.3),
+    ):
+        pass
+    launched(**{**LAUNCHED, "RANK": "1"})
+    with (
+        pytest.raises(DistributedError, match=r"^rank 0 does not answer at 127.0.0.1:0 .* within 0.3 s "),
+        join(CPU, 0.3),
+    ):
+        pass
+    for rank in "01":
+        launched(**{**LAUNCHED, "RANK": rank})
+        started = time.monotonic()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(Stopped), StopRequest(speaks=False), join(CPU, 60):
+            pass
+        assert time.monotonic() - started < 3

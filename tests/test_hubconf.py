@@ -62,6 +62,7 @@ print(torch.hub.help(*clone, "resnest50", trust_repo=True, skip_validation=True)
     names, text = (lines := run_isolated(script, torch_home))[0], "\n".join(lines[1:])
     assert names.split() == list_models()
     assert text.startswith("resnest50 in training mode, with random weights or published ones.\n")
+    assert "the images that these are evaluated on: a" in text and "usually 224 pixels" in text
     assert 'pretrained: True for the authors\' weights; or "timm:NAME" or a file.' in text
 
 
@@ -100,6 +101,9 @@ def test_pretrained(torch_home, server):
     sha256 = hashlib.sha256(file.getvalue()).hexdigest()
     (folder / f"resnest14_half-{sha256[:8]}.pth").write_bytes(file.getvalue())
     torch.save(model.state_dict(), folder / "own.pth")
+    protocol = {"order": "resize_crop", "ratio": 1.0, "interpolation": "auto", "antialias": True}
+    config = {"model": {"name": "resnest14_half"}, "train": {}, "eval": {"crop": 48}, "protocol": protocol}
+    torch.save({"model": model.state_dict(), "config": config, "classes": list("abcde"), "epoch": 1}, folder / "run.pt")
     script = f"""
 torch.hub.list(*clone, **options)  # from now on the package is found
 from resnest_imagenet.weights import published
@@ -110,6 +114,7 @@ for more in ({{"pretrained": True}}, {{"pretrained": {str(folder / "own.pth")!r}
     for outputs in (5, 3):
         model = load("resnest14_half", num_classes=outputs, **more)
         print(model.layer1[0].conv1.weight.sum().item(), model.fc.weight.sum().item())
+print(*(load("resnest14_half", num_classes=5, pretrained=f"{folder}/{{file}}").crop for file in ("own.pth", "run.pt")))
 print(load("resnest14_half", pretrained=True, features_only=True).layer1[0].conv1.weight.sum().item())
 for name, choice in (("resnest14", True), ("resnest14", "oficial:resnest14")):
     try:
@@ -117,11 +122,12 @@ for name, choice in (("resnest14", True), ("resnest14", "oficial:resnest14")):
     except ValueError as error:
         print(error)
 """
-    *sums, backbone, unpublished, misspelt = run_isolated(script, torch_home)
+    *sums, crops, backbone, unpublished, misspelt = run_isolated(script, torch_home)
     own = [str(weight.sum().item()) for weight in (model.layer1[0].conv1.weight, model.fc.weight)]
     for same, new in ((sums[0], sums[1]), (sums[2], sums[3])):
         assert same.split() == own
         assert new.split()[0] == own[0] and new.split()[1] != own[1]
+    assert crops == "224 48"
     assert backbone == own[0]
     assert unpublished == "there are no official weights of resnest14: give pretrained='timm:NAME' or a file"
     assert misspelt.startswith("unknown weights 'oficial:resnest14'")

@@ -54,7 +54,7 @@ BOUNDS = {
     "crop": "The arithmetic again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic: deeper networks have more of it, and are as fast per multiply-add.",
     "start": "Imports of torch: of itself, and of its compiler, which the first optimiser loads; then the first step.",
-    "checkpoint": "torch's serialisation, and the disk, to which the file is flushed; reading verifies its checksums.",
+    "checkpoint": "torch's serialisation, and the disk, to which the file is flushed; reading verifies its SHA-256.",
     "evaluation": "The network; images are decoded meanwhile, by the same two cores.",
     "ranks": "Arithmetic: two ranks with a core each do the work of one process with both, and sum the gradients.",
 }

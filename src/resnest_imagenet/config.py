@@ -3,10 +3,12 @@
 A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
 """
 
+import os
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 # Five halvings need 32 pixels.
@@ -21,6 +23,22 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 def _as_list(value: Any) -> Any:
     """Take crop=224 for crop=[224]."""
     return value if isinstance(value, list) else [value]
+
+
+def _keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Take "own" as it is, whatever the type is: a union would put the names of its types into an error's option."""
+    return value if value == "own" else validate(value)
+
+
+def _as_path(value: Any) -> Any:
+    """Take run_dir=20240501, which is a number to Hydra, for text, and ~ for the home folder."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+_IS_PATH = BeforeValidator(_as_path)
+Place = Annotated[str, _IS_PATH]  # of files and folders
 
 
 class Options(BaseModel):
@@ -47,13 +65,15 @@ class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
     kind: Literal["folder", "webdataset"]
-    root: str
-    train_dir: str
-    val_dir: str
+    root: Place
+    train_dir: Place
+    val_dir: Place
     on_error: Literal["raise", "substitute"]  # training images that cannot be decoded
     max_errors: Annotated[int, Field(ge=0)]  # on_error=substitute: how many of them, per rank
     # Of kind=webdataset: training images are shuffled within so many shards at a time; null: over the whole set.
     shuffle_shards: Positive | None
+    # By what a run that resumes tells that its images are still the same, besides their names and labels.
+    digest: Literal["names", "sizes", "content"]
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
@@ -105,7 +125,7 @@ class RecipeOptions(Options):
     dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
     init: Literal["fan_in", "fan_out"]
     # Weights to start from, with a new classifier where the classes are others.
-    init_from: Annotated[str, Field(min_length=1)] | None
+    init_from: Annotated[str, Field(min_length=1), _IS_PATH] | None
     zero_gamma: bool
     ema_decay: Fraction | None  # per step; null: no moving average
     precision: Precision
@@ -138,6 +158,22 @@ class ProtocolOptions(Options):
     antialias: bool
 
 
+_Own = WrapValidator(_keep_own)
+
+
+class OwnProtocolOptions(Options):
+    """The same for a network that is there: "own" stands for what its own evaluation has."""
+
+    order: Literal["own", "resize_crop", "crop_resize"]
+    ratio: Annotated[Annotated[float, Field(gt=0, le=1)] | None, _Own]
+    interpolation: Literal["own", "auto", "bilinear", "bicubic"]
+    antialias: Annotated[bool, _Own]
+
+    def list_changes(self) -> dict[str, Any]:
+        """Return what is not the network's own, as `EvalTransform` takes it."""
+        return {option: value for option, value in self if value != "own"}
+
+
 class EvalOptions(Options):
     """The evaluation after each epoch."""
 
@@ -149,7 +185,7 @@ class CheckpointOptions(Options):
 
     every_steps: Positive
     keep: Annotated[int, Field(ge=2)]  # the newest may be damaged
-    on_mismatch: Literal["refuse", "set_aside"]  # run_dir holds another run
+    on_mismatch: Literal["refuse", "set_aside", "extend"]  # run_dir holds another run, or this with fewer epochs
 
 
 class LogOptions(Options):
@@ -162,7 +198,7 @@ class LogOptions(Options):
 class TrainConfig(Options):
     """resnest-train."""
 
-    run_dir: Annotated[str, Field(min_length=1)]
+    run_dir: Annotated[str, Field(min_length=1), _IS_PATH]
     seed: Seed
     device: Device
     model: ModelOptions
@@ -180,7 +216,7 @@ class TrainConfig(Options):
 class PreviewDataConfig(TrainConfig):
     """resnest-data preview."""
 
-    out: str
+    out: Place
     images: Positive
     epochs: Positive
 
@@ -188,16 +224,17 @@ class PreviewDataConfig(TrainConfig):
 class EvalConfig(Options):
     """resnest-eval."""
 
-    ckpt: str
+    ckpt: Place
     weights: Literal["auto", "model", "ema"]
-    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)]
+    # null: the checkpoint's own
+    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)] | None
     batch_size: Positive
     precision: Precision
     compile: bool
     device: Device
-    out: str | None
-    predictions: str | None
-    protocol: ProtocolOptions
+    out: Place | None
+    predictions: Place | None
+    protocol: OwnProtocolOptions
     model: NetworkOptions | None
     data: DataOptions
     loader: LoaderOptions
@@ -206,7 +243,7 @@ class EvalConfig(Options):
     def _check(self) -> "EvalConfig":
         if self.data.on_error == "substitute":
             raise ValueError("data.on_error=substitute is for training: it would falsify an evaluation's counts")
-        if len(set(self.crop)) < len(self.crop):
+        if self.crop is not None and len(set(self.crop)) < len(self.crop):
             raise ValueError(f"crop={self.crop} has the same crop twice")
         return self
 
@@ -215,31 +252,31 @@ class InferenceConfig(Options):
     """What resnest-predict and resnest-compare share."""
 
     weights: Literal["auto", "model", "ema"]
-    crop: Crop
+    crop: Crop | None  # null: the checkpoint's own
     batch_size: Positive
     precision: Precision
     device: Device
-    protocol: ProtocolOptions
+    protocol: OwnProtocolOptions
     loader: LoaderOptions
 
 
 class PredictConfig(InferenceConfig):
     """resnest-predict."""
 
-    ckpt: str
+    ckpt: Place
     model: NetworkOptions | None
-    images: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
     top: Positive
-    out: str | None
+    out: Place | None
 
 
 class ExplainConfig(InferenceConfig):
     """resnest-explain."""
 
-    ckpt: str
+    ckpt: Place
     model: NetworkOptions | None
-    images: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
-    out: str
+    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    out: Place
     top: Positive
     target: str | int | None
     layer: Literal["layer1", "layer2", "layer3", "layer4"]
@@ -254,19 +291,19 @@ class ExplainConfig(InferenceConfig):
 class ComparedDataOptions(Options):
     """A data set in the ImageNet folder layout, of which the val folder is compared on."""
 
-    root: str | None
-    val_dir: str
+    root: Place | None
+    val_dir: Place
 
 
 class CompareConfig(InferenceConfig):
     """resnest-compare."""
 
-    ckpt: Annotated[list[str], Field(min_length=2)]
+    ckpt: Annotated[list[Place], Field(min_length=2)]
     models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
-    images: str | None  # a folder with one folder per true class, in place of data.root
+    images: Place | None  # a folder with one folder per true class, in place of data.root
     data: ComparedDataOptions
-    csv: str | None
-    page: str | None
+    csv: Place | None
+    page: Place | None
 
     @model_validator(mode="after")
     def _check(self) -> "CompareConfig":
@@ -280,8 +317,8 @@ class CompareConfig(InferenceConfig):
 class ReportConfig(Options):
     """resnest-report."""
 
-    runs: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]  # run folders, or patterns
-    out: str
+    runs: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # run folders, or patterns
+    out: Place
     crop: Literal[224, 320]
     latency: bool
     device: Device
@@ -290,14 +327,14 @@ class ReportConfig(Options):
 class ExportConfig(Options):
     """resnest-export."""
 
-    ckpt: str
+    ckpt: Place
     weights: Literal["auto", "model", "ema"]
     model: NetworkOptions | None
     layout: Literal["official", "timm", "mmpretrain", "detectron2"]
     format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
-    crop: Crop  # with the protocol: what the others tell their readers, and are tried at
-    protocol: ProtocolOptions
-    out: str | None
+    crop: Crop | None  # with the protocol: what the others tell their readers, and are tried at; null: its own
+    protocol: OwnProtocolOptions
+    out: Place | None
 
     @model_validator(mode="after")
     def _check(self) -> "ExportConfig":
@@ -329,14 +366,14 @@ class InfoConfig(Options):
 class Table3Config(Options):
     """resnest-table3."""
 
-    results: Annotated[list[str], BeforeValidator(_as_list)]
+    results: Annotated[list[Place], BeforeValidator(_as_list)]
     format: Literal["markdown", "json", "csv"]
 
 
 class DemoDataConfig(Options):
     """resnest-data demo."""
 
-    out: str
+    out: Place
     seed: Seed
     train_per_class: Positive
     val_per_class: Positive
@@ -345,17 +382,17 @@ class DemoDataConfig(Options):
 class PrepareDataConfig(Options):
     """resnest-data prepare."""
 
-    archives: str
-    out: str
+    archives: Place
+    out: Place
     verify: bool
 
 
 class FolderOptions(Options):
     """A data set in the ImageNet folder layout."""
 
-    root: str
-    train_dir: str | None  # null: leave this part out
-    val_dir: str | None
+    root: Place
+    train_dir: Place | None  # null: leave this part out
+    val_dir: Place | None
 
     @model_validator(mode="after")
     def _check(self) -> "FolderOptions":
@@ -370,7 +407,7 @@ class CheckDataConfig(Options):
     """resnest-data check."""
 
     data: FolderOptions
-    out: str | None
+    out: Place | None
     workers: Positive | None
 
 
@@ -378,7 +415,7 @@ class ShardDataConfig(Options):
     """resnest-data shard."""
 
     data: FolderOptions
-    out: str
+    out: Place
     images_per_shard: Positive
     shuffle: bool
 
@@ -392,3 +429,14 @@ def option_names(schema: type[Options], prefix: str = "") -> list[str]:
             if isinstance(part, type) and issubclass(part, Options):
                 names += option_names(part, f"{prefix}{name}.")
     return names
+
+
+def list_places(schema: type[Options], prefix: str = "") -> dict[str, bool]:
+    """Return the options of a schema that are files or folders, dotted, and whether each takes a list of them."""
+    places = {}
+    for name, field in schema.model_fields.items():
+        if _as_path.__name__ in repr((field.annotation, field.metadata)):
+            places[prefix + name] = "list[" in repr(field.annotation)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
+            places |= list_places(field.annotation, f"{prefix}{name}.")
+    return places

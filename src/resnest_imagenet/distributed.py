@@ -5,20 +5,26 @@ torch is imported where it is used: the commands ask for their rank before they 
 
 import json
 import os
+import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, DistributedError, first_line
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed import Store
+
+Result = TypeVar("Result")
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them all
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,39 @@ class Ranks:
 
 
 def launched_as() -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) as torchrun set them, or (0, 0, 1)."""
+    """Return (rank, local rank, world size) as torchrun set them, or (0, 0, 1).
+
+    Raises:
+        ConfigError: only some of torchrun's variables are set, or they make no sense.
+    """
+    if not _is_launched():
+        return 0, 0, 1
+    unset = [name for name in _VARIABLES if not os.environ.get(name)]
+    if unset:
+        given = [name for name in _VARIABLES[:3] if os.environ.get(name)]
+        raise ConfigError(
+            f"{', '.join(given)} set without {', '.join(unset)}: torchrun sets all of them; unset them for one process"
+        )
+    values = {name: os.environ[name] for name in (*_VARIABLES[:3], "MASTER_PORT")}
+    for name, value in values.items():
+        if not (value.isascii() and value.isdigit()):
+            raise ConfigError(f"{name}={value} is no number: torchrun sets it")
+    rank, local_rank, world_size, _ = map(int, values.values())
+    if rank >= world_size:
+        raise ConfigError(f"RANK={rank} must be less than WORLD_SIZE={world_size}: torchrun sets both")
+    return rank, local_rank, world_size
+
+
+def count_local_ranks() -> int:
+    """Return how many ranks share this node's memory, as far as torchrun says it."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(value) if _is_launched() and value.isdigit() else 1
+
+
+def _is_launched() -> bool:
+    """Say whether a launcher has started this process: WORLD_SIZE=1 alone, which some shells keep, is none."""
     get = os.environ.get
-    return int(get("RANK", 0)), int(get("LOCAL_RANK", 0)), int(get("WORLD_SIZE", 1))
+    return bool(get("RANK") or get("LOCAL_RANK") or get("WORLD_SIZE", "") not in ("", "1"))
 
 
 def choose_device(name: str) -> "torch.device":
@@ -80,6 +116,7 @@ def join(device: "torch.device", timeout: float = 600) -> Iterator[Ranks]:
 
     Raises:
         ConfigError: the launcher would not survive a restart.
+        DistributedError: a rank did not come in that time.
     """
     import torch
     import torch.distributed as dist
@@ -87,27 +124,32 @@ def join(device: "torch.device", timeout: float = 600) -> Iterator[Ranks]:
     rank, local_rank, world_size = launched_as()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if not _is_launched():
         yield Ranks(0, 1, 0, device)
         return
-    # Twice: whoever watches the ranks is to speak first.
-    patience = timedelta(seconds=2 * timeout)
-    store = _meet(rank, world_size, patience)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=patience,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        device_id=device if device.type == "cuda" else None,
-    )
+    store = _meet(rank, world_size, timeout)
+
+    def initialise() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # it is each thread's own
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # Whoever watches the ranks ends a collective that hangs. torch counts the time of a frozen process too.
+            timeout=timedelta(days=1),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
+
+    _do_within(2 * timeout, initialise, "a rank has left while the ranks were joining")
     yield Ranks(rank, world_size, local_rank, device, store)
     # Not after an error: the peers may wait in a collective, and the process ends anyway.
     dist.destroy_process_group()
 
 
-def _meet(rank: int, world_size: int, patience: timedelta) -> "Store":
-    """Return the store of this attempt.
+def _meet(rank: int, world_size: int, timeout: float) -> "Store":
+    """Return the store of this attempt, when all ranks have come.
 
     torchrun's own store outlives a restart, and the keys of the dead attempt confuse the next one: on a node alone
     every attempt has its own prefix. Nodes count their restarts apart: there torchrun must make a store for each.
@@ -120,8 +162,81 @@ def _meet(rank: int, world_size: int, patience: timedelta) -> "Store":
         raise ConfigError(
             "torchrun --max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
         )
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
-    return dist.PrefixStore(f"attempt {get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if shares_store else store
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_server = rank == 0 and not shares_store
+
+    def connect() -> "Store":
+        patience = timedelta(seconds=timeout)
+        # No waiting for the others here: it could name none that is missing.
+        return dist.TCPStore(host, port, world_size, is_server, patience, wait_for_workers=False, multi_tenant=True)
+
+    where = f"at {host}:{port} (MASTER_ADDR:MASTER_PORT)"
+    if not is_server:
+        _wait_for_server(host, port, timeout, f"{'torchrun' if shares_store else 'rank 0'} does not answer {where}")
+    store = _do_within(2 * timeout, connect, f"cannot {'listen' if is_server else 'meet the other ranks'} {where}")
+    if shares_store:
+        store = dist.PrefixStore(f"attempt {get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    _wait_for_ranks(store, rank, world_size, timeout)
+    return store
+
+
+def _wait_for_server(host: str, port: int, timeout: float, problem: str) -> None:
+    """Return when something listens: torch would print its own stack where nothing does."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=1).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                reason = error.strerror or error
+                raise DistributedError(f"{problem} within {timeout:g} s (timeout_seconds): {reason}") from error
+            time.sleep(0.1)
+
+
+def _wait_for_ranks(store: "Store", rank: int, world_size: int, timeout: float) -> None:
+    """Return when all have come. Python waits, and not the store: a signal must end it at once."""
+    store.set(f"came {rank}", "")
+    deadline = time.monotonic() + timeout
+    keys = [f"came {other}" for other in range(world_size)]
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            come = [store.check([key]) for key in keys]
+            missing = [other for other, has_come in enumerate(come) if not has_come]
+            if not missing:  # the last one has just come
+                return
+            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not come"
+            error = DistributedError(f"{who} within {timeout:g} s (timeout_seconds)")
+            error.is_said = rank != come.index(True)
+            raise error
+        time.sleep(0.05)
+
+
+def _do_within(seconds: float, work: Callable[[], Result], problem: str) -> Result:
+    """Let a thread do what waits within torch, where Python could not answer a signal.
+
+    Raises:
+        DistributedError: the connection failed, or nothing came of it in that time.
+    """
+    import torch.distributed as dist
+
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # raised again by the caller
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if results:
+        return results[0]
+    if not errors or isinstance(errors[0], dist.DistError) or "gloo" in str(errors[0]):
+        cause = f" ({first_line(errors[0])})" if errors else ""
+        raise DistributedError(f"{problem}{cause}")
+    raise errors[0]
 
 
 def has_joined() -> bool:
@@ -135,11 +250,21 @@ def has_joined() -> bool:
 
 def tell_launcher(line: str) -> None:
     """Let torchrun's summary, which comes last, repeat why this rank failed."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    path = find_launcher_file()
     if path:
         with open(path, "w") as file:
-            details = {"py_callstack": line, "timestamp": str(int(time.time()))}
-            json.dump({"message": {"message": line, "extraInfo": details}}, file)
+            file.write(format_failure(line))
+
+
+def find_launcher_file() -> str | None:
+    """Return the file in which torchrun looks for the reason when this rank has failed; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+
+def format_failure(line: str) -> str:
+    """Return a reason as torchrun reads it."""
+    details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    return json.dumps({"message": {"message": line, "extraInfo": details}})
 
 
 def is_lost_peer(error: BaseException) -> bool:

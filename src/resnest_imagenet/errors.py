@@ -1,6 +1,8 @@
 """Errors that a user can cause: one line that says what is wrong, where, and what to do."""
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 
 
@@ -48,9 +50,16 @@ class NonFiniteError(UserError):
 
 
 class StorageError(UserError):
-    """A file cannot be written: the disk is full, or the folder read-only."""
+    """A file cannot be read or written for want of disk, memory or a working storage: it may pass."""
 
     exit_code = 6
+
+
+class LoadingError(StorageError, OSError):
+    """A loader does not get an image that may be sound: the storage fails, or its workers are gone."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class DistributedError(UserError):
@@ -59,11 +68,19 @@ class DistributedError(UserError):
     exit_code = 7
 
 
-class Stopped(UserError):  # noqa: N818 - not an error
-    """A run has stopped as asked, after a checkpoint; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+class Stopped(SystemExit):
+    """A run has stopped as asked; the same command resumes it (EX_TEMPFAIL of sysexits.h).
+
+    An exit and no Exception: a signal's handler raises it in the middle of anything, and whoever catches `Exception`
+    there would take it for a damaged file, a failed compilation or a tracker that does not answer.
+
+    Attributes:
+        exit_code, is_shared, is_said: as of a `UserError`.
+    """
 
     exit_code = 75
     is_shared = True
+    is_said = False
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -72,6 +89,42 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory was short: torch's allocators have no common type for that."""
+    is_allocator = isinstance(error, RuntimeError) and any(
+        phrase in str(error) for phrase in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+    return is_allocator or isinstance(error, MemoryError)
+
+
+def explain_runtime(error: BaseException) -> UserError | None:
+    """Explain what torch or the system raises where a user can fix it; None for any other error."""
+    text, number = str(error), error.errno if isinstance(error, OSError) else None
+    if "torchvision::nms" in text:
+        from importlib.metadata import version
+
+        return ConfigError(
+            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
+            "install both from the same index (make setup does, with uv)"
+        )
+    if is_out_of_memory(error) or "ALLOC_FAILED" in text:  # cuBLAS and cuDNN
+        return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
+        return StorageError("too many open files: raise the limit (ulimit -n), or lower loader.workers")
+    # Workers hand over batches in files of these names.
+    if re.search(r"</torch_|shared memory|DataLoader worker .* (exited unexpectedly|is killed)", text):
+        way_out = "--ipc=host or a larger --shm-size of the container, fewer loader.workers, or loader.workers=0"
+        return StorageError(f"{first_line(error).rstrip('. ')}: is /dev/shm full, or memory short? {way_out}")
+    if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS):
+        return StorageError(f"{error.filename or 'a file'}: {error.strerror}")
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    r"""Return a text that fits a line and any terminal: with \n for a line break and \udcff for what is no UTF-8."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,18 +1,29 @@
 """Files that are written whole or not at all."""
 
+import errno
 import fcntl
 import os
+import re
+import secrets
+import shutil
+import stat
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from filelock import FileLock
 
 from resnest_imagenet.errors import ConfigError, StorageError
 
 TEMPORARY = ".tmp"  # the suffix of a file that is not whole yet
+DAMAGED = ".damaged"  # the suffix of what is not what was written
+# What a file system answers that has no such call, as Lustre, FUSE and NFS do: nothing has failed.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_RANDOM_BYTES = 8  # of a temporary name
+_warned: set[str] = set()
 
 
 @contextmanager
@@ -35,41 +46,161 @@ def storing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of `path` at the end, synchronised to the disk, or is removed.
 
+    The new file gets the old one's mode, and its owner where this process may give files away. A link stays, and its
+    target is replaced. A pipe, a character device and /dev/stdout stay too: what the file holds is written to them.
+
     Raises:
         StorageError: it cannot be written.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
     with storing(path):
+        if _is_stream(path):
+            with tempfile.TemporaryFile() as file:
+                yield cast(BinaryIO, file)
+                file.seek(0)
+                with _open_stream(path) as stream:
+                    shutil.copyfileobj(file, stream)
+            return
+        target = Path(os.path.realpath(path))
+        old = target.stat() if target.exists() else None
+        temporary = name_temporary(target)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o600 if old else 0o666)
         try:
-            with open(temporary, "wb") as file:
+            with open(descriptor, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+                if old:
+                    _copy_access(old, descriptor)
+                synchronise_file(descriptor, path)
+            os.replace(temporary, target)
         except BaseException:
             with suppress(OSError):  # what failed first is what is reported
                 temporary.unlink(missing_ok=True)
             raise
-        synchronise(path.parent)
+        synchronise(target.parent)
+
+
+def _is_stream(path: Path) -> bool:
+    """Say whether to write to what is there instead of replacing it; OSError for a folder or a disk."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if stat.S_ISBLK(mode):
+        raise OSError(errno.ENOTSUP, "it is a disk")
+    # What a process has open, such as /dev/stdout, may be a file. Its reader would not see another one in its place.
+    folder = os.path.realpath(path.parent)
+    return not stat.S_ISREG(mode) or folder == "/dev" or folder.startswith("/proc/")
+
+
+def _open_stream(path: Path) -> BinaryIO:
+    """Open a pipe or device; this process's own outputs with their position in the file that they may be."""
+    sys.stdout.flush()
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it may be closed
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return open(os.dup(descriptor), "wb")
+    return open(path, "wb")
+
+
+def name_temporary(target: Path) -> Path:
+    """Return a name beside `target` that nobody else has."""
+    name = os.fsdecode(os.fsencode(target.name)[:200])  # of at most 255 bytes with the rest
+    return target.with_name(f".{name}.{secrets.token_hex(_RANDOM_BYTES)}{TEMPORARY}")
+
+
+def _copy_access(old: os.stat_result, descriptor: int) -> None:
+    """Give a file the owner, group and mode of another, as far as this process may and the file system can."""
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
+        with suppress(OSError):
+            os.fchown(descriptor, owner, group)
+    with suppress(OSError):
+        os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+
+
+def remove_temporary(folder: Path, names: Sequence[str]) -> None:
+    """Remove what a killed process has left of its writing to files of a folder, of these names or patterns."""
+    for name in names:
+        for path in folder.glob(f".{name}.{'[0-9a-f]' * 2 * _RANDOM_BYTES}{TEMPORARY}"):
+            path.unlink()
+
+
+def move_damaged(path: Path) -> Path:
+    """Give what is not what it should be another name, which is returned: the first free one.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    names = [f"{path.name}{DAMAGED}", *(f"{path.name}{DAMAGED}-{number}" for number in range(2, 1000))]
+    aside = next(other for name in names if not os.path.lexists(other := path.with_name(name)))
+    with storing(path):
+        path.rename(aside)
+    return aside
 
 
 def synchronise(folder: Path) -> None:
     """Write the names in a folder to the disk: what was renamed or removed."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # files may be made in it all the same
+        return
+    try:
+        synchronise_file(descriptor, folder)
     finally:
         os.close(descriptor)
 
 
+def synchronise_file(descriptor: int, path: Path) -> None:
+    """Write an open file, or folder, to the disk, where its file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_once(
+            f"{path}: cannot be synchronised to the disk there ({error.strerror}): "
+            "what was written last may be lost if the machine crashes"
+        )
+
+
+def _warn_once(line: str) -> None:
+    """Print a line, unless one of its kind, with another path, was printed."""
+    kind = line.rpartition(": ")[2]
+    if kind not in _warned:
+        _warned.add(kind)
+        print(f"WARNING: {line}", file=sys.stderr, flush=True)
+
+
+def _warn_unlocked(path: Path, error: OSError) -> None:
+    _warn_once(f"{path}: no file locks there ({error.strerror}): a second process in this folder will not be refused")
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which is gone afterwards; filelock.Timeout where another process holds it."""
-    with FileLock(path, timeout=0):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def locked(path: Path, timeout: float = 0) -> Iterator[None]:
+    """Hold a lock file, which is gone afterwards.
+
+    Args:
+        path: the file.
+        timeout: seconds to wait for another process that holds it; -1: without end.
+
+    Raises:
+        filelock.Timeout: it still holds it then.
+        OSError: the file cannot be made.
+    """
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_unlocked(path, error)
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -81,23 +212,33 @@ def owned(path: Path, owner: str) -> Iterator[None]:
 
     Args:
         path: the file; it stays, empty, afterwards.
-        owner: what others are told.
+        owner: what others are told: "process <number> on <host>".
 
     Raises:
-        ConfigError: another process holds it.
-        OSError: it cannot be made, or the file system has no locks.
+        ConfigError: another process holds it, or the file is something else.
+        OSError: it cannot be made.
     """
-    with open(path, "a+") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "r+", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
             raise ConfigError(f"{path.parent} is in use by {file.read() or 'another process'}") from error
-        file.truncate(0)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            _warn_unlocked(path, error)
+        if not re.fullmatch(r"(process \d+ on .*)?", file.read(1000)):
+            raise ConfigError(f"{path}: not the lock of a run: remove it, or choose another folder")
+        file.seek(0)
+        file.truncate()
         file.write(owner)
         file.flush()
-        yield
-        file.truncate(0)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
 
 
 def require_writable(path: Path, option: str) -> None:
@@ -109,8 +250,9 @@ def require_writable(path: Path, option: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
+        if not _is_stream(path):
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{option}={path}: cannot be written ({error.strerror})") from error

@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from resnest_imagenet.distributed import Ranks, is_lost_peer, tell_launcher
-from resnest_imagenet.errors import DistributedError, Stopped, UserError, first_line
+from resnest_imagenet.errors import DistributedError, Stopped, UserError, explain_runtime, first_line, printable
 
 FAILURE = "failure"  # the key of the first failure
 SECONDS_TO_LEAVE = 5  # for a rank that knows that another has failed, before it is ended
+SECONDS_TO_CONTINUE = 5  # for a rank that seems to hang: it may have been frozen, and run again
 
 # What a rank does, in the order in which it does it in one batch.
 STARTING, LOADING, FORWARD, BACKWARD, AGREEING, EVALUATING, SAVING = _ORDER = (
@@ -31,15 +33,28 @@ class Watch:
 
     Of ranks that wait for each other the one that is furthest behind is at fault. One thread talks to the others and
     another one decides: talk may wait for ever where a cable is cut.
+
+    A process may be frozen (SIGSTOP, a suspended machine) for longer than the timeout, and run again. It then starts
+    its clock again: while it was frozen it saw no progress of the others. And they wait some seconds for it.
     """
 
-    def __init__(self, ranks: Ranks, timeout: float, on_abort: Callable[[UserError], None]) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        timeout: float,
+        on_abort: Callable[[UserError], None],
+        note: Callable[[int, int, str], None] = lambda epoch, batch, doing: None,
+    ) -> None:
         self._ranks = ranks
         self._timeout = timeout
         self._on_abort = on_abort
+        self._note = note
         self._beat = min(2.0, timeout / 10)
         self._place: tuple[int, int, str] = (0, 0, STARTING)
-        self._moved = time.monotonic()
+        self._moved = self._awake = time.monotonic()
+        self._naps = 0  # how often this process was frozen
+        self._suspects: dict[int, Any] = {}  # by rank: where it stood when this rank's patience was over
+        self._suspected = 0.0
         self._failure: DistributedError | None = None
         self._ended = threading.Event()
         # A connection of its own: one that waits for a key keeps others waiting.
@@ -50,6 +65,7 @@ class Watch:
         """Say where this rank is: all ranks pass the same places in the same order."""
         self._place = (epoch, batch, doing)
         self._moved = time.monotonic()
+        self._note(epoch, batch, doing)
 
     def then(self, doing: str) -> None:
         """Say what this rank does next at the same place."""
@@ -82,7 +98,7 @@ class Watch:
             time.sleep(2.5 * self._beat)
             silent = [rank for rank, line in enumerate(self._read_progress()) if line == before[rank]]
             if silent:
-                place = _describe(json.loads(before[silent[0]])[0])
+                place = describe_place(json.loads(before[silent[0]])[0])
                 error = DistributedError(f"{_name(silent)} is gone without a word; last seen {place}")
                 if self.publish(error, None):
                     return error
@@ -93,14 +109,16 @@ class Watch:
     def _talk(self) -> None:
         assert self._store
         beats = 0
-        # Whoever knows of a failure falls silent: its store may leave, and then torch would have the last word.
+        # Stop talking once a failure is known: the store may leave, and torch's own error would then hide the cause.
         while not self._failure and not self._ended.wait(self._beat):
             beats += 1
             try:
-                self._store.set(f"progress {self._ranks.rank}", json.dumps([self._place, beats]))
+                self._store.set(f"progress {self._ranks.rank}", json.dumps([self._place, self._naps, beats]))
                 self._failure = self._read_failure()
-                if self._failure is None and time.monotonic() - self._moved > self._timeout:
-                    self._accuse()
+                if self._count_still() <= self._timeout:
+                    self._suspects = {}
+                elif self._failure is None:
+                    self._suspect()
                     self._failure = self._read_failure()
             except RuntimeError:  # whoever holds the store has left
                 self._failure = self._failure or _lost()
@@ -108,28 +126,46 @@ class Watch:
     def _guard(self) -> None:
         first_seen = None
         while not self._ended.wait(self._beat):
-            still = time.monotonic() - self._moved
-            failure = self._failure or (_lost() if still > self._timeout + SECONDS_TO_LEAVE else None)
+            now = time.monotonic()
+            if now - self._awake > 3 * self._beat + 1:
+                self._naps += 1
+                self._moved = now
+            self._awake = now
+            still = now - self._moved
+            is_cut_off = still > self._timeout + SECONDS_TO_CONTINUE + SECONDS_TO_LEAVE
+            failure = self._failure or (_lost() if is_cut_off else None)
             if failure is None:
                 continue
-            first_seen = first_seen or time.monotonic()
+            first_seen = first_seen or now
             # A rank that hangs leaves when the others have heard of it; one that does not has time to end by itself.
             patience = 2 * self._beat if still > self._timeout else SECONDS_TO_LEAVE
-            if min(still, time.monotonic() - first_seen) > patience:
+            if min(still, now - first_seen) > patience:
                 if not failure.is_said:
-                    print(f"resnest-train: rank {self._ranks.rank}: {failure}", file=sys.stderr, flush=True)
+                    print(printable(f"resnest-train: rank {self._ranks.rank}: {failure}"), file=sys.stderr, flush=True)
                 self._on_abort(failure)
                 os._exit(failure.exit_code)
 
-    def _accuse(self) -> None:
+    def _count_still(self) -> float:
+        """Return the seconds without progress; 0 until the guard has seen whether this process was frozen."""
+        now = time.monotonic()
+        return now - self._moved if now - self._awake < 2 * self._beat + 1 else 0
+
+    def _suspect(self) -> None:
+        """Accuse whoever keeps the others waiting, unless that moves while it is watched."""
+        progress = [json.loads(line) for line in self._read_progress()]
+        order = [(epoch, batch, _ORDER.index(doing)) for (epoch, batch, doing), *_ in progress]
+        late = {rank: progress[rank][:2] for rank, place in enumerate(order) if place == min(order)}
+        if not self._suspects:
+            self._suspects, self._suspected = late, time.monotonic()
+        elif late != self._suspects:
+            self._suspects, self._moved = {}, time.monotonic()
+        elif time.monotonic() - self._suspected > SECONDS_TO_CONTINUE:
+            self._accuse(list(late), late[min(late)][0])
+
+    def _accuse(self, late: list[int], place: tuple[int, int, str]) -> None:
         """Publish who keeps the others waiting, and be the one that says it."""
-        assert self._store
-        places = [json.loads(line)[0] for line in self._read_progress()]
-        order = [(epoch, batch, _ORDER.index(doing)) for epoch, batch, doing in places]
-        late = [rank for rank, place in enumerate(order) if place == min(order)]
-        everyone = len(late) == len(places)
-        who = "every rank" if everyone else _name(late)
-        text = f"{who} hangs, {_describe(places[late[0]])}: no progress for {self._timeout:g} s (timeout_seconds)"
+        who = "every rank" if len(late) == self._ranks.world_size else _name(late)
+        text = f"{who} hangs, {describe_place(place)}: no progress for {self._timeout:g} s (timeout_seconds)"
         if self.publish(DistributedError(text), None):
             print(f"resnest-train: {text}", file=sys.stderr, flush=True)
             tell_launcher(text)
@@ -146,15 +182,18 @@ class Watch:
     def _read_progress(self) -> list[str]:
         assert self._store
         keys = [f"progress {rank}" for rank in range(self._ranks.world_size)]
-        nothing = json.dumps([(0, 0, STARTING), 0])
+        nothing = json.dumps([(0, 0, STARTING), 0, 0])
         return [self._store.get(key).decode() if self._store.check([key]) else nothing for key in keys]
 
 
 def _lost() -> DistributedError:
-    return DistributedError("the connection to the other ranks is lost")
+    return DistributedError(
+        "the connection to the other ranks is lost: rank 0, its host or the network does not answer"
+    )
 
 
-def _describe(place: tuple[int, int, str]) -> str:
+def describe_place(place: tuple[int, int, str]) -> str:
+    """Say what is done at a place, and in which batch."""
     epoch, batch, doing = place
     if doing in (LOADING, FORWARD, BACKWARD, AGREEING):
         return f"{doing} in batch {batch + 1} of epoch {epoch + 1}"
@@ -167,7 +206,10 @@ def _name(ranks: list[int]) -> str:
 
 @contextmanager
 def supervise(
-    ranks: Ranks, timeout: float = 600, on_abort: Callable[[UserError], None] = lambda error: None
+    ranks: Ranks,
+    timeout: float = 600,
+    on_abort: Callable[[UserError], None] = lambda error: None,
+    note: Callable[[int, int, str], None] = lambda epoch, batch, doing: None,
 ) -> Iterator[Watch]:
     """Watch over the ranks, and name the one that fails first.
 
@@ -175,21 +217,27 @@ def supervise(
         ranks: who takes part; one alone has nobody to watch.
         timeout: seconds without progress after which a rank counts as hanging.
         on_abort: called before the process is ended from within a collective.
+        note: called with each place that this rank comes to.
 
     Raises:
         DistributedError: instead of a collective's error, with its cause.
+        UserError: instead of what torch or the system raises where a user can fix it.
     """
-    watch = Watch(ranks, timeout, on_abort)
+    watch = Watch(ranks, timeout, on_abort, note)
     watch.start()
     try:
         yield watch
     except BaseException as error:
         if is_lost_peer(error):
             raise watch.find_cause() from error
+        explained = None if isinstance(error, UserError) else explain_runtime(error)
         if ranks.store and not isinstance(error, Stopped):
-            told = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {first_line(error)}")
+            told = error if isinstance(error, UserError) else explained
+            told = told or UserError(f"{type(error).__name__}: {first_line(error)}")
             with suppress(RuntimeError):
                 told.is_said = not watch.publish(told, ranks.rank)
+        if explained:
+            raise explained from error
         raise
     finally:
         watch.end()

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from conftest import SMALL, run_module
+from conftest import LAUNCHED, SMALL, run_module
 from resnest_imagenet.commands import train
 
 
@@ -37,8 +37,8 @@ def test_the_composed_configuration_is_printed(monkeypatch, capsys):
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["resnest-train", "-m", "seed=0,1", "data.root=x"])
     with pytest.raises(SystemExit, match="2"):
         train.main()

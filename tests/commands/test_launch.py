@@ -1,16 +1,21 @@
 """The commands as a user calls them: what is refused, in which words, with which exit code."""
 
+import os
+import re
+import shutil
+import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from conftest import run_module
+from conftest import ALONE, compose_config, run_module
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
-from resnest_imagenet.commands.launch import explain_runtime, find_conf
+from resnest_imagenet.commands.launch import explain_composition, find_conf, quote_place
 from resnest_imagenet.config import (
     CompareConfig,
     EvalConfig,
@@ -21,8 +26,11 @@ from resnest_imagenet.config import (
     ReportConfig,
     Table3Config,
     TrainConfig,
+    list_places,
     option_names,
 )
+from resnest_imagenet.errors import explain_runtime
+from resnest_imagenet.supervision import supervise
 
 
 def call(command, arguments, monkeypatch, capsys):
@@ -71,10 +79,10 @@ def call(command, arguments, monkeypatch, capsys):
         (["protocol=ecentrecrop"], "unknown protocol 'ecentrecrop'; did you mean 'ecentercrop'?"),
         (["data.root=/x", "~train.epochs"], "train.epochs is not set"),
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
-        (["data.root=/a=b"], "cannot read 'data.root=/a=b': write option=value, quote special characters"),
-        (["data.root"], "cannot read 'data.root': write option=value"),
+        (["model.name=a=b"], "cannot read model.name=a=b: quote it for the shell and for Hydra: 'model.name=\"a=b\"'"),
+        (["data.root"], "cannot read data.root: write option=value"),
         (["data.root=/x", "train.lr_per_256=inf"], "train.lr_per_256=inf: input should be a finite number"),
-        (["model=null"], "Config group override must be a string or a list"),
+        (["model=null"], "a group cannot be null: write group=NAME"),
         (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
         (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
         (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
@@ -162,6 +170,36 @@ def test_a_group_option_without_its_group_and_a_list_without_brackets(monkeypatc
     assert code == 2 and lines[0].endswith(": write a list as [a,b]")
 
 
+NAMES = ("20240501", "2024_05_01", "/a,b", "/größe", "/a b=c(1)", "/it's", 'a"b', "true", "/{x}", "runs/${seed}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_and_folders_may_have_any_name(name):
+    word = quote_place(f"run_dir={name}", list_places(TrainConfig))
+    assert compose_config("train", TrainConfig, "data.root=/x", word).run_dir == name.replace("${seed}", "0")
+
+
+def test_numbers_and_the_home_folder_in_places():
+    options = ("ckpt=x", "images=[~/a,2012]", "out=~/b.csv", "model=null")
+    with pytest.raises(OverrideParseException):
+        compose_config("predict", PredictConfig, *options)
+    options = ("ckpt=x", 'images=["~/a",2012]', quote_place("out=~/b.csv", list_places(PredictConfig)))
+    config = compose_config("predict", PredictConfig, *options)
+    assert config.images == [os.path.expanduser("~/a"), "2012"] and config.out == os.path.expanduser("~/b.csv")
+    assert quote_place("images=a,b", list_places(PredictConfig)) == "images=a,b"
+    assert quote_place("out=null", list_places(PredictConfig)) == "out=null"
+
+
+@pytest.mark.parametrize("shell", [shell for shell in ("bash", "dash", "zsh") if shutil.which(shell)])
+def test_the_advice_to_quote_works_when_it_is_typed(shell):
+    for word, value in (("model.name=größe", "größe"), ("model.name=a=b", "a=b"), ("model.name=it's", "it's")):
+        with pytest.raises(OverrideParseException) as caught:
+            compose_config("train", TrainConfig, "data.root=/x", word)
+        advice = str(explain_composition(caught.value, TrainConfig)).rpartition(": ")[2]
+        typed = subprocess.run([shell, "-c", f"printf %s {advice}"], capture_output=True, text=True, check=True).stdout
+        assert compose_config("train", TrainConfig, "data.root=/x", typed).model.name == value
+
+
 def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     small = ["train_per_class=1", "val_per_class=1"]
     assert call(data, ["demo", f"out={tmp_path / 'demo'}", *small], monkeypatch, capsys)[0] == 0
@@ -198,12 +236,41 @@ def test_shards_of_one_part_and_of_none(demo_images, tmp_path, monkeypatch, caps
     assert (code, lines) == (2, ["resnest-data: data.train_dir=null and data.val_dir=null leave nothing"])
 
 
-def test_torch_errors_that_a_user_can_mend_are_explained():
-    error = explain_runtime(RuntimeError("operator torchvision::nms does not exist"))
-    assert error.exit_code == 2
-    assert "was not built for torch" in str(error)
-    assert "Lower the batch size" in str(explain_runtime(torch.OutOfMemoryError("CUDA out of memory.")))
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (RuntimeError("operator torchvision::nms does not exist"), 2, "was not built for torch"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "Lower the batch size"),
+        (MemoryError(), 2, "MemoryError Lower the batch size"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "Lower the batch size",
+        ),
+        (OSError(24, "Too many open files", "x.jpg"), 6, "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), 6, "ulimit -n"),
+        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), 6, "--ipc=host"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 6, "pid 7.*loader.workers=0"),
+        (OSError(28, "No space left on device", "/disk/events"), 6, "^/disk/events: No space left on device$"),
+    ],
+)
+def test_errors_of_torch_and_the_system_that_a_user_can_fix_are_explained(error, code, words):
+    explained = explain_runtime(error)
+    assert explained.exit_code == code
+    assert re.search(words, str(explained))
+    with pytest.raises(type(explained), match=words), supervise(ALONE):
+        raise error
+
+
+def test_torch_says_that_memory_is_short_in_the_words_that_are_looked_for():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert explain_runtime(error.value).exit_code == 2
+
+
+def test_other_errors_are_bugs():
     assert explain_runtime(RuntimeError("something else")) is None
+    assert explain_runtime(FileNotFoundError(2, "No such file", "x")) is None
 
 
 def list_keys(values, prefix=""):
@@ -272,3 +339,22 @@ def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path):
         "resnest_imagenet.commands.data", "demo", "--info", "searchpath", cwd=tmp_path, env={"PYTHONPATH": str(site)}
     )
     assert str(site / "resnest_imagenet" / "conf") in where.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "line"),
+    [(None, 141, ""), ("/dev/full", 6, "data: the output cannot be written (No space left on device)\n")],
+)
+def test_a_command_whose_output_goes_away_ends_without_a_traceback(device, code, line):
+    """None: a pipe whose reader has left."""
+    if device is None:
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(device, os.O_WRONLY)
+    try:
+        command = [sys.executable, "-m", "resnest_imagenet.commands.data", "demo", "--help"]
+        result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (code, line)

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from conftest import run_module
+from resnest_imagenet.commands.data import check
+from resnest_imagenet.config import CheckDataConfig
 from resnest_imagenet.data import examine
 from resnest_imagenet.data.check import FAULTS, NOTES, check_images, format_report, write_report
 from resnest_imagenet.data.examine import KNOWN_CMYK, Finding, examine_files
@@ -64,7 +66,6 @@ FILES = {
     ("empty", f"{A}/a.JPEG"): b"",
     ("empty", f"{B}/empty.png"): b"",
     ("not an image", f"{A}/page.JPEG"): b"<html><body>404 Not Found</body></html>",
-    ("not an image", f"{A}/._n01440764_1.JPEG"): b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(66),
     ("damaged", f"{A}/cut.JPEG"): WHOLE[: len(WHOLE) // 2],
     ("damaged", "val/n01440764/cut.JPEG"): WHOLE[:-300],
     ("damaged", f"{B}/bits.png"): bytes(PNG_WITHOUT_CRC),
@@ -73,9 +74,10 @@ FILES = {
     ("wrong mode", f"{B}/float.JPEG"): encode(52, "F", "TIFF"),
     ("too large", f"{B}/bomb.png"): make_bomb(),
     ("too large", f"{B}/large.png"): make_bomb(9460, 9459),  # where Pillow only warns
-    ("unseen image", f"{B}/new.webp"): encode(53, kind="WEBP"),
-    ("nested folder", f"{C}/images"): {"1.JPEG": encode(54)},
-    ("nested folder", f"{C}/folder.JPEG"): {},
+    ("unseen image", f"{B}/new.gif"): encode(53, kind="GIF"),
+    ("unseen image", f"{B}/photo.jpg_large"): encode(54),
+    ("unseen image", f"{B}/no_suffix"): encode(54, kind="BMP"),
+    ("not a file", f"{C}/folder.JPEG"): {},
     ("no images", "train/n09999999"): {"Thumbs.db": b"x"},
     ("no images", "val/n08888888"): {},  # each in one part only: told once
     ("missing class", "val/n01496331"): None,
@@ -91,6 +93,9 @@ LINKS = {
     ("unreadable", f"{C}/memory.JPEG"): "/proc/self/mem",  # reading fails, even for root
 }
 ODD = {
+    ("hidden", f"{A}/._n01440764_1.JPEG"): b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(66),
+    ("hidden", "train/.ipynb_checkpoints"): {"1.JPEG": encode(59)},
+    ("nested folder", f"{C}/images"): {"1.JPEG": encode(59)},
     ("odd mode", f"{A}/grey.JPEG"): encode(60, "L"),
     ("odd mode", f"{A}/cmyk.JPEG"): encode(61, "CMYK"),
     ("odd mode", f"{A}/palette.png"): encode(62, "P", "PNG"),
@@ -111,6 +116,9 @@ ODD = {
 SOUND = {
     f"{A}/mpo.jpg": encode(80, kind="MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))]),
     f"{A}/progressive.JPEG": encode(81, progressive=True),
+    f"{A}/new.webp": encode(84, kind="WEBP"),
+    f"{A}/scan.TIF": encode(85, kind="TIFF"),
+    f"{A}/photo.jfif": encode(86),
     f"{A}/été\n.JPEG": encode(82),
     os.fsdecode(f"{A}/".encode() + b"\xff.JPEG"): encode(83),
 }
@@ -141,10 +149,12 @@ def test_the_planted_tree_has_every_kind():
     assert {kind for kind, _ in EXPECTED} | {"crash", "missing folder", "no class folders"} == {*FAULTS, *NOTES}
 
 
-def test_finds_what_was_planted_and_nothing_else(planted, tmp_path):
+def test_finds_what_was_planted_and_nothing_else(planted, tmp_path, capfd):
     out = tmp_path / "reports/report.json"
-    result = run_module("resnest_imagenet.commands.data", "check", f"data.root={planted}", f"out={out}", "workers=2")
-    assert result.returncode == 3
+    data = {"root": str(planted), "train_dir": "train", "val_dir": "val"}
+    with pytest.raises(DataError) as caught:
+        check(CheckDataConfig(data=data, out=str(out), workers=2))
+    printed = capfd.readouterr()
     report = json.loads(out.read_text())
     findings = report["findings"]
     assert sorted((finding["kind"], finding["path"]) for finding in findings) == EXPECTED
@@ -154,8 +164,9 @@ def test_finds_what_was_planted_and_nothing_else(planted, tmp_path):
     assert (report["faults"], report["notes"]) == (num_faults, len(EXPECTED) - num_faults)
     assert report["root"] == str(planted)
     assert [(part["folder"], part["classes"]) for part in report["parts"]] == [("train", 5), ("val", 5)]
-    assert result.stderr == f"data: {planted}: faults: {num_faults} ({out})\n"  # no warnings, nothing from libtiff
-    lines = result.stdout.splitlines()
+    assert str(caught.value) == f"{planted}: faults: {num_faults} ({out})"
+    assert printed.err == ""  # no warnings, nothing from libtiff
+    lines = printed.out.splitlines()
     assert [line[7:25].strip() for line in lines[:-3]] == [
         kind for kind in (*FAULTS, *NOTES) if kind in {kind for kind, _ in EXPECTED}
     ]
@@ -173,20 +184,20 @@ def test_details_name_the_other_copy_and_the_size(planted):
     assert details[f"{C}/memory.JPEG"] == "Input/output error"
 
 
-def test_a_sound_tree_has_exit_code_0(tmp_path):
+def test_a_sound_tree_has_no_faults(tmp_path):
     make_sound(tmp_path)
-    result = run_module("resnest_imagenet.commands.data", "check", f"data.root={tmp_path}", "workers=2")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "train: 36 images in 3 classes\nval: 6 images in 3 classes\n0 faults, 0 notes\n"
+    report = check_images(str(tmp_path), "train", "val", 2)
+    assert format_report(report) == "train: 36 images in 3 classes\nval: 6 images in 3 classes\n0 faults, 0 notes"
+    assert report.num_faults == 0
 
 
-def test_notes_alone_have_exit_code_0(tmp_path):
+def test_notes_alone_are_no_faults(tmp_path):
     make_sound(tmp_path)
     for (_, path), content in ODD.items():
-        write(tmp_path, path, content)
-    result = run_module("resnest_imagenet.commands.data", "check", f"data.root={tmp_path}", "workers=2")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.endswith(f"\n0 faults, {len(ODD)} notes\n")
+        for name, inner in content.items() if isinstance(content, dict) else [("", content)]:
+            write(tmp_path, f"{path}/{name}".rstrip("/"), inner)
+    report = check_images(str(tmp_path), "train", "val", 2)
+    assert format_report(report).endswith(f"\n0 faults, {len(ODD)} notes")
 
 
 def find(root, train="train", val="val"):

@@ -49,6 +49,13 @@ def test_mean_colour_says_nothing_about_the_class(tmp_path):
     assert (nearest == val_labels).mean() < 0.2
 
 
+def test_a_folder_of_another_name_stays(tmp_path):
+    (tmp_path / "demo.tmp").mkdir()
+    (tmp_path / "demo.tmp/mine").touch()
+    write_demo_images(tmp_path / "demo", 0, train_per_class=1, val_per_class=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "demo.tmp"} and (tmp_path / "demo.tmp/mine").exists()
+
+
 def test_does_not_write_into_a_folder_in_use(tmp_path):
     write_demo_images(tmp_path, 0, train_per_class=1, val_per_class=1)
     assert not write_demo_images(tmp_path, 0, train_per_class=1, val_per_class=1)

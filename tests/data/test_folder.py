@@ -1,8 +1,14 @@
+import os
+import socket
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.decoding import BadImage
+from resnest_imagenet.data.folder import find_images, read_image_folder
+from resnest_imagenet.data.reading import MAX_BYTES
+from resnest_imagenet.data.source import require_separate
 from resnest_imagenet.errors import DataError
 
 
@@ -41,6 +47,62 @@ def test_faults_are_one_line(tmp_path, files, folders, message):
     with pytest.raises(DataError, match=message) as caught:
         read_image_folder(str(tmp_path), "val", "data.val_dir")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_skipped_or_taken_from_below_is_said(tmp_path):
+    names = ("a/1.webp", "a/2.TIF", "a/3.jfif", "a/deep/0.jpg", "a/deep/er/1.bmp", "b/1.JPEG", "b/anim.gif", "b/x.heic")
+    hidden = (".ipynb_checkpoints/1.jpg", "a/.1.jpg", "a/.git/1.jpg")
+    make_tree(tmp_path, *(f"train/{name}" for name in (*names, *hidden, "b/notes.txt", "stray.png")))
+    (tmp_path / "train/b/loop").symlink_to("..")
+    (tmp_path / "train/a/pipe.jpg.part").touch()
+    images = read_image_folder(str(tmp_path), "train", "x")
+    assert images.classes == ("a", "b")
+    assert [file.decode() for file in images.files] == [*names[:6]]
+    assert [note.removeprefix(f"{tmp_path}/train: ") for note in images.notes] == [
+        "3 hidden files or folders are skipped (the first: .ipynb_checkpoints)",
+        "1 images beside the class folders are skipped: they belong into one (the first: stray.png)",
+        "2 images of other formats are skipped "
+        "(.jpeg, .jpg, .png, .jpe, .jfif, .webp, .bmp, .tif, .tiff are taken) (the first: b/anim.gif)",
+        "2 files are skipped whose names are not those of images (the first: a/pipe.jpg.part)",
+        "2 images in folders below those of the classes are taken (the first: a/deep/0.jpg)",
+    ]
+    photos = find_images([str(tmp_path / "train")])
+    assert [photos.name(index).removeprefix(f"{tmp_path}/train/") for index in range(7)] == [
+        *("a/1.webp", "a/2.TIF", "a/3.jfif", "a/deep/0.jpg", "a/deep/er/1.bmp", "b/1.JPEG", "stray.png")
+    ]
+    assert len(photos.notes) == 3
+
+
+def test_parts_that_are_or_hold_each_other_are_refused(tmp_path):
+    make_tree(tmp_path, "train/a/1.jpg")
+    (tmp_path / "val").symlink_to("train")
+    (tmp_path / "test").mkdir()
+    for val, how in (("train", "are the same folder"), ("val", "are the same folder"), ("train/a", "one in the other")):
+        with pytest.raises(DataError, match=f"train and .*{val} .*{how}.*: set data.train_dir and data.val_dir"):
+            require_separate(tmp_path / "train", tmp_path / val)
+    require_separate(tmp_path / "train", tmp_path / "test")
+
+
+def test_the_listing_opens_nothing_and_reading_only_files(tmp_path):
+    """A pipe would keep who opens it waiting for ever, and /dev/zero never ends."""
+    make_tree(tmp_path, "train/a/1.jpg")
+    os.mkfifo(tmp_path / "train/a/2.jpg")
+    (tmp_path / "train/a/3.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "train/a/4.jpg"))
+    (tmp_path / "train/a/5.jpg").mkdir()
+    with open(tmp_path / "train/a/6.jpg", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    images = read_image_folder(str(tmp_path), "train", "x")
+    details = []
+    for index in range(1, 6):
+        with pytest.raises(BadImage) as caught:
+            images.read(index)
+        details.append(caught.value.fault.detail)
+    kinds = ("a named pipe", "a device", "a socket", "a folder")
+    too_large = "a file of 1,073,741,825 bytes, which was not read"
+    assert details == [*(f"not a file but {kind}" for kind in kinds), too_large]
+    assert images.read(0) == (tmp_path / "train/a/1.jpg").read_bytes()
 
 
 def test_missing_root():

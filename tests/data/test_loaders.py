@@ -3,7 +3,10 @@
 import gc
 import io
 import itertools
+import resource
+import struct
 import weakref
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from conftest import CPU
 from resnest_imagenet.data.augment import POLICIES, Augmentation
@@ -64,6 +68,10 @@ def make_loader(name, folder, transform, workers=1, **plan):
 def to_pixels(images):
     """Undo the normalisation: 0..255 up to the mean, which differences cancel."""
     return images * torch.tensor(STD).view(1, 3, 1, 1)
+
+
+def mean_of_channels():
+    return torch.tensor(MEAN).view(1, 3, 1, 1)
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -321,13 +329,59 @@ def test_hard_files_are_decoded_as_pillow_does(name, tmp_path):
     folder = read_image_folder(str(tmp_path), "val", "data.val_dir")
     assert name_unreadable(folder, range(len(folder))) is None
     loader = make_loader(name, folder, EvalTransform(70, ratio=1.0), batch_size=1, num_batches=len(files))
-    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
+    mean = mean_of_channels()
     for (kind, encoded), (batch, _) in zip(files.items(), loader.batches(0), strict=True):
         pixels = (to_pixels(batch) + mean)[0].permute(1, 2, 0).numpy()
         picture = Image.open(io.BytesIO(encoded))
         expected = np.array(picture).astype(float) / 257 if picture.mode == "I;16" else np.array(picture.convert("RGB"))
         expected = expected.round().reshape(70, 90, -1)[:, 10:80]
         assert np.abs(pixels - expected).max() < 1e-3, kind
+
+
+SHAPES = [(1, 1), (1, 2), (2, 1), (3, 3), (1, 20000), (20000, 1), (4, 160), (160, 4)]
+
+
+@pytest.mark.parametrize("transform", [EvalTransform(224), EvalTransform(48, "crop_resize"), AUGMENTED[0]])
+def test_extreme_shapes(transform, tmp_path):
+    """Points and lines of pixels: nothing fails, and the centre is what it was in the whole image, resized."""
+    for number, size in enumerate(SHAPES):
+        path = tmp_path / "val" / "x" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC).save(path)
+    folder = read_image_folder(str(tmp_path), "val", "x")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pairs = zip(*(make_loader(name, folder, transform, num_batches=1).batches(0) for name in LOADERS), strict=True)
+    ((one, _), (other, _)) = next(pairs)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB; 5 GiB when all was resized
+    assert one.shape == other.shape == (len(SHAPES), 3, transform.crop, transform.crop)
+    if isinstance(transform, EvalTransform):
+        assert (to_pixels(one) - to_pixels(other)).abs().max() < 2.01
+    if transform.crop == 224:
+        whole = F.resize(torch.from_numpy(np.array(Image.open(folder.path(6).decode()))).permute(2, 0, 1), [256, 10240])
+        assert (to_pixels(one)[6] + mean_of_channels()[0] - F.center_crop(whole, [224, 224])).abs().max() < 2.01
+
+
+def test_what_only_dali_refuses_is_decoded_by_pillow(images, tmp_path):
+    """PNGs whose rows are whole, but not the checksum behind them."""
+    for index in range(len(images)):
+        path = tmp_path / "val" / "x" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        encoded = io.BytesIO()
+        Image.open(images.path(index).decode()).convert("RGB").save(encoded, "PNG")
+        png = encoded.getvalue()
+        if index in (3, 36):
+            start, end = png.rindex(b"IDAT"), len(png) - 16
+            data = png[start : end - 2]
+            png = png[: start - 4] + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+            png += encoded.getvalue()[-12:]
+        path.write_bytes(png)
+    folder = read_image_folder(str(tmp_path), "val", "x")
+    assert name_unreadable(folder, range(len(folder))) is None
+    assert differences(folder, EvalTransform(48)).max() < 2.01
+    loader = make_loader("dali", folder, EvalTransform(48))
+    assert sum(len(labels) for _, labels in loader.batches(0)) == len(images)
+    assert loader._inputs.by_pillow == {3, 36}
 
 
 @pytest.mark.parametrize("name", LOADERS)

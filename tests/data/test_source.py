@@ -14,7 +14,7 @@ from resnest_imagenet.data.source import (
     name_unreadable,
     require_same_classes,
 )
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.errors import DataError, LoadingError
 
 
 def test_class_lists_that_differ_are_named_on_either_side(tmp_path):
@@ -47,7 +47,8 @@ def test_names_the_first_unreadable_file(tmp_path):
         path.write_bytes(damaged)
         assert name_unreadable(val, range(3)).startswith(f"{path}: not a readable image (")
     path.unlink()
-    assert name_unreadable(val, range(3)) == f"{path}: cannot be read (No such file or directory)"
+    with pytest.raises(LoadingError, match=rf"^{path}: cannot be read \(No such file or directory\)$"):
+        name_unreadable(val, range(3))
 
 
 def encode(mode, kind, size=(8, 8)):

@@ -1,6 +1,10 @@
 """Images that cannot be decoded: both loaders see the same in their place."""
 
+import os
+import signal
 from dataclasses import replace
+from errno import EACCES, EIO, EMFILE, ENOENT, ESTALE
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -8,13 +12,15 @@ import torch
 from PIL import Image
 
 from conftest import CPU
+from resnest_imagenet.data import reading
 from resnest_imagenet.data.dali import _Inputs
-from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.torchvision import _explain_failure
 from resnest_imagenet.data.transforms import STD, RandomResizedCrop, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards, write_shards
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.errors import DataError, LoadingError
 
 LOADERS = ["dali", "torchvision"]
 TRAIN = TrainTransform(32, seed=4)
@@ -38,18 +44,19 @@ def sound(tmp_path_factory):
 
 @pytest.fixture
 def damaged(sound, tmp_path):
-    """The same, but for an empty and an HTML file, one cut near its end, a GIF, and one deleted after the listing."""
+    """The same, but for an empty and an HTML file, one cut near its end, a GIF, and a folder."""
     images = replace(sound, root=tmp_path / "train")
     for index in range(45):
         path = tmp_path / "train" / sound.files[index].decode()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(sound.read(index))
-    empty, html, cut, gif, deleted = (tmp_path / "train" / sound.files[index].decode() for index in BAD)
+    empty, html, cut, gif, folder = (tmp_path / "train" / sound.files[index].decode() for index in BAD)
     empty.write_bytes(b"")
     html.write_bytes(b"<html>not found</html>")
     cut.write_bytes(cut.read_bytes()[: -len(cut.read_bytes()) // 20])
     Image.new("RGB", (60, 60)).save(gif, format="GIF")
-    deleted.unlink()
+    folder.unlink()
+    folder.mkdir()
     return images
 
 
@@ -114,7 +121,7 @@ def test_each_bad_image_is_reported_once(name, damaged, capfd):
     for epoch in range(3):
         list(loader.batches(epoch))
     lines = sorted(line for line in capfd.readouterr().err.splitlines() if "replaced by" in line)
-    reasons = ["not a readable image ("] * 3 + ["a GIF image (not one of", "cannot be read (No such file"]
+    reasons = ["not a readable image ("] * 3 + ["a GIF image (not one of", "not a file but a folder"]
     for line, index, reason in zip(lines, BAD, reasons, strict=True):
         assert line.startswith(f"{damaged.name(index)}: {reason}")
         assert line.endswith(f"; replaced by {damaged.name(USED[index])}")
@@ -131,7 +138,7 @@ def test_too_many_end_the_pass_and_the_last_is_named(name, workers, damaged):
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_without_substitution_the_first_is_named(name, damaged):
-    with pytest.raises(DataError, match=r"\.JPEG: (not a readable image|a GIF image|cannot be read) \([^)]*\)+$"):
+    with pytest.raises(DataError, match=r"\.JPEG: (not a file but a folder|(not a readable|a GIF) image \([^)]*\)+)$"):
         list(make_loader(name, damaged, max_errors=0).batches(0))
 
 
@@ -141,6 +148,65 @@ def test_a_set_of_bad_images_ends(name, damaged):
     images = replace(damaged, files=damaged.files[list(BAD) * 3], labels=damaged.labels[:15])
     with pytest.raises(DataError, match="bad image number 15, data.max_errors=1000"):
         list(make_loader(name, images, max_errors=1000).batches(0))
+
+
+def fail_reading(monkeypatch, index, error, times):
+    """Let the storage fail so many times for an image; return how often it was asked."""
+    asked = []
+
+    def fetch(images, number, real=ImageFolder.fetch):
+        if number == index:
+            asked.append(number)
+            if len(asked) <= times:
+                raise OSError(error, os.strerror(error))
+        return real(images, number)
+
+    monkeypatch.setattr(reading, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(ImageFolder, "fetch", fetch)
+    return asked
+
+
+@pytest.mark.parametrize("error", [EIO, ESTALE, EMFILE])
+def test_a_storage_error_that_passes_changes_nothing(error, sound, monkeypatch):
+    expected = list(make_loader("torchvision", sound).batches(0))
+    fail_reading(monkeypatch, 20, error, times=3)
+    loader = make_loader("torchvision", sound, workers=0)
+    assert_equal(loader.batches(0), expected)
+    assert not loader.substitution.bad
+
+
+@pytest.mark.parametrize(("error", "tries"), [(EIO, 4), (EMFILE, 4), (ENOENT, 1), (EACCES, 1)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_storage_error_that_stays_replaces_no_image(error, tries, workers, sound, monkeypatch):
+    asked = fail_reading(monkeypatch, 20, error, times=9)
+    loader = make_loader("torchvision", sound, workers=workers)
+    with pytest.raises(LoadingError) as caught:
+        list(loader.batches(0))
+    assert str(caught.value).startswith(f"{sound.name(20)}: cannot be read ({os.strerror(error)})")
+    assert (caught.value.exit_code, caught.value.errno) == (6, error)
+    assert not loader.substitution.bad and len(asked) == (0 if workers else tries)
+
+
+def test_a_worker_that_is_killed_is_one_line_with_the_way_out(sound):
+    others = active_children()
+    batches = make_loader("torchvision", sound).batches(0)
+    next(batches)
+    (worker,) = set(active_children()).difference(others)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(LoadingError, match=r"^a worker process of the loader has died .*loader.workers=0$"):
+        list(batches)
+
+
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "--ipc=host"),
+        ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n"),
+    ],
+)
+def test_what_torch_says_of_short_resources_has_a_way_out(text, way_out):
+    assert way_out in str(_explain_failure(RuntimeError(text)))
+    assert _explain_failure(RuntimeError("another")) is None
 
 
 def test_any_other_failure_of_dali_stays_what_it_is(sound, monkeypatch):
@@ -154,7 +220,9 @@ def test_any_other_failure_of_dali_stays_what_it_is(sound, monkeypatch):
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_bad_images_in_shards(name, sound, damaged, tmp_path):
-    (tmp_path / "train" / damaged.files[44].decode()).write_bytes(b"not an image")
+    path = tmp_path / "train" / damaged.files[44].decode()
+    path.rmdir()
+    path.write_bytes(b"not an image")
     write_shards(str(tmp_path), {"data.train_dir": "train"}, tmp_path / "shards", 10, shuffle=False)
     shards = read_shards(str(tmp_path / "shards"), "train", "x")
     expected = list(make_loader(name, with_successors(sound), max_errors=0).batches(0))

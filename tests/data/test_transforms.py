@@ -117,11 +117,13 @@ PROTOCOLS = {
 
 @pytest.mark.parametrize(("name", "crop"), PROTOCOLS)
 def test_the_shipped_protocols_in_words(name, crop):
-    """Composed as either command does; the paper's is the default, here and in the class."""
+    """Composed as either command does; the paper's is the default of training and in the class."""
     choice = [] if name == "paper" else [f"protocol={name}"]
-    for command, schema, needed in (("train", TrainConfig, []), ("eval", EvalConfig, ["ckpt=x"])):
-        options = compose_config(command, schema, *choice, *needed, "data.root=x").protocol
-        transform = EvalTransform(crop, **options.model_dump())
+    training = compose_config("train", TrainConfig, *choice, "data.root=x").protocol.model_dump()
+    evaluation = compose_config("eval", EvalConfig, *choice, "ckpt=x", "data.root=x").protocol.list_changes()
+    assert evaluation == (training if choice else {})  # the default is the checkpoint's own
+    for options in (training, evaluation):
+        transform = EvalTransform(crop, **options)
         assert transform.protocol == PROTOCOLS[name, crop]
         if name == "paper":
             assert transform == EvalTransform(crop)
@@ -132,7 +134,7 @@ def test_the_shipped_protocols_in_words(name, crop):
 
 
 def test_every_shipped_protocol_is_named_here():
-    assert {path.stem for path in (find_conf() / "protocol").iterdir()} == {name for name, _ in PROTOCOLS}
+    assert {path.stem for path in (find_conf() / "protocol").iterdir()} == {"own", *(name for name, _ in PROTOCOLS)}
 
 
 def test_other_options_stand_in_the_words_too():
@@ -184,3 +186,18 @@ def test_evaluation_windows_are_torchvisions(size, ratio):
     top, left, h, w = transform.window(height, width)
     ours = resized.crop((left, top, left + w, top + h))
     np.testing.assert_array_equal(np.array(ours), np.array(v2.functional.center_crop(resized, [224, 224])))
+
+
+@pytest.mark.parametrize("size", [(375, 500), (10, 320), (320, 10), (1, 1)])
+def test_what_is_resized_is_the_whole_of_an_ordinary_image(size):
+    assert EvalTransform(224).source(*size) == (0, 0, *size)
+
+
+@pytest.mark.parametrize(("size", "source"), [((20000, 1), (9984, 0, 32, 1)), ((3, 40000), (0, 19952, 3, 96))])
+def test_of_a_line_of_pixels_only_the_middle_is_resized(size, source):
+    transform = EvalTransform(416)
+    assert transform.source(*size) == source
+    height, width = transform.resized(*source[2:])
+    assert height * width <= 32 * 475**2
+    top, left, h, w = transform.window(height, width)
+    assert top >= 0 and left >= 0 and top + h <= height and left + w <= width

@@ -1,6 +1,6 @@
 import csv
 import html.parser
-import shutil
+import os
 
 import numpy as np
 import pytest
@@ -12,19 +12,18 @@ from resnest_imagenet import build_model
 from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import read_image_folder
-from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.compare import (
     Comparison,
     _distinguish,
     _title,
     compare_networks,
     format_comparison,
-    label_images,
     mcnemar_p,
 )
 from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.evaluation.inference import Classifier
-from resnest_imagenet.models.zoo import list_imagenet_classes
 
 OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=16")
 
@@ -48,6 +47,26 @@ def checkpoints(tmp_path_factory):
 
 def compare(*options):
     return compare_networks(compose_config("compare", CompareConfig, *OPTIONS, *options))
+
+
+def test_images_that_cannot_be_used_are_skipped(checkpoints, demo_images, tmp_path, capfd):
+    for label, name, content in (("ring", "b.jpg", b"<html>"), ("disk", "a.jpg", b""), ("disk", ".hidden.jpg", b"")):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / name).write_bytes(content)
+    os.mkfifo(tmp_path / "ring/a.jpg")
+    for path in (demo_images / "val/ring").iterdir():
+        os.link(path, tmp_path / "ring" / path.name)
+    comparison = compare(f"ckpt=[{checkpoints[0]},{checkpoints[1]}]", f"images={tmp_path}", f"page={tmp_path}/p.html")
+    assert comparison.probabilities.shape == (2, 4)
+    assert [line.removeprefix(f"{tmp_path}/") for line in comparison.skipped] == [
+        "disk/a.jpg: not a readable image (it is empty)",
+        "ring/a.jpg: not a file but a named pipe",
+        "ring/b.jpg: not a readable image (of no known format)",
+    ]
+    table = format_comparison(comparison).splitlines()
+    assert [table[2].split(), table[3].split()[:2]] == [["disk", "0", "-", "-"], ["ring", "4"]]
+    captured = capfd.readouterr()
+    assert captured.err == f"{tmp_path}: 1 hidden files or folders are skipped (the first: disk/.hidden.jpg)\n"
 
 
 @pytest.mark.parametrize("place", ["data.root={}", "images={}/val"])
@@ -78,7 +97,14 @@ def make_comparison(folder):
     predicted = np.array([["a", "b", "b", "b"], ["a", "a", "a", "b"]], dtype=object)
     images = read_image_folder(str(folder), "val", "data.val_dir")
     return Comparison(
-        ("one", "two"), images, images.classes, probabilities, predicted, probabilities > 0, probabilities > 0.5
+        ("one", "two"),
+        images,
+        images.classes,
+        probabilities,
+        predicted,
+        probabilities > 0,
+        probabilities > 0.5,
+        ("centre crop 32", "centre crop 64"),
     )
 
 
@@ -89,7 +115,8 @@ def test_the_table(tmp_path):
     assert lines[4] == ["total", "4", "2.80", "1.20", "2.60", "1.40"]
     assert lines[5] == ["average", "0.7000", "0.3000", "0.6500", "0.3500"]
     assert lines[6] == ["top-1", "%", "75.00", "75.00"]
-    assert " ".join(lines[8]) == "only one right: 1, only two right: 1; McNemar's exact p = 1"
+    assert [" ".join(line) for line in lines[8:10]] == ["one: centre crop 32", "two: centre crop 64"]
+    assert " ".join(lines[10]) == "only one right: 1, only two right: 1; McNemar's exact p = 1"
     assert comparison.disagreements.tolist() == [2, 1]
 
 
@@ -106,7 +133,12 @@ def test_synsets_stand_in_words():
     ],
 )
 def test_networks_of_the_same_name_are_told_apart(sources, names):
-    assert _distinguish([Classifier(source, "net", (), torch.nn.Identity()) for source in sources]) == names
+    assert (
+        _distinguish(
+            [Classifier(source, "net", (), False, EvalTransform(32), torch.nn.Identity()) for source in sources]
+        )
+        == names
+    )
 
 
 def test_mcnemar():
@@ -115,23 +147,6 @@ def test_mcnemar():
     # Two-sided binomial: 2 * (1 + 10) / 2**10.
     assert mcnemar_p(1, 9) == mcnemar_p(9, 1) == pytest.approx(22 / 1024)
     assert 0 < mcnemar_p(900, 1100) < 1e-4
-
-
-def test_folders_may_be_named_in_words(demo_images, tmp_path):
-    classes = tuple(list_imagenet_classes())
-    network = Classifier("x.pth", "resnest50", classes, torch.nn.Identity())
-    image = next((demo_images / "val/disk").iterdir())
-    for name in ("goldfish", "Golden_retriever", "n01440764"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-        shutil.copy(image, tmp_path / "val" / name)
-    images = read_image_folder(str(tmp_path), "val", "images")
-    found = {
-        images.classes[k]: classes[label] for k, label in zip(images.labels, label_images(images, network), strict=True)
-    }
-    assert found == {"goldfish": "n01443537", "Golden_retriever": "n02099601", "n01440764": "n01440764"}
-    (tmp_path / "val/goldfish").rename(tmp_path / "val/crane")  # a bird and a machine
-    with pytest.raises(DataError, match="1 of its classes are not among the classes of x.pth: crane"):
-        label_images(read_image_folder(str(tmp_path), "val", "images"), network)
 
 
 def test_refusals(checkpoints, demo_images):

@@ -1,7 +1,6 @@
-import io
 import json
+import re
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -9,16 +8,16 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from conftest import ALONE
+from conftest import ALONE, compose_config
 from resnest_imagenet import build_model
-from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.webdataset import read_shards
-from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.errors import ConfigError, DataError, NonFiniteError
+from resnest_imagenet.evaluation.compare import compare_networks
 from resnest_imagenet.evaluation.counting import evaluate
-from resnest_imagenet.evaluation.evaluate_checkpoint import _label, evaluate_checkpoint, format_results
-from resnest_imagenet.models.zoo import list_imagenet_classes
-from resnest_imagenet.weights.load import Weights
+from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint, format_results
+from resnest_imagenet.evaluation.explain import explain_images
+from resnest_imagenet.evaluation.predict import predict_images
 
 
 class Fixed:
@@ -58,6 +57,42 @@ def test_a_missing_image_is_an_error():
         evaluate(nn.Identity(), loader, ALONE)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_end_an_evaluation(value):
+    logits = torch.arange(21.0).view(3, 7)
+    logits[2, 4] = value
+    loader = Fixed(3, (logits[:2], torch.tensor([0, 5])), (logits[2:], torch.tensor([0])))
+    line = r"^c\.jpg: its logits are not finite in fp16, like those of 1 of 3 images; bf16 and fp32 hold larger values$"
+    with pytest.raises(NonFiniteError, match=line) as error:
+        evaluate(nn.Identity(), loader, ALONE, "fp16", name=lambda index: "abc"[index] + ".jpg")
+    assert error.value.exit_code == 5
+
+
+@pytest.fixture
+def overflowing_weights(tmp_path):
+    """Finite weights whose logits are not."""
+    model = build_model("resnest14_half", 10)
+    nn.init.constant_(model.fc.weight, 3e38)
+    torch.save(model.state_dict(), tmp_path / "overflow.pth")
+    return tmp_path / "overflow.pth"
+
+
+def test_every_command_names_the_first_image(overflowing_weights, evaluation_of, demo_images, tmp_path):
+    first = re.escape(str(next((demo_images / "val").rglob("checker_0_00000.JPEG"))))
+    line = f"^{first}: its logits are not finite in fp32, like those of "
+    network, fast = ("model=resnest14_half",), ("device=cpu", "loader.workers=1", "crop=32", "batch_size=8")
+    ckpt, images = f"ckpt={overflowing_weights}", f"images={demo_images}/val"
+    with pytest.raises(NonFiniteError, match=f"{line}40 of 40 images$"):
+        evaluate_checkpoint(evaluation_of(overflowing_weights, *network))
+    with pytest.raises(NonFiniteError, match=f"{line}8 of 8 images$"):
+        predict_images(compose_config("predict", PredictConfig, *fast, *network, ckpt, images))
+    with pytest.raises(NonFiniteError, match=line):
+        explain_images(compose_config("explain", ExplainConfig, *fast, *network, ckpt, images, f"out={tmp_path}/out"))
+    both = (f"ckpt=[{overflowing_weights},{overflowing_weights}]", "models=[resnest14_half,resnest14_half]")
+    with pytest.raises(NonFiniteError, match=line):
+        compare_networks(compose_config("compare", CompareConfig, *fast, *both, images))
+
+
 @pytest.fixture
 def bare_weights(tmp_path):
     path = tmp_path / "bare.pth"
@@ -87,6 +122,12 @@ def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
     eager = evaluate_checkpoint(evaluation_of(bare_weights, *options))
     counters.clear()
     assert evaluate_checkpoint(evaluation_of(bare_weights, *options, "compile=true")) == eager
+
+
+def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(bare_weights, evaluation_of, graphs):
+    options = ("model=resnest14_half", "batch_size=13", "crop=[64,96]", "compile=true")  # 40 = 3 x 13 + 1
+    evaluate_checkpoint(evaluation_of(bare_weights, *options))
+    assert graphs.frame_count == 1
     assert counters["stats"]["unique_graphs"] > 0
 
 
@@ -112,92 +153,6 @@ def test_another_number_of_classes_than_the_folders(tmp_path, evaluation_of):
     torch.save(build_model("resnest14_half", 7).state_dict(), tmp_path / "bare.pth")
     with pytest.raises(DataError, match="val has 10 classes, fc.weight of .*bare.pth 7: set data.root or ckpt"):
         evaluate_checkpoint(evaluation_of(tmp_path / "bare.pth", "model=resnest14_half"))
-
-
-def test_thousand_outputs_are_imagenets_classes(tmp_path, evaluation_of, demo_images):
-    """250 synset folders under a 1000-class model: each image has its ImageNet label, not its folder's position."""
-    model = build_model("resnest14_half", 1000).eval()
-    nn.init.zeros_(model.fc.weight)
-    nn.init.zeros_(model.fc.bias)
-    with torch.no_grad():
-        model.fc.bias[207] = 1  # always answers: golden retriever
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
-    image = next((demo_images / "val").rglob("*.JPEG"))
-    for synset in (list_imagenet_classes()[0], list_imagenet_classes()[207]):
-        (tmp_path / "val" / synset).mkdir(parents=True)
-        (tmp_path / "val" / synset / "1.JPEG").write_bytes(image.read_bytes())
-    config = evaluation_of(tmp_path / "bare.pth", "model=resnest14_half", f"data.root={tmp_path}")
-    assert evaluate_checkpoint(config)[0].correct1 == 1
-    (tmp_path / "val" / "dragon").mkdir()
-    (tmp_path / "val" / "dragon" / "1.JPEG").write_bytes(image.read_bytes())
-    with pytest.raises(DataError, match="1 of its classes are not among ImageNet's 1000: dragon"):
-        evaluate_checkpoint(config)
-
-
-def test_a_thousand_other_folders_are_labelled_in_their_order(tmp_path, evaluation_of, demo_images):
-    """Not by names that happen to be timm's or ImageNet's."""
-    model = build_model("resnest14_half", 1000).eval()
-    nn.init.zeros_(model.fc.weight)
-    with torch.no_grad():
-        model.fc.bias.copy_(torch.arange(1000) == 112)  # always answers: the folder "2" in alphabetical order
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
-    image = next((demo_images / "val").rglob("*.JPEG"))
-    for number in range(1000):
-        (tmp_path / "val" / str(number)).mkdir(parents=True)
-        (tmp_path / "val" / str(number) / "1.JPEG").symlink_to(image)
-    (tmp_path / "val/2/2.JPEG").symlink_to(image)
-    assert sorted(map(str, range(1000))).index("2") == 112 - 1 or True
-    config = evaluation_of(tmp_path / "bare.pth", "model=resnest14_half", f"data.root={tmp_path}")
-    assert evaluate_checkpoint(config)[0].correct1 == 2
-
-
-@pytest.fixture(scope="module")
-def numbered_shards(demo_images, tmp_path_factory):
-    """Others' shards: 1000 images, the last one first, each with its label's digits and no names of classes."""
-    root = tmp_path_factory.mktemp("numbered")
-    (root / "val").mkdir()
-    content = {"jpg": next((demo_images / "val").rglob("*.JPEG")).read_bytes()}
-    with tarfile.open(root / "val/0.tar", "w") as tar:
-        for label in range(999, -1, -1):
-            for extension, member in {**content, "cls": str(label).encode()}.items():
-                header = tarfile.TarInfo(f"{label}.{extension}")
-                header.size = len(member)
-                tar.addfile(header, io.BytesIO(member))
-    return root
-
-
-def test_numbered_shards_are_labelled_as_the_outputs_are(tmp_path, evaluation_of, numbered_shards):
-    """ImageNet's numbers, in the synsets' order, for bare weights."""
-    model = build_model("resnest14_half", 1000).eval()
-    nn.init.zeros_(model.fc.weight)
-    with torch.no_grad():
-        model.fc.bias.copy_(-(torch.arange(1000) - 207).abs())  # always answers: 207, then its neighbours
-    torch.save(model.state_dict(), tmp_path / "bare.pth")
-    places = ("model=resnest14_half", "data=webdataset", f"data.root={numbered_shards}")
-    (result,) = evaluate_checkpoint(evaluation_of(tmp_path / "bare.pth", *places))
-    assert (result.correct1, result.correct5, result.count) == (1, 5, 1000)
-
-
-def test_numbers_and_names_of_classes_meet_by_position(tmp_path, numbered_shards):
-    imagenet = list_imagenet_classes()
-    shards = read_shards(str(numbered_shards), "val", "data.val_dir")
-    numbers = Weights("x", {}, classes=list(shards.classes))
-    for weights in (numbers, Weights("x", {}), Weights("x", {}, classes=imagenet)):
-        assert _label(shards, weights, 1000).labels.tolist() == list(range(999, -1, -1))
-    with pytest.raises(DataError, match="1000 of its classes are not among the checkpoint's classes: 0, 1, 2, ..."):
-        _label(shards, Weights("x", {}, classes=["cat", "dog"]), 2)
-    # The other way round: trained on numbered shards, evaluated on folders.
-    make_tree(tmp_path, f"val/{imagenet[7]}/1.jpg", f"val/{imagenet[900]}/1.jpg")
-    folder = read_image_folder(str(tmp_path), "val", "data.val_dir")
-    assert _label(folder, numbers, 1000).labels.tolist() == [7, 900]
-    make_tree(tmp_path, "part/3/1.jpg", "part/10/1.jpg")
-    assert _label(read_image_folder(str(tmp_path), "part", "x"), numbers, 1000).labels.tolist() == [10, 3]
-
-
-def make_tree(root, *files):
-    for name in files:
-        (root / name).parent.mkdir(parents=True)
-        (root / name).touch()
 
 
 def test_results_that_cannot_be_written_are_refused_first(bare_weights, evaluation_of, tmp_path):

@@ -1,12 +1,20 @@
+import csv
+import io
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation import compare, explain, predict
+from resnest_imagenet.evaluation.compare import Comparison
 from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
+from resnest_imagenet.evaluation.results import Measured
+from resnest_imagenet.evaluation.table3 import format_table
 
 
 def test_written_and_read_back(demo_images, tmp_path):
@@ -29,6 +37,44 @@ def test_written_and_read_back(demo_images, tmp_path):
         np.testing.assert_allclose(read.evaluation.confidence, written.confidence, rtol=1e-5)
         np.testing.assert_allclose(read.evaluation.true_probability, written.true_probability, rtol=1e-5)
         assert (read.evaluation.top1, read.evaluation.correct5) == (written.top1, written.correct5)
+
+
+def test_names_are_no_formulas(demo_images, tmp_path):
+    names = ['=HYPERLINK("x")', "+1", "-2+3", "@SUM(A1)", "'=1", "''", "plain", "\t=1"]
+    for name in names:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        shutil.copy(demo_images / "val/disk/disk_0_00000.JPEG", tmp_path / "val" / name / "=.jpg")
+    images = read_image_folder(str(tmp_path), "val", "data.val_dir")
+    sure = np.ones(len(images))
+    evaluation = Evaluation(images.labels, np.roll(images.labels, 1), sure > 0, sure, sure)
+    write_predictions(tmp_path / "predictions.csv", images, [("p", evaluation)])
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)] and "'-2+3" in cells and "plain" in cells
+    (back,) = read_predictions(tmp_path / "predictions.csv")
+    assert back.classes == images.classes and back.evaluation.labels.tolist() == images.labels.tolist()
+    assert back.evaluation.predicted.tolist() == evaluation.predicted.tolist()
+
+
+def test_no_table_has_formulas(tmp_path):
+    name = "=1+1"
+    predictions = [predict.Prediction(name, 1, name, "-x", 0.5)]
+    images = ImageFolder(Path(name), (name,), np.array([b"1.jpg"]), np.zeros(1, dtype=np.int64))
+    values = np.full((1, 1), 0.5)
+    compared = Comparison((name,), images, (name,), values, np.array([[name]]), values > 0, values > 0, ("p",))
+    measured = Measured("resnest50", 224, 80.0, 1, 1, "@x", "p", "+x")
+    counted = dict.fromkeys(("parameters_paper", "parameters", "gflops_paper", "gflops"), 1.0)
+    counted |= {"row": "ResNeSt-50", "model": "resnest50", "top1_paper": {224: 81.13}}
+    attention = {"layer1.0": np.zeros((1, 2, 4), dtype=np.float32)}
+    for text in (
+        predict._encode(predictions, ".csv"),
+        compare.encode_csv(compared),
+        explain.encode_csv([name], attention),
+        format_table([{**counted, "measured": [vars(measured)]}], "csv"),
+    ):
+        cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+        assert any(cell.startswith("'") for cell in cells)
+        assert not [cell for cell in cells if re.match(r"[=+\-@]", cell)]
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "x" * 200_000, None])

@@ -1,7 +1,9 @@
 """A page on real runs, read from their folders and looked at in a real browser."""
 
 import html
+import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -167,6 +169,65 @@ def test_refusals(tmp_path, recipes, folders):
     (tmp_path / "config.yaml").write_text("[")
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        read_run(tmp_path, recipes)
+
+
+STEP = {"event": "train", "step": 1, "loss": 1.0, "lr": 0.1, "images_per_s": 9.0, "data_wait": 0.1}
+EVALUATION = {"event": "eval", "step": 6, "epoch": 1, "top1": 50.0, "count": 40, "crop": 32, "protocol": "p"}
+OPTIONS = {"model": {"name": "resnest50", "num_classes": 10}, "train": {"recipe": "resnest", "epochs": 3}}
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnop"))
+
+
+def write_run(folder, **files):
+    """Write a run folder by hand; a file's value may be its events or options."""
+    files = {"metrics.jsonl": [STEP, EVALUATION], "config.yaml": OPTIONS, "status.json": {"state": "finished"}} | files
+    for name, content in files.items():
+        lines = content if isinstance(content, list) else [content]
+        text = content if isinstance(content, str | bytes) else "".join(f"{json.dumps(line)}\n" for line in lines)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("metrics.jsonl", [STEP, EVALUATION | {"epoch": value}]) for value in (0, -1, True, 0.0, None, "1", 10**400)),
+        *(("metrics.jsonl", [STEP, EVALUATION | {"top1": value}]) for value in (None, "81", [81], 1e308)),
+        ("metrics.jsonl", [STEP, EVALUATION | {"step": 0}]),
+        ("metrics.jsonl", [STEP | {"loss": None}]),
+        ("metrics.jsonl", [STEP | {"lr": "0.1"}]),
+        ("metrics.jsonl", [{"event": ["eval"]}]),
+        ("metrics.jsonl", b"\xff{}\n"),
+        ("metrics.jsonl", '{"event":' + "[" * 10**5 + "}\n"),
+        ("config.yaml", BOMB),
+        ("config.yaml", "[" * 5000),
+        ("config.yaml", b"\xff\x00"),
+        ("config.yaml", "? [a]\n: b\n"),
+        ("config.yaml", "a: " + "b" * 10**6),
+        ("config.yaml", {"model": {"name": ["resnest50"]}}),
+        ("status.json", BOMB),
+        ("status.json", "[1]"),
+    ],
+)
+def test_a_damaged_run_folder_is_a_line(name, content, tmp_path, recipes):
+    write_run(tmp_path)
+    assert read_run(tmp_path, recipes).evaluations == [EVALUATION]
+    write_run(tmp_path, **{name: content})
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/{name}: (cannot be read|not what resnest-train writes)$"):
+        read_run(tmp_path, recipes)
+
+
+@pytest.mark.parametrize("training", [{}, {"recipe": [], "epochs": 2}, {"recipe": "resnest", "epochs": None}])
+def test_a_damaged_result_is_a_line(training, tmp_path, recipes):
+    content = {"model": "resnest50", "ckpt": "x", "is_average": False, "num_classes": 10, "epoch": 1, "results": []}
+    write_run(tmp_path, **{"eval.json": {**content, "training": training}})
+    with pytest.raises(ConfigError, match=r"eval\.json: not a file of resnest-eval out="):
+        read_run(tmp_path, recipes)
+
+
+def test_a_pipe_in_a_run_folder_is_not_waited_for(tmp_path, recipes):
+    write_run(tmp_path)
+    os.mkfifo(tmp_path / "predictions.csv")
+    with pytest.raises(ConfigError, match=r"predictions\.csv: not a file"):
         read_run(tmp_path, recipes)
 
 

@@ -99,7 +99,7 @@ def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table,
     assert cells[6:] == [f"{results[0].top1:.2f} [1]", "81.13", "", "81.82", f"{results[1].top1:.2f} [2]"]
     assert markdown[17].startswith("1. resnest, ")
     assert markdown[17].endswith(
-        "short side 37 bilinear, centre crop 32; NOT ImageNet's validation set: 40 images, 10 classes"
+        "short side 32 bilinear, centre crop 32; NOT ImageNet's validation set: 40 images, 10 classes"
     )
     assert len({line.count("|") for line in markdown[:16]}) == 1
 

@@ -19,16 +19,19 @@ def test_the_plan_is_what_the_run_does(small_run, tmp_path):
     assert plan["data"].startswith("103 training and 40 val images")
     assert plan["loader"].startswith("torchvision: a first batch (16, 3, 32, 32) on cpu")
     assert plan["steps"] == "12, 6 in each of 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
-    assert plan["start"] == f"anew in {tmp_path / 'run'}"
+    assert plan["start"] == f"from scratch in {tmp_path / 'run'}"
     state = train(config)
     assert state.step == 12
-    assert parse(describe_run(config))["start"] == f"from {newest_checkpoint(tmp_path / 'run')}"
+    assert parse(describe_run(config))["start"] == f"finished: best top-1 {state.best_top1:.2f} %, nothing to do"
     other = ("loader=torchvision", "seed=3", "train.momentum=0.8")
     differences = r"was trained with train\.momentum=0\.9, not 0\.8; seed=0, not 3"
     with pytest.raises(CheckpointError, match=differences):
         describe_run(small_run(*other))
     aside = parse(describe_run(small_run(*other, "checkpoint.on_mismatch=set_aside")))["start"]
-    assert re.search(f"^anew: .*{differences}, and is set aside$", aside)
+    assert re.search(f"^from scratch: .*{differences}, and is set aside$", aside)
+    (tmp_path / "run/earlier-1.moving").mkdir()  # as a process leaves it that is killed while it sets the run aside
+    assert parse(describe_run(config))["start"] == f"from scratch in {tmp_path / 'run'}"
+    (tmp_path / "run/earlier-1.moving").rmdir()
     newest_checkpoint(tmp_path / "run").write_bytes(b"web page")
     assert parse(describe_run(config))["start"].startswith("from the one before the newest: ")
 

@@ -86,5 +86,9 @@ def test_numbers_that_do_not_divide_are_named():
 
 
 def test_a_set_smaller_than_a_step():
-    with pytest.raises(DataError, match="63 training images do not fill a step of 64"):
-        plan_steps(63, recipe_of("recipe=torchvision_v1", "train.global_batch=64"), world_size=1)
+    for option in ("train.global_batch", "train.batch_size"):
+        recipe = recipe_of("recipe=torchvision_v1", "train.batch_size=64", f"{option}=64")
+        if option == "train.batch_size":
+            recipe = recipe.model_copy(update={"global_batch": None})
+        with pytest.raises(DataError, match=f"63 training images do not fill a step of 64: lower {option}$"):
+            plan_steps(63, recipe, world_size=1)

@@ -36,6 +36,7 @@ from resnest_imagenet.training import health as health_module
 from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.control import Control
+from resnest_imagenet.training.dry_run import describe_run
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.loop import train_epoch
 from resnest_imagenet.training.schedule import plan_steps
@@ -174,7 +175,9 @@ def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monke
     assert stops_at(9)["exit_code"] == 130
     train(small_run(*options, run="stopped"))
 
-    assert "going on after step 9, 1 epochs done" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "going on after step 9, 1 epochs done" in printed
+    assert "nan" not in printed  # of the loss, where the last report was of the process before
     whole, resumed = (load_checkpoint(newest_checkpoint(tmp_path / run)) for run in ("whole", "stopped"))
     assert whole.pop("config")["run_dir"] != resumed.pop("config")["run_dir"]
     assert_equal(whole, resumed)
@@ -244,14 +247,6 @@ def test_shuffling_by_shards_reaches_the_plan(small_run, demo_images, tmp_path, 
     assert (plans[0].shard_sizes, plans[0].shuffle_shards) == ((30, 30, 30, 13), 2)
 
 
-def test_a_finished_run_is_not_trained_again(small_run, tmp_path):
-    train(small_run("train.epochs=1", "train.warmup_epochs=0"))
-    before = (tmp_path / "run/metrics.jsonl").read_text()
-    state = train(small_run("train.epochs=1", "train.warmup_epochs=0"))
-    assert state.step == 6
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
-
-
 def test_another_recipe_in_the_same_folder_is_refused(small_run):
     train(small_run("train.epochs=1", "train.warmup_epochs=0"))
     with pytest.raises(
@@ -269,12 +264,12 @@ def test_an_earlier_run_is_set_aside_when_asked_for_and_then_the_new_one_goes_on
     other = ("train.epochs=1", "train.warmup_epochs=0", "seed=1", "checkpoint.on_mismatch=set_aside")
     assert train(small_run(*other)).step == 6
     out = capsys.readouterr().out
-    assert f"was trained with seed=0, not 1: moved to {tmp_path}/run/earlier-1, starting anew" in out
+    assert f"was trained with seed=0, not 1: moved to {tmp_path}/run/earlier-1, starting from scratch" in out
     assert (tmp_path / "run/earlier-1/metrics.jsonl").read_text() == before
     assert load_checkpoint(newest_checkpoint(tmp_path / "run/earlier-1"))["config"]["seed"] == 0
     assert load_checkpoint(newest_checkpoint(tmp_path / "run"))["config"]["seed"] == 1
     train(small_run(*other))
-    assert "going on after step 6, 1 epochs done" in capsys.readouterr().out
+    assert "finished: best top-1 " in capsys.readouterr().out
     assert not (tmp_path / "run/earlier-2").exists()
 
 
@@ -312,7 +307,7 @@ def test_a_checkpoint_names_all_that_the_future_depends_on(small_run, tmp_path):
     train(small_run("train.epochs=1", "train.warmup_epochs=0", "train.ema_decay=0.9"))
     saved = load_checkpoint(newest_checkpoint(tmp_path / "run"))
     state = {"model", "ema", "ema_updates", "optimizer", "scaler", "step", "epoch", "best_top1", "skipped"}
-    state |= {"loss_sums", "steps_summed", "bad_images"}
+    state |= {"loss_sums", "steps_summed", "bad_images", "history"}
     assert saved.keys() == state | {"identity", "circumstances", "config", "classes"}
     assert saved["identity"]["training images"].startswith("103 ")
     assert saved["identity"]["train.global_batch"] == 16
@@ -396,10 +391,111 @@ def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run
     assert "best.pt, its classifier too" in capsys.readouterr().out
 
 
+def list_files(run):
+    """Return content and time of all files of a run, but for those about the process or the last start."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name not in ("lock", "failed_start.json")]
+    return {path.relative_to(run): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+ONE_EPOCH = ("loader=torchvision", "train.epochs=1", "train.warmup_epochs=0", "train.ema_decay=0.9")
+
+
+def test_nothing_changes_before_a_command_is_known_to_be_of_the_run(small_run, tmp_path, capsys):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    train(small_run(*ONE_EPOCH))
+    before = list_files(run)
+    with pytest.raises(CheckpointError, match=r"train\.precision=fp32, not bf16"):
+        train(small_run(*ONE_EPOCH, "train.precision=bf16"))
+    assert json.loads((run / "failed_start.json").read_text())["exit_code"] == 4
+    capsys.readouterr()
+    state = train(small_run(*ONE_EPOCH, "train.compile=true"))
+    assert capsys.readouterr().out == f"finished: best top-1 {state.best_top1:.2f} %, nothing to do\n"
+    assert (state.step, list_files(run)) == (6, before)
+
+    (run / "checkpoints").rename(elsewhere)
+    before = list_files(run)
+    gone = r"run/checkpoints: .* are gone \(status.json tells of a checkpoint after step 6\): put them back, choose "
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=gone):
+            train(small_run(*ONE_EPOCH))
+    (run / "checkpoints").mkdir()
+    shutil.copy(elsewhere / "best.pt", run / "checkpoints")
+    with pytest.raises(CheckpointError, match=gone):
+        describe_run(small_run(*ONE_EPOCH))
+    (run / "checkpoints/best.pt").unlink()
+    assert list_files(run) == before
+    assert train(small_run(*ONE_EPOCH, "checkpoint.on_mismatch=set_aside")).step == 6
+    assert list_files(run / "earlier-1") == before
+    assert not (run / "failed_start.json").exists()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(small_run, tmp_path, monkeypatch, capsys):
+    train(small_run(*ONE_EPOCH, "log.every_steps=1", run="whole"))
+    died = tmp_path / "died"
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Control, "save", die)
+    for _ in range(2):  # the second time there are the events, and the predictions, of the first
+        with pytest.raises(KeyboardInterrupt):
+            train(small_run(*ONE_EPOCH, "log.every_steps=1", run="died"))
+        assert {path.name for path in died.iterdir()} >= {"metrics.jsonl", "predictions.csv", "config.yaml"}
+        (died / "status.json").write_text('{"state": "running", "saved_step": null}')  # as a kill leaves it
+    monkeypatch.undo()
+    train(small_run(*ONE_EPOCH, "log.every_steps=1", run="died"))
+    assert without_clock(read_events(died)) == without_clock(read_events(tmp_path / "whole"))
+
+
+def test_a_run_is_extended_when_asked_for_whatever_became_of_its_metrics(small_run, tmp_path, capsys):
+    run, two = tmp_path / "run", ("train.epochs=2", "log.every_steps=2")
+    train(small_run(*ONE_EPOCH))
+    first = newest_checkpoint(run)
+    older = load_checkpoint(first)
+    for name in ("val images", "val labels", "val sizes", "training labels", "training sizes", "classes"):
+        del older["identity"][name]
+    del older["history"]
+    save_checkpoint(older, first)
+    way = "choose another run_dir, checkpoint.on_mismatch=extend to train this one longer, or "
+    with pytest.raises(CheckpointError, match=f"train.epochs=1, not 2: {way}"):
+        train(small_run(*ONE_EPOCH, *two))
+    with pytest.raises(CheckpointError, match=r"seed=0, not 1 \(on_mismatch=extend is for more epochs, and for "):
+        train(small_run(*ONE_EPOCH, *two, "seed=1", "checkpoint.on_mismatch=extend"))
+    good = (run / "metrics.jsonl").read_bytes()
+    bad = [bytes(20), b'{"event": "train", "epoch": 0\xff}', b'{"event": "tra' + good.splitlines()[-1]]
+    (run / "metrics.jsonl").write_bytes(b"\n".join([*good.splitlines()[:-1], *bad, b'{"cut']))
+    (run / "predictions.csv").unlink()
+    (run / "predictions.csv").mkdir()
+    extended = small_run(*ONE_EPOCH, *two, "checkpoint.on_mismatch=extend", "checkpoint.every_steps=4")
+    assert f"from {first}, extended from 1 epochs" in describe_run(extended)
+    capsys.readouterr()
+    whole = train(extended).state_dict(ALONE)
+    printed = capsys.readouterr()
+    assert "extended from 1 to 2 epochs: from here on the schedule is that of 2 epochs\n" in printed.out
+    assert "not compared, as the checkpoint does not tell them: training images" not in printed.out
+    assert ": val images, training labels, val labels, training sizes, val sizes\n" in printed.out
+    assert "metrics.jsonl: damaged lines moved to metrics.jsonl.damaged: 3\n" in printed.err
+    assert (run / "metrics.jsonl").read_bytes().startswith(good)
+    assert (run / "metrics.jsonl.damaged").read_bytes().splitlines() == bad
+    assert (run / "predictions.csv.damaged").is_dir()
+    assert whole["history"] == [{"epochs": 1, "until_step": 6}]
+    rates = [plan_steps(103, config.train, 1).learning_rate for config in (small_run(*ONE_EPOCH), extended)]
+    lrs = [event["lr"] for event in read_events(run) if event["event"] == "train"]
+    assert lrs == [rates[0](5), rates[1](7), rates[1](9), rates[1](11)]
+
+    newest_checkpoint(run).unlink()  # it resumes in the middle of the second epoch, and is asked for nothing
+    assert newest_checkpoint(run).stem == "step-000000008"
+    assert_equal(train(small_run(*ONE_EPOCH, *two)).state_dict(ALONE), whole)
+    with pytest.raises(CheckpointError, match=r"train\.epochs=2, not 1 \(on_mismatch=extend is for more"):
+        train(small_run(*ONE_EPOCH, "checkpoint.on_mismatch=extend"))
+
+
 def test_another_training_set_in_the_same_folder_is_refused(small_run, tmp_path):
     train(small_run("train.epochs=1", "train.warmup_epochs=0"))
     write_demo_images(tmp_path / "other", seed=1, train_per_class=11, val_per_class=4)
-    with pytest.raises(CheckpointError, match="was trained with training images="):
+    with pytest.raises(
+        CheckpointError, match=r"was trained with training images 103 -> 110; 40 val images of other names: "
+    ):
         train(small_run("train.epochs=1", "train.warmup_epochs=0", f"data.root={tmp_path / 'other'}"))
 
 
@@ -448,6 +544,17 @@ def test_a_compiled_run_has_the_plain_keys_and_goes_on_bit_for_bit(small_run, tm
     assert "going on after step 4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_run_is_compiled_once_before_its_first_step(loader, small_run, graphs, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(train_module, "train_epoch", lambda *args: compiled.append(graphs.frame_count) or loop(*args))
+    loop = train_epoch
+    options = ("train.epochs=1", "train.warmup_epochs=0", "train.crop=48", "train.batch_size=8", "train.erasing=0.5")
+    options += ("train.global_batch=16", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2")
+    train(small_run("train.compile=true", f"loader={loader}", "train.precision=bf16", *options))
+    assert (compiled, graphs.frame_count) == ([1], 1)
+
+
 def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_path):
     state = train(small_run("train.ema_decay=0.5"))
     last = newest_checkpoint(tmp_path / "run")
@@ -457,6 +564,20 @@ def test_the_moving_average_is_what_is_evaluated(small_run, evaluation_of, tmp_p
     assert saved["ema_updates"] == 12
     assert_equal(saved["ema"], state.ema.module.state_dict())
     assert not torch.equal(saved["ema"]["fc.weight"], saved["model"]["fc.weight"])
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(small_run, tmp_path):
+    """Losses are finite, with each batch's own statistics; those of evaluation have no square root."""
+    model = build_model("resnest14_half", 10)
+    torch.nn.init.constant_(model.bn1.running_var, -1e9)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(
+        NonFiniteError, match=r"checker_0_00000\.JPEG: its logits are not finite in fp32, like .* 40 of 40"
+    ):
+        train(small_run(f"train.init_from={tmp_path}/bare.pth", "train.epochs=1", "train.warmup_epochs=0"))
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path):

@@ -111,8 +111,8 @@ def test_classes_are_imagenets_of_1000_outputs_and_else_unknown(tmp_path):
         save_checkpoint(build_model(NAME, outputs).state_dict(), tmp_path / "bare.pth")
         arguments = (f"ckpt={tmp_path}/bare.pth", f"model={NAME}", "format=onnx")
         config = compose_config("export", ExportConfig, *arguments)
-        images = card.ImageInput(224, 0.875, "bilinear", "", (0.0,), (1.0,))
-        _, _, found = card.open_network(config, images)
+        images = card.ImageInput(224, 0.875, "bilinear", "resize_crop", True, "", (0.0,), (1.0,))
+        _, _, found = card.open_network(config, lambda weights, name, images=images: images)
         assert found.classes == classes
         assert ("classes" in found.to_metadata()) == (classes is not None)
 
@@ -139,7 +139,7 @@ def test_a_graph_that_computes_something_else_is_not_written(model, checkpoint, 
 
 def test_a_network_without_finite_logits_is_refused(tmp_path, monkeypatch):
     broken = build_model(NAME, 3).eval()
-    torch.nn.init.constant_(broken.fc.bias, float("nan"))
+    torch.nn.init.constant_(broken.bn1.running_var, -1)
     save_checkpoint(broken.state_dict(), tmp_path / "nan.pth")
     substitute(monkeypatch, broken)
     with pytest.raises(CheckpointError, match="nan.pth: the logits are not finite"):

@@ -17,6 +17,7 @@ from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.weights import hub
 from resnest_imagenet.weights.card import Card
 from resnest_imagenet.weights.hub import describe_for_timm
+from resnest_imagenet.weights.load import Weights
 
 NAME = "resnest14_half"
 CLASSES = ["checker", "cross", "disk", "dots", "ring", "spokes", "square", "stripes", "target", "triangle"]
@@ -47,12 +48,16 @@ def assert_same_logits(one, other, side=64):
         torch.testing.assert_close(one.eval()(images), other.eval()(images), rtol=1e-4, atol=1e-4)
 
 
+def describe_default(name):
+    """Return the input of bare weights."""
+    return describe_input(compose_config("export", ExportConfig, "ckpt=x"), Weights("x", {}), name)
+
+
 def describe(name, num_classes, device):
     """Return our network and what is said of it to timm."""
     with torch.device(device):
         model = build_model(name, num_classes, zero_gamma=False)
-    images = describe_input(compose_config("export", ExportConfig, "ckpt=x"))
-    return model, describe_for_timm(Card(name, images, None), model.state_dict())
+    return model, describe_for_timm(Card(name, describe_default(name), None), model.state_dict())
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -113,11 +118,11 @@ def test_timm_loads_it_from_the_hub(model, tmp_path, monkeypatch):
 
 
 def test_imagenet_classes_are_timms_own_and_a_part_of_them_is_named(tmp_path):
-    config = compose_config("export", ExportConfig, "ckpt=x")
+    images = describe_default(NAME)
     tensors = build_model(NAME, 1000).state_dict()
     synsets = tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
-    assert "label_names" not in describe_for_timm(Card(NAME, describe_input(config), synsets), tensors)
-    described = describe_for_timm(Card(NAME, describe_input(config), synsets[1:3]), build_model(NAME, 2).state_dict())
+    assert "label_names" not in describe_for_timm(Card(NAME, images, synsets), tensors)
+    described = describe_for_timm(Card(NAME, images, synsets[1:3]), build_model(NAME, 2).state_dict())
     assert described["label_names"] == synsets[1:3]
     assert described["label_descriptions"]["n01443537"].startswith("goldfish")
 
@@ -141,7 +146,7 @@ def test_the_card_has_the_accuracy_where_the_checkpoint_knows_it(model, tmp_path
 
 
 def test_the_licence_of_timms_weights_is_not_known():
-    card = Card("resnet50", describe_input(compose_config("export", ExportConfig, "ckpt=x")), None)
+    card = Card("resnet50", describe_default("resnet50"), None)
     for source, licence in (("timm:resnet50.tv_in1k", ""), ("official:resnest50", "license: apache-2.0\n")):
         assert hub._write_readme(card, source, None).startswith(f"---\n{licence}library_name: timm\n")
 

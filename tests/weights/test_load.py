@@ -1,8 +1,13 @@
 """Every layout, wrapper and file format into a network, and each way in which weights do not fit."""
 
+import argparse
 import re
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,8 +20,8 @@ from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.models.zoo import list_imagenet_classes
 from resnest_imagenet.weights import published
-from resnest_imagenet.weights.export import export_weights
-from resnest_imagenet.weights.load import match_tensors, read_weights, restore_network, start_from
+from resnest_imagenet.weights.export import describe_weights, export_weights
+from resnest_imagenet.weights.load import Weights, match_tensors, read_weights, restore_network, start_from
 
 NAME = "resnest14_half"
 
@@ -129,8 +134,40 @@ def test_files_of_torch_before_1_6_are_read(model, tmp_path):
     assert_same_logits(restore_network(read_weights(str(tmp_path / "old.pth")), NAME)[0].eval(), model)
 
 
+def test_training_checkpoints_of_other_projects_are_read(model, tmp_path):
+    """What timm's train.py and torchvision's references keep beside the weights: it is not looked at."""
+    beside = {
+        "args": argparse.Namespace(model="resnest", output=Path("runs"), started=datetime.now()),
+        "lr_scheduler": {"milestones": Counter([30]), "last": np.float64(0.1)},
+        "metric": np.float32(76.5),
+        "rng": np.random.default_rng(0).integers(9, size=3),
+        "dtype": np.dtype("float32"),
+    }
+    for key, as_zip in (("state_dict", True), ("model", False)):
+        path = tmp_path / "checkpoint.pth"
+        torch.save({key: model.state_dict(), **beside}, path, _use_new_zipfile_serialization=as_zip)
+        assert_same_logits(restore_network(read_weights(str(path)), NAME)[0].eval(), model)
+    assert torch.serialization.get_safe_globals().count(argparse.Namespace) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_is_not_read_is_named_with_the_way_out(model, tmp_path):
+    torch.save({"model": model.state_dict(), "hook": torch.nn.ReLU()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"it holds torch.nn.modules.activation.ReLU, .* its state dict alone"):
+        read_weights(str(tmp_path / "a.pth"))
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "script.pt"))
+    with pytest.raises(CheckpointError, match=r"a TorchScript archive, .*: .*torch.save\(torch.jit.load\(FILE\)"):
+        read_weights(str(tmp_path / "script.pt"))
+
+
 def without(state, key):
     return {k: v for k, v in state.items() if k != key}
+
+
+def run_of(state, num_classes):
+    """As a run of this project has it."""
+    config = {"model": {"name": NAME}, "train": {}}
+    return {"model": state, "ema": None, "config": config, "classes": ["x"] * num_classes, "epoch": 1}
 
 
 # What is done to the official file, and what the line must say.
@@ -149,7 +186,10 @@ FAULTS = [
     (lambda s: {**s, "fc.weight": torch.zeros(0, 1024)}, r"fc.weight has shape \(0, 1024\)"),
     (lambda s: {**s, "fc.weight": torch.ones(7, 1024).int()}, "fc.weight is no dense tensor of floating-point numbers"),
     (lambda s: {**s, "fc.bias": torch.zeros(7).to_sparse()}, "fc.bias is no dense tensor of floating-point numbers"),
+    (lambda s: {**s, "fc.weight": torch.zeros(1, 1024).expand(7, 1024)}, r"fc.weight \(7, 1024\) repeats its numbers"),
     (lambda s: {"model": s, "ema": None, "config": {}, "classes": [], "epoch": 1}, "without its configuration"),
+    (lambda s: run_of(s, 6), r"6 class names for fc.weight \(7, 1024\)"),
+    (lambda s: run_of(s, 8), r"8 class names for fc.weight \(7, 1024\)"),
 ]
 
 
@@ -213,8 +253,40 @@ def test_a_new_classifier_for_other_classes(model, save):
     assert torch.equal(new.fc.weight, own)
     assert torch.equal(new.layer4[0].conv1.weight, model.layer4[0].conv1.weight)
     same = build_model(NAME, 7)
-    assert start_from(same, NAME, list("abcdefg"), weights)
-    assert torch.equal(same.fc.weight, model.fc.weight)
+    assert start_from(same, NAME, list("abcdefg"), replace(weights, classes=list("gfedcba")))
+    assert torch.equal(same.fc.weight, model.fc.weight.flip(0)) and torch.equal(same.fc.bias, model.fc.bias.flip(0))
+    assert not start_from(same, NAME, list("abcdefg"), weights)  # nobody says which
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (float("nan"), torch.float32),
+        (float("nan"), torch.float8_e4m3fn),
+        (float("inf"), torch.float16),
+        (float("-inf"), torch.bfloat16),
+    ],
+)
+def test_values_that_are_not_finite_are_named(model, save, value, dtype):
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for key in ("layer1.0.bn3.running_var", "fc.weight"):
+        state[key].view(-1)[-1] = value
+        state[key] = state[key].to(dtype)
+    for source in (save({f"module.{key}": tensor for key, tensor in state.items()}), save({"model": state}, "run.pt")):
+        with pytest.raises(CheckpointError, match=f"^{source}: layer1.0.bn3.running_var has values that are not fin"):
+            read_weights(source)
+
+
+def test_an_export_says_which_numbers_its_outputs_are():
+    """Of a run of a version that ordered numbered folders as text: bare weights do not tell."""
+    numbers = [str(number) for number in range(12)]
+    for classes, words in (
+        (sorted(numbers), f"{NAME} with its outputs for the classes 0, 1, 10, 11, 2, 3, 4, 5, ..."),
+        (numbers, NAME),
+        (["b", "a"], NAME),
+        (None, NAME),
+    ):
+        assert describe_weights(Weights("x", {}, classes=classes), NAME) == words
 
 
 def test_export_refuses_what_it_cannot_do(model, save, tmp_path):

@@ -110,6 +110,14 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return str(error.value)
 
 
+def test_a_cache_whose_storage_fails_is_a_line(cache):
+    cache.parent.mkdir(parents=True)
+    cache.symlink_to("/proc/self/mem")  # a file whose first byte is EIO
+    with pytest.raises(CheckpointError, match=r"official:resnest50 not fetched \(.*Input/output error\)") as caught:
+        fetch("official:resnest50")
+    assert one_line(caught) and cache.is_symlink()
+
+
 def test_official_file_is_fetched_once_and_used_offline(server, cache):
     assert fetch("official:resnest50") == (cache, "resnest50")
     assert cache.read_bytes() == CONTENT

@@ -21,7 +21,20 @@ from typing import Any
 
 import torch
 
-from fault_test import bad_images, counting, crashes, hostile, options, ranks
+from fault_test import (
+    bad_images,
+    counting,
+    crashes,
+    frozen,
+    hostile,
+    missing,
+    options,
+    ranks,
+    starting,
+    storage,
+    terminal,
+    undecodable,
+)
 from fault_test.harness import Place
 
 Entry = Callable[[Place], dict[str, Any]]
@@ -38,6 +51,15 @@ CATALOGUE: dict[int, Entry] = {
     10: hostile.refuse_code,
     11: bad_images.name_bad_data,
     12: options.explain_options,
+    13: undecodable.survive_bad_images,
+    14: storage.name_what_is_no_file,
+    15: storage.survive_storage_errors,
+    16: starting.stop_while_starting,
+    17: starting.keep_when_memory_is_short,
+    18: starting.notice_damage,
+    19: missing.lose_nothing,
+    20: frozen.outlast_a_freeze,
+    21: terminal.outlast_the_terminal,
 }
 
 

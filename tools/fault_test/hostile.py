@@ -30,7 +30,7 @@ from fault_test.harness import (
     require,
     require_equal_runs,
 )
-from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data import prepare
 
 Member = tuple[str | tarfile.TarInfo, bytes]
@@ -165,7 +165,7 @@ def _offer_configuration(place: Place, claims: Claims, run: Path, canary: Canary
             part.update(trap)
     content["config"]["train"]["recipe"] = "${oc.env:HOME}"
     path = place.folder / "instantiates.pt"
-    torch.save(content, path)
+    save_checkpoint(content, path)
     evaluation = f"data.root={place.data} loader=torchvision loader.workers=0 crop=32"
     out, exported = place.folder / "instantiates.json", place.folder / "exported.safetensors"
     one, other = call(place, f"evaluate ckpt={good} {evaluation}", f"evaluate ckpt={path} {evaluation} out={out}")
@@ -173,7 +173,7 @@ def _offer_configuration(place: Place, claims: Claims, run: Path, canary: Canary
     answers = call(place, f"table3 results={out} format=json", f"export ckpt={path} out={exported}")
     claims.add([code for code, _ in answers] == [0, 0], f"_target_ in a configuration: {answers}")
     content["config"]["model"]["name"] = trap
-    torch.save(content, path)
+    save_checkpoint(content, path)
     for code, lines in call(place, f"evaluate ckpt={path} {evaluation}", f"export ckpt={path}"):
         claims.add(code == 4 and len(lines) == 1, f"_target_ for the network's name: exit code {code}, {lines[-1:]}")
     if place.fast:

@@ -4,13 +4,16 @@ As a program (under torchrun): resnest-train with the faults of the environment 
 [name, arguments]; they happen in the first attempt only, not after a restart.
 """
 
+import importlib
 import json
 import os
+import pty
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 FAULTS: dict[str, Callable[..., None]] = {}
@@ -71,6 +74,103 @@ def raises(at_rank: int, epoch: int, batch: int) -> None:
 def gets_signal(name: str, at_rank: int, epoch: int, batch: int) -> None:
     """A rank gets a signal."""
     _before_loss(at_rank, epoch, batch, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+@fault
+def gets_signal_in(name: str, place: str, at_rank: int | None = None) -> None:
+    """A rank gets a signal in the middle of its start, where a function begins.
+
+    Args:
+        name: of the signal.
+        place: the function, by its whole name.
+        at_rank: None: all ranks get it.
+    """
+    owner, function = _find(place)
+    real = getattr(owner, function)
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        if at_rank in (None, rank()):
+            os.kill(os.getpid(), signal.Signals[name])
+        return real(*args, **options)
+
+    setattr(owner, function, signalled)
+
+
+def _find(place: str) -> tuple[Any, str]:
+    """Return the module or class that has what a name stands for, and its name there."""
+    parent, _, name = place.rpartition(".")
+    try:
+        return importlib.import_module(parent), name
+    except ModuleNotFoundError:
+        owner, class_name = _find(parent)
+        return getattr(owner, class_name), name
+
+
+@fault
+def has_little_memory(megabytes: int) -> None:
+    """While a checkpoint is read the process may grow by so much only."""
+    import resource
+
+    from resnest_imagenet.training import run_folder
+
+    real = run_folder.load_checkpoint
+
+    def load_checkpoint(path: Any) -> Any:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 2**20, before[1]))
+        try:
+            return real(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    run_folder.load_checkpoint = load_checkpoint
+
+
+@fault
+def ignores_hangup() -> None:
+    """Started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@fault
+def loses_output(kind: str, epoch: int, batch: int) -> None:
+    """What the run prints to goes away.
+
+    Args:
+        kind: "pipe" (its reader leaves), "terminal" (is closed) or "disk" (is full).
+        epoch: when.
+        batch: when.
+    """
+    ours = None
+    if kind == "terminal":
+        ours, theirs = pty.openpty()  # from the start: a bar is shown
+        _print_to(theirs)
+
+    def act() -> None:
+        if ours is None:
+            _print_to(_leave_pipe() if kind == "pipe" else os.open("/dev/full", os.O_WRONLY))
+        else:
+            os.close(ours)
+
+    _before_loss(None, epoch, batch, act)
+
+
+@fault
+def has_no_reader() -> None:
+    """The reader of what it prints has left."""
+    _print_to(_leave_pipe())
+
+
+def _leave_pipe() -> int:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return theirs
+
+
+def _print_to(descriptor: int) -> None:
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
 
 
 @fault
@@ -158,6 +258,58 @@ def killed_in_write(place: str, number: int, share: float) -> None:
     checkpoint.replacing = replacing
     files.os.replace = rename
     run_folder.RunFolder.list_checkpoints = list_checkpoints
+
+
+@fault
+def killed_in_move(number: int) -> None:
+    """Killed before one of the renames that set an earlier run aside."""
+    from pathlib import Path
+
+    real, renames = Path.rename, 0
+
+    def rename(self: Path, target: Any) -> Any:
+        nonlocal renames
+        renames += ".moving" in f"{self} {target}"
+        if renames == number:
+            die()
+        return real(self, target)
+
+    Path.rename = rename
+
+
+@fault
+def has_failing_storage(error: str, times: int, visit: int) -> None:
+    """Every fifth file fails to be read, so many times in a row, when it is wanted for the given time."""
+    import errno
+
+    from resnest_imagenet.data.folder import ImageFolder
+
+    number, real = getattr(errno, error), ImageFolder.fetch
+    visits: dict[int, int] = {}
+    failed: dict[int, int] = {}
+
+    def fetch(self: Any, index: int) -> bytes:
+        is_it = index % 5 == 0 and "/train/" in self.name(index) and visits.get(index, 0) + 1 == visit
+        if is_it and failed.get(index, 0) < times:
+            failed[index] = failed.get(index, 0) + 1
+            raise OSError(number, os.strerror(number))
+        content = real(self, index)
+        visits[index] = visits.get(index, 0) + 1
+        return content
+
+    ImageFolder.fetch = fetch
+
+
+@fault
+def loses_worker(epoch: int, batch: int) -> None:
+    """A worker of the loader is killed."""
+    from multiprocessing import active_children
+
+    def act() -> None:
+        for worker in active_children():
+            worker.kill()
+
+    _before_loss(None, epoch, batch, act)
 
 
 @fault

@@ -109,8 +109,15 @@ def recover_from_death(place: Place) -> dict[str, Any]:
         re.search(r"rank +: 1 \(local_rank: 1\)\s+exitcode +: -9", launched.output),
         f"the dead rank is named\n{launched.output}",
     )
+    summary = launched.output.partition("ChildFailedError")[2]
+    where = "computing the loss in batch 3 of epoch 1"
+    require(f"rank 1 was killed by a signal, {where}" in summary, f"and where it was\n{launched.output}")
     status = read_status(run)
     require(status["exit_code"] == 7 and "rank 1 is gone" in status["error"], f"status.json names it: {status}")
+    again = Trainer(place, run, *options, ranks=2)
+    require(again.wait() == [0, 0], f"{run} goes on\n{again.output}")
+    line = f"WARNING: rank 1 of the last attempt ended without a word, {where}; its images: "
+    require(again.output.count(line) == 1, f"the next start names its images\n{again.output}")
     return {"recovered": tries, "of": tries, "seconds_until_all_gone": round(seconds, 1)}
 
 

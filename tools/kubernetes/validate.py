@@ -97,7 +97,8 @@ def find_disagreements(job: dict[str, Any], services: list[dict[str, Any]]) -> I
 
 
 # How attempts end (what torchrun returns and what status.json then says, an exit code, "running" or nothing new),
-# and how the pod is to end after how many of them; TERM: told to stop meanwhile. An earlier attempt said 2.
+# and how the pod is to end after how many of them; TERM: told to stop meanwhile. An earlier attempt said 2. refused: a
+# start that failed in the folder of an earlier run, with 4.
 ENDINGS = [
     ([(0, 0)], 0, 1),
     ([(1, 0)], 0, 1),
@@ -106,6 +107,7 @@ ENDINGS = [
     ([(1, 7), (1, 75), (1, 75), (1, 75), (1, "running"), (0, 0)], 0, 6),
     ([(1, "nothing")], 1, 4),
     ([(1, "running")], 1, 4),
+    ([(1, "refused")], 4, 1),
     ([("TERM", 75)], 75, 1),
     ([("TERM", "nothing")], 75, 1),
     ([("TERM", 5)], 5, 1),
@@ -122,6 +124,7 @@ if [ "$code" = TERM ]; then
 fi
 case $said in
   nothing) ;;
+  refused) printf '{\\n  "exit_code": 4,\\n  "time": %s\\n}\\n' "$attempt" >failed_start.json ;;
   running) echo "{ \\"state\\": \\"running\\", \\"time\\": $attempt}" >status.json ;;
   *) printf '{\\n  "state": "ended",\\n  "exit_code": %s,\\n  "time": %s\\n}\\n' "$said" "$attempt" >status.json ;;
 esac

@@ -1,14 +1,16 @@
 """resnest-compare: several networks on the same images."""
 
-from resnest_imagenet.commands.launch import run_command
+from resnest_imagenet.commands.launch import report_left_out, run_command
 from resnest_imagenet.config import CompareConfig
 
 
 def run(config: CompareConfig) -> None:
-    """Compare and print the tables."""
+    """Compare and print the tables; images that were skipped raise a DataError after it."""
     from resnest_imagenet.evaluation.compare import compare_networks, format_comparison
 
-    print(format_comparison(compare_networks(config)))
+    comparison = compare_networks(config)
+    print(format_comparison(comparison), flush=True)
+    report_left_out(list(comparison.skipped))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from resnest_imagenet.commands.launch import run_command
+from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.config import (
     CheckDataConfig,
     DemoDataConfig,
@@ -102,7 +103,8 @@ def main() -> None:
     if name in ACTIONS:
         run_command(f"data_{name}", ACTIONS[name].schema, ACTIONS[name].job)
     elif name in ("", "-h", "--help", "help"):
-        print(format_usage())
+        with surviving_output(may_lose=False):
+            print(format_usage())
     else:
         hint = suggest(name, ACTIONS) or f": {', '.join(ACTIONS)}"
         print(f"resnest-data: unknown action {name!r}{hint}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from resnest_imagenet.commands.launch import report_left_out, run_command
 from resnest_imagenet.config import ExplainConfig
+from resnest_imagenet.errors import printable
 
 
 def run(config: ExplainConfig) -> None:
@@ -10,7 +11,7 @@ def run(config: ExplainConfig) -> None:
 
     written, faults = explain_images(config)
     for line in written:
-        print(line, flush=True)
+        print(printable(line), flush=True)
     report_left_out(faults)
 
 

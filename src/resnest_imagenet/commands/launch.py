@@ -1,17 +1,28 @@
 """What every command does around its work: compose and check the configuration, and turn errors into lines."""
 
-import io
 import os
 import re
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from resnest_imagenet.config import Options, option_names
+from resnest_imagenet.commands.terminal import surviving_output
+from resnest_imagenet.config import Options, list_places, option_names
 from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
-from resnest_imagenet.errors import ConfigError, DataError, DistributedError, Stopped, UserError, first_line, suggest
+from resnest_imagenet.errors import (
+    ConfigError,
+    DataError,
+    DistributedError,
+    Stopped,
+    UserError,
+    explain_runtime,
+    first_line,
+    printable,
+    suggest,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,15 +48,21 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
     """
     # Idle OpenMP threads sleep instead of spinning: 20 times faster where processes share cores. Before torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be more than a terminal can show
-        sys.stdout.reconfigure(errors="backslashreplace")
     # Hydra then raises instead of printing a traceback's digest and leaving with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    with surviving_output(may_lose=name == "train"):  # a run is worth more than its lines
+        _run(name, schema, job)
+
+
+def _run(name: str, schema: type[Config], job: Callable[[Config], float | None]) -> None:
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     composing = True
+    if not {"-m", "--multirun"} & set(sys.argv[1:]):  # in a sweep a comma is between values
+        places = list_places(schema)
+        sys.argv[1:] = [quote_place(word, places) for word in sys.argv[1:]]
 
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         _check_sweep(name)
@@ -56,7 +73,7 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
             return job(check_config(composed, schema))
-        except UserError as error:
+        except (UserError, Stopped) as error:
             _leave(error)
         except Exception as error:
             if explained := explain_runtime(error):
@@ -73,6 +90,31 @@ def run_command(name: str, schema: type[Config], job: Callable[[Config], float |
         if not composing:
             raise
         _leave(explain_composition(error, schema))
+
+
+def quote_place(word: str, places: Mapping[str, bool]) -> str:
+    """Quote the value of an option that is a file or folder: Hydra has a grammar for what is not quoted.
+
+    To it 2024_05_01 is a number, and a comma, ~ or an umlaut is an error. What may be meant as Hydra's own stays: a
+    quoted value, a list, null, anything with a backslash or an interpolation.
+
+    Args:
+        word: of the command line.
+        places: the options' names, with whether each takes a list.
+    """
+    option, equals, value = word.partition("=")
+    name = option.lstrip("+")
+    if not equals or name not in places or value in ("", "null", "???") or (places[name] and "," in value):
+        return word
+    is_hydras = value[0] in "'\"[{" or "\\" in value or "${" in value
+    return word if is_hydras else f"{option}={_quote(value)}"
+
+
+def _quote(value: str) -> str:
+    """Quote a value for Hydra, each item where it is a list."""
+    if value.startswith("[") and value.endswith("]"):
+        return "[" + ",".join(_quote(item.strip("'\" ")) for item in value[1:-1].split(",")) + "]"
+    return '"' + value.replace('"', '\\"') + '"'
 
 
 def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
@@ -115,7 +157,10 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"unknown {group} {choice!r}{suggest(choice, error.options)} ({', '.join(error.options)})")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"cannot read {error.override!r}: write option=value, quote special characters")
+        option, equals, value = str(error.override).partition("=")
+        quoted = shlex.quote(option + "=" + _quote(value.strip("'\"")))
+        advice = f"quote it for the shell and for Hydra: {quoted}" if equals else "write option=value"
+        return ConfigError(f"cannot read {error.override}: {advice}")
     overridden = re.match(r"Could not override '([^']+)'", str(error))
     if overridden:
         option = overridden[1]
@@ -128,22 +173,10 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
         else:
             problem = f"unknown option {option}{suggest(option, known + groups)}"
         return ConfigError(problem)
+    if "Config group override must be a string" in str(error):
+        return ConfigError("a group cannot be null: write group=NAME (protocol=own: the checkpoint's, not in training)")
     hint = ": write a list as [a,b]" if "Ambiguous value" in str(error) else ""
     return ConfigError(first_line(error) + hint)
-
-
-def explain_runtime(error: Exception) -> UserError | None:
-    """Explain the torch errors that a user can mend; None for any other."""
-    if "torchvision::nms" in str(error):
-        from importlib.metadata import version
-
-        return ConfigError(
-            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
-            "install both from the same index (make setup does, with uv)"
-        )
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
-    return None
 
 
 def report_left_out(faults: list[str]) -> None:
@@ -153,27 +186,32 @@ def report_left_out(faults: list[str]) -> None:
         DataError: there are any.
     """
     for fault in faults:
-        print(f"{fault}; left out", file=sys.stderr)
+        print(printable(f"{fault}; left out"), file=sys.stderr)
     if faults:
         raise DataError(f"images left out: {len(faults)}")
 
 
-def _leave(error: UserError) -> NoReturn:
+def _leave(error: UserError | Stopped) -> NoReturn:
     """Print the line and exit; of ranks that would all say the same, one speaks."""
-    rank, local_rank, world_size = launched_as()
+    try:
+        rank, local_rank, world_size = launched_as()
+    except ConfigError:  # which is the error
+        rank, local_rank, world_size = 0, 0, 1
     who = ""
-    if world_size == 1 or not has_joined():
+    if isinstance(error, DistributedError):
+        is_said = error.is_said
+    elif world_size == 1 or not has_joined():
         is_said = local_rank > 0  # one per node speaks
     elif error.is_shared:
         is_said = rank > 0
     else:
         is_said = error.is_said
-        who = "" if isinstance(error, DistributedError) else f"rank {rank}: "
+        who = f"rank {rank}: "
     if is_said and not isinstance(error, Stopped):
         # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
         time.sleep(10)
     if not is_said:
-        line = f"{Path(sys.argv[0]).stem}: {who}{error}"
+        line = printable(f"{Path(sys.argv[0]).stem}: {who}{error}")
         print(line, file=sys.stderr)
         tell_launcher(line)
     sys.exit(error.exit_code)
@@ -181,8 +219,11 @@ def _leave(error: UserError) -> NoReturn:
 
 def _check_sweep(name: str) -> None:
     """Refuse a sweep that cannot be one."""
-    if launched_as()[2] > 1:
-        _leave(ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun"))
+    try:
+        if launched_as()[2] > 1:
+            raise ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun")
+    except ConfigError as error:
+        _leave(error)
     folders = [word for word in sys.argv[1:] if word.startswith("run_dir=")]
     if name == "train" and not any("$" in word or "," in word for word in folders):
         _leave(ConfigError("--multirun needs a folder for each job: write 'run_dir=runs/sweep/${hydra:job.num}'"))

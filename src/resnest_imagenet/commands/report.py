@@ -7,6 +7,7 @@ import sys
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import ReportConfig
+from resnest_imagenet.errors import printable
 
 
 def run(config: ReportConfig) -> None:
@@ -15,8 +16,8 @@ def run(config: ReportConfig) -> None:
 
     runs, left_out = write_report(config, load_recipes())
     for line in left_out:
-        print(f"resnest-report: left out: {line}", file=sys.stderr)
-    print(f"wrote {config.out}: {', '.join(run.name for run in runs)}")
+        print(printable(f"resnest-report: left out: {line}"), file=sys.stderr)
+    print(printable(f"wrote {config.out}: {', '.join(run.name for run in runs)}"))
 
 
 def main() -> None:

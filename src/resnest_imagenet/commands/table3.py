@@ -5,6 +5,7 @@ from typing import Any
 
 from resnest_imagenet.commands.launch import find_conf, run_command
 from resnest_imagenet.config import Table3Config
+from resnest_imagenet.errors import printable
 
 
 def run(config: Table3Config) -> None:
@@ -17,7 +18,7 @@ def run(config: Table3Config) -> None:
     known = {row["model"] for row in rows}
     left_out += [f"{one.source}: {one.model} has no row" for one in measured if one.model not in known]
     for line in left_out:
-        print(f"resnest-table3: left out: {line}", file=sys.stderr)
+        print(printable(f"resnest-table3: left out: {line}"), file=sys.stderr)
     print(format_table(rows, config.format))
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from resnest_imagenet.data.examine import Finding, examine_files
-from resnest_imagenet.data.folder import IMAGE_SUFFIXES
-from resnest_imagenet.data.source import list_folders
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.data.decoding import BadImage
+from resnest_imagenet.data.examine import Finding, count_cores, examine_files
+from resnest_imagenet.data.folder import tell_by_name
+from resnest_imagenet.data.reading import open_regular
+from resnest_imagenet.data.source import list_folders, require_separate
+from resnest_imagenet.errors import DataError, printable
 from resnest_imagenet.files import replacing
 
 # Faults would stop a training, hide images from it, falsify its result or exhaust its memory; notes do not. In the
@@ -22,7 +24,6 @@ FAULTS = (
     "misplaced image",  # beside the class folders
     "missing class",  # which the other part has
     "no images",  # in a class
-    "nested folder",  # in a class
     "unseen image",  # with a suffix that is not looked for
     "broken link",
     "not a file",  # a pipe, a socket or a device
@@ -44,11 +45,26 @@ NOTES = (
     "odd format",
     "odd mode",
     "tiny",
+    "nested folder",  # in a class: its images are taken
+    "hidden",  # not looked into
     "other file",  # which nobody looks for
 )
 
-# Files that are meant to be images, but that read_image_folder does not look for.
-UNSEEN_SUFFIXES = (".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".avif", ".ppm", ".pgm")
+# How files begin that hold an image, and where: of the formats that are taken and of those that are not.
+SIGNATURES = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (8, b"WEBP", "WebP"),
+    (0, b"GIF8", "GIF"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (4, b"ftypheic", "HEIF"),
+    (4, b"ftypheix", "HEIF"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypavif", "AVIF"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (6, b"\0\0\0\0", "BMP"),  # behind BM, see `_name_format`
+)
 # After so many crashes it is rather the machine than the files.
 MAX_CRASHES = 10
 
@@ -102,8 +118,8 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
     """
     if not os.path.isdir(root):
         raise DataError(f"data.root={root}: no such folder")
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if train_dir is not None and val_dir is not None:
+        require_separate(Path(root, train_dir), Path(root, val_dir))
     names = {"data.train_dir": train_dir, "data.val_dir": val_dir}
     parts = tuple(list_part(root, name, option) for option, name in names.items() if name is not None)
     findings = [finding for part in parts for finding in part.findings]
@@ -112,7 +128,7 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
     paths = [path for part in parts for path in part.images]
     originals: dict[bytes, str] = {}
     crashes = []
-    results = examine_files(root, paths, workers)
+    results = examine_files(root, paths, workers or count_cores())
     for result in tqdm(results, "images", len(paths), unit="", disable=None, dynamic_ncols=True):
         findings += result.findings
         if result.sha256:
@@ -154,18 +170,42 @@ def list_part(root: str, name: str, option: str) -> Part:
 
 
 def _list_class(part: Part, root: str, folder: str) -> None:
-    entries = _scan(part, root, folder)
     before = len(part.images)
+    is_readable = _list_images(part, root, folder, (os.path.realpath(os.path.join(root, part.name)),))
+    part.classes[os.path.basename(folder)] = len(part.images) - before
+    if is_readable and len(part.images) == before:
+        part.add("no images", folder)
+
+
+def _list_images(part: Part, root: str, folder: str, above: tuple[str, ...]) -> bool:
+    """List what a folder of a class holds, and the folders in it; say whether it can be read."""
+    real = os.path.realpath(os.path.join(root, folder))
+    entries = [] if real in above else _scan(part, root, folder)
     for path, kind in entries or []:
         if kind == "image":
             part.images.append(path)
+        elif kind == "unseen image":
+            part.add(kind, path, _name_format(root, path))
         elif kind == "folder":
-            part.add("nested folder", path, "no images are looked for in it")
+            part.add("nested folder", path, "its images are taken")
+            _list_images(part, root, path, (*above, real))
+        elif kind == "other file" and (form := _name_format(root, path)):
+            part.add("unseen image", path, form)
         else:
             part.add(kind, path)
-    part.classes[os.path.basename(folder)] = len(part.images) - before
-    if entries is not None and len(part.images) == before:
-        part.add("no images", folder)
+    return entries is not None
+
+
+def _name_format(root: str, path: str) -> str:
+    """Say of what format an image is by how its file begins; "" where it is none that is known."""
+    try:
+        with open(open_regular(os.path.join(root, path)), "rb") as file:
+            head = file.read(32)
+    except (BadImage, OSError):
+        return ""
+    forms = (form for place, mark, form in SIGNATURES if head.startswith(mark, place))
+    form = next((form for form in forms if form != "BMP" or head.startswith(b"BM")), None)
+    return f"a {form} image" if form else ""
 
 
 def _scan(part: Part, root: str, folder: str) -> list[tuple[str, str]] | None:
@@ -180,16 +220,18 @@ def _scan(part: Part, root: str, folder: str) -> list[tuple[str, str]] | None:
 
 def _tell(entry: "os.DirEntry[str]") -> str:
     """Return "folder", "image", or what stands in FAULTS or NOTES; links are followed, files not opened."""
+    kind = tell_by_name(entry.name)
+    if kind == "hidden":
+        return kind
     if entry.is_symlink() and not os.path.exists(entry):  # is_dir() would raise for a link to itself
         return "broken link"
+    if kind == "image":  # a folder or a pipe is named when it is opened, in a run, too
+        return kind if entry.is_file() else "not a file"
     if entry.is_dir():
         return "folder"
     if not entry.is_file():
         return "not a file"
-    name = entry.name.lower()
-    if name.endswith(IMAGE_SUFFIXES):
-        return "image"
-    return "unseen image" if name.endswith(UNSEEN_SUFFIXES) else "other file"
+    return "unseen image" if kind == "other format" else kind
 
 
 def _guess_folder(root: str, name: str, option: str) -> str:
@@ -232,9 +274,9 @@ def format_report(report: Report) -> str:
             first = found[kind][0]
             shown = [first.path + f" ({first.detail})" * bool(first.detail)]
             shown += [finding.path for finding in found[kind][1:3]] + ["..."] * (len(found[kind]) > 3)
-            lines.append(f"{_severity(kind):<7}{kind:<18}{len(found[kind]):>9,}  {_printable(', '.join(shown))}")
+            lines.append(f"{_severity(kind):<7}{kind:<18}{len(found[kind]):>9,}  {printable(', '.join(shown))}")
     for part in report.parts:
-        lines.append(f"{_printable(part.name)}: {len(part.images):,} images in {len(part.classes):,} classes")
+        lines.append(f"{printable(part.name)}: {len(part.images):,} images in {len(part.classes):,} classes")
     num_notes = len(report.findings) - report.num_faults
     return "\n".join([*lines, f"{report.num_faults:,} faults, {num_notes:,} notes"])
 
@@ -258,8 +300,3 @@ def write_report(report: Report, out: Path) -> None:
 
 def _severity(kind: str) -> str:
     return "fault" if kind in FAULTS else "note"
-
-
-def _printable(path: str) -> str:
-    r"""Return a path that fits a line and any terminal: with \n for a line break and \udcff for what is no UTF-8."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in path)

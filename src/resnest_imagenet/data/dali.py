@@ -7,6 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -18,56 +19,83 @@ from nvidia.dali.pipeline import do_not_convert
 from torch import Tensor
 
 from resnest_imagenet.data.dali_ops import apply_operations
-from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.decoding import BadImage, decode_by_pillow, is_ordinary
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
-from resnest_imagenet.data.transforms import MEAN, STD, ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
+from resnest_imagenet.data.transforms import (
+    MEAN,
+    STD,
+    ERandomCrop,
+    EvalTransform,
+    RandomResizedCrop,
+    TrainTransform,
+    Window,
+)
 from resnest_imagenet.errors import ConfigError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
-READING_THREADS = 8  # of sources that are not files: they wait for the storage, not for the processor
+READING_THREADS = 8  # of shards: they wait for the storage, rather than for the processor
 # As Pillow and torchvision decode: EXIF orientation ignored, and on a GPU the same chroma upsampling as on a CPU.
 DECODING: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Source = Callable[[], tuple]
-Vectors = tuple[Sequence[int], Sequence[int]]
+Vectors = tuple[Sequence[int], ...]
 Rule = Callable[..., Vectors]  # of height, width and what was drawn
 
 
 @do_not_convert  # as Python what is a rule's `if`, and not as a graph's
-def _by_size(rule: Rule, encoded: DataNode, *drawn: DataNode) -> tuple[DataNode, DataNode]:
-    """Let Python compute two vectors for each image from its size, which the graph knows before it decodes.
+def _by_size(rule: Rule, num_vectors: int, encoded: DataNode, *drawn: DataNode) -> tuple[DataNode, ...]:
+    """Let Python compute vectors of two for each image from its size, which the graph knows before it decodes.
 
     In one call per batch: a dozen of DALI's own operations on scalars take a tenth as long as the decoding.
     """
 
-    def compute(shapes: list[np.ndarray], *draws: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def compute(shapes: list[np.ndarray], *draws: list[np.ndarray]) -> tuple[list[np.ndarray], ...]:
         lists = ([array.tolist() for array in arrays] for arrays in draws)
         results = [rule(*shape.tolist()[:2], *draw) for shape, *draw in zip(shapes, *lists, strict=True)]
-        one, other = np.array(results, np.int32).swapaxes(0, 1)
-        return list(one), list(other)
+        return tuple(map(list, np.array(results, np.int32).swapaxes(0, 1)))
 
     shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
-    found = fn.python_function(shapes, *drawn, function=compute, num_outputs=2, batch_processing=True)
-    return cast("tuple[DataNode, DataNode]", found)
+    found = fn.python_function(shapes, *drawn, function=compute, num_outputs=num_vectors, batch_processing=True)
+    return cast("tuple[DataNode, ...]", found)
+
+
+def _decode(encoded: DataNode, window: tuple[DataNode, ...], decoder: str) -> DataNode:
+    """Decode a window (start, shape), also where it is the whole image.
+
+    Not by `decoders.image`: it ends the process with a segmentation fault where a header cannot be read. This one waits
+    for the window, and so for `peek_image_shape`, which raises. docs/dali-crash.md has more.
+    """
+    start, shape = window
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], device=decoder, **DECODING)
+
+
+def _split(window: Window) -> Vectors:
+    top, left, *size = window
+    return (top, left), size
 
 
 def _find_window(cropping: RandomResizedCrop | ERandomCrop, height: int, width: int, draw: Sequence[float]) -> Vectors:
-    top, left, *size = cropping.window(height, width, draw)
-    return (top, left), size
+    return _split(cropping.window(height, width, draw))
+
+
+def _find_all_and_window(
+    cropping: RandomResizedCrop | ERandomCrop, height: int, width: int, draw: Sequence[float]
+) -> Vectors:
+    return (0, 0), (height, width), *_find_window(cropping, height, width, draw)
 
 
 def _find_square(transform: EvalTransform, height: int, width: int) -> Vectors:
-    top, left, *size = transform.square(height, width)
-    return (top, left), size
+    return _split(transform.square(height, width))
 
 
 def _find_centre(transform: EvalTransform, height: int, width: int) -> Vectors:
-    """Return the size of the resized image, and where its centre begins."""
-    size = transform.resized(height, width)
-    return size, transform.window(*size)[:2]
+    """Return what is resized, its size then, and where the centre of that begins."""
+    start, shape = _split(transform.source(height, width))
+    size = transform.resized(*shape)
+    return start, shape, size, transform.window(*size)[:2]
 
 
 def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | list[float] = MEAN) -> DataNode:
@@ -76,21 +104,18 @@ def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | li
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_pipeline(
-    source: Source, in_files: bool, transform: TrainTransform, decoder: str, whole: bool
-) -> tuple[DataNode, DataNode]:
+def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> tuple[DataNode, DataNode]:
     before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
     # The operations only where there are some: DALI warns of an input without a use.
     num_outputs = 6 if before or after else 5
-    images, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
-    encoded = fn.io.file.read(images) if in_files else images
-    start, size = _by_size(partial(_find_window, transform.cropping), encoded, draw)
-    if whole or before:
-        images = fn.decoders.image(encoded, device=decoder, **DECODING)
-        images = apply_operations(images, drawn[0], before) if before else images
-        images = fn.slice(images, start=start, shape=size, axes=[0, 1])
+    encoded, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
+    if before:
+        rule = partial(_find_all_and_window, transform.cropping)
+        *whole, start, shape = _by_size(rule, 4, encoded, draw)
+        images = apply_operations(_decode(encoded, tuple(whole), decoder), drawn[0], before)
+        images = fn.slice(images, start=start, shape=shape, axes=[0, 1])
     else:
-        images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
+        images = _decode(encoded, _by_size(partial(_find_window, transform.cropping), 2, encoded, draw), decoder)
     resampling = {"interp_type": INTERPOLATIONS[transform.interpolation], "antialias": transform.antialias}
     images = fn.resize(images, size=[transform.crop] * 2, **resampling)
     if after:
@@ -99,54 +124,40 @@ def _train_pipeline(
 
 
 @pipeline_def
-def _eval_pipeline(source: Source, in_files: bool, transform: EvalTransform, decoder: str) -> tuple[DataNode, DataNode]:
-    images, labels = fn.external_source(source, num_outputs=2)
-    encoded = fn.io.file.read(images) if in_files else images
+def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tuple[DataNode, DataNode]:
+    encoded, labels = fn.external_source(source, num_outputs=2)
     crop = transform.crop
     resampling = {"interp_type": INTERPOLATIONS[transform.resolved_interpolation], "antialias": transform.antialias}
     if transform.order == "crop_resize":
-        start, size = _by_size(partial(_find_square, transform), encoded)
-        images = fn.decoders.image_slice(encoded, start=start, shape=size, axes=[0, 1], device=decoder, **DECODING)
+        images = _decode(encoded, _by_size(partial(_find_square, transform), 2, encoded), decoder)
         images = fn.resize(images, size=[crop, crop], **resampling)
     else:
-        size, start = _by_size(partial(_find_centre, transform), encoded)
-        images = fn.decoders.image(encoded, device=decoder, **DECODING)
+        *window, size, corner = _by_size(partial(_find_centre, transform), 4, encoded)
+        images = _decode(encoded, tuple(window), decoder)
         images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT), **resampling)
-        images = fn.slice(images, start=start, shape=[crop, crop], axes=[0, 1])
+        images = fn.slice(images, start=corner, shape=[crop, crop], axes=[0, 1])
     return _normalise(images), labels
 
 
-def _read_all(images: ImageSource, indices: list[int]) -> list[bytes]:
-    """Read in threads of this call only: none is left to a fork, or by a loader that is gone."""
-
-    def read_share(share: np.ndarray) -> list[bytes]:
-        return [images.read(index) for index in share.tolist()]
-
-    with ThreadPoolExecutor(READING_THREADS) as threads:
-        return list(itertools.chain.from_iterable(threads.map(read_share, np.array_split(indices, READING_THREADS))))
-
-
 @pipeline_def
-def _decoding_pipeline(decoder: str) -> tuple[DataNode, DataNode]:
+def _decoding_pipeline(decoder: str) -> DataNode:
     encoded = fn.external_source(name="encoded")
-    return fn.peek_image_shape(encoded), fn.decoders.image(encoded, device=decoder, **DECODING)
+    return _decode(encoded, _by_size(lambda height, width: ((0, 0), (height, width)), 2, encoded), decoder)
 
 
 class _Trial:
     """Says whether DALI decodes an image: a pipeline that failed does not say which image it was."""
 
-    def __init__(self, images: ImageSource, device: torch.device) -> None:
-        self._images = images
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pipeline: Pipeline | None = None
 
-    def __call__(self, index: int) -> bool:
+    def __call__(self, encoded: bytes) -> bool:
+        pipeline = self._pipeline or self._build()
+        self._pipeline = None  # of no more use if it fails
         try:
-            encoded = np.frombuffer(self._images.read(index), dtype=np.uint8)
-            pipeline = self._pipeline or self._build()
-            self._pipeline = None  # of no more use if it fails
-            pipeline.run(encoded=[encoded])
-        except (OSError, RuntimeError):
+            pipeline.run(encoded=[np.frombuffer(encoded, dtype=np.uint8)])
+        except RuntimeError:
             return False
         self._pipeline = pipeline
         return True
@@ -160,21 +171,42 @@ class _Trial:
         return pipeline
 
 
+def _to_decodable(encoded: bytes, by_pillow: bool = False) -> bytes:
+    """Return an image in a form that DALI decodes: itself if it is ordinary, else a PPM, decoded by Pillow.
+
+    Raises:
+        BadImage: it cannot be used.
+    """
+    if is_ordinary(encoded) and not by_pillow:
+        return encoded
+    pixels = decode_by_pillow(encoded)
+    return b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes()
+
+
 class _Inputs:
     """What DALI's external source asks for: the next batch's images, labels and, in training, draws.
 
-    Of files the paths, which DALI's threads read; of other sources the bytes.
+    Python reads the images and looks at them: what DALI gets can be decoded.
 
     Apart from the loader, so that loader and pipeline do not hold each other: a pipeline is freed with its loader and
     not by the garbage collector, which may run in a forked process, where DALI's threads are not.
     """
 
-    def __init__(self, images: ImageSource, plan: BatchPlan, transform: TrainTransform | EvalTransform) -> None:
-        self.images = images
+    def __init__(
+        self,
+        images: ImageSource,
+        plan: BatchPlan,
+        transform: TrainTransform | EvalTransform,
+        substitution: Substitution,
+        workers: int,
+    ) -> None:
         self.plan = plan
         self.transform = transform
-        self.recent: deque[np.ndarray] = deque(maxlen=PREFETCHED_BATCHES + 2)
-        self.stand_ins: dict[int, int] = {}  # for images that DALI does not decode
+        self.recent: deque[list[int]] = deque(maxlen=PREFETCHED_BATCHES + 2)  # the images used
+        self.by_pillow: set[int] = set()  # those that only DALI does not decode
+        self._images = images
+        self._substitution = substitution
+        self._num_threads = READING_THREADS if images.shard_sizes else workers
         self._epoch = 0
         self._pending: Iterator[np.ndarray] = iter(())
 
@@ -185,23 +217,53 @@ class _Inputs:
         self._pending = self.plan.batches(epoch, start)
 
     def __call__(self) -> tuple:
-        """Return one batch; StopIteration ends the pass."""
-        indices = next(self._pending)
-        self.recent.append(indices)
-        used = [self.stand_ins.get(index, index) for index in indices.tolist()]
-        if isinstance(self.images, ImageFolder):
-            inputs = [self.images.path(index) for index in used]
-        else:
-            inputs = _read_all(self.images, used)
-        images = [np.frombuffer(each, dtype=np.uint8) for each in inputs]
-        labels = self.images.labels[used]
+        """Return one batch; StopIteration ends the pass.
+
+        Raises:
+            DataError: an image that cannot be used and may not be replaced.
+            OSError: the storage fails.
+        """
+        indices = next(self._pending).tolist()
+        encoded, found = self._read_all(indices)
+        for index, used_index in zip(indices, found, strict=True):
+            self._substitution.record(index, used_index)  # which raises where there is none
+        used = [index for index in found if index is not None]
+        self.recent.append(used)
+        images = [np.frombuffer(each, dtype=np.uint8) for each in encoded]
+        labels = self._images.labels[used]
         if isinstance(self.transform, EvalTransform):
             return images, labels
-        mirrors, crops = self.transform.draw_crops(self._epoch, indices.tolist())
-        looks = self.transform.draw_looks(self._epoch, indices.tolist())
+        mirrors, crops = self.transform.draw_crops(self._epoch, indices)
+        looks = self.transform.draw_looks(self._epoch, indices)
         operations = np.concatenate([looks.before, looks.after], axis=1)
         drawn = [operations] if operations.size else []
         return images, labels, crops, mirrors, np.array(MEAN, np.float32) - looks.offset, *drawn
+
+    def read(self, index: int) -> bytes:
+        """Return an image as DALI decodes it.
+
+        Raises:
+            BadImage: it cannot be used.
+        """
+        return _to_decodable(self._images.read(index), index in self.by_pillow)
+
+    def _read_all(self, indices: list[int]) -> tuple[list[bytes], list[int | None]]:
+        """Read in threads of this call only: none is left to a fork, or by a loader that is gone."""
+
+        def read_share(share: np.ndarray) -> list[tuple[bytes, int | None]]:
+            return [self._read_or_replace(index) for index in share.tolist()]
+
+        with ThreadPoolExecutor(self._num_threads) as threads:
+            shares = threads.map(read_share, np.array_split(indices, self._num_threads))
+            encoded, used = zip(*itertools.chain.from_iterable(shares), strict=True)
+        return list(encoded), list(used)
+
+    def _read_or_replace(self, index: int) -> tuple[bytes, int | None]:
+        """Return an image or what stands in for it, and the index of the one it is; None: none of them can be used."""
+        for used in self._substitution.candidates(index):
+            with suppress(BadImage):
+                return self.read(used), used
+        return b"", None
 
 
 class DaliLoader:
@@ -224,9 +286,8 @@ class DaliLoader:
             # Keys' a is -1/2 in DALI, and -3/4 in OpenCV and torchvision.
             raise ConfigError(f"{option}=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
         self.plan = plan
-        self._inputs = _Inputs(images, plan, transform)
-        self._max_errors = max_errors
         self.substitution = Substitution(images, max_errors)
+        self._inputs = _Inputs(images, plan, transform, self.substitution, max(1, workers))
         self._device = device
         self._workers = max(1, workers)
         self._pipeline: Pipeline | None = None
@@ -242,9 +303,9 @@ class DaliLoader:
                 images, labels = pipeline.run(stream)
             except StopIteration:
                 break
-            except (RuntimeError, OSError):
-                # The pipeline is of no more use. Each further turn has found a bad image more: they end.
-                if not self._replace_bad():
+            except RuntimeError:
+                # The pipeline is of no more use. Each further turn has found an image more: they end.
+                if not self._find_refused():
                     raise
                 self._inputs.start(epoch, start)
                 pipeline = self._build()
@@ -261,11 +322,9 @@ class DaliLoader:
 
     def _build(self) -> Pipeline:
         on_gpu = self._device.type == "cuda"
-        train = partial(_train_pipeline, whole=self._max_errors > 0)
-        build = train if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
+        build = _train_pipeline if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
         pipeline = build(
             self._inputs,
-            isinstance(self._inputs.images, ImageFolder),
             self._inputs.transform,
             "mixed" if on_gpu else "cpu",
             batch_size=self.plan.batch_size,
@@ -276,24 +335,23 @@ class DaliLoader:
         pipeline.build()
         return pipeline
 
-    def _replace_bad(self) -> bool:
-        """Find what stands in for the bad images among those asked for last; say whether there are new ones.
+    def _find_refused(self) -> bool:
+        """Find images among those asked for last that DALI does not decode, for Pillow; say whether there are any.
 
-        Raises:
-            DataError: more of them than may be replaced.
+        Where Pillow does not decode them either, they are bad like any other.
         """
         inputs = self._inputs
         # On a GPU both: a fault of the GPU is not the images'.
-        trials = [_Trial(inputs.images, device) for device in {torch.device("cpu"), self._device}]
+        trials = [_Trial(device) for device in {torch.device("cpu"), self._device}]
 
-        def decodes(index: int) -> bool:
-            return any(trial(index) for trial in trials)
+        def is_refused(index: int) -> bool:
+            try:
+                encoded = inputs.read(index)
+            except BadImage:  # the file has changed since
+                return True
+            return not any(decodes(encoded) for decodes in trials)
 
-        recent = [index for indices in inputs.recent for index in indices.tolist() if index not in inputs.stand_ins]
-        bad = list(itertools.filterfalse(decodes, recent))
-        for index in bad:
-            used = next(filter(decodes, self.substitution.candidates(index)), None)
-            self.substitution.record(index, used)
-            assert used is not None  # or it had raised
-            inputs.stand_ins[index] = used
-        return bool(bad)
+        recent = {index for used in inputs.recent for index in used if index not in inputs.by_pillow}
+        refused = set(filter(is_refused, recent))
+        inputs.by_pillow |= refused
+        return bool(refused)

@@ -1,8 +1,15 @@
-"""Encoded images: what can be used, and how it is decoded, whichever loader is used."""
+"""Encoded images: what can be used, and how it is decoded, whichever loader is used.
+
+An ordinary JPEG or PNG is left to the loaders' own decoders, which agree on it. Everything else goes through Pillow,
+for both loaders and the data check: there their decoders differ, and DALI's may end the process.
+"""
 
 import io
+import re
 import struct
+import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,26 +29,48 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
 # Above, Pillow warns of a decompression bomb, and from twice as many on refuses. ImageNet's largest have 70 million.
 MAX_PIXELS = 89_478_485
-# DALI refuses PNGs without it, Pillow and torchvision do not.
-PNG_END = b"IEND\xaeB\x60\x82"
-# What Pillow raises on damaged images.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
+MAX_SIDE = 65_535  # in pixels, as a JPEG's: the operations of recipes rely on it
+# Other images, to be named: at which byte the signature stands, the signature, the format.
+OTHER_FORMATS = (
+    (0, b"GIF8", "GIF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypavis", "AVIF"),
+    (4, b"ftyphei", "HEIF"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"jP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (4, b"JXL \r\n\x87\n", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    *((0, b"P%d" % number + space, "PPM") for number in range(1, 8) for space in (b"\n", b" ", b"\r", b"\t")),
+    (0, b"DDS ", "DDS"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\0\0\1\0", "ICO"),
 )
+# Of JPEGs: baseline, extended and progressive, coded as Huffman does; and what else may stand before a scan.
+_FRAMES = (0xC0, 0xC1, 0xC2)
+_SCAN = 0xDA
+_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restarts, comments, of applications
+_AFTER_SCAN = re.compile(rb"\xff[^\0\xd0-\xd7]")  # within one, zeros and restarts follow this byte
+_END = b"\xff\xd9"
+_SEGMENT = struct.Struct(">BBH")
+_FRAME = struct.Struct(">BHHB")
+_JFIF, _ADOBE = 0xE0, 0xEE  # say how the colours are coded, from so many bytes on:
+_LEAST = {_JFIF: 16, _ADOBE: 14}
+# Of PNGs: chunks that change no pixel.
+_PNG = b"\x89PNG\r\n\x1a\n"
+_EXTRAS = {b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"sBIT", b"bKGD"}
+# Of interlaced PNGs: first column and row of each pass, and the steps between them.
+_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its colour type
+# The filters of warnings belong to the process, not to a thread.
+_filters = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Fault:
     """Why an image cannot be used: in one of a few words, for programs, and in a line."""
 
-    kind: Literal["empty", "not an image", "wrong format", "wrong mode", "too large", "damaged"]
+    kind: Literal["not a file", "empty", "not an image", "wrong format", "wrong mode", "too large", "damaged"]
     detail: str
 
 
@@ -49,74 +78,237 @@ class BadImage(Exception):  # noqa: N818 - it is the image's fault
     """An image that cannot be used, whatever reads it: it may be replaced. A storage error is an OSError instead."""
 
     def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.detail)
+        super().__init__(fault)  # whole, so that it can be pickled
         self.fault = fault
+
+    def __str__(self) -> str:
+        return self.fault.detail
 
 
 def find_fault(encoded: bytes) -> Fault | None:
     """Return why an image cannot be used, or None where it can.
 
-    What both loaders decode to the same pixels can be used, up to MAX_PIXELS: neither loader has a limit. What is too
-    large is told by its header and not decoded.
+    What both loaders decode to the same pixels can be used, up to MAX_PIXELS and MAX_SIDE: neither loader has a limit.
+    What is too large is told by its header and not decoded.
     """
-    if not encoded:
-        return Fault("empty", "not a readable image (it is empty)")
     try:
-        with _without_warnings(), Image.open(io.BytesIO(encoded)) as image:
-            fault = _judge_header(image)
-            if fault is None:
-                image.convert("RGB")
-            if fault is None and image.format == "PNG" and PNG_END not in encoded:
-                fault = Fault("damaged", "a PNG image without its end")
-    except UnidentifiedImageError:
-        fault = Fault("not an image", "not a readable image (of no known format)")
-    except Image.DecompressionBombError as error:  # where nobody has lifted Pillow's own limit
-        fault = Fault("too large", f"not a readable image ({error})")
-    except UNREADABLE as error:
-        fault = Fault("damaged", f"not a readable image ({first_line(error)})")
-    return fault
-
-
-def _judge_header(image: Image.Image) -> Fault | None:
-    what = f"a {image.format} image"
-    if image.format not in FORMATS:
-        return Fault("wrong format", f"{what} (not one of {', '.join(FORMATS)})")
-    if image.mode not in MODES and not (image.format == "PNG" and image.mode.startswith("I")):
-        return Fault("wrong mode", f"{what} of mode {image.mode} (not one of {', '.join(MODES)})")
-    if image.width * image.height > MAX_PIXELS:
-        return Fault("too large", f"{what} of {image.width} x {image.height} pixels (over {MAX_PIXELS:,})")
+        decode_by_pillow(encoded)
+    except BadImage as error:
+        return error.fault
     return None
+
+
+def is_ordinary(encoded: bytes) -> bool:
+    """Say whether an image is one on which all decoders agree, also where its data is damaged.
+
+    It is a JPEG or PNG of 8 bits, grey or coloured, neither interlaced nor animated, whose segments or chunks follow
+    each other from its start to its end without a gap. Where some of a JPEG's data is not what was written, all
+    decoders make the same of it; where a PNG's is not, all refuse it.
+    """
+    return _is_ordinary_png(encoded) or _is_ordinary_jpeg(encoded)
+
+
+def _is_ordinary_png(encoded: bytes) -> bool:
+    if not encoded.startswith(_PNG) or len(encoded) < 33:
+        return False
+    chunks = _chunks(encoded)
+    header, checksum = next(chunks, (b"", 0))
+    if len(header) != 17 or zlib.crc32(header) != checksum:
+        return False
+    kind, width, height, bits, colour, *methods = struct.unpack(">4sIIBBBBB", header)
+    if (kind, bits, methods) != (b"IHDR", 8, [0, 0, 0]) or colour not in (0, 2, 4, 6):
+        return False
+    kinds = [b"IHDR"]
+    for content, checksum in chunks:
+        kind = bytes(content[:4])
+        # The checksums of the data are left to the decoders.
+        if kind != b"IDAT" and (kind not in (*_EXTRAS, b"IEND") or zlib.crc32(content) != checksum):
+            return False
+        if kind != kinds[-1]:
+            kinds.append(kind)
+        if kind == b"IEND":
+            break
+    is_whole = kinds.count(b"IDAT") == 1 and kinds[-1] == b"IEND"
+    return is_whole and 0 < width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE
+
+
+def _is_ordinary_jpeg(encoded: bytes) -> bool:
+    if not encoded.startswith(b"\xff\xd8"):
+        return False
+    place, has_frame = 2, False
+    while place + 4 <= len(encoded):
+        prefix, marker, length = _SEGMENT.unpack_from(encoded, place)
+        place += 2 + length
+        if prefix != 0xFF or length < 2 or place > len(encoded):
+            return False
+        if marker == _SCAN and has_frame:
+            following = _AFTER_SCAN.search(encoded, place)
+            if following is None or following[0] == _END:
+                return following is not None
+            place = following.start()
+        elif marker in _FRAMES and not has_frame and length >= 8:
+            bits, height, width, components = _FRAME.unpack_from(encoded, place - length + 2)
+            has_frame = bits == 8 and components in (1, 3) and 0 < height * width <= MAX_PIXELS
+            if not has_frame:
+                return False
+        elif marker not in _SEGMENTS:
+            return False
+    return False
 
 
 def decode(encoded: bytes) -> "Tensor":
     """Decode an image as DALI does: uint8 RGB (3, H, W), EXIF orientation and transparency ignored.
 
     Raises:
-        UNREADABLE: not an image, or damaged.
+        BadImage: it cannot be used.
     """
     # Late: the data check needs neither.
     import torch
     from torchvision.io import ImageReadMode, decode_image
 
-    # What torchvision decodes and DALI does not.
-    if encoded.startswith(b"GIF8") or (encoded.startswith(b"\x89PNG") and PNG_END not in encoded):
-        raise OSError("what DALI does not decode")
+    if is_ordinary(encoded):
+        try:
+            return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # Pillow says what is wrong
+    return torch.from_numpy(decode_by_pillow(encoded)).permute(2, 0, 1)
+
+
+def decode_by_pillow(encoded: bytes) -> np.ndarray:
+    """Decode an image: uint8 RGB (H, W, 3), EXIF orientation and transparency ignored.
+
+    Raises:
+        BadImage: it cannot be used.
+    """
     try:
-        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError):
-        # JPEGs without an end marker, BMP and TIFF images: Pillow and DALI read them, and agree.
-        if fault := find_fault(encoded):
-            raise OSError(fault.detail) from None
-        with Image.open(io.BytesIO(encoded)) as picture:
-            image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    if image.dtype == torch.uint16:  # of 16-bit PNGs
-        image = ((image.to(torch.int32) + 128) // 257).to(torch.uint8)
-    return image
+        with open_image(encoded) as image:
+            if fault := _judge_header(image) or (_judge_chunks(encoded) if image.format == "PNG" else None):
+                raise BadImage(fault)
+            image.load()
+            if image.format == "PNG" and _may_be_short(image) and not _is_complete(encoded):
+                raise BadImage(Fault("damaged", "a PNG image without some of its rows"))
+            image.info.pop("transparency", None)  # of which `convert` would warn
+            if image.mode.startswith("I"):  # of 16 bits
+                grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
+            return np.array(image.convert("RGB"))
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever the damage leads to
+        raise BadImage(Fault("damaged", f"not a readable image ({first_line(error)})")) from error
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """Return an image of which only the header is read.
+
+    Raises:
+        BadImage: it is empty, not of FORMATS, or larger than Pillow allows.
+    """
+    if not encoded:
+        raise BadImage(Fault("empty", "not a readable image (it is empty)"))
+    formats = [name for name in FORMATS if name != "MPO"]  # which Pillow opens as a JPEG
+    # Pillow stumbles on what other decoders do not look at.
+    if _is_ordinary_png(encoded):
+        encoded = _without_extra_chunks(encoded)
+    try:
+        with _without_warnings():
+            try:
+                return Image.open(io.BytesIO(encoded), formats=formats)
+            except UnidentifiedImageError:
+                if not _is_ordinary_jpeg(encoded):
+                    raise
+                return Image.open(io.BytesIO(_without_extra_segments(encoded)), formats=formats)
+    except UnidentifiedImageError as error:
+        for start, signature, name in OTHER_FORMATS:
+            if encoded.startswith(signature, start):
+                article = "an" if name[0] in "AI" else "a"
+                fault = Fault("wrong format", f"{article} {name} image (not one of {', '.join(FORMATS)})")
+                raise BadImage(fault) from error
+        raise BadImage(Fault("not an image", "not a readable image (of no known format)")) from error
+    except Image.DecompressionBombError as error:  # where nobody has lifted Pillow's own limit
+        raise BadImage(Fault("too large", f"not a readable image ({error})")) from error
+
+
+def _without_extra_chunks(encoded: bytes) -> bytes:
+    """Return an ordinary PNG without the chunks that change no pixel."""
+    kept: list[bytes | memoryview] = [_PNG]
+    for content, checksum in _chunks(encoded):
+        if content[:4] not in _EXTRAS:
+            kept += ((len(content) - 4).to_bytes(4, "big"), content, checksum.to_bytes(4, "big"))
+    return b"".join(kept)
+
+
+def _without_extra_segments(encoded: bytes) -> bytes:
+    """Return an ordinary JPEG without the segments that change no pixel."""
+    kept, place, marker = [encoded[:2]], 2, 0
+    while marker != _SCAN:
+        _, marker, length = _SEGMENT.unpack_from(encoded, place)
+        end = place + 2 + length if marker != _SCAN else len(encoded)
+        if length >= _LEAST[marker] if marker in _LEAST else marker < _JFIF:
+            kept.append(encoded[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _judge_header(image: Image.Image) -> Fault | None:
+    what = f"a {image.format} image"
+    if image.mode not in MODES and not (image.format == "PNG" and image.mode.startswith("I")):
+        return Fault("wrong mode", f"{what} of mode {image.mode} (not one of {', '.join(MODES)})")
+    what += f" of {image.width} x {image.height} pixels"
+    if image.width * image.height > MAX_PIXELS:
+        return Fault("too large", f"{what} (over {MAX_PIXELS:,})")
+    if max(image.size) > MAX_SIDE:
+        return Fault("too large", f"{what} (a side over {MAX_SIDE:,})")
+    return None
+
+
+def _judge_chunks(encoded: bytes) -> Fault | None:
+    """Walk through a PNG: Pillow looks neither at the checksums of its data nor for its end."""
+    for content, checksum in _chunks(encoded):
+        if zlib.crc32(content) != checksum:
+            return Fault("damaged", "a PNG image with a wrong checksum")
+        if content[:4] == b"IEND":
+            return None
+    return Fault("damaged", "a PNG image without its end")
+
+
+def _chunks(encoded: bytes) -> Iterator[tuple[memoryview, int]]:
+    """Yield what each whole chunk of a PNG holds, its kind (4 bytes) first, and its checksum."""
+    view, place = memoryview(encoded), 8
+    while place + 12 <= len(encoded):
+        end = place + 8 + int.from_bytes(view[place : place + 4], "big")
+        if end + 4 > len(encoded):
+            return
+        yield view[place + 4 : end], int.from_bytes(view[end : end + 4], "big")
+        place = end + 4
+
+
+def _may_be_short(image: Image.Image) -> bool:
+    """Say whether rows may be missing from a decoded PNG: they are black then, and come last unless interlaced."""
+    width, height = image.size
+    return bool(image.info.get("interlace")) or image.crop((0, height - 1, width, height)).getbbox() is None
+
+
+def _is_complete(encoded: bytes) -> bool:
+    """Say whether a PNG's data has all its rows."""
+    width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", encoded, 16)
+    expected = 0
+    for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // across), -((top - height) // down)
+        if columns > 0:
+            expected += rows * (1 + (columns * bits * _CHANNELS[colour] + 7) // 8)
+    inflating = zlib.decompressobj()
+    for content, _ in _chunks(encoded):
+        data = content[4:] if content[:4] == b"IDAT" else b""
+        while data and expected > 0:
+            expected -= len(inflating.decompress(data, 1 << 20))
+            data = inflating.unconsumed_tail
+    return expected <= len(inflating.flush())
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Keep Pillow from warning of what it mends, and of large images: they are judged here."""
-    with warnings.catch_warnings():
+    with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.files import name_temporary
 
 Mask = np.ndarray  # bool (H, W)
 Coordinates = np.ndarray  # float64 (H, W)
@@ -93,13 +94,12 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
     """
     settings = {"seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
     marker = "demo.json"
-    unfinished = out.with_name(f"{out.name}.tmp")
+    unfinished = name_temporary(out)
     try:
         if (out / marker).exists() and (out / marker).read_text() == json.dumps(settings):
             return False
         if out.exists() and any(out.iterdir()):
             raise DataError(f"out={out}: is not empty; remove it or choose another folder")
-        shutil.rmtree(unfinished, ignore_errors=True)
         for part, name in ((0, "train"), (1, "val")):
             for label, figure in enumerate(FIGURES):
                 folder = unfinished / name / figure
@@ -112,4 +112,6 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
         unfinished.replace(out)
     except OSError as error:
         raise DataError(f"out={out}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return True

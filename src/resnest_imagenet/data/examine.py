@@ -1,24 +1,29 @@
 """Image files, each read and decoded once, by processes that may die of it."""
 
+import gc
 import hashlib
-import io
 import multiprocessing
 import os
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from resnest_imagenet.data.decoding import find_fault
+from resnest_imagenet.data.decoding import BadImage, Fault, decode, find_fault, is_ordinary, open_image
+from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.processes import end_with_parent
+from resnest_imagenet.data.reading import PASSING, read_file, try_again
+from resnest_imagenet.errors import LoadingError, first_line
 
-# No image of at most decoding.MAX_PIXELS has more bytes; a file that has more is not read.
-MAX_BYTES = 2**30
 # The shorter side, in pixels, of images that nobody means to train on.
 TINY = 8
+# Of the suffixes that are not JPEG's.
+FORMAT_OF = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 # Files that are handed to a process at once.
 BATCH = 32
 
@@ -49,11 +54,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examined:
-    """An image file: what was found, and the SHA-256 of its content if it can be used."""
+    """An image file.
+
+    Attributes:
+        path: below the root.
+        findings: what is wrong with it, or odd.
+        sha256: of its content, if it can be used.
+        errno: of the error with which it could not be read.
+    """
 
     path: str
     findings: tuple[Finding, ...]
     sha256: bytes | None = None
+    errno: int | None = None
 
 
 def examine_files(root: str, paths: Sequence[str], workers: int) -> Iterator[Examined]:
@@ -64,15 +77,49 @@ def examine_files(root: str, paths: Sequence[str], workers: int) -> Iterator[Exa
         paths: the files.
         workers: processes.
     """
-    return _examine_batches(root, paths, workers, BATCH, ahead=4 * workers)
+    from resnest_imagenet.data import torchvision  # noqa: F401 - once, before the processes are forked
+
+    # Frozen objects are not collected in the processes: see `TorchvisionLoader.batches`.
+    gc.freeze()
+    try:
+        yield from _examine_batches(root, paths, workers, BATCH, ahead=4 * workers)
+    finally:
+        gc.unfreeze()
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_unreadable(images: ImageFolder) -> tuple[ImageFolder, list[str]]:
+    """Decode all images, and return those that can be used and a line about each of the others, in order.
+
+    Raises:
+        LoadingError: the storage fails, which says nothing about an image; a missing file is one of the others.
+    """
+    names = [images.name(index) for index in range(len(images))]
+    usable, lines = [], []
+    for index, result in enumerate(examine_files("", names, min(count_cores(), len(names)))):
+        if result.sha256:
+            usable.append(index)
+            continue
+        detail = result.findings[0].detail
+        line = f"{names[index]}: " + (detail if result.errno is None else f"cannot be read ({detail})")
+        if result.errno in PASSING:
+            raise LoadingError(result.errno, line)
+        lines.append(line)
+    return replace(images, files=images.files[usable], labels=images.labels[usable]), lines
 
 
 def _examine_batches(root: str, paths: Sequence[str], workers: int, batch: int, ahead: int) -> Iterator[Examined]:
     waiting = deque(paths[start : start + batch] for start in range(0, len(paths), batch))
     running: deque[tuple[Sequence[str], Future[list[Examined]]]] = deque()
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of threads
+    # Forked processes need not import torch again, each for seconds.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     while waiting:
-        with ProcessPoolExecutor(min(workers, len(waiting)), context, _be_quiet) as processes:
+        number = min(workers, len(waiting))
+        with ProcessPoolExecutor(number, context, _set_up, (os.getpid(),)) as processes:
             try:
                 while waiting or running:
                     while waiting and len(running) < ahead:
@@ -90,8 +137,9 @@ def _examine_batches(root: str, paths: Sequence[str], workers: int, batch: int, 
             yield Examined(suspects[0], (Finding("crash", suspects[0], "the process that decoded it died"),))
 
 
-def _be_quiet() -> None:
+def _set_up(parent: int) -> None:
     """Set up a process: neither Pillow's own limit counts here, nor what its libraries print about damaged files."""
+    end_with_parent(parent)
     Image.MAX_IMAGE_PIXELS = None
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -104,22 +152,35 @@ def _examine_batch(root: str, paths: Sequence[str]) -> list[Examined]:
 def examine_file(root: str, path: str) -> Examined:
     """Read a file, decode it and tell what is wrong with it, or odd."""
     try:
-        with open(os.path.join(root, path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                return Examined(path, (Finding("too large", path, f"a file of {size:,} bytes, which was not read"),))
-            encoded = file.read()
-    except OSError as error:
-        return Examined(path, (Finding("unreadable", path, str(error.strerror)),))
-    fault = find_fault(encoded)
+        encoded = try_again(lambda: read_file(os.path.join(root, path)), lambda: path)
+    except BadImage as error:
+        return Examined(path, (Finding(error.fault.kind, path, error.fault.detail),))
+    except LoadingError as error:
+        return Examined(path, (Finding("unreadable", path, os.strerror(error.errno or 0)),), errno=error.errno)
+    fault = _find_fault(encoded)
     if fault:
         return Examined(path, (Finding(fault.kind, path, fault.detail),))
     return Examined(path, tuple(_find_oddities(path, encoded)), hashlib.sha256(encoded).digest())
 
 
+def _find_fault(encoded: bytes) -> Fault | None:
+    """Return why an image cannot be used, after Pillow has decoded it and, what a run leaves to it, torchvision."""
+    try:
+        fault = find_fault(encoded)
+        if fault is None and is_ordinary(encoded):
+            decode(encoded)
+    except BadImage as error:
+        return error.fault
+    except MemoryError:  # as if the system had ended this process for it
+        os._exit(1)
+    except Exception as error:  # whatever a decoder raises over a file is the file's fault
+        return Fault("damaged", f"not a readable image ({first_line(error)})")
+    return fault
+
+
 def _find_oddities(path: str, encoded: bytes) -> Iterator[Finding]:
     """Yield what is unusual about an image that can be used."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with open_image(encoded) as image:
         # MPO is several JPEGs in one file, of which the first counts.
         form = "JPEG" if image.format == "MPO" else image.format
         mode, size = image.mode, image.size
@@ -127,7 +188,7 @@ def _find_oddities(path: str, encoded: bytes) -> Iterator[Finding]:
     if (name in KNOWN_CMYK and mode == "CMYK") or (name == KNOWN_PNG and form == "PNG"):
         yield Finding("known oddity", path, f"ImageNet's own: a {form} image of mode {mode}")
         return
-    if form != ("PNG" if suffix.lower() == ".png" else "JPEG"):
+    if form != FORMAT_OF.get(suffix.lower(), "JPEG"):
         yield Finding("odd format", path, f"a {form} image")
     if mode != "RGB":
         yield Finding("odd mode", path, f"of mode {mode}")

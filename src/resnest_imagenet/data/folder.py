@@ -2,31 +2,125 @@
 
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from resnest_imagenet.data.source import ImageSource, find_part, list_folders
+from resnest_imagenet.data.reading import read_file
+from resnest_imagenet.data.source import ImageSource, find_part, list_folders, order_classes
 from resnest_imagenet.errors import DataError
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+# Of the formats in decoding.FORMATS; what a file holds is told by its content.
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
+# Of formats that the two loaders do not decode alike, or not at all.
+OTHER_SUFFIXES = (".gif", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".ppm", ".pgm", ".pnm", ".svg", ".psd")
+
+Kind = Literal["image", "hidden", "other format", "other file"]
+# What the listing says of names that it skips, or takes from where few look for them.
+_SKIPPED: dict[str, str] = {
+    "hidden": "hidden files or folders are skipped",
+    "beside": "images beside the class folders are skipped: they belong into one",
+    "other format": f"images of other formats are skipped ({', '.join(IMAGE_SUFFIXES)} are taken)",
+    "other file": "files are skipped whose names are not those of images",
+    "nested": "images in folders below those of the classes are taken",
+}
+
+
+def tell_by_name(name: str) -> Kind:
+    """Say what a file's name promises: files and folders whose names begin with a dot are never looked into."""
+    if name.startswith("."):
+        return "hidden"
+    if name.lower().endswith(IMAGE_SUFFIXES):
+        return "image"
+    return "other format" if name.lower().endswith(OTHER_SUFFIXES) else "other file"
 
 
 class ImageFolder(ImageSource):
-    """The images of one folder: the classes are its folders, sorted; the files are sorted by class and name."""
+    """The images of one folder: the classes are its folders, in `order_classes`, the files are by class and name."""
 
     def path(self, index: int) -> bytes:
         """Return the path of one image as the operating system knows it."""
         return os.path.join(os.fsencode(self.root), self.files[index])
 
+    def list_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Return sizes in bytes of n images, int64 (n,); -1 for a file that is not there."""
+        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)  # names below it are found faster
+        try:
+            sizes = [_stat_size(file, folder) for file in self.files[indices].tolist()]
+        finally:
+            os.close(folder)
+        return np.array(sizes, dtype=np.int64)
+
     def name(self, index: int) -> str:
         """Return the path of one image, for people."""
         return os.fsdecode(self.path(index))
 
-    def read(self, index: int) -> bytes:
+    def fetch(self, index: int) -> bytes:
         """Return one image, encoded."""
-        with open(self.path(index), "rb") as file:
-            return file.read()
+        return read_file(self.path(index))
+
+
+class _Listing:
+    """Names found below a folder, and how many of which kind were skipped."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._counts: dict[str, int] = {}
+        self._firsts: dict[str, str] = {}
+
+    def count(self, kind: str, path: str, number: int = 1) -> None:
+        """Note files of one kind, by the path of the first, below the root."""
+        self._counts[kind] = self._counts.get(kind, 0) + number
+        self._firsts.setdefault(kind, path)
+
+    def walk(self, folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+        """Yield the images of a folder and the folders in it, sorted, its own before theirs.
+
+        Args:
+            folder: below the root.
+            above: the real paths of the folders that this one is in: a link to one of them is not followed.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        place = os.path.join(self._root, folder)
+        real = os.path.realpath(place)
+        if real in above:
+            return
+        try:
+            names = sorted(os.listdir(place))
+        except OSError as error:
+            raise DataError(f"{place}: cannot be read ({error.strerror})") from error
+        folders = []
+        for name in names:
+            kind, path = tell_by_name(name), f"{folder}/{name}" if folder else name
+            # The names of images are not looked up: a million times that would be slow.
+            if kind == "image":
+                yield path
+            elif kind != "hidden" and os.path.isdir(os.path.join(place, name)):
+                folders.append(path)
+            else:
+                self.count(kind, path)
+        for path in folders:
+            yield from self.walk(path, (*above, real))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line about each kind."""
+        return tuple(
+            f"{self._root}: {self._counts[kind]:,} {what} (the first: {self._firsts[kind]})"
+            for kind, what in _SKIPPED.items()
+            if kind in self._counts
+        )
+
+
+def _stat_size(file: bytes, folder: int) -> int:
+    try:
+        return os.stat(file, dir_fd=folder).st_size
+    except OSError:
+        return -1
 
 
 def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
@@ -41,21 +135,28 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
         DataError: root or part missing, no classes, a class without images.
     """
     part = find_part(root, name, option)
-    classes = list_folders(part)
+    listing = _Listing(str(part))
+    folders = list_folders(part)
+    classes = order_classes(entry for entry in folders if tell_by_name(entry) != "hidden")
+    for entry in sorted(set(folders).difference(classes)):
+        listing.count("hidden", entry)
     if not classes:
         raise DataError(f"{part}: no class folders; the layout is {part}/<class>/<image>.JPEG")
+    for entry in sorted(set(os.listdir(part)).difference(classes)):
+        if tell_by_name(entry) == "image":
+            listing.count("beside", entry)
     files: list[bytes] = []
     labels: list[np.ndarray] = []
     for label, name_of_class in enumerate(classes):
-        try:
-            images = sorted(name for name in os.listdir(part / name_of_class) if name.lower().endswith(IMAGE_SUFFIXES))
-        except OSError as error:
-            raise DataError(f"{part / name_of_class}: cannot be read ({error.strerror})") from error
+        images = list(listing.walk(name_of_class, (os.path.realpath(part),)))
         if not images:
             raise DataError(f"{part / name_of_class}: a class without images ({', '.join(IMAGE_SUFFIXES)})")
-        files += [os.fsencode(f"{name_of_class}/{image}") for image in images]
+        nested = [image for image in images if image.count("/") > 1]
+        if nested:
+            listing.count("nested", nested[0], len(nested))
+        files += map(os.fsencode, images)
         labels.append(np.full(len(images), label, dtype=np.int64))
-    return ImageFolder(part, tuple(classes), np.array(files), np.concatenate(labels))
+    return ImageFolder(part, tuple(classes), np.array(files), np.concatenate(labels), notes=listing.notes)
 
 
 def find_images(patterns: list[str]) -> ImageFolder:
@@ -68,22 +169,22 @@ def find_images(patterns: list[str]) -> ImageFolder:
         DataError: a pattern that finds no image.
     """
     found: dict[str, None] = {}
+    notes: list[str] = []
     for pattern in patterns:
         # A file's name may look like a pattern.
-        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        images = [image for path in paths for image in (_list_images(path) if os.path.isdir(path) else [path])]
+        paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        images = []
+        for path in paths:
+            if os.path.isdir(path):
+                listing = _Listing(path)
+                images += sorted(os.path.join(path, image) for image in listing.walk(""))
+                notes += listing.notes
+            else:
+                images.append(path)
         if not images:
             what = "no images in it" if paths else "no such file or folder"
             raise DataError(f"images={pattern}: {what} ({', '.join(IMAGE_SUFFIXES)})")
         found.update(dict.fromkeys(images))
     files = np.array([os.fsencode(os.path.abspath(path)) for path in found])
-    return ImageFolder(Path(os.sep), ("",), files, np.zeros(len(files), dtype=np.int64))
-
-
-def _list_images(folder: str) -> list[str]:
-    return sorted(
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    )
+    labels = np.zeros(len(files), dtype=np.int64)
+    return ImageFolder(Path(os.sep), ("",), files, labels, notes=tuple(dict.fromkeys(notes)))

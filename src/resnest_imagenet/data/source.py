@@ -1,17 +1,19 @@
 """What a loader reads from: encoded images with labels, wherever they are kept."""
 
 import os
+import re
+import sys
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from resnest_imagenet.data.decoding import find_fault
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.data.decoding import BadImage, find_fault
+from resnest_imagenet.data.reading import open_regular, read_file, require_size, try_again
+from resnest_imagenet.errors import DataError, printable
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class ImageSource(ABC):
         files: (N,) array of bytes, a name for each image that is unique below root. An array and not a list of strings:
             worker processes share it without copying, and 1.28 million entries take 40 MB.
         labels: (N,) int64.
+        notes: lines about what the listing has skipped, or taken from where few look for it.
     """
 
     root: Path
     classes: tuple[str, ...]
     files: np.ndarray
     labels: np.ndarray
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -40,12 +44,30 @@ class ImageSource(ABC):
         return ()
 
     @abstractmethod
+    def list_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Return sizes in bytes of n images, encoded, int64 (n,); -1 for a file that is not there."""
+
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return what a person can find the image by."""
 
-    @abstractmethod
     def read(self, index: int) -> bytes:
-        """Return one image, encoded."""
+        """Return one image, encoded.
+
+        Raises:
+            BadImage: it can never be used, as a pipe or a device.
+            LoadingError: the storage does not return it, also after several tries.
+        """
+        return try_again(lambda: self.fetch(index), lambda: self.name(index))
+
+    @abstractmethod
+    def fetch(self, index: int) -> bytes:
+        """Return one image, encoded, from its storage.
+
+        Raises:
+            BadImage: it can never be used.
+            OSError: it cannot be read.
+        """
 
 
 def find_part(root: str, name: str, option: str) -> Path:
@@ -106,18 +128,48 @@ def require_same_classes(train: ImageSource, val: ImageSource) -> None:
         raise DataError(f"{val.root} and {train.root} have the same classes, but in another order")
 
 
+def read_numbers(classes: Sequence[str]) -> list[int] | None:
+    """Return the numbers that class names are, with or without leading zeros; None unless all are."""
+    return [int(name) for name in classes] if all(re.fullmatch("[0-9]{1,9}", name) for name in classes) else None
+
+
+def order_classes(names: Iterable[str]) -> list[str]:
+    """Return class names in the order of their labels: as text, but the numbers 0 to N - 1 as numbers."""
+    names = sorted(names)
+    numbers = read_numbers(names) or []
+    return sorted(names, key=int) if sorted(numbers) == list(range(len(names))) else names
+
+
+def require_separate(train: Path, val: Path) -> None:
+    """Raise a DataError where both parts are the same folder, or one is in the other: images would be in both."""
+    one, other = train.resolve(), val.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        how = "are the same folder" if one == other else "are one in the other"
+        raise DataError(f"{train} and {val} {how}: set data.train_dir and data.val_dir to separate ones")
+
+
+def print_notes(*sources: ImageSource) -> None:
+    """Say on stderr what the listings have skipped."""
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
+        print(printable(note), file=sys.stderr, flush=True)
+
+
 def are_numbers(classes: Sequence[str]) -> bool:
-    """Say whether the classes are the numbers of their labels: of shards that do not name them."""
+    """Say whether the classes are the numbers of their labels, as of shards that do not name them."""
     return list(classes) == [str(label) for label in range(len(classes))]
 
 
 def name_unreadable(images: ImageSource, indices: Iterable[int]) -> str | None:
-    """Return one line about the first of some images that cannot be used, or None where all can."""
+    """Return one line about the first of some images that cannot be used, or None where all can.
+
+    Raises:
+        LoadingError: the storage does not return one.
+    """
     for index in indices:
         try:
             fault = find_fault(images.read(index))
-        except OSError as error:
-            return f"{images.name(index)}: cannot be read ({error.strerror})"
+        except BadImage as error:
+            fault = error.fault
         if fault:
             return f"{images.name(index)}: {fault.detail}"
     return None
@@ -127,28 +179,21 @@ def read_named(name: str) -> bytes:
     """Return an image, encoded, by what `ImageSource.name` calls it.
 
     Raises:
+        BadImage: it is no file any more.
         OSError: it is not there any more, or damaged.
     """
     shard, _, member = name.partition(".tar: ")
     if not member:
-        return Path(name).read_bytes()
+        return read_file(name)
     try:
-        with tarfile.open(shard + ".tar") as archive:
+        with open(open_regular(shard + ".tar"), "rb") as file, tarfile.open(fileobj=file) as archive:
             for entry in archive:
-                if entry.name == member and (file := archive.extractfile(entry)):
-                    return file.read()
+                if entry.name == member and (content := archive.extractfile(entry)):
+                    require_size(entry.size)
+                    return content.read()
     except tarfile.TarError as error:
         raise OSError(f"{shard}.tar: {error}") from error
     raise FileNotFoundError(name)
-
-
-def split_unreadable(images: ImageSource) -> tuple[ImageSource, list[str]]:
-    """Decode all images, and return those that can be used and a line about each of the others, in order."""
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter's lock
-        faults = list(pool.map(lambda index: name_unreadable(images, [index]), range(len(images))))
-    usable = [index for index, fault in enumerate(faults) if fault is None]
-    kept = replace(images, files=images.files[usable], labels=images.labels[usable])
-    return kept, [fault for fault in faults if fault is not None]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from resnest_imagenet.data.source import ImageSource, name_unreadable
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.errors import DataError, printable
 
 
 class Substitution:
@@ -45,4 +45,5 @@ class Substitution:
                 raise DataError(f"{fault}: bad image number {number}, data.max_errors={self._max_errors}")
             self.bad.add(bad)
             if used is not None:
-                print(f"{fault}; replaced by {self._images.name(used)}", file=sys.stderr, flush=True)
+                line = f"{fault}; replaced by {self._images.name(used)}"
+                print(printable(line), file=sys.stderr, flush=True)

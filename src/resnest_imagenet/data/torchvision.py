@@ -1,28 +1,36 @@
 """The torchvision loader: worker processes decode and crop, the device normalises."""
 
+import errno
 import gc
+import os
+import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from resnest_imagenet.data.decoding import UNREADABLE, decode
+from resnest_imagenet.data.decoding import BadImage, Fault, decode
 from resnest_imagenet.data.pillow_ops import apply_operations
 from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.processes import end_with_parent
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
+from resnest_imagenet.errors import LoadingError
 
 
 class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
@@ -47,19 +55,27 @@ class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
             crop, offset = _eval_crop(image, self.transform), np.zeros(3, np.float32)
         return crop, offset, int(self.images.labels[used]), used
 
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any] | BadImage | LoadingError:
+        """Return the samples of a batch; an error as a value: torch would make another of its text."""
+        try:
+            return [self[key] for key in keys]
+        except (BadImage, LoadingError) as error:
+            return error
+
     def load(self, index: int) -> tuple[Tensor, int]:
         """Return an image or what stands in for it, and the index of the one it is.
 
         Raises:
-            OSError: none of them can be used.
+            BadImage: none of them can be used.
+            LoadingError: the storage fails.
         """
         fault: Exception | None = None
         for used in self.substitution.candidates(index):
             try:
                 return decode(self.images.read(used)), used
-            except UNREADABLE as error:
+            except BadImage as error:
                 fault = error
-        raise OSError(f"image {index}: bad, and so is what may stand in for it") from fault
+        raise BadImage(Fault("damaged", f"image {index}: bad, and so is what may stand in for it")) from fault
 
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
@@ -89,6 +105,7 @@ def _eval_crop(image: Tensor, transform: EvalTransform) -> Tensor:
     if transform.order == "crop_resize":
         window = transform.square(*image.shape[-2:])
         return F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
+    image = F.crop(image, *transform.source(*image.shape[-2:]))
     height, width = transform.resized(*image.shape[-2:])
     image = F.resize(image, [height, width], interpolation, antialias=transform.antialias)
     return F.crop(image, *transform.window(height, width))
@@ -107,13 +124,18 @@ class _Keys:
             yield [(self.epoch, index) for index in indices.tolist()]
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _collate(samples: list[Any] | BadImage | LoadingError) -> Any:
+    return default_collate(samples) if isinstance(samples, list) else samples
+
+
+def _set_up_worker(parent: int, worker: int) -> None:
     """Make a worker deaf to the signals by which schedulers, terminals and torchrun stop a whole group of processes.
 
-    The parent decides: without its workers it could not finish the step that it stops after.
+    The parent decides: without its workers it could not finish the step that it stops after. With it they end.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
 
 
 def _kill(workers: list[BaseProcess]) -> None:
@@ -121,6 +143,24 @@ def _kill(workers: list[BaseProcess]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a failure
     for worker in workers:
         worker.kill()
+
+
+def _explain_failure(error: Exception) -> LoadingError | None:
+    """Explain why workers cannot be started, have died or cannot hand over a batch; None for any other failure."""
+    text, number = str(error), error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        return LoadingError(errno.EMFILE, "too many open files: raise the limit (ulimit -n) or lower loader.workers")
+    if number in (errno.EAGAIN, errno.ENOMEM):
+        return LoadingError(number, f"the loader's workers cannot be started ({text}): lower loader.workers")
+    if "shared memory" in text or "No space left on device" in text:
+        what = "/dev/shm is full, through which workers hand over batches"
+        return LoadingError(errno.ENOSPC, f"{what}: --ipc=host, a larger --shm-size, or loader.workers=0")
+    # A batch is fetched from its worker's memory: that, too, tells that it is gone.
+    is_gone = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
+    if is_gone or re.search(r"(DataLoader worker|Pin memory thread).* (exited unexpectedly|is killed by signal)", text):
+        what = "a worker process of the loader has died (killed, or short of memory, /dev/shm or open files?)"
+        return LoadingError(errno.ECHILD, f"{what}: lower loader.workers, --ipc=host, or loader.workers=0")
+    return None
 
 
 class TorchvisionLoader:
@@ -147,7 +187,8 @@ class TorchvisionLoader:
             # Forked workers see it when their parent is killed; those of a fork server would stay.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=partial(_set_up_worker, os.getpid()),
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
         )
         self._workers: list[BaseProcess] = []
@@ -161,17 +202,27 @@ class TorchvisionLoader:
         # there, and one that waits for a thread, as DALI's do, would wait for ever.
         gc.freeze()
         others = active_children()
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(self._loader)
+        except OSError as error:
+            raise (_explain_failure(error) or error) from error
         finally:
             gc.unfreeze()
+        if threading.current_thread() is threading.main_thread():
+            # torch's own would raise anywhere, in the middle of a step: `next` finds a dead worker, too.
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         self._workers += [child for child in active_children() if child not in others]
         for indices in self.plan.batches(epoch, start):
             try:
-                images, offsets, labels, used = next(batches)
-            except (RuntimeError, *UNREADABLE):
+                batch = next(batches)
+            except (RuntimeError, OSError, EOFError) as error:
+                raise (_explain_failure(error) or error) from error
+            if isinstance(batch, BadImage):
                 self._explain(indices)
-                raise
+            if isinstance(batch, BadImage | LoadingError):
+                raise batch
+            images, offsets, labels, used = batch
             for index, used_index in zip(indices.tolist(), used.tolist(), strict=True):
                 self.substitution.record(index, used_index)
             images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
@@ -179,9 +230,9 @@ class TorchvisionLoader:
             yield images.float().sub_(mean).div_(self._std), labels.to(self._device, non_blocking=True)
 
     def _explain(self, indices: np.ndarray) -> None:
-        """Raise a DataError with the image behind a failed batch; return after any other failure."""
+        """Raise a DataError with the image that cannot be used, nor what may stand in for it."""
         for index in indices.tolist():
             used: int | None = None
-            with suppress(OSError):
+            with suppress(BadImage):
                 _, used = self._samples.load(index)
             self.substitution.record(index, used)

@@ -20,6 +20,9 @@ STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 Window = tuple[int, int, int, int]
 
+# Of an image that is longer, in short sides, only the middle is resized: a line of pixels would fill the memory.
+LONGEST_RESIZED = 32
+
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
@@ -185,8 +188,17 @@ class EvalTransform:
             rule = f"short side {self.short_side} {how}, centre crop {self.crop}"
         return rule if self.antialias else f"{rule}, no antialiasing"
 
+    def source(self, height: int, width: int) -> Window:
+        """Return what "resize_crop" resizes of an image: all of it, or the middle of one longer than LONGEST_RESIZED.
+
+        The centre crop lies well within it.
+        """
+        longest = LONGEST_RESIZED * min(height, width)
+        h, w = min(height, longest), min(width, longest)
+        return (height - h) // 2, (width - w) // 2, h, w
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of the whole image after the resize; the long side is rounded down, as Pillow users do."""
+        """Return the size of a source after the resize; the long side is rounded down, as Pillow users do."""
         short = min(height, width)
         return self.short_side * height // short, self.short_side * width // short
 

@@ -1,8 +1,8 @@
 """WebDataset shards: tar files of images, each beside its label, read in any order.
 
-A shard holds `key.jpg` (or .jpeg, .png, .webp) and `key.cls`, the label in decimal digits; what else belongs to a key
-is left alone. Images are found by their place in the shard, so that shards are as much of an array as a folder is, and
-the plan decides the order.
+A shard holds `key.jpg` (or another of IMAGE_SUFFIXES) and `key.cls`, the label in decimal digits; what else belongs to
+a key is skipped. Images are found by their place in the shard, so that shards are as much of an array as a folder is,
+and the plan decides the order.
 """
 
 import gc
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from errno import EIO
+from errno import ENODATA
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -25,13 +25,16 @@ import numpy as np
 from filelock import Timeout
 from tqdm import tqdm
 
-from resnest_imagenet.data.folder import ImageFolder, read_image_folder
-from resnest_imagenet.data.source import ImageSource, find_part, require_same_classes
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.data.decoding import BadImage
+from resnest_imagenet.data.folder import IMAGE_SUFFIXES, ImageFolder, read_image_folder
+from resnest_imagenet.data.processes import end_with_parent
+from resnest_imagenet.data.reading import open_regular, require_size
+from resnest_imagenet.data.source import ImageSource, find_part, print_notes, require_same_classes, require_separate
+from resnest_imagenet.errors import DataError, LoadingError
 from resnest_imagenet.files import locked
 from resnest_imagenet.randomness import Purpose, stream
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 CLASSES = "classes.txt"  # one name per line, in the order of the labels
 INDEX = "index.npz"  # what `_scan_shards` returns
 OPEN_SHARDS = 256  # per process and part: both parts stay below the usual limit of 1024 open files
@@ -59,14 +62,22 @@ class _OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._open = lru_cache(OPEN_SHARDS)(lambda path: _Descriptor(os.open(path, os.O_RDONLY)))
+        self._open = lru_cache(OPEN_SHARDS)(lambda path: _Descriptor(open_regular(path)))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _OpenFiles, ()
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         descriptor = self._open(path)  # held until the end: another thread may push it out of the cache meanwhile
-        return os.pread(descriptor.number, length, offset)
+        parts = []
+        try:
+            while length and (part := os.pread(descriptor.number, length, offset)):
+                parts.append(part)
+                length, offset = length - len(part), offset + len(part)
+        except OSError:
+            self._open.cache_clear()  # a stale descriptor stays stale
+            raise
+        return b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -90,17 +101,22 @@ class ShardedImages(ImageSource):
         """How many images each shard holds."""
         return tuple(np.bincount(self.shard, minlength=len(self.shards)).tolist())
 
+    def list_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Return sizes in bytes of n images, int64 (n,): those of the listing."""
+        return self.length[indices]
+
     def name(self, index: int) -> str:
         """Return the path of the image's shard and its name there."""
         shard, _, member = os.fsdecode(self.files[index]).partition("/")
         return f"{self.root / shard}: {member}"
 
-    def read(self, index: int) -> bytes:
+    def fetch(self, index: int) -> bytes:
         """Return one image, encoded."""
         path = os.path.join(self.root, self.shards[self.shard[index]])
+        require_size(int(self.length[index]))
         encoded = self._open_files.read(path, int(self.offset[index]), int(self.length[index]))
         if len(encoded) < self.length[index]:
-            raise OSError(EIO, "the shard has become shorter")
+            raise OSError(ENODATA, "the shard has become shorter")
         return encoded
 
 
@@ -118,11 +134,14 @@ def read_shards(root: str, name: str, option: str) -> ShardedImages:
         DataError: no shards, damaged ones, an index of others, an image without a label or with one that has no name.
     """
     part = find_part(root, name, option)
-    paths = sorted(part.glob("*.tar"))
+    paths = sorted(path for path in part.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         raise DataError(f"{part}: no shards (*.tar)")
+    for path in paths:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise DataError(f"{path}: not a file, or a link to none")
     index = part / INDEX
-    listing = _read_index(index, paths) if index.exists() else _scan_shards(paths)
+    listing = _read_index(index, paths) if index.is_file() else _scan_shards(paths)
     columns = (listing[column] for column in ("shard", "offset", "length"))
     images = ShardedImages(part, (), listing["files"], listing["labels"], tuple(p.name for p in paths), *columns)
     if not len(images):
@@ -142,7 +161,10 @@ def _name_classes(images: ShardedImages, root: Path) -> tuple[str, ...]:
                 f"name all classes in {images.root / CLASSES}, one per line"
             )
         return tuple(map(str, range(len(present))))
-    classes = tuple(os.fsdecode(files[0].read_bytes()).removesuffix("\n").split("\n"))
+    content = files[0].read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")  # as Windows writes it
+    if b"\0" in content:
+        raise DataError(f"{files[0]}: not text in UTF-8 (in UTF-16?); write one class per line, in the labels' order")
+    classes = tuple(os.fsdecode(content).removesuffix("\n").split("\n"))
     if len(set(classes)) < len(classes) or "" in classes:
         raise DataError(f"{files[0]}: an empty line or a name twice; write one class per line, in the labels' order")
     worst = int(images.labels.argmax())
@@ -155,7 +177,7 @@ def _name_classes(images: ShardedImages, root: Path) -> tuple[str, ...]:
 
 def _read_index(index: Path, paths: Sequence[Path]) -> Listing:
     """Load a listing; DataError unless it is of these shards."""
-    remedy = "remove it (the shards are then listed from their headers) or write the shards anew"
+    remedy = "remove it (the shards are then listed from their headers) or write the shards again"
     try:
         with np.load(index, allow_pickle=False) as file:
             listing = dict(file)
@@ -186,7 +208,8 @@ def _scan_shards(paths: Sequence[Path]) -> Listing:
     # Frozen objects are not collected in the processes: see `TorchvisionLoader.batches`.
     gc.freeze()
     try:
-        with ProcessPoolExecutor(min(SCANNING_PROCESSES, len(paths))) as pool:
+        number = min(SCANNING_PROCESSES, len(paths))
+        with ProcessPoolExecutor(number, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
             parts = list(pool.map(_scan_shard, paths))
     finally:
         gc.unfreeze()
@@ -202,13 +225,18 @@ def _scan_shard(path: Path) -> Listing:
     """List one shard, in its own order."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    dotted: dict[str, str] = {}  # members such as a.b.jpg, by their key, which is a
     name = "its beginning"
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = member.name
                 key, extension = _split(name)
-                if not member.isfile() or extension not in (*IMAGE_EXTENSIONS, "cls"):
+                is_hidden = name.rpartition("/")[2].startswith(".")
+                if is_hidden or not member.isfile() or extension.rpartition(".")[2] not in (*IMAGE_EXTENSIONS, "cls"):
+                    continue
+                if "." in extension:
+                    dotted.setdefault(key, name)
                     continue
                 if key in (labels if extension == "cls" else images):
                     raise DataError(f"{path}: {key} has two {'labels' if extension == 'cls' else 'images'}")
@@ -230,6 +258,9 @@ def _scan_shard(path: Path) -> Listing:
     if alone:
         missing = "label (.cls)" if alone[0] in images else f"image ({', '.join(IMAGE_EXTENSIONS)})"
         raise DataError(f"{path}: {alone[0]} has no {missing}")
+    lost = next((key for key in dotted if key not in images), None)
+    if lost is not None:
+        raise DataError(f"{path}: {dotted[lost]}: a key ends at the first dot, and there is no image {lost}: rename it")
     return {
         "files": np.array([os.fsencode(file) for file, _, _ in images.values()], dtype=np.bytes_),
         "offset": np.array([offset for _, offset, _ in images.values()], dtype=np.int64),
@@ -261,28 +292,44 @@ def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: 
         DataError: for what cannot be read, or classes that differ; where `out` is in use or cannot be written.
     """
     sources = [read_image_folder(root, name, option) for option, name in parts.items()]
+    print_notes(*sources)
     for source in sources[1:]:
+        require_separate(sources[0].root, source.root)
         require_same_classes(sources[0], source)
-    broken = [name for name in sources[0].classes if "\n" in name]
+    broken = [name for name in sources[0].classes if "\n" in name or name.endswith("\r")]
     if broken:  # names stand one per line in classes.txt
         raise DataError(f"{sources[0].root}: the name of a class has two lines: {broken[0]!r}")
-    unfinished = out / ".unfinished"
-    lock = out / ".shard.lock"
+    unfinished, moving, lock = (out / name for name in (".unfinished", ".moving", ".shard.lock"))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(lock):
-            if any(entry not in (unfinished, lock) for entry in out.iterdir()):
-                raise DataError(f"out={out}: is not empty; remove it or choose another folder")
+            targets = [out / source.root.name for source in sources]
             shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_half_moved(moving, targets)
+            if any(entry != lock for entry in out.iterdir()):
+                raise DataError(f"out={out}: is not empty; remove it or choose another folder")
             for source in sources:
                 _write_part(source, unfinished / source.root.name, images_per_shard, shuffle)
-            for source in sources:
-                (unfinished / source.root.name).rename(out / source.root.name)
-            unfinished.rmdir()
+            unfinished.rename(moving)
+            for target in targets:
+                (moving / target.name).rename(target)
+            moving.rmdir()
     except Timeout:
         raise DataError(f"out={out}: another resnest-data shard is writing it") from None
+    except LoadingError:  # an OSError of what is read
+        raise
     except OSError as error:
         raise DataError(f"out={out}: cannot be written ({error.strerror})") from error
+
+
+def _remove_half_moved(moving: Path, targets: Sequence[Path]) -> None:
+    """Remove what a writer has left that was killed while it moved the parts to their places."""
+    if not moving.exists():
+        return
+    if any(moving.iterdir()):  # else all were moved
+        for target in targets:
+            shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(moving)
 
 
 def _write_part(images: ImageFolder, folder: Path, images_per_shard: int, shuffle: bool) -> None:
@@ -298,8 +345,8 @@ def _write_part(images: ImageFolder, folder: Path, images_per_shard: int, shuffl
                 for index in order[first : first + images_per_shard].tolist():
                     try:
                         encoded = images.read(index)
-                    except OSError as error:
-                        raise DataError(f"{images.name(index)}: cannot be read ({error.strerror})") from error
+                    except BadImage as error:
+                        raise DataError(f"{images.name(index)}: {error.fault.detail}") from error
                     key, extension = members[index]
                     _add_member(tar, f"{key}.{extension}", encoded)
                     _add_member(tar, f"{key}.cls", b"%d" % images.labels[index])

@@ -14,12 +14,15 @@ from tqdm import tqdm
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import keep_freed_memory
 from resnest_imagenet.config import CompareConfig
-from resnest_imagenet.data.folder import read_image_folder
-from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
+from resnest_imagenet.data.examine import split_unreadable
+from resnest_imagenet.data.folder import ImageFolder, read_image_folder
+from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, label_by_classes
-from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.evaluation.inference import Classifier, compute_probabilities, find_outputs, open_classifier
+from resnest_imagenet.data.source import ImageSource, print_notes
+from resnest_imagenet.errors import DataError, printable
+from resnest_imagenet.evaluation.cells import guard
+from resnest_imagenet.evaluation.inference import Classifier, compute_probabilities, open_classifier
+from resnest_imagenet.evaluation.labels import label_images
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
 
@@ -36,6 +39,8 @@ class Comparison:
         predicted: (M, N) str, the likeliest class, in words.
         in_top5: (M, N) bool, whether the true class is among the five likeliest.
         is_right: (M, N) bool, whether it is the likeliest.
+        protocols: how each network sees an image.
+        skipped: a line for each image that cannot be used; it is none of the N.
     """
 
     names: tuple[str, ...]
@@ -45,6 +50,8 @@ class Comparison:
     predicted: np.ndarray
     in_top5: np.ndarray
     is_right: np.ndarray
+    protocols: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     @property
     def disagreements(self) -> np.ndarray:
@@ -69,71 +76,68 @@ def compare_networks(config: CompareConfig) -> Comparison:
             require_writable(Path(path), option)
     device = distributed.choose_device(config.device)
     keep_freed_memory()
-    images = _open_images(config)
+    images, faults = split_unreadable(_open_images(config))
+    if not len(images):
+        raise DataError(faults[0])
     models = config.models or [None] * len(config.ckpt)
-    classifiers = [
-        open_classifier(source, config.weights, name, device) for source, name in zip(config.ckpt, models, strict=True)
-    ]
-    transform = EvalTransform(config.crop, **config.protocol.model_dump())
-    plan = plan_evaluation(len(images), config.batch_size, 0, 1)
-    loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
-    comparison = _judge(classifiers, images, loader, device, config.precision)
+    sources = zip(config.ckpt, models, strict=True)
+    classifiers = [open_classifier(source, name, config, device) for source, name in sources]
+    comparison = replace(_judge(classifiers, images, config, device), skipped=tuple(faults))
     if config.csv is not None:
         with replacing(Path(config.csv)) as file:
             file.write(encode_csv(comparison).encode(errors="surrogateescape"))
     if config.page is not None:
         from resnest_imagenet.evaluation.compare_page import render_comparison
 
+        page = render_comparison(comparison)
         with replacing(Path(config.page)) as file:
-            file.write(render_comparison(comparison, transform.protocol).encode(errors="surrogateescape"))
+            file.write(page.encode(errors="surrogateescape"))
     return comparison
 
 
-def _open_images(config: CompareConfig) -> ImageSource:
+def _open_images(config: CompareConfig) -> ImageFolder:
     if config.images is not None:
         folder = Path(config.images).absolute()
-        return read_image_folder(str(folder.parent), folder.name, "images")
-    assert config.data.root is not None
-    return read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+        images = read_image_folder(str(folder.parent), folder.name, "images")
+    else:
+        assert config.data.root is not None
+        images = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
+    print_notes(images)
+    return images
 
 
 def _judge(
-    classifiers: list[Classifier], images: ImageSource, loader: Loader, device: torch.device, precision: str
+    classifiers: list[Classifier], images: ImageSource, config: CompareConfig, device: torch.device
 ) -> Comparison:
-    labels = [label_images(images, classifier) for classifier in classifiers]
-    described = [describe_classes(classifier.classes) for classifier in classifiers]
+    labelled = [label_images(images, each.known, len(each.classes), each.source) for each in classifiers]
+    described = [describe_classes(each.classes) for each in labelled]
     shape = (len(classifiers), len(images))
     probabilities, predicted = np.zeros(shape), np.empty(shape, dtype=object)
     in_top5, is_right = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    done = 0
-    with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-        for batch in compute_probabilities(classifiers, loader, device, precision):
-            part = slice(done, done + len(batch[0]))
-            done = part.stop
-            for row, values in enumerate(batch):
-                truth = labels[row][part]
-                best = values.topk(min(5, values.shape[1])).indices.numpy()
-                probabilities[row, part] = values.numpy()[np.arange(len(truth)), truth]
-                predicted[row, part] = [described[row][index] for index in best[:, 0]]
-                in_top5[row, part] = (best == truth[:, None]).any(1)
-                is_right[row, part] = best[:, 0] == truth
-            progress.update(len(batch[0]))
-    names = _distinguish(classifiers)
-    return Comparison(names, images, _title(images.classes), probabilities, predicted, in_top5, is_right)
-
-
-def label_images(images: ImageSource, classifier: Classifier) -> np.ndarray:
-    """Return the output of a network that stands for each image's class, (N,).
-
-    A folder is a class by its name in the checkpoint, or by its words: "goldfish" or "golden_retriever" for ImageNet's.
-
-    Raises:
-        DataError: for a class that the network does not know.
-    """
-    meant = find_outputs(images.classes, classifier.classes)
-    names = zip(images.classes, meant, strict=True)
-    named = replace(images, classes=tuple(classifier.classes[k[0]] if len(k) == 1 else name for name, k in names))
-    return label_by_classes(named, classifier.classes, f"the classes of {classifier.source}").labels
+    plan = plan_evaluation(len(images), config.batch_size, 0, 1)
+    # Networks that see images alike share the decoded ones.
+    transforms = list(dict.fromkeys(classifier.transform for classifier in classifiers))
+    total = len(images) * len(transforms)
+    with tqdm(total=total, unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
+        for transform in transforms:
+            rows = [row for row, classifier in enumerate(classifiers) if classifier.transform == transform]
+            alike = [classifiers[row] for row in rows]
+            loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
+            done = 0
+            for batch in compute_probabilities(alike, loader, device, config.precision, images.name):
+                part = slice(done, done + len(batch[0]))
+                done = part.stop
+                for row, values in zip(rows, batch, strict=True):
+                    truth = labelled[row].labels[part]
+                    best = values.topk(min(5, values.shape[1])).indices.numpy()
+                    probabilities[row, part] = values.numpy()[np.arange(len(truth)), truth]
+                    predicted[row, part] = [described[row][index] for index in best[:, 0]]
+                    in_top5[row, part] = (best == truth[:, None]).any(1)
+                    is_right[row, part] = best[:, 0] == truth
+                progress.update(len(batch[0]))
+    protocols = tuple(classifier.transform.protocol for classifier in classifiers)
+    names, titles = _distinguish(classifiers), _title(images.classes)
+    return Comparison(names, images, titles, probabilities, predicted, in_top5, is_right, protocols)
 
 
 def mcnemar_p(only_one: int, only_other: int) -> float:
@@ -152,7 +156,7 @@ def mcnemar_p(only_one: int, only_other: int) -> float:
 
 def format_comparison(comparison: Comparison) -> str:
     """Return tables for people: by class, over all images, and each pair of networks."""
-    titles, names = comparison.titles, comparison.names
+    titles, names = (tuple(map(printable, texts)) for texts in (comparison.titles, comparison.names))
     wide = max(len(title) for title in (*titles, "average"))
     columns = [max(len(name), 15) for name in names]
 
@@ -162,14 +166,23 @@ def format_comparison(comparison: Comparison) -> str:
     lines = [line("class", "images", list(names)), line("", "", ["true p   error"] * len(names))]
     for label, title in enumerate(titles):
         of_class = comparison.probabilities[:, comparison.images.labels == label]
-        lines.append(line(title, str(of_class.shape[1]), [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)]))
+        count = of_class.shape[1]
+        cells = [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)] if count else []  # all images of it were skipped
+        lines.append(line(title, str(count), cells or ["-"] * len(names)))
     count = comparison.probabilities.shape[1]
     totals = comparison.probabilities.sum(1)
     lines.append(line("total", str(count), [f"{p:.2f}  {count - p:.2f}" for p in totals]))
     lines.append(line("average", "", [f"{p / count:.4f}  {1 - p / count:.4f}" for p in totals]))
     lines.append(line("top-1 %", "", [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)]))
     lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
-    return "\n".join([*lines, *describe_pairs(comparison)])
+    return "\n".join([*lines, *map(printable, (*describe_protocols(comparison), *describe_pairs(comparison)))])
+
+
+def describe_protocols(comparison: Comparison) -> list[str]:
+    """Return a line about how the networks see images, or one for each of them where they do not see alike."""
+    if len(set(comparison.protocols)) == 1:
+        return [comparison.protocols[0]]
+    return [f"{name}: {protocol}" for name, protocol in zip(comparison.names, comparison.protocols, strict=True)]
 
 
 def describe_pairs(comparison: Comparison) -> list[str]:
@@ -188,12 +201,13 @@ def encode_csv(comparison: Comparison) -> str:
     """Return a row for each image: its class, and each network's probability of it and likeliest class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "class", *(f"{name} {what}" for name in comparison.names for what in ("p", "predicted"))])
+    heads = [f"{name} {what}" for name in comparison.names for what in ("p", "predicted")]
+    writer.writerow(["file", "class", *map(guard, heads)])
     images = comparison.images
     for index in range(len(images)):
         cells = zip(comparison.probabilities[:, index], comparison.predicted[:, index], strict=True)
         row = [cell for p, predicted in cells for cell in (f"{p:.6f}", predicted)]
-        writer.writerow([images.name(index), images.classes[images.labels[index]], *row])
+        writer.writerow(map(guard, [images.name(index), images.classes[images.labels[index]], *row]))
     return text.getvalue()
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from resnest_imagenet.evaluation.compare import Comparison, describe_pairs
+from resnest_imagenet.evaluation.compare import Comparison, describe_pairs, describe_protocols
 from resnest_imagenet.evaluation.page import render_page, render_picture
 
 PICTURES = 60  # at most
 
 
-def render_comparison(comparison: Comparison, protocol: str) -> str:
+def render_comparison(comparison: Comparison) -> str:
     """Return the HTML: the table by class, the pairs, and the images on which the networks disagree."""
     names, images = comparison.names, comparison.images
     head = "".join(f"<th>{escape(name)}: true p</th><th>error</th>" for name in names)
@@ -28,7 +28,8 @@ def render_comparison(comparison: Comparison, protocol: str) -> str:
     disagreements = comparison.disagreements
     pictures = "".join(_picture(comparison, index) for index in disagreements[:PICTURES].tolist())
     shown = f"{min(PICTURES, len(disagreements))} of {len(disagreements)}, the largest differences first"
-    body = f"""<p>{len(images):,} images of {escape(str(images.root))}; {escape(protocol)}. "True p" is the mean
+    protocols = "; ".join(describe_protocols(comparison))
+    body = f"""<p>{len(images):,} images of {escape(str(images.root))}; {escape(protocols)}. "True p" is the mean
 probability that a network gives to the true class; error is 1 minus that.</p>
 <div class="wide"><table>
 <thead><tr><th>class</th><th>images</th>{head}</tr></thead>
@@ -42,7 +43,7 @@ probability that a network gives to the true class; error is 1 minus that.</p>
 
 
 def _row(name: str, probabilities: np.ndarray) -> str:
-    means = probabilities.mean(1)
+    means = probabilities.mean(1) if probabilities.size else np.zeros(len(probabilities))
     cells = "".join(f'<td><meter value="{p:.4f}"></meter> {p:.4f}</td><td>{1 - p:.4f}</td>' for p in means)
     return f"<tr><td>{escape(name)}</td><td>{probabilities.shape[1]:,}</td>{cells}</tr>"
 

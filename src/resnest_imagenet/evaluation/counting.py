@@ -10,6 +10,7 @@ from torch import nn
 from resnest_imagenet.compute import autocast
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
+from resnest_imagenet.errors import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def evaluate(
     ranks: Ranks,
     precision: str = "fp32",
     before_batch: Callable[[int, bool], None] = lambda batch, is_everywhere: None,
+    name: Callable[[int], str] = str,
 ) -> Evaluation:
     """Evaluate over all ranks; every rank returns the same.
 
@@ -77,15 +79,17 @@ def evaluate(
         ranks: who takes part.
         precision: fp32, bf16 or fp16.
         before_batch: called with the number of each batch on this rank, and whether all ranks have one of this number.
+        name: of an image, by its index.
 
     Raises:
+        NonFiniteError: on all ranks, after the last batch: of an image a logit is NaN or infinite.
         RuntimeError: where the ranks together did not see each image once.
     """
     model.eval()
     plan = loader.plan
     # A row for each image, filled by the one rank that sees it: a sum that no order of ranks can change, of numbers
     # that float64 holds exactly. It stays on the device, and is read once at the end.
-    table = torch.zeros(plan.num_samples, 6, dtype=torch.float64, device=ranks.device)
+    table = torch.zeros(plan.num_samples, 7, dtype=torch.float64, device=ranks.device)
     common = plan.num_batches // ranks.world_size
     for batch, ((images, labels), samples) in enumerate(zip(loader.batches(epoch=0), plan.batches(0), strict=False)):
         before_batch(batch, batch < common)
@@ -95,6 +99,7 @@ def evaluate(
         probabilities = logits.float().softmax(1)
         columns = (
             torch.ones_like(labels),
+            logits.isfinite().all(1),
             labels,
             best[:, 0],
             (best == labels[:, None]).any(1),
@@ -104,9 +109,28 @@ def evaluate(
         table[torch.from_numpy(samples).to(ranks.device, non_blocking=True)] += torch.stack(
             [column.to(table.dtype) for column in columns], dim=1
         )
-    seen, truth, predicted, in_top5, confidence, true_probability = sum_over_ranks(table).T.cpu().numpy()
+    seen, is_finite, truth, predicted, in_top5, confidence, true_probability = sum_over_ranks(table).T.cpu().numpy()
     if not (seen == 1).all():
         raise RuntimeError(f"evaluated {int(seen.sum())} images of {plan.num_samples}")
+    require_finite(is_finite.astype(bool), name, precision)
     return Evaluation(
         truth.astype(np.int64), predicted.astype(np.int64), in_top5.astype(bool), confidence, true_probability
     )
+
+
+def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision: str, first: int = 0) -> None:
+    """Raise a NonFiniteError unless the logits of all images are finite.
+
+    Args:
+        is_finite: (N,) bool.
+        name: of an image, by its index.
+        precision: what they were computed in.
+        first: index of the first of the N.
+    """
+    bad = np.flatnonzero(~is_finite)
+    if len(bad):
+        advice = "; bf16 and fp32 hold larger values" if precision == "fp16" else ""
+        raise NonFiniteError(
+            f"{name(first + int(bad[0]))}: its logits are not finite in {precision}, like those of {len(bad)} of "
+            f"{len(is_finite)} images{advice}"
+        )

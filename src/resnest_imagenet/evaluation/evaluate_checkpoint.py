@@ -2,22 +2,25 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import keep_freed_memory, place
 from resnest_imagenet.config import EvalConfig
 from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_classes
-from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.data.source import print_notes
 from resnest_imagenet.evaluation.counting import Evaluation, evaluate
+from resnest_imagenet.evaluation.inference import choose_transforms
+from resnest_imagenet.evaluation.labels import label_images
 from resnest_imagenet.evaluation.predictions import write_predictions
 from resnest_imagenet.evaluation.results import CropResult, Results
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import list_imagenet_classes, require_model
+from resnest_imagenet.models.zoo import require_model
 from resnest_imagenet.supervision import EVALUATING, supervise
-from resnest_imagenet.weights.load import Weights, read_weights, restore_network
+from resnest_imagenet.weights.load import read_weights, restore_network
 
 
 def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
@@ -36,16 +39,19 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         if rank == 0 and path is not None:
             require_writable(Path(path), option)
     images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
+    if rank == 0:
+        print_notes(images)
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
     num_outputs = len(model.get_parameter("fc.bias"))
-    images = _label(images, weights, num_outputs)
+    images = label_images(images, weights.classes, num_outputs, weights.source)
+    transforms = choose_transforms(weights, name, config.crop, config.protocol)
     with distributed.join(device) as ranks, supervise(ranks) as watch:
         model = place(fold_batch_norms(model), ranks.device)
-        if config.compile:  # once for all crops and for a last batch that is smaller
-            model.compile(dynamic=True, options={"freezing": True})
+        if config.compile:
+            model.compile(dynamic=True, options={"freezing": True})  # once for all crops, where they are not tiny
+            model = _FullBatches(model, config.batch_size)
         plan = plan_evaluation(len(images), config.batch_size, ranks.rank, ranks.world_size)
-        transforms = [EvalTransform(crop, **config.protocol.model_dump()) for crop in config.crop]
         # All before the first is used: what one of them refuses is known at once.
         loaders = [
             build_loader(config.loader.name, images, plan, transform, ranks.device, config.loader.workers)
@@ -57,11 +63,11 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
             watch.at(len(evaluations), batch, EVALUATING)
 
         for transform in transforms:
-            said = evaluate(model, loaders.pop(0), ranks, config.precision, before_batch)
+            said = evaluate(model, loaders.pop(0), ranks, config.precision, before_batch, images.name)
             evaluations.append((transform.protocol, said))
         results = [
             CropResult(
-                crop=crop,
+                crop=transform.crop,
                 top1=said.top1,
                 top5=said.top5,
                 correct1=said.correct1,
@@ -69,7 +75,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
                 count=said.count,
                 protocol=protocol,
             )
-            for crop, (protocol, said) in zip(config.crop, evaluations, strict=True)
+            for transform, (protocol, said) in zip(transforms, evaluations, strict=True)
         ]
         if ranks.is_main and config.out is not None:
             measured = Results(
@@ -88,31 +94,26 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
     return results
 
 
+class _FullBatches(nn.Module):
+    """Fills up the last batch, which may be smaller: a network is compiled again for another number of images."""
+
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.batch_size = batch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of the images (B, 3, H, W), B at most `batch_size`."""
+        if len(images) < self.batch_size:
+            full = images.new_zeros(self.batch_size, *images.shape[1:]).to(memory_format=torch.channels_last)
+            full[: len(images)] = images
+            return self.model(full)[: len(images)]
+        return self.model(images)
+
+
 def format_results(results: list[CropResult]) -> str:
     """Return a table for people."""
     lines = [f"{'crop':>5} {'top-1 %':>8} {'top-5 %':>8} {'images':>7}  protocol"]
     for r in results:
         lines.append(f"{r.crop:>5} {r.top1:>8.2f} {r.top5:>8.2f} {r.count:>7}  {r.protocol}")
     return "\n".join(lines)
-
-
-def _label(images: ImageSource, weights: Weights, num_outputs: int) -> ImageSource:
-    """Number the images as the model's outputs are; a folder may hold a part of the classes.
-
-    Shards may have numbers for classes: these are the outputs', if they are as many; and of a checkpoint trained on
-    such shards no more is known than of bare weights.
-    """
-    if are_numbers(images.classes) and len(images.classes) == num_outputs:
-        return images
-    known = weights.classes
-    if known is not None and (not are_numbers(known) or set(images.classes) <= set(known)):
-        return label_by_classes(images, known, "the checkpoint's classes")
-    imagenet = list_imagenet_classes() if num_outputs == 1000 else []
-    if len(images.classes) == num_outputs and not set(images.classes) <= set(imagenet):
-        return images
-    if imagenet:
-        return label_by_classes(images, imagenet, "ImageNet's 1000")
-    raise DataError(
-        f"{images.root} has {len(images.classes)} classes, fc.weight of {weights.source} {num_outputs}: "
-        "set data.root or ckpt"
-    )

@@ -17,12 +17,14 @@ from tqdm import tqdm
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import autocast, keep_freed_memory
 from resnest_imagenet.config import ExplainConfig
+from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import find_images
 from resnest_imagenet.data.loader import build_loader, choose_loader, to_pixels
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, split_unreadable
-from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.data.source import ImageSource, print_notes
 from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.evaluation.cells import guard
+from resnest_imagenet.evaluation.counting import require_finite
 from resnest_imagenet.evaluation.inference import Classifier, find_outputs, open_classifier
 from resnest_imagenet.files import replacing, require_writable, storing
 from resnest_imagenet.models.split_attention import SplitAttention
@@ -83,10 +85,11 @@ def explain_images(config: ExplainConfig) -> tuple[list[str], list[str]]:
     found = find_images(config.images)
     if any(out in Path(found.name(index)).parents for index in range(len(found))):
         raise ConfigError(f"out={config.out} holds images to explain: choose another folder")
+    print_notes(found)
     images, faults = split_unreadable(found)
     if not len(images):
         return [], faults
-    classifier = open_classifier(config.ckpt, config.weights, config.model.name if config.model else None, device)
+    classifier = open_classifier(config.ckpt, config.model.name if config.model else None, config, device)
     names = name_pictures([images.name(index) for index in range(len(images))])
     explanations = _explain(config, images, classifier, device)
     progress = tqdm(explanations, total=len(names), unit="image", disable=None, dynamic_ncols=True, leave=False)
@@ -99,14 +102,15 @@ def _explain(
     """Yield the images' explanations, in order."""
     named = name_classes(classifier.classes)
     target = None if config.target is None else find_class(str(config.target), classifier.classes)
-    transform = EvalTransform(config.crop, **config.protocol.model_dump())
     plan = plan_evaluation(len(images), config.batch_size, 0, 1)
-    loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
+    loader = build_loader(config.loader.name, images, plan, classifier.transform, device, config.loader.workers)
     model = classifier.module.requires_grad_(False)  # so that the graph begins at the layer, not at the image
     done = 0
     for batch, _ in loader.batches(epoch=0):
         with torch.no_grad(), autocast(device, config.precision), recording_attention(model) as attention:
-            probabilities = model(batch).float().softmax(1)
+            logits = model(batch)
+        require_finite(logits.isfinite().all(1).cpu().numpy(), images.name, config.precision, done)
+        probabilities = logits.float().softmax(1)
         if target is None:
             chosen = probabilities.topk(min(config.top, probabilities.shape[1])).indices
         else:
@@ -242,7 +246,7 @@ def encode_csv(files: Sequence[str], attention: dict[str, np.ndarray]) -> str:
     for row, file in enumerate(files):
         for block, weights in attention.items():
             for split, each in enumerate(weights[row], 1):
-                writer.writerow([file, block, split, f"{each.mean():.6f}", f"{each.std():.6f}"])
+                writer.writerow([guard(file), block, split, f"{each.mean():.6f}", f"{each.std():.6f}"])
     return text.getvalue()
 
 

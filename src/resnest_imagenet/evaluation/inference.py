@@ -1,16 +1,21 @@
-"""Networks for single images: what they call their outputs, and the probabilities they give."""
+"""Networks as they are used: how they see images, what they call their outputs, and the probabilities they give."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
+from resnest_imagenet.config import InferenceConfig, OwnProtocolOptions
 from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.distributed import launched_as
+from resnest_imagenet.evaluation.counting import require_finite
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes
-from resnest_imagenet.weights.load import read_weights, restore_network
+from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes, usual_crop
+from resnest_imagenet.weights.load import Weights, read_weights, restore_network
 
 
 @dataclass(frozen=True)
@@ -21,32 +26,74 @@ class Classifier:
         source: where its weights are from, as the user gave it.
         name: of the network.
         classes: of its outputs, in order: class folders, or synsets for ImageNet's 1000, or else numbers.
+        is_named: whether the weights tell these.
+        transform: how it sees images.
         module: maps normalised images (B, 3, H, W) to logits (B, K).
     """
 
     source: str
     name: str
     classes: tuple[str, ...]
+    is_named: bool
+    transform: EvalTransform
     module: nn.Module
 
+    @property
+    def known(self) -> tuple[str, ...] | None:
+        """The classes that the weights tell; None for bare weights."""
+        return self.classes if self.is_named else None
 
-def open_classifier(source: str, choice: str, name: str | None, device: torch.device) -> Classifier:
+
+def open_classifier(source: str, name: str | None, config: InferenceConfig, device: torch.device) -> Classifier:
     """Read a network for inference.
 
     Args:
         source: a checkpoint, a file of weights, or published weights.
-        choice: "auto", "model" or "ema".
         name: of the network; None where the weights tell.
+        config: which weights, and how they see images.
         device: where it computes.
 
     Raises:
         UserError: the weights cannot be read or do not fit.
     """
-    weights = read_weights(source, choice)
+    weights = read_weights(source, config.weights)
     model, name = restore_network(weights, name)
+    crops = None if config.crop is None else [config.crop]
+    (transform,) = choose_transforms(weights, name, crops, config.protocol)
     outputs = len(model.get_parameter("fc.bias"))
     classes = weights.classes or (list_imagenet_classes() if outputs == 1000 else [str(n) for n in range(outputs)])
-    return Classifier(source, name, tuple(classes), place(fold_batch_norms(model), device))
+    module = place(fold_batch_norms(model), device)
+    return Classifier(source, name, tuple(classes), weights.classes is not None, transform, module)
+
+
+def choose_transforms(
+    weights: Weights, name: str, crops: Sequence[int] | None, protocol: OwnProtocolOptions
+) -> list[EvalTransform]:
+    """Return how a network sees images, at each crop: as asked for, and else as its weights were evaluated.
+
+    Weights that do not tell are taken at the usual crop of their network, by the paper's protocol. That, and a crop
+    that is not the weights' own, is said on stderr.
+
+    Args:
+        weights: the network's.
+        name: of the network.
+        crops: that were asked for, in pixels; None: one, the weights' own.
+        protocol: what was asked for.
+    """
+    known = weights.protocol.model_dump() if weights.protocol else {}
+    own = EvalTransform(weights.crop or usual_crop(name), **known)
+    transforms = [replace(own, crop=crop, **protocol.list_changes()) for crop in crops or [own.crop]]
+    trained = (weights.training or {}).get("crop")
+    others = [str(crop) for crop in crops or () if weights.crop is not None and crop not in (own.crop, trained)]
+    line = None
+    if crops is None and (weights.crop is None or weights.training is None):
+        line = f"taking the usual test crop of {name}: {transforms[0].protocol}; crop=... sets another"
+    elif others:
+        line = f"crop={','.join(others)} is not its own: evaluated at {own.crop}"
+        line += f", trained at {trained}" if trained else ""
+    if line is not None and launched_as()[0] == 0:
+        print(f"{weights.source}: {line}", file=sys.stderr)
+    return transforms
 
 
 def find_outputs(names: Sequence[str], classes: Sequence[str]) -> list[list[int]]:
@@ -72,10 +119,25 @@ def _simplify(words: str) -> str:
 
 @torch.inference_mode()
 def compute_probabilities(
-    classifiers: list[Classifier], loader: Loader, device: torch.device, precision: str
+    classifiers: list[Classifier], loader: Loader, device: torch.device, precision: str, name: Callable[[int], str]
 ) -> Iterator[list[Tensor]]:
-    """Yield for each batch the classifiers' probabilities, float32 (B, K) on the CPU; the images are decoded once."""
+    """Yield for each batch the classifiers' probabilities, float32 (B, K) on the CPU; the images are decoded once.
+
+    Args:
+        classifiers: that see images alike.
+        loader: of all images, in order.
+        device: where they compute.
+        precision: fp32, bf16 or fp16.
+        name: of an image, by its index.
+
+    Raises:
+        NonFiniteError: of an image a logit is NaN or infinite.
+    """
+    done = 0
     for images, _ in loader.batches(epoch=0):
         with autocast(device, precision):
             logits = [classifier.module(images) for classifier in classifiers]
-        yield [each.float().softmax(1).cpu() for each in logits]
+        for values in logits:
+            require_finite(values.isfinite().all(1).cpu().numpy(), name, precision, done)
+        done += len(images)
+        yield [values.float().softmax(1).cpu() for values in logits]

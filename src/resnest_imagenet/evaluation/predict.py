@@ -11,12 +11,13 @@ from tqdm import tqdm
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import keep_freed_memory
 from resnest_imagenet.config import PredictConfig
+from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import find_images
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import split_unreadable
-from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.data.source import print_notes
+from resnest_imagenet.errors import ConfigError, printable
+from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.inference import compute_probabilities, open_classifier
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import describe_classes, require_model
@@ -59,17 +60,19 @@ def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
         if Path(config.out).suffix not in (".csv", ".json"):
             raise ConfigError(f"out={config.out} ends neither in .csv nor in .json")
         require_writable(Path(config.out), "out")
-    images, faults = split_unreadable(find_images(config.images))
+    found = find_images(config.images)
+    print_notes(found)
+    images, faults = split_unreadable(found)
     predictions: list[Prediction] = []
     if len(images):
-        classifier = open_classifier(config.ckpt, config.weights, config.model.name if config.model else None, device)
+        classifier = open_classifier(config.ckpt, config.model.name if config.model else None, config, device)
         described = describe_classes(classifier.classes)
-        transform = EvalTransform(config.crop, **config.protocol.model_dump())
         plan = plan_evaluation(len(images), config.batch_size, 0, 1)
-        loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
+        loader = build_loader(config.loader.name, images, plan, classifier.transform, device, config.loader.workers)
         done = 0
         with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-            for (probabilities,) in compute_probabilities([classifier], loader, device, config.precision):
+            batches = compute_probabilities([classifier], loader, device, config.precision, images.name)
+            for (probabilities,) in batches:
                 best = probabilities.topk(min(config.top, probabilities.shape[1]))
                 for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                     file = images.name(done)
@@ -89,9 +92,9 @@ def format_predictions(predictions: list[Prediction]) -> str:
     """Return a table for people: each image with its likeliest classes."""
     lines = []
     for each in predictions:
-        lines += [each.file] if each.rank == 1 else []
+        lines += [printable(each.file)] if each.rank == 1 else []
         name = each.description if each.description == each.label else f"{each.description} ({each.label})"
-        lines.append(f"  {100 * each.probability:>6.2f} %  {name}")
+        lines.append(f"  {100 * each.probability:>6.2f} %  {printable(name)}")
     return "\n".join(lines)
 
 
@@ -102,5 +105,5 @@ def _encode(predictions: list[Prediction], suffix: str) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Prediction)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: guard(value) for key, value in row.items()} for row in rows)
     return text.getvalue()

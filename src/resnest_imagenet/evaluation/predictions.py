@@ -10,6 +10,7 @@ import numpy as np
 
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation.cells import guard, unguard
 from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.files import replacing
 
@@ -50,8 +51,8 @@ def write_predictions(path: Path, images: ImageSource, evaluations: list[tuple[s
     writer.writerow(_COLUMNS)
     for protocol, said in evaluations:
         for index in range(len(images)):
-            file = os.path.abspath(images.name(index))
-            names = images.classes[said.labels[index]], images.classes[said.predicted[index]]
+            file = os.path.abspath(images.name(index))  # begins with a slash
+            names = guard(images.classes[said.labels[index]]), guard(images.classes[said.predicted[index]])
             values = (float(f"{p:.6g}") for p in (said.confidence[index], said.true_probability[index]))
             writer.writerow((protocol, file, *names, int(said.in_top5[index]), *values))
     with replacing(path) as target:
@@ -83,7 +84,7 @@ def read_predictions(path: Path) -> list[Predictions]:
 
 
 def _name(protocol: str, columns: np.ndarray, numbers: np.ndarray) -> Predictions:
-    names = columns[2:4].astype(str)
+    names = np.vectorize(unguard, otypes=[object])(columns[2:4]).astype(str)
     classes, positions = np.unique(names, return_inverse=True)
     labels, predicted = positions.reshape(names.shape)
     in_top5, confidence, true_probability = numbers

@@ -1,14 +1,11 @@
 """What runs did: read from their folders, drawn on one page."""
 
 import glob
-import json
-import operator
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import name_device
@@ -16,7 +13,14 @@ from resnest_imagenet.config import ReportConfig
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
-from resnest_imagenet.evaluation.results import Measured, list_results, read_measured
+from resnest_imagenet.evaluation.results import (
+    Measured,
+    list_results,
+    read_events,
+    read_measured,
+    read_values,
+    require_file,
+)
 from resnest_imagenet.evaluation.table3 import PAPER
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import ARCHITECTURES, build_model
@@ -84,6 +88,8 @@ def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> tu
         latency = measure_latency(networks, config.crop, 1, device, rounds=5)
     with replacing(Path(config.out)) as file:
         page = render_report(runs, config.crop, latency, name_device(device))
+        # Names of files come back as their bytes; no other half of a character is text.
+        page = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", page)
         file.write(page.encode(errors="surrogateescape"))
     return runs, left_out
 
@@ -117,11 +123,14 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     """
     if not folder.is_dir():
         raise ConfigError(f"runs={folder}: {'not a' if folder.exists() else 'no such'} folder")
-    events = _read_events(folder / "metrics.jsonl")
+    metrics, predictions = folder / "metrics.jsonl", folder / "predictions.csv"
+    events = read_events(metrics, _KEYS) if metrics.exists() else []
     config = _flatten(_read(folder / "config.yaml"))
+    if not isinstance(config.get("model.name", ""), str):
+        raise ConfigError(f"{folder / 'config.yaml'}: not what resnest-train writes")
     evaluations = [event for event in events if event["event"] == "eval"]
     results = [str(path) for path in list_results(folder)]
-    predictions = folder / "predictions.csv"
+    require_file(predictions)
     run = Run(
         name=str(folder).encode(errors="replace").decode(),  # charts cannot draw everything that a system can name
         config=config,
@@ -149,33 +158,11 @@ def list_differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of a YAML or JSON file, {} where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not what resnest-train writes")
-    return content
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events; a line that was cut by the run's end is none."""
-    if not path.exists():
-        return []
-    try:
-        events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        events = [event for event in events if event["event"] in _KEYS]
-        for event in events:
-            operator.itemgetter(*_KEYS[event["event"]])(event)
-        return events
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{path}: not what resnest-train writes") from error
+    return read_values(path) if path.exists() else {}
 
 
 def _flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

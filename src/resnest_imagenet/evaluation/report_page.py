@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 
+from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.source import read_named
 from resnest_imagenet.evaluation.charts import INK, paint_confusions, render_chart, style_of
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
@@ -233,7 +234,7 @@ def _show_mistakes(said: Predictions, titles: list[str], indices: Iterable[int])
         ]
         try:
             yield render_picture(read_named(file), truth, lines)
-        except (OSError, RuntimeError, ValueError):  # moved or changed since
+        except (BadImage, OSError, RuntimeError, ValueError):  # moved or changed since
             yield f"<figure><figcaption>(no picture at {escape(file)}){''.join(lines)}</figcaption></figure>"
 
 

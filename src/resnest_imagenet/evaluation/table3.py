@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.results import Measured
 from resnest_imagenet.models.cost import count_cost
 
@@ -129,5 +130,6 @@ def _format_csv(rows: list[dict[str, Any]]) -> str:
         for crop in crops:
             here = [one for one in row["measured"] if one["crop"] == crop] or [{"crop": crop}]
             for one in here:
-                writer.writerow({**base, "top1_paper": paper.get(crop), **{k: one[k] for k in result if k in one}})
+                measured = {k: guard(one[k]) for k in result if k in one}
+                writer.writerow({**base, "top1_paper": paper.get(crop), **measured})
     return text.getvalue().rstrip("\n")

@@ -69,6 +69,10 @@ ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     "skresnext101_32x4d": PeerSpec("resnet", _SKNET101),
 }
 
+# Side of the images that the published weights are tested on, in pixels; of all others 224 (the paper's section 5.1 and
+# table 3, the official repository).
+_TEST_CROPS = {"resnest101": 256, "resnest200": 320, "resnest269": 416}
+
 # The ResNeSts that timm has under names of its own.
 TIMM_RESNESTS: dict[str, str] = {
     "resnest14": "resnest14d",
@@ -85,6 +89,11 @@ TIMM_RESNESTS: dict[str, str] = {
 def list_models() -> list[str]:
     """Return the names that `build_model` takes, sorted."""
     return sorted(ARCHITECTURES)
+
+
+def usual_crop(name: str) -> int:
+    """Return the side of the images that a network is usually tested on, in pixels."""
+    return _TEST_CROPS.get(name, 224)
 
 
 def require_model(name: str) -> None:
@@ -192,6 +201,15 @@ def name_classes(classes: Sequence[str]) -> list[str]:
     """Return short names of classes: the first of the words where there are words, else the names as they are."""
     described = zip(classes, describe_classes(classes), strict=True)
     return [name if words == name else words.partition(",")[0] for name, words in described]
+
+
+def find_timm_test(name: str) -> tuple[int, float, str]:
+    """Return how timm tests weights of its own: crop in pixels, its ratio to the short side, and the interpolation."""
+    from timm import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    size = config.test_input_size or config.input_size
+    return size[-1], config.test_crop_pct or config.crop_pct, config.interpolation
 
 
 def find_by_timm_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """What a run says: a progress bar or plain lines, metrics.jsonl, and what the trackers show."""
 
 import json
-import os
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.evaluation.events import Event, parse_events
 from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import DAMAGED, replacing, storing, synchronise_file
 from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.pictures import draw_confusions, draw_samples
 from resnest_imagenet.training.schedule import StepPlan
@@ -78,7 +79,7 @@ class RunLog:
         self._is_main = is_main
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
-        self._loss = float("nan")
+        self._loss: float | None = None
         self._folder = folder
         self._trackers: list[Tracker] = []
         self._samples: tuple[int, Tensor] | None = None
@@ -86,6 +87,8 @@ class RunLog:
             with storing(folder / "metrics.jsonl"):
                 events = _keep_events(folder / "metrics.jsonl", state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
+            losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
+            self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
             _drop_other_predictions(folder / "predictions.csv", state.best_top1)
             self._trackers = open_trackers(folder, config, state.step, events)
             for tracker in self._trackers:
@@ -182,8 +185,9 @@ class RunLog:
         if self._trackers:
             title = f"{epoch}: top-1 {evaluation.top1:.2f} % of {evaluation.count} images"
             self._show("eval/confusions", state.step, draw_confusions(evaluation, images.classes, title))
+        loss = "" if self._loss is None else f"loss {self._loss:.3f}, "
         print(
-            f"{epoch}: loss {self._loss:.3f}, top-1 {evaluation.top1:.2f} %, "
+            f"{epoch}: {loss}top-1 {evaluation.top1:.2f} %, "
             f"top-5 {evaluation.top5:.2f} % of {evaluation.count} images ({transform.protocol})",
             flush=True,
         )
@@ -199,7 +203,7 @@ class RunLog:
         """Write to the disk what a checkpoint is about to rely on."""
         if self._is_main:
             with storing(self._folder / "metrics.jsonl"):
-                os.fsync(self._metrics.fileno())
+                synchronise_file(self._metrics.fileno(), self._folder / "metrics.jsonl")
 
     def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
         line = {"event": event, "epoch": when.epoch, "step": when.step, **values, "time": time.time()}
@@ -238,17 +242,32 @@ def _drop_other_predictions(path: Path, best_top1: float) -> None:
         path.unlink()
 
 
-def _keep_events(path: Path, state: TrainingState) -> list[dict[str, Any]]:
-    """Drop the events after a state, which come again, and return the others; a line cut short is dropped too."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+def _keep_events(path: Path, state: TrainingState) -> list[Event]:
+    """Drop the events after a state, which come again, and return the others; damaged lines go to a file of their own.
+
+    A line that is cut is dropped too: it was written after the last checkpoint.
+    """
+    events, damaged = parse_events(path)
+    damaged += [json.dumps(event).encode() for event in events if not _is_whole(event)]
+    if damaged:
+        aside = path.with_name(path.name + DAMAGED)
+        with open(aside, "ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+        print(f"WARNING: {path}: damaged lines moved to {aside.name}: {len(damaged)}", file=sys.stderr, flush=True)
     # An evaluation counts as one epoch more than the steps before it, at the same step.
-    kept = {line: event for line in lines if _is_before(event := json.loads(line), state)}
+    whole = filter(_is_whole, events)
+    kept = {json.dumps(event) + "\n": event for event in whole if _is_before(event, state)}
     with replacing(path) as file:
         file.writelines(line.encode() for line in kept)
     return list(kept.values())
 
 
-def _is_before(event: dict[str, Any], state: TrainingState) -> bool:
+def _is_whole(event: Event) -> bool:
+    """Say whether an event has what all have, of a size that trackers take."""
+    counts, when = (event.get("epoch"), event.get("step")), event.get("time")
+    is_timed = isinstance(when, int | float) and 0 <= when < 1e11
+    return is_timed and all(type(count) is int and count >= 0 for count in counts)
+
+
+def _is_before(event: Event, state: TrainingState) -> bool:
     return event["step"] <= state.step and event["epoch"] <= state.epoch

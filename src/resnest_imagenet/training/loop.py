@@ -1,5 +1,6 @@
 """One epoch of training."""
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from resnest_imagenet.compute import autocast
 from resnest_imagenet.config import RecipeOptions
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
+from resnest_imagenet.errors import LoadingError, StorageError
 from resnest_imagenet.randomness import Purpose, stream
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, LOADING
 from resnest_imagenet.training.control import Control, StopAgreed
@@ -56,13 +58,14 @@ def train_epoch(
         NonFiniteError: a loss or gradient of any rank; on all ranks, and the step is applied nowhere. At the end of the
             next step, where nothing is reported or saved before.
         StopAgreed: after the step in which a rank was asked, or after the next; on all ranks after the same one.
+        LoadingError: on this rank, after a whole step; in the middle of one it is a StorageError.
     """
     ranks, health, log = control.ranks, control.health, control.log
     network.train()
     log.start_epoch(state)
     clock = _Clock()
     start = (state.step - state.epoch * plan.steps_per_epoch) * plan.accumulation
-    batches = clock.timing(loader.batches(state.epoch, start))
+    batches = clock.timing(_mark_steps(loader.batches(state.epoch, start), plan.accumulation))
     control.watch.at(state.epoch, start, LOADING)
     for index, (images, labels) in enumerate(batches, start):
         control.watch.at(state.epoch, index, FORWARD)
@@ -96,6 +99,21 @@ def train_epoch(
             if control.is_save_due(state):
                 control.save(state, loader)
         control.watch.at(state.epoch, index + 1, LOADING)
+
+
+def _mark_steps(batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
+    """Pass the batches of whole steps on; a LoadingError in the middle of a step is a plain StorageError."""
+    iterator = iter(batches)
+    for number in itertools.count():
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except LoadingError as error:
+            if number % accumulation:  # BN statistics have moved: nothing there is whole, and could be saved
+                raise StorageError(str(error)) from error
+            raise
+        yield batch
 
 
 def compute_loss(

@@ -11,7 +11,7 @@ from resnest_imagenet import distributed
 from resnest_imagenet.config import PreviewDataConfig
 from resnest_imagenet.data.loader import build_loader, choose_loader, open_source, to_pixels
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.source import name_unreadable
+from resnest_imagenet.data.source import name_unreadable, print_notes
 from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.files import replacing, require_writable
@@ -41,6 +41,7 @@ def write_preview(config: PreviewDataConfig) -> int:
     require_writable(out, "out")
     choose_loader(config.loader.name)
     source = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
+    print_notes(source)
     samples = tuple(np.unique(np.linspace(0, len(source) - 1, config.images).round().astype(int)).tolist())
     unreadable = name_unreadable(source, samples)
     if unreadable:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,9 +27,13 @@ from resnest_imagenet.errors import (
     StorageError,
     UserError,
 )
-from resnest_imagenet.files import TEMPORARY, owned, replacing, storing
+from resnest_imagenet.evaluation.events import parse_events
+from resnest_imagenet.files import DAMAGED, move_damaged, owned, remove_temporary, replacing, storing, synchronise
 
-DAMAGED = ".damaged"  # the suffix of a checkpoint that is not what was written
+_FILES = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "predictions.csv", "trackers.json")
+_MOVING = ".moving"  # the suffix of earlier-<number> until all of that run is in it
+# When a run is set aside: what is of this start's processes, and what was set aside before.
+_STAYS = re.compile(rf"lock|rank-.*\.trace|earlier-\d+({re.escape(_MOVING)})?")
 _PACKAGES = ("resnest-imagenet", "torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130")
 
 
@@ -37,7 +42,8 @@ class RunFolder:
 
     config.yaml        the resolved configuration
     environment.json   versions, devices, git commit, command
-    status.json        {"state": "running" | "finished" | "stopped" | "failed", "exit_code": ..., ...}
+    status.json        {"state": "running" | "finished" | "stopped" | "failed", "saved_step": ..., "exit_code": ...}
+    failed_start.json  how the last start ended, if it ended before it was clear that it is of the run in this folder
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
     predictions.csv    what the best network so far said of each image of the evaluation
     tensorboard/       the same as event files, with pictures
@@ -45,6 +51,7 @@ class RunFolder:
     trackers.json      by which names W&B and MLflow know the run
     checkpoints/       step-<number>.pt, the last few, and best.pt
     lock               held by the process that writes
+    earlier-<number>/  a run that was set aside: all that was here but the lock
     """
 
     def __init__(self, path: str, keep: int, is_main: bool) -> None:
@@ -59,10 +66,14 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._keep = keep
         self._is_main = is_main
+        self._owns_status = False
+        self._saved_step: int | None = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Make the folder, keep others out of it, and keep its status.json true to the end.
+        """Make the folder, keep others out of it, and say how a start or run ends: see `write_end`.
+
+        What the folder holds of an earlier run stays as it is until `begin`.
 
         Raises:
             ConfigError: it cannot be written, or another process holds it.
@@ -72,13 +83,13 @@ class RunFolder:
             return
         with ExitStack() as stack:
             try:
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(owned(self.path / "lock", f"process {os.getpid()} on {platform.node()}"))
-                for left in (*self.path.glob(f"*{TEMPORARY}"), *self.checkpoints.glob(f"*{TEMPORARY}")):
-                    left.unlink()
+                self._finish_moving()
             except OSError as error:
                 raise ConfigError(f"run_dir={self.path}: cannot be written ({error.strerror})") from error
-            self.write_status("running")
+            if not self._holds_run():
+                self._own_status()
             try:
                 yield
             except BaseException as error:
@@ -86,27 +97,81 @@ class RunFolder:
                     self.write_end(error)
                 raise
 
+    def begin(self, config: dict[str, Any], ranks: Ranks, saved_step: int | None) -> None:
+        """Write what the run is, once it is clear that the folder holds no other: from now on all files are its own.
+
+        Args:
+            config: the resolved configuration.
+            ranks: who takes part.
+            saved_step: of the checkpoint that it resumes from; None: from scratch.
+        """
+        if not self._is_main:
+            return
+        with storing(self.path):
+            self.checkpoints.mkdir(exist_ok=True)
+            remove_temporary(self.checkpoints, ("best.pt", "step-*.pt"))
+            remove_temporary(self.path, _FILES)
+            (self.path / "failed_start.json").unlink(missing_ok=True)
+        for path in (self.path / name for name in _FILES):
+            if path.exists() and not path.is_file():
+                print(f"WARNING: {path}: not a file: moved to {move_damaged(path).name}", file=sys.stderr, flush=True)
+        self._saved_step = saved_step
+        self._own_status()
+        with replacing(self.path / "config.yaml") as file:
+            file.write(_to_yaml(config).encode())
+        self._write_json("environment.json", describe_environment(ranks))
+
     def write_end(self, error: BaseException) -> None:
-        """Say in status.json how the run ended."""
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        """Say how the run ended: in status.json, or in failed_start.json where it has not begun."""
+        text = str(error) if isinstance(error, UserError | Stopped) else f"{type(error).__name__}: {error}"
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
-        self.write_status(state, exit_code=code, error=text)
+        if self._owns_status:
+            self.write_status(state, exit_code=code, error=text)
+        elif self._is_main:
+            self._write_json("failed_start.json", {"exit_code": code, "error": text, **_describe_process()})
 
     def write_status(self, state: str, **details: Any) -> None:
         """Replace status.json."""
         if self._is_main:
-            self._write_json(
-                "status.json",
-                {"state": state, **details, "pid": os.getpid(), "host": platform.node(), "time": time.time()},
-            )
+            known = {"state": state, "saved_step": self._saved_step}
+            self._write_json("status.json", {**known, **details, **_describe_process()})
 
-    def describe(self, config: dict[str, Any], ranks: Ranks) -> None:
-        """Write what the run is, once it is clear that the folder holds no other."""
-        if self._is_main:
-            with replacing(self.path / "config.yaml") as file:
-                file.write(_to_yaml(config).encode())
-            self._write_json("environment.json", describe_environment(ranks))
+    def read_status(self) -> dict[str, Any]:
+        """Return status.json; {}: there is none, or it is damaged."""
+        try:
+            status = json.loads((self.path / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def _own_status(self) -> None:
+        self._owns_status = True
+        self.write_status("running")
+
+    def _holds_run(self) -> bool:
+        """Say whether a run has begun here, which status.json is about."""
+        names = ("config.yaml", "metrics.jsonl", "predictions.csv", "checkpoints/best.pt")
+        return any((self.path / name).exists() for name in names) or bool(self.list_checkpoints())
+
+    def find_remains(self) -> str | None:
+        """Return what shows that the run in this folder had a checkpoint, in words, where it has left more than that.
+
+        A run that died before its first checkpoint leaves events, and may leave best.pt and predictions: these are
+        written first. So status.json says whether there was one; where it does not, they count.
+        """
+        left = [name for name in ("checkpoints/best.pt", "predictions.csv") if (self.path / name).exists()]
+        with storing(self.path / "metrics.jsonl"):
+            events, damaged = parse_events(self.path / "metrics.jsonl")
+        if not (left or events or damaged):
+            return None
+        status = self.read_status()
+        if "saved_step" in status:
+            step = status["saved_step"]
+            return None if step is None else f"status.json tells of a checkpoint after step {step}"
+        if any(event["event"] == "eval" for event in events) or (not status and (events or damaged)):
+            left.append("metrics.jsonl")
+        return f"it has {' and '.join(left)}" if left else None
 
     def list_checkpoints(self) -> list[Path]:
         """Return the checkpoints, the newest first; best.pt is none of them."""
@@ -127,6 +192,8 @@ class RunFolder:
         with storing(self.checkpoints):
             for old in self.list_checkpoints()[self._keep :]:
                 old.unlink()
+        self._saved_step = content["step"]
+        self.write_status("running")
 
     def read_newest(self) -> tuple[str | None, dict[str, Any]]:
         """Return the name and content of the newest checkpoint that is whole, or None where there is none.
@@ -149,29 +216,40 @@ class RunFolder:
         return None, {}
 
     def set_aside(self) -> Path:
-        """Move all of an earlier run into a folder of its own, within this one, and return that."""
-        numbers = itertools.count(1)
-        aside = next(folder for n in numbers if not (folder := self.path / f"earlier-{n}").exists())
+        """Move all of an earlier run into a folder of its own, within this one, and return that.
+
+        A process that is killed meanwhile leaves the rest to the next one: see `opened`.
+        """
+        folders = (self.path / f"earlier-{number}" for number in itertools.count(1))
+        aside = next(folder for folder in folders if not folder.exists())
         with storing(aside):
-            aside.mkdir()
-            for name in (
-                "checkpoints",
-                "metrics.jsonl",
-                "predictions.csv",
-                "tensorboard",
-                "wandb",
-                "trackers.json",
-                "config.yaml",
-                "environment.json",
-            ):
-                if (self.path / name).exists():
-                    (self.path / name).rename(aside / name)
-            self.checkpoints.mkdir()
+            aside.with_name(aside.name + _MOVING).mkdir()
+            self._finish_moving()
+        self._own_status()
         return aside
+
+    def is_moving(self) -> bool:
+        """Say whether a run was being set aside here by a process that was killed."""
+        return any(self.path.glob(f"earlier-*{_MOVING}"))
+
+    def _finish_moving(self) -> None:
+        """Move what is left of a run that is being set aside; nothing of a new one is there before this is done."""
+        for moving in self.path.glob(f"earlier-*{_MOVING}"):
+            synchronise(self.path)
+            for entry in sorted(self.path.iterdir()):
+                if not _STAYS.fullmatch(entry.name):
+                    entry.rename(moving / entry.name)
+            synchronise(moving)
+            moving.rename(moving.with_suffix(""))
+            synchronise(self.path)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         with replacing(self.path / name) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _describe_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": platform.node(), "time": time.time()}
 
 
 def describe_environment(ranks: Ranks) -> dict[str, Any]:

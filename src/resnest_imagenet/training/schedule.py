@@ -73,7 +73,8 @@ def plan_steps(num_samples: int, recipe: RecipeOptions, world_size: int) -> Step
     global_batch = recipe.batch_size * world_size * accumulation
     steps = num_samples // global_batch
     if steps == 0:
-        raise DataError(f"{num_samples} training images do not fill a step of {global_batch}: lower train.global_batch")
+        option = "train.batch_size" if recipe.global_batch is None else "train.global_batch"
+        raise DataError(f"{num_samples} training images do not fill a step of {global_batch}: lower {option}")
     return StepPlan(
         global_batch=global_batch,
         accumulation=accumulation,

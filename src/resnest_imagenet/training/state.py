@@ -25,6 +25,7 @@ class TrainingState:
         skipped: steps that were not applied because a loss or gradient was not finite, as far as that was read.
         loss_sum: of this rank's steps since the last report, on the device: reading it waits for the device.
         steps_summed: how many these are; those among them that were skipped count until that is read.
+        history: for each time the run was extended {"epochs": how many it had before, "until_step": when that was}.
     """
 
     def __init__(self, model: nn.Module, recipe: RecipeOptions) -> None:
@@ -39,6 +40,7 @@ class TrainingState:
         self.skipped = 0
         self.loss_sum = torch.zeros((), device=device)
         self.steps_summed = 0
+        self.history: list[dict[str, int]] = []
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -59,6 +61,7 @@ class TrainingState:
             "skipped": self.skipped,
             "loss_sums": gather_objects(float(self.loss_sum), ranks),
             "steps_summed": self.steps_summed,
+            "history": self.history,
         }
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> None:
@@ -75,6 +78,7 @@ class TrainingState:
         self.best_top1 = state["best_top1"]
         self.skipped = state["skipped"]
         self.steps_summed = state["steps_summed"]
+        self.history = list(state.get("history", []))  # an older version has none
         sums = state["loss_sums"]
         same_ranks = len(sums) == ranks.world_size
         self.loss_sum.fill_(sums[ranks.rank] if same_ranks else sum(sums) / len(sums))

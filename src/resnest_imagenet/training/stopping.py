@@ -4,11 +4,12 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from resnest_imagenet.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The same request may come twice: from the scheduler to every process, and from torchrun to its ranks.
 SECONDS_OF_ONE_REQUEST = 2.0
 
@@ -16,7 +17,9 @@ SECONDS_OF_ONE_REQUEST = 2.0
 class StopRequest:
     """Answers the signals that ask a run to stop: before the first step with `Stopped`, from then on by noting it.
 
-    A later second one ends the process at once. That is safe: files are written whole or not at all.
+    `Stopped` may come out of any line then. Nothing but an exit is made of it, and where a callback in C or a `__del__`
+    swallows it, `wait_for_step` raises it again. A later second one ends the process at once. That is safe: files are
+    written whole or not at all.
 
     Attributes:
         name: of the signal that came; None: none did.
@@ -37,18 +40,27 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # others may not
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # nohup ignores SIGHUP for the run: it shall outlast its terminal.
+            is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signals = [number for number in SIGNALS if not (number == signal.SIGHUP and is_nohup)]
+            self._before = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Once asked, this process is about to leave, with a code that another signal shall not change.
+        # Once asked, this process is about to leave, with a code that another signal must not change.
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.name else handler)  # type: ignore[arg-type]
 
     def wait_for_step(self) -> None:
-        """From now on only note a signal: there is something to save."""
+        """From now on only note a signal: there is something to save.
+
+        Raises:
+            Stopped: one has come before, and what was at work then has swallowed it.
+        """
+        if self.name is not None:
+            raise self._stopped()
         self._is_stepping = True
 
     def agree(self) -> None:
@@ -62,12 +74,16 @@ class StopRequest:
         if self.name is None:
             self.name, self._since = signal.Signals(number).name, time.monotonic()
             if not self._is_stepping:
-                raise Stopped(f"{self.name}: stopped before the first step; the same command goes on")
+                raise self._stopped()
             self._say(f"{self.name}: stopping after this step or the next, with a checkpoint; a second leaves at once")
         elif time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
             self._say("a second signal: leaving at once")
             os._exit(128 + number)
 
+    def _stopped(self) -> Stopped:
+        return Stopped(f"{self.name}: stopped before the first step; the same command resumes the run")
+
     def _say(self, line: str) -> None:
         if self._speaks:  # not through sys.stderr, which the signal may have interrupted
-            os.write(2, f"resnest-train: {line}\n".encode())
+            with suppress(OSError):  # the terminal may be what is gone
+                os.write(2, f"resnest-train: {line}\n".encode())

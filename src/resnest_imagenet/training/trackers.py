@@ -17,7 +17,7 @@ from PIL import Image
 
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, Stopped, first_line
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import move_damaged, replacing, storing
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
@@ -286,9 +286,16 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int |
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
-    """Return the trackers' own names for the run in this folder."""
+    """Return the trackers' own names for the run in this folder; a damaged file is set aside."""
     path = folder / "trackers.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        ids = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        ids = None
+    if not isinstance(ids, dict):
+        print(f"WARNING: {path}: damaged: moved to {move_damaged(path).name}", file=sys.stderr, flush=True)
+        return {}
+    return ids
 
 
 def _keep_id(folder: Path, tracker: str, run_id: str) -> None:

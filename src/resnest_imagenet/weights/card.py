@@ -1,6 +1,7 @@
 """What another program must know of a network to use it: how images go in, and what its outputs are called."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from torch import nn
@@ -18,6 +19,8 @@ class ImageInput:
         crop: side of the input in pixels.
         ratio: crop over the image's short side before it.
         interpolation: of the resize, "bilinear" or "bicubic".
+        order: "resize_crop" or "crop_resize", as `EvalTransform` has it.
+        antialias: of the resize.
         protocol: the rule in words.
         mean, std: of red, green and blue.
     """
@@ -25,9 +28,21 @@ class ImageInput:
     crop: int
     ratio: float
     interpolation: str
+    order: str
+    antialias: bool
     protocol: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def options(self) -> str:
+        """The rule as resnest-eval takes it."""
+        values = {"order": self.order, "ratio": self.ratio, "interpolation": self.interpolation}
+        words = [f"protocol.{name}={value}" for name, value in values.items()]
+        return " ".join([f"crop={self.crop}", *words, f"protocol.antialias={str(self.antialias).lower()}"])
+
+
+DescribeInput = Callable[[Weights, str], ImageInput]
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,12 @@ class Card:
         return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
 
 
-def open_network(config: ExportConfig, images: ImageInput) -> tuple[nn.Module, Weights, Card]:
+def open_network(config: ExportConfig, describe: DescribeInput) -> tuple[nn.Module, Weights, Card]:
     """Read the network to be exported, on the CPU and in evaluation mode.
+
+    Args:
+        config: which one.
+        describe: returns the input of weights and their network's name.
 
     Raises:
         UserError: the weights cannot be read or do not fit.
@@ -72,4 +91,4 @@ def open_network(config: ExportConfig, images: ImageInput) -> tuple[nn.Module, W
     classes = weights.classes
     if classes is None and len(model.get_parameter("fc.bias")) == 1000:
         classes = list_imagenet_classes()
-    return model.eval(), weights, Card(name, images, tuple(classes) if classes else None)
+    return model.eval(), weights, Card(name, describe(weights, name), tuple(classes) if classes else None)

@@ -44,6 +44,8 @@ def choose_file(config: ExportConfig, default: str) -> Path:
         raise ConfigError(f"out={out} does not end in {suffix}: set format=... or another name")
     require_other(config, out)
     require_writable(out, "out")
+    if out.exists() and not out.is_file():  # its digest is read back
+        raise ConfigError(f"out={out}: not a file")
     return out
 
 
@@ -54,8 +56,12 @@ def require_other(config: ExportConfig, file: Path) -> None:
 
 
 def describe_weights(weights: Weights, name: str) -> str:
-    """Return what was exported, in words."""
-    return f"moving average of {name}" if weights.is_average else name
+    """Return what was exported, in words: with the classes, where these are numbers, but not those of the outputs."""
+    words = f"moving average of {name}" if weights.is_average else name
+    classes, numbers = weights.classes or [], [str(output) for output in range(len(weights.classes or []))]
+    if classes != numbers and set(classes) == set(numbers):
+        words += f" with its outputs for the classes {', '.join(classes[:8])}, ..."
+    return words
 
 
 def digest(file: Path) -> str:

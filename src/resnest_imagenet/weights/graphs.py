@@ -17,7 +17,7 @@ from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError
 from resnest_imagenet.files import replacing
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.weights.card import ImageInput, open_network
+from resnest_imagenet.weights.card import DescribeInput, open_network
 from resnest_imagenet.weights.export import choose_file, describe_weights, digest
 
 OPSET = 18  # what torch's translations are written in; any other is converted from it
@@ -26,7 +26,7 @@ TOLERANCE = 1e-3  # of the largest logit, for the difference between the graph a
 Run = Callable[[Tensor], Tensor]
 
 
-def export_graph(config: ExportConfig, images: ImageInput) -> str:
+def export_graph(config: ExportConfig, describe: DescribeInput) -> str:
     """Write the network as a graph, unless it computes something else; return a line about the file.
 
     The batch norms are folded into the convolutions. Of ONNX the input is "images" (batch, 3, height, width), all but
@@ -38,15 +38,16 @@ def export_graph(config: ExportConfig, images: ImageInput) -> str:
     is_onnx = config.format == "onnx"
     if is_onnx:
         _require_onnx()
-    model, weights, card = open_network(config, images)
+    model, weights, card = open_network(config, describe)
+    crop = card.images.crop
     out = choose_file(config, f"{card.model}.{'onnx' if is_onnx else 'pt2'}")
     make, load = (_make_onnx, _load_onnx) if is_onnx else (_make_program, _load_program)
     with _quiet(), torch.no_grad():
-        content = make(fold_batch_norms(model), images.crop, card.to_metadata())
+        content = make(fold_batch_norms(model), crop, card.to_metadata())
         run = load(content)
-    shapes = [(1, images.crop, images.crop), (3, images.crop, images.crop)]
+    shapes = [(1, crop, crop), (3, crop, crop)]
     if is_onnx:
-        shapes.append((2, images.crop + 33, images.crop))
+        shapes.append((2, crop + 33, crop))
     difference, lowest, highest = compare_logits(model, run, shapes)
     largest = max(-lowest, highest)
     if not largest < float("inf"):
@@ -55,7 +56,7 @@ def export_graph(config: ExportConfig, images: ImageInput) -> str:
         raise UserError(f"{out} is not written: its logits differ by {difference:.2g} of {largest:.3g} from torch's")
     with replacing(out) as file:
         file.write(content)
-    kind = f"opset {OPSET}" if is_onnx else f"crop {images.crop}"
+    kind = f"opset {OPSET}" if is_onnx else f"crop {crop}"
     return (
         f"wrote {out}: {describe_weights(weights, card.model)}, {kind}, {len(content) / 1e6:.1f} MB, logits from "
         f"{lowest:.3g} to {highest:.3g} and within {difference:.2g} of the network's, SHA-256 {digest(out)}"

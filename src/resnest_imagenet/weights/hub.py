@@ -10,7 +10,7 @@ from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec, list_imagenet_classes
-from resnest_imagenet.weights.card import Card, ImageInput, open_network
+from resnest_imagenet.weights.card import Card, DescribeInput, open_network
 from resnest_imagenet.weights.export import describe_weights, digest, require_other
 from resnest_imagenet.weights.load import Weights
 
@@ -35,17 +35,17 @@ model = timm.create_model("hf-hub:OWNER/{model}", pretrained=True).eval()  # or 
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-In resnest-imagenet: `resnest-eval ckpt=FOLDER/model.safetensors model={model} data.root=...`
+In resnest-imagenet: `resnest-eval ckpt=FOLDER/model.safetensors model={model} data.root=... {options}`
 """
 
 
-def export_folder(config: ExportConfig, images: ImageInput) -> str:
+def export_folder(config: ExportConfig, describe: DescribeInput) -> str:
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
     Raises:
         UserError: for what a user can cause, as one line.
     """
-    model, weights, card = open_network(config, images)
+    model, weights, card = open_network(config, describe)
     out = Path(config.out or f"{card.model}-hub")
     file, settings, readme = (out / name for name in ("model.safetensors", "config.json", "README.md"))
     require_other(config, file)
@@ -133,6 +133,7 @@ def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
         mean=card.images.mean,
         std=card.images.std,
         protocol=card.images.protocol,
+        options=card.images.options,
         accuracy=f"- {accuracy}\n" if accuracy else "",
     )
 

@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.config import EvalOptions, ProtocolOptions
 from resnest_imagenet.errors import CheckpointError, ConfigError
-from resnest_imagenet.models.zoo import build_model, list_imagenet_classes, list_models, require_model
+from resnest_imagenet.models.zoo import (
+    build_model,
+    find_timm_test,
+    list_imagenet_classes,
+    list_models,
+    require_model,
+    usual_crop,
+)
 from resnest_imagenet.weights.layouts import recognise, rename
 from resnest_imagenet.weights.published import fetch
 
@@ -33,6 +42,8 @@ class Weights:
         classes: class names in the order of the outputs, where the source tells.
         training: the training options, in this project's checkpoints.
         epoch: epochs done, in this project's checkpoints.
+        crop: side of the images that they are evaluated on, in pixels, where the source tells.
+        protocol: how images are brought to it, where the source tells.
     """
 
     source: str
@@ -42,6 +53,8 @@ class Weights:
     classes: list[str] | None = None
     training: dict[str, Any] | None = None
     epoch: int | None = None
+    crop: int | None = None
+    protocol: ProtocolOptions | None = None
 
 
 def read_weights(source: str, choice: str = "auto") -> Weights:
@@ -53,7 +66,7 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
 
     Raises:
-        CheckpointError: missing, unreadable, damaged or not a state dict.
+        CheckpointError: missing, unreadable, damaged, not a state dict, or not with a name for each output.
         ConfigError: for an unknown published name, or a moving average that is not there.
     """
     # Not a file, and like no path: a published name, or a misspelt one.
@@ -62,10 +75,12 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
     content = load_checkpoint(path)
     state, is_average = _choose_state(content, choice, source)
     weights = Weights(source, _without_wrappers(_require_tensors(state, source)), is_average)
+    _require_finite(weights)
     if is_published:
         outputs = weights.tensors.get("fc.weight")
         classes = list_imagenet_classes() if outputs is not None and len(outputs) == 1000 else None
-        return replace(weights, model=model, classes=classes)
+        crop, protocol = _find_published_test(source, model or "")
+        return replace(weights, model=model, classes=classes, crop=crop, protocol=protocol)
     if {"config", "classes", "epoch"} <= content.keys():
         try:
             name, training = content["config"]["model"]["name"], content["config"]["train"]
@@ -75,8 +90,32 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         has_names = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
         if not (has_names and isinstance(name, str) and isinstance(training, dict) and isinstance(epoch, int)):
             raise CheckpointError(f"{source}: not a configuration of this project")
-        return replace(weights, model=name, classes=classes, training=training, epoch=epoch)
+        classifier = weights.tensors.get("fc.weight")
+        if classifier is not None and classifier.shape[:1] != (len(classes),):
+            raise CheckpointError(f"{source}: {len(classes)} class names for fc.weight {tuple(classifier.shape)}")
+        crop, protocol = _read_evaluation(content["config"])
+        known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
+        return replace(weights, model=name, **known)
     return weights
+
+
+def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOptions | None]:
+    """Return crop and protocol of a run's evaluation after each epoch; None where a checkpoint does not have them."""
+    try:
+        crop = EvalOptions.model_validate(config["eval"]).crop
+        return crop, ProtocolOptions.model_validate(config["protocol"])
+    except (KeyError, ValidationError):
+        return None, None
+
+
+def _find_published_test(source: str, model: str) -> tuple[int | None, ProtocolOptions | None]:
+    """Return crop and protocol that published weights are tested with; None for the paper's."""
+    kind, _, name = source.partition(":")
+    if kind != "timm":
+        return usual_crop(model), None
+    crop, ratio, interpolation = find_timm_test(name)
+    values = {"order": "resize_crop", "ratio": ratio, "interpolation": interpolation, "antialias": True}
+    return crop, ProtocolOptions.model_validate(values)
 
 
 def _choose_state(content: dict[str, Any], choice: str, source: str) -> tuple[Any, bool]:
@@ -113,17 +152,18 @@ def restore_network(weights: Weights, name: str | None) -> tuple[nn.Module, str]
 
 
 def start_from(model: nn.Module, name: str, classes: list[str], weights: Weights) -> bool:
-    """Load the weights into a new network, the classifier too where it is for the same classes.
-
-    Bare weights do not know their classes: as many are taken for the same.
+    """Load the weights into a new network, the classifier too where it is for the same classes, in any order.
 
     Returns:
         Whether the classifier was loaded.
     """
     _, tensors = match_tensors(weights, name)
-    same = "fc.weight" in tensors and len(tensors["fc.weight"]) == len(classes)
-    same = same and weights.classes in (None, classes)
-    if not same:
+    output_of = {name: output for output, name in enumerate(weights.classes or ())}
+    same = "fc.weight" in tensors and len(tensors["fc.weight"]) == len(classes) and output_of.keys() == set(classes)
+    if same:
+        rows = torch.tensor([output_of[name] for name in classes])
+        tensors.update({key: tensors[key][rows] for key in _CLASSIFIER})
+    else:
         own = model.state_dict()
         tensors.update({key: own[key] for key in _CLASSIFIER})
     model.load_state_dict(tensors)
@@ -223,7 +263,21 @@ def _require_tensors(content: Any, source: str) -> dict[str, Tensor]:
         is_number = value.is_floating_point() or key.endswith(".num_batches_tracked")
         if not is_number or value.is_meta or value.layout != torch.strided:
             raise CheckpointError(f"{source}: {key} is no dense tensor of floating-point numbers")
+        # A few numbers in the file may be expanded to a classifier that no memory holds.
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{source}: {key} {tuple(value.shape)} repeats its numbers: save its .clone()")
     return tensors
+
+
+def _require_finite(weights: Weights) -> None:
+    """Raise a CheckpointError that names the first tensor with a value that is NaN or infinite."""
+    for key, value in weights.tensors.items():
+        if not value.is_floating_point() or not value.numel():
+            continue
+        # Lowest and highest value, NaN where there is one: without a copy, but for types of one byte.
+        extremes = torch.stack((value.float() if value.itemsize == 1 else value).aminmax())
+        if not extremes.isfinite().all():
+            raise CheckpointError(f"{weights.source}: {key} has values that are not finite: not usable weights")
 
 
 def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from resnest_imagenet.errors import CheckpointError, ConfigError, first_line, suggest
+from resnest_imagenet.files import locked
 from resnest_imagenet.models.zoo import find_by_timm_name
 
 # SHA-256 of the official files: whole where it is known, else the 8 digits in the file's name.
@@ -58,12 +58,12 @@ def fetch(source: str) -> tuple[Path, str]:
 def _fetch_official(name: str) -> Path:
     file = f"{name}-{OFFICIAL[name][:8]}.pth"
     path = Path(torch.hub.get_dir(), "checkpoints", file)
-    if _has_sha256(path, OFFICIAL[name]):  # before the lock, so that a cache may be read-only
-        return path
     failures = []
     try:
+        if _has_sha256(path, OFFICIAL[name]):  # before the lock, so that a cache may be read-only
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{file}.lock")):  # the other ranks wait for the first one's file
+        with locked(path.with_name(f".{file}.lock"), timeout=-1):  # the other ranks wait for the first one's file
             if _has_sha256(path, OFFICIAL[name]):
                 return path
             if path.exists():
