@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(demo_images, tmp_path):
         later.unlink()
     result = run_module(TRAIN, *SMALL, *options, *places, ranks=1)
     assert result.returncode == 0, result.stderr
-    assert "going on after step 4, 0 epochs done" in result.stdout
+    assert "resuming after step 4, 0 epochs done" in result.stdout
     assert "the images left of the epoch are seen once each, but not bit for bit: ranks 2 -> 1\n" in result.stdout
     whole, changed = (load_checkpoint(newest_checkpoint(tmp_path / run))["model"] for run in ("whole", "changed"))
     parameters = [name for name, _ in build_model("resnest14_half", 10).named_parameters()]

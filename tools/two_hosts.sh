@@ -78,7 +78,7 @@ went_on() { # a torchrun that has ended is started again, by the same command
   for host in a b; do
     has_ended $host && start_host $host && again+=" $host"
   done
-  says a "^going on after step"
+  says a "^resuming after step"
 }
 goes_on() { # TEXT: claim it
   again=""

@@ -189,8 +189,8 @@ def test_the_command_writes_pictures_and_names_bad_images(checkpoint, demo_image
     assert result.returncode == 3, result.stderr
     said = result.stderr.splitlines()
     assert said == [
-        f"{tmp_path}/bad.jpg: not a readable image (of no known format); left out",
-        "explain: images left out: 1",
+        f"{tmp_path}/bad.jpg: not a readable image (of no known format); skipped",
+        "explain: images skipped: 1",
     ]
     assert result.stdout.splitlines()[:2] == [f"pictures in {out}/maps: 3", f"pictures in {out}/attention: 3"]
     for kind in ("maps", "attention"):

@@ -74,9 +74,9 @@ def test_bad_images_are_named_and_left_out(checkpoint, demo_images, tmp_path):
     result = run_module("resnest_imagenet.commands.predict", *OPTIONS, f"ckpt={checkpoint}", images)
     assert result.returncode == 3, result.stderr
     said = result.stderr.splitlines()
-    assert said[-3] == f"{tmp_path}/bad.jpg: not a readable image (of no known format); left out"
-    assert said[-2] == f"{tmp_path}/pipe\\x1b[31m.jpg: not a file but a named pipe; left out"
-    assert said[-1].endswith("images left out: 2")
+    assert said[-3] == f"{tmp_path}/bad.jpg: not a readable image (of no known format); skipped"
+    assert said[-2] == f"{tmp_path}/pipe\\x1b[31m.jpg: not a file but a named pipe; skipped"
+    assert said[-1].endswith("images skipped: 2")
     assert result.stdout.count(".JPEG") == 4
     predictions, faults = predict(f"ckpt={checkpoint}", f"images={tmp_path}/bad.jpg")
     assert not predictions and len(faults) == 1

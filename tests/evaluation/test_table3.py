@@ -200,4 +200,4 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command.main()
     printed = capsys.readouterr()
     assert [row["row"] for row in json.loads(printed.out)] == [row.name for row in PAPER]
-    assert printed.err == f"resnest-table3: left out: {tmp_path}/a.json: resnest14_half has no row\n"
+    assert printed.err == f"resnest-table3: skipped: {tmp_path}/a.json: resnest14_half has no row\n"

@@ -176,7 +176,7 @@ def test_the_same_command_goes_on_bit_for_bit(loader, small_run, tmp_path, monke
     train(small_run(*options, run="stopped"))
 
     printed = capsys.readouterr().out
-    assert "going on after step 9, 1 epochs done" in printed
+    assert "resuming after step 9, 1 epochs done" in printed
     assert "nan" not in printed  # of the loss, where the last report was of the process before
     whole, resumed = (load_checkpoint(newest_checkpoint(tmp_path / run)) for run in ("whole", "stopped"))
     assert whole.pop("config")["run_dir"] != resumed.pop("config")["run_dir"]
@@ -298,7 +298,7 @@ def test_bad_images_are_remembered_when_a_run_goes_on(small_run, demo_images, tm
     assert len(known) >= 4  # the others are in what the first epoch leaves out
     train(small_run(*options))
     captured = capsys.readouterr()
-    assert "going on after step 6" in captured.out
+    assert "resuming after step 6" in captured.out
     assert captured.err.count("; replaced by ") == len(bad) - len(known)
     assert load_checkpoint(newest_checkpoint(tmp_path / "run"))["bad_images"] == [list(range(0, 103, 20))]
 
@@ -541,7 +541,7 @@ def test_a_compiled_run_has_the_plain_keys_and_goes_on_bit_for_bit(small_run, tm
     for path in saved[1:]:
         path.unlink()
     assert_equal(train(config).state_dict(ALONE), whole)
-    assert "going on after step 4" in capsys.readouterr().out
+    assert "resuming after step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])

@@ -61,7 +61,7 @@ def survive_kill_in_write(place: Place) -> dict[str, Any]:
         require("WARNING" not in trainer.output, f"a damaged checkpoint:\n{trainer.output}")
     trainer = Trainer(place, killed, *options)
     require(trainer.wait() == [0], f"{killed} ends well")
-    require(f"going on after step {step}," in trainer.output, "the last checkpoint is the one that was used")
+    require(f"resuming after step {step}," in trainer.output, "the last checkpoint is the one that was used")
     require_equal_runs(whole, killed)
     names = sorted(path.name for path in killed.rglob("*") if path.is_file() and "events" not in path.name)
     require(names == sorted({path.name for path in whole.rglob("*") if path.is_file()} - _events(whole)), f"{names}")
@@ -96,7 +96,7 @@ def fall_back(place: Place) -> dict[str, Any]:
         trainer = Trainer(place, run, *options)
         require(trainer.wait() == [0], f"{name}: {trainer.output}")
         require("WARNING: " in trainer.output and "going back to the checkpoint" in trainer.output, f"{name} is said")
-        require("going on after step 6, 1 epochs done" in trainer.output, f"{name}: the one before is used")
+        require("resuming after step 6, 1 epochs done" in trainer.output, f"{name}: the one before is used")
         for damaged in run.rglob("*.damaged"):
             damaged.unlink()
         require_equal_runs(whole, run)

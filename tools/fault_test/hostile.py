@@ -139,7 +139,7 @@ def _offer_to_runs(place: Place, claims: Claims, whole: Path, traps: list[Path],
         claims.add(damaged.read_bytes() == trap.read_bytes(), f"{trap.name} in a run: does not count as damaged")
         damaged.unlink()
         lines = going_on.output.splitlines()
-        is_said = lines[0].startswith(f"WARNING: {last}: ") and lines[1].startswith("going on after step 6, ")
+        is_said = lines[0].startswith(f"WARNING: {last}: ") and lines[1].startswith("resuming after step 6, ")
         claims.add(is_said, f"{trap.name} in a run: {lines[:2]}")
         require_equal_runs(whole, bitten)
         claims.add(not canary.path.exists(), f"{trap.name} in a run: was executed")

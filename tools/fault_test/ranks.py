@@ -95,7 +95,7 @@ def recover_from_death(place: Place) -> dict[str, Any]:
             place, run, *options, restarts=1, faults=[("killed", [number % 2, number // 5, 4 + number % 2])]
         )
         require(launched.wait() == 0, f"recovers, try {number + 1} of {tries}\n{launched.output}")
-        require("going on after step" in launched.output, f"does not start anew\n{launched.output}")
+        require("resuming after step" in launched.output, f"does not start anew\n{launched.output}")
         require_equal_runs(whole, run)
     run = place.new_run()
     launched = Torchrun(place, run, *options, "loader=torchvision", faults=[("killed", [1, 0, 5])])

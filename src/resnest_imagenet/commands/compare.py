@@ -1,6 +1,6 @@
 """resnest-compare: several networks on the same images."""
 
-from resnest_imagenet.commands.launch import report_left_out, run_command
+from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import CompareConfig
 
 
@@ -10,7 +10,7 @@ def run(config: CompareConfig) -> None:
 
     comparison = compare_networks(config)
     print(format_comparison(comparison), flush=True)
-    report_left_out(list(comparison.skipped))
+    report_skipped(list(comparison.skipped))
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
 """resnest-explain: where a network finds a class in images, and how its split attention weighs."""
 
-from resnest_imagenet.commands.launch import report_left_out, run_command
+from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import ExplainConfig
 from resnest_imagenet.errors import printable
 
 
 def run(config: ExplainConfig) -> None:
-    """Write the pictures and say where they are; images that were left out raise a DataError after it."""
+    """Write the pictures and say where they are; images that were skipped raise a DataError after it."""
     from resnest_imagenet.evaluation.explain import explain_images
 
     written, faults = explain_images(config)
     for line in written:
         print(printable(line), flush=True)
-    report_left_out(faults)
+    report_skipped(faults)
 
 
 def main() -> None:

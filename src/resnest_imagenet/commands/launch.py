@@ -179,16 +179,16 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
     return ConfigError(first_line(error) + hint)
 
 
-def report_left_out(faults: list[str]) -> None:
-    """Name the images that were left out of the work.
+def report_skipped(faults: list[str]) -> None:
+    """Name the images that were skipped.
 
     Raises:
         DataError: there are any.
     """
     for fault in faults:
-        print(printable(f"{fault}; left out"), file=sys.stderr)
+        print(printable(f"{fault}; skipped"), file=sys.stderr)
     if faults:
-        raise DataError(f"images left out: {len(faults)}")
+        raise DataError(f"images skipped: {len(faults)}")
 
 
 def _leave(error: UserError | Stopped) -> NoReturn:

@@ -16,7 +16,7 @@ def run(config: ReportConfig) -> None:
 
     runs, left_out = write_report(config, load_recipes())
     for line in left_out:
-        print(printable(f"resnest-report: left out: {line}"), file=sys.stderr)
+        print(printable(f"resnest-report: skipped: {line}"), file=sys.stderr)
     print(printable(f"wrote {config.out}: {', '.join(run.name for run in runs)}"))
 
 

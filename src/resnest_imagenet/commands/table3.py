@@ -18,7 +18,7 @@ def run(config: Table3Config) -> None:
     known = {row["model"] for row in rows}
     left_out += [f"{one.source}: {one.model} has no row" for one in measured if one.model not in known]
     for line in left_out:
-        print(printable(f"resnest-table3: left out: {line}"), file=sys.stderr)
+        print(printable(f"resnest-table3: skipped: {line}"), file=sys.stderr)
     print(format_table(rows, config.format))
 
 

@@ -308,7 +308,7 @@ def _is_complete(encoded: bytes) -> bool:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep Pillow from warning of what it mends, and of large images: they are judged here."""
+    """Keep Pillow from warning of what it repairs, and of large images: they are judged here."""
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

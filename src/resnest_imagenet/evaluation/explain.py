@@ -65,10 +65,10 @@ class Explanation:
 
 
 def explain_images(config: ExplainConfig) -> tuple[list[str], list[str]]:
-    """Write the pictures into `config.out`; images that cannot be used are left out.
+    """Write the pictures into `config.out`; images that cannot be used are skipped.
 
     Returns:
-        Lines about what was written, and a line for each image that was left out.
+        Lines about what was written, and a line for each image that was skipped.
 
     Raises:
         UserError: for what a user can cause, as one line.

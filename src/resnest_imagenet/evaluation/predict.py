@@ -43,10 +43,10 @@ class Prediction:
 
 
 def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
-    """Predict, and write `config.out` if it is set; images that cannot be used are left out.
+    """Predict, and write `config.out` if it is set; images that cannot be used are skipped.
 
     Returns:
-        The predictions, by image and rank, and a line for each image that was left out.
+        The predictions, by image and rank, and a line for each image that was skipped.
 
     Raises:
         UserError: for what a user can cause, as one line.

@@ -120,7 +120,7 @@ class Saver:
         if is_finished:
             lines = [f"finished: best top-1 {state.best_top1:.2f} %, nothing to do"]
         else:
-            lines = [f"going on after step {state.step}, {state.epoch} epochs done", *self._describe_changes(saved)]
+            lines = [f"resuming after step {state.step}, {state.epoch} epochs done", *self._describe_changes(saved)]
         if self.ranks.is_main:
             print(*lines, sep="\n", flush=True)
         before = _count_epochs(saved)
@@ -260,7 +260,7 @@ def describe_identity(
     ranks: Ranks,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return what must not change when a run goes on: plain values by option name, and digests of the data.
+    """Return what must not change when a run resumes: plain values by option name, and digests of the data.
 
     The evaluation's protocol and the val images are among them: the best accuracy so far is comparable under the same
     only. Paths are relative to the data set's folder, which may move. All ranks take part, and share the files.
