@@ -12,7 +12,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 # Before Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():
@@ -72,8 +71,10 @@ def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+def graphs(monkeypatch: pytest.MonkeyPatch):
     """Count what is compiled, and run it as it is: `frame_count` graphs."""
+    from torch._dynamo.testing import CompileCounter  # late: it imports Triton
+
     torch.compiler.reset()
     counter = CompileCounter()
     compile_module = nn.Module.compile

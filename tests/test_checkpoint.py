@@ -138,3 +138,11 @@ def test_code_inside_a_zip_checkpoint_is_not_executed(tmp_path, capsys):
 def test_a_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "b.pt")
+
+
+def test_the_same_tensors_are_the_same_safetensors_file(tmp_path):
+    files = []
+    for number in range(8):  # safetensors writes its metadata in any order
+        save_checkpoint({"weight": torch.arange(3.0)}, tmp_path / f"{number}.safetensors")
+        files.append((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(set(files)) == 1

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "compute": set(),
     "config": set(),
     "distributed": {"errors"},
-    "checkpoint": {"errors", "files"},
+    "checkpoint": {"distributed", "errors", "files"},
     "files": {"errors"},
     "supervision": {"distributed", "errors"},
     "models": LEAVES,

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -252,7 +252,7 @@ def tell_launcher(line: str) -> None:
     """Let torchrun's summary, which comes last, repeat why this rank failed."""
     path = find_launcher_file()
     if path:
-        with open(path, "w") as file:
+        with suppress(OSError), open(path, "w") as file:  # a full disk must not change the exit code
             file.write(format_failure(line))
 
 

@@ -78,7 +78,7 @@ class Stopped(SystemExit):
         exit_code, is_shared, is_said: as of a `UserError`.
     """
 
-    exit_code = 75
+    exit_code = code = 75
     is_shared = True
     is_said = False
 
@@ -112,7 +112,7 @@ def explain_runtime(error: BaseException) -> UserError | None:
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
         return StorageError("too many open files: raise the limit (ulimit -n), or lower loader.workers")
     # Workers hand over batches in files of these names.
-    if re.search(r"</torch_|shared memory|DataLoader worker .* (exited unexpectedly|is killed)", text):
+    if re.search(r"</torch_|torch_shm_manager|DataLoader worker .* (exited unexpectedly|is killed)", text):
         way_out = "--ipc=host or a larger --shm-size of the container, fewer loader.workers, or loader.workers=0"
         return StorageError(f"{first_line(error).rstrip('. ')}: is /dev/shm full, or memory short? {way_out}")
     if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS):

@@ -199,8 +199,8 @@ def locked(path: Path, timeout: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: afterwards it may be another's
         lock.release()
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -295,3 +295,15 @@ def test_crashes_without_end_are_one_line(deadly, tmp_path):
 
 def test_what_is_known_of_imagenet():
     assert len(set(KNOWN_CMYK)) == 22
+
+
+def test_duplicates_below_a_class_are_where_their_class_is(tmp_path):
+    for path in ("train/a/1.jpg", "train/a/x/2.jpg", "train/b/y/3.jpg", "val/a/4.jpg"):
+        write(tmp_path, path, encode(0))
+    write(tmp_path, "val/b/5.jpg", encode(1))
+    findings = check_images(str(tmp_path), "train", "val", workers=1).findings
+    assert {(finding.kind, finding.path) for finding in findings if finding.detail.startswith("the same as")} == {
+        ("twice in a class", "train/a/x/2.jpg"),
+        ("in two classes", "train/b/y/3.jpg"),
+        ("in train and val", "val/a/4.jpg"),
+    }

@@ -166,20 +166,20 @@ def fail_reading(monkeypatch, index, error, times):
     return asked
 
 
-@pytest.mark.parametrize("error", [EIO, ESTALE, EMFILE])
-def test_a_storage_error_that_passes_changes_nothing(error, sound, monkeypatch):
-    expected = list(make_loader("torchvision", sound).batches(0))
+@pytest.mark.parametrize(("name", "error"), [("torchvision", EIO), ("torchvision", ESTALE), ("dali", EMFILE)])
+def test_a_storage_error_that_passes_changes_nothing(name, error, sound, monkeypatch):
+    expected = list(make_loader(name, sound).batches(0))
     fail_reading(monkeypatch, 20, error, times=3)
-    loader = make_loader("torchvision", sound, workers=0)
+    loader = make_loader(name, sound, workers=0)
     assert_equal(loader.batches(0), expected)
     assert not loader.substitution.bad
 
 
 @pytest.mark.parametrize(("error", "tries"), [(EIO, 4), (EMFILE, 4), (ENOENT, 1), (EACCES, 1)])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_storage_error_that_stays_replaces_no_image(error, tries, workers, sound, monkeypatch):
+@pytest.mark.parametrize(("name", "workers"), [("torchvision", 0), ("torchvision", 1), ("dali", 0)])
+def test_a_storage_error_that_stays_replaces_no_image(error, tries, name, workers, sound, monkeypatch):
     asked = fail_reading(monkeypatch, 20, error, times=9)
-    loader = make_loader("torchvision", sound, workers=workers)
+    loader = make_loader(name, sound, workers=workers)
     with pytest.raises(LoadingError) as caught:
         list(loader.batches(0))
     assert str(caught.value).startswith(f"{sound.name(20)}: cannot be read ({os.strerror(error)})")

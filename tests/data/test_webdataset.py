@@ -243,6 +243,13 @@ def assert_fails(root, message):
     assert "\n" not in str(caught.value)
 
 
+def test_masks_and_the_like_are_no_images(tmp_path):
+    members = {"a.tif": b"", "b.bmp": b"", "b.jpg": b"b", "b.tiff": b"", "b.cls": b"0", "c.tif": b"c", "c.cls": b"0"}
+    write_tar(tmp_path / "val/0.tar", members)
+    images = read_shards(str(tmp_path), "val", "data.val_dir")
+    assert [images.read(index) for index in range(len(images))] == [b"b", b"c"]
+
+
 def test_class_names_as_windows_writes_them(tmp_path):
     write_tar(tmp_path / "val/0.tar", {"a.jpg": b"", "a.cls": b"1"})
     names = tmp_path / "val/classes.txt"

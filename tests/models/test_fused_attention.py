@@ -89,7 +89,7 @@ def test_is_as_exact_as_the_formula_under_autocast():
     def error(found, name):
         return ((found[name] - exact[name]).norm() / exact[name].norm()).item()
 
-    for name in ours:
+    for name in ours.keys() - {"fc1.bias"}:  # a batch norm takes it out again: its exact gradient is 0
         assert error(ours, name) < max(1.5 * error(theirs, name), 2**-8), name
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CPU
+from conftest import CPU, LAUNCHED
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.training import memory
 from resnest_imagenet.training.memory import count_free_bytes, require_memory
@@ -72,11 +72,14 @@ def test_a_step_that_cannot_fit_is_refused_with_what_would(small_run, monkeypatc
     )
     with pytest.raises(ConfigError, match=message):
         require_memory(config, CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ConfigError, match=r"for 4 ranks on this machine, .*: train.batch_size=8 fits"):
-        require_memory(config, CPU)
-    monkeypatch.delenv("RANK")
+    with monkeypatch.context() as launched:
+        for name, value in {**LAUNCHED, "LOCAL_WORLD_SIZE": "4"}.items():
+            launched.setenv(name, value)
+        with pytest.raises(ConfigError, match=r"for 4 ranks on this machine, .*: train.batch_size=8 fits"):
+            require_memory(config, CPU)
+        launched.setenv("RANK", "1")
+        launched.setenv("LOCAL_RANK", "1")
+        require_memory(config, CPU)  # the first rank of the machine has said it
     free = int(kept * 1.2)
     require_memory(config, CPU)
     assert capsys.readouterr().err.startswith("WARNING: train.batch_size=64 of resnest14_half at 32 pixels needs ")

@@ -314,6 +314,12 @@ def read_status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
 
 
+def read_end(run: Path) -> dict[str, Any]:
+    """Return how the last start ended, also where it did not get as far as the run in its folder."""
+    failed = run / "failed_start.json"
+    return json.loads(failed.read_text()) if failed.exists() else read_status(run)
+
+
 def require_equal_runs(run: Path, other: Path) -> None:
     """Compare two finished runs bit for bit: weights, averages, optimiser, counters, metrics and the best."""
     for one, two in ((newest(run), newest(other)), (run / "checkpoints/best.pt", other / "checkpoints/best.pt")):

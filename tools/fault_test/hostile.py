@@ -271,7 +271,7 @@ def _offer_shards(place: Place, claims: Claims, canary: Canary) -> int:
     cases = cases[::5] if place.fast else cases
     good: list[Member] = [(f"{number}.jpg", jpeg) for number in range(16)]
     good += [(f"{number}.cls", b"%d" % (number % 2)) for number in range(16)]
-    options = ("data=webdataset", "data.val_dir=train", "train.epochs=1", "train.warmup_epochs=0")
+    options = ("data=webdataset", "train.epochs=1", "train.warmup_epochs=0")
     trainers = []
     for number, (_, members) in enumerate(cases):
         folder = place.folder / f"shards-{number}"
@@ -281,6 +281,7 @@ def _offer_shards(place: Place, claims: Claims, canary: Canary) -> int:
             index = folder / "train/index.npz"
             np.savez(index, shards=np.array([Bait(open, str(canary.path), "w")], object))
             canary.try_trap(lambda index=index: np.load(index, allow_pickle=True)["shards"], "an index")
+        shutil.copytree(folder / "train", folder / "val")
         loader = LOADERS[number % 2]
         trainers.append(Trainer(place, place.new_run(), f"data.root={folder}", f"loader={loader}", *options))
     for number, ((code, members), trainer) in enumerate(zip(cases, trainers, strict=True)):

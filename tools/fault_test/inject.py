@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,12 @@ def has_little_memory(megabytes: int) -> None:
     def load_checkpoint(path: Any) -> Any:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 2**20, before[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (size + (megabytes + 1) * 2**20, before[1]))
+        taken = []  # what the C library has kept of freed memory too
+        with suppress(MemoryError):
+            while True:
+                taken.append(bytearray(2**20))
+        del taken[-megabytes:]
         try:
             return real(path)
         finally:

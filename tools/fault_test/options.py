@@ -47,7 +47,7 @@ train loader.worker=4 -> did you mean 'loader.workers'?
 train log.every_stpes=1 -> did you mean 'log.every_steps'?
 train device=gpu -> device=gpu: input should be 'auto', 'cpu' or 'cuda'
 train seed=-1 -> seed=-1: input should be greater than or equal to 0
-train run_dir=3 -> run_dir=3: input should be a valid string
+train run_dir=[3] -> run_dir=[3]: input should be a valid string
 train data=webdatasets -> did you mean 'webdataset'?
 train recipe=bag_of_trick -> did you mean 'bag_of_tricks'?
 train +experiment=seresnext50_32x4 -> did you mean 'seresnext50_32x4d'?

@@ -2,6 +2,7 @@
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.errors import printable
 
 
 def run(config: TrainConfig) -> float:
@@ -12,7 +13,7 @@ def run(config: TrainConfig) -> float:
 
         plan = describe_run(config)
         if launched_as()[0] == 0:
-            print(plan)
+            print("\n".join(map(printable, plan.splitlines())))
         return float("nan")  # to a sweeper
     from resnest_imagenet.training.train import train
 

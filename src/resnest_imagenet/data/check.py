@@ -3,12 +3,13 @@
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
-from resnest_imagenet.data.decoding import BadImage
+from resnest_imagenet.data.decoding import OTHER_FORMATS, BadImage
 from resnest_imagenet.data.examine import Finding, count_cores, examine_files
 from resnest_imagenet.data.folder import tell_by_name
 from resnest_imagenet.data.reading import open_regular
@@ -52,17 +53,12 @@ NOTES = (
 
 # How files begin that hold an image, and where: of the formats that are taken and of those that are not.
 SIGNATURES = (
+    *(signature for signature in OTHER_FORMATS if len(signature[1]) >= 4),  # shorter ones begin texts, too
     (0, b"\xff\xd8\xff", "JPEG"),
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
     (8, b"WEBP", "WebP"),
-    (0, b"GIF8", "GIF"),
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
-    (4, b"ftypheic", "HEIF"),
-    (4, b"ftypheix", "HEIF"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftypavif", "AVIF"),
-    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
     (6, b"\0\0\0\0", "BMP"),  # behind BM, see `_name_format`
 )
 # After so many crashes it is rather the machine than the files.
@@ -134,7 +130,7 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
         if result.sha256:
             original = originals.setdefault(result.sha256, result.path)
             if original != result.path:
-                findings.append(Finding(_relate(original, result.path), result.path, f"the same as {original}"))
+                findings.append(Finding(_relate(parts, original, result.path), result.path, f"the same as {original}"))
         crashes += [finding.path for finding in result.findings if finding.kind == "crash"]
         if len(crashes) == MAX_CRASHES:
             raise DataError(f"{root}: {MAX_CRASHES} processes died decoding (is memory short?): {', '.join(crashes)}")
@@ -255,12 +251,18 @@ def compare_classes(train: Part, val: Part) -> list[Finding]:
     ]
 
 
-def _relate(original: str, path: str) -> str:
-    """Say where two files with the same content stand: .../<part>/<class>/<image>."""
-    one, other = os.path.dirname(original), os.path.dirname(path)
-    if one == other:
-        return "twice in a class"
-    return "in two classes" if os.path.dirname(one) == os.path.dirname(other) else "in train and val"
+def _relate(parts: Sequence[Part], original: str, path: str) -> str:
+    """Say where two files with the same content stand: <part>/<class>/.../<image>."""
+    (part, name), (other_part, other_name) = (_locate(parts, each) for each in (original, path))
+    if part != other_part:
+        return "in train and val"
+    return "twice in a class" if name == other_name else "in two classes"
+
+
+def _locate(parts: Sequence[Part], path: str) -> tuple[str, str]:
+    """Return the part and the class of an image."""
+    part = next(part.name for part in parts if path.startswith(part.name + "/"))
+    return part, path.removeprefix(part + "/").partition("/")[0]
 
 
 def format_report(report: Report) -> str:

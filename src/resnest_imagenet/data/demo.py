@@ -92,6 +92,7 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
     Raises:
         DataError: where `out` holds something else or cannot be written.
     """
+    out = out.absolute()
     settings = {"seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
     marker = "demo.json"
     unfinished = name_temporary(out)

@@ -4,7 +4,6 @@ import gc
 import hashlib
 import multiprocessing
 import os
-import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 from PIL import Image
+from tqdm import tqdm
 
 from resnest_imagenet.data.decoding import BadImage, Fault, decode, find_fault, is_ordinary, open_image
 from resnest_imagenet.data.folder import ImageFolder
-from resnest_imagenet.data.processes import end_with_parent
+from resnest_imagenet.data.processes import START_METHOD, end_with_parent
 from resnest_imagenet.data.reading import PASSING, read_file, try_again
 from resnest_imagenet.errors import LoadingError, first_line
 
@@ -100,7 +100,9 @@ def split_unreadable(images: ImageFolder) -> tuple[ImageFolder, list[str]]:
     """
     names = [images.name(index) for index in range(len(images))]
     usable, lines = [], []
-    for index, result in enumerate(examine_files("", names, min(count_cores(), len(names)))):
+    results = examine_files("", names, min(count_cores(), len(names)))
+    progress = tqdm(results, "looking at images", len(names), unit="", disable=None, dynamic_ncols=True, leave=False)
+    for index, result in enumerate(progress):
         if result.sha256:
             usable.append(index)
             continue
@@ -115,8 +117,7 @@ def split_unreadable(images: ImageFolder) -> tuple[ImageFolder, list[str]]:
 def _examine_batches(root: str, paths: Sequence[str], workers: int, batch: int, ahead: int) -> Iterator[Examined]:
     waiting = deque(paths[start : start + batch] for start in range(0, len(paths), batch))
     running: deque[tuple[Sequence[str], Future[list[Examined]]]] = deque()
-    # Forked processes need not import torch again, each for seconds.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context(START_METHOD)
     while waiting:
         number = min(workers, len(waiting))
         with ProcessPoolExecutor(number, context, _set_up, (os.getpid(),)) as processes:

@@ -1,7 +1,6 @@
 """The contract of a loader, and the choice of one and of its source."""
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resnest_imagenet.data.examine import count_cores
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
@@ -102,8 +102,7 @@ def build_loader(
         ConfigError: for "dali" where it is not installed.
     """
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(8, cores)
+        workers = min(8, count_cores())
     if choose_loader(name) == "dali":
         from resnest_imagenet.data.dali import DaliLoader
 

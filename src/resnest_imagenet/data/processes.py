@@ -6,6 +6,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+# Forked processes see their parent end, and need not import torch again, each for seconds.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 def end_with_parent(parent: int) -> None:

@@ -7,6 +7,7 @@ and the plan decides the order.
 
 import gc
 import itertools
+import multiprocessing
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.folder import IMAGE_SUFFIXES, ImageFolder, read_image_folder
-from resnest_imagenet.data.processes import end_with_parent
+from resnest_imagenet.data.processes import START_METHOD, end_with_parent
 from resnest_imagenet.data.reading import open_regular, require_size
 from resnest_imagenet.data.source import ImageSource, find_part, print_notes, require_same_classes, require_separate
 from resnest_imagenet.errors import DataError, LoadingError
@@ -35,6 +36,8 @@ from resnest_imagenet.files import locked
 from resnest_imagenet.randomness import Purpose, stream
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
+# Of a key's members these are the image; another of the above is only where there is none: it may be a mask.
+USUAL_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CLASSES = "classes.txt"  # one name per line, in the order of the labels
 INDEX = "index.npz"  # what `_scan_shards` returns
 OPEN_SHARDS = 256  # per process and part: both parts stay below the usual limit of 1024 open files
@@ -43,6 +46,8 @@ SCANNING_PROCESSES = 8
 # Arrays by name: "files" (bytes), "offset" and "length" (of the image in its shard, int64) and "labels" (int64), all
 # (N,); of several shards also "shard" (which one, (N,) int32), "shards" (their names) and "sizes" (int64).
 Listing = dict[str, np.ndarray]
+Image = tuple[str, int, int]  # its name, and where it is in the shard: offset and length
+Member = tuple[str, Image]  # its extension first
 
 
 class _Descriptor:
@@ -209,7 +214,8 @@ def _scan_shards(paths: Sequence[Path]) -> Listing:
     gc.freeze()
     try:
         number = min(SCANNING_PROCESSES, len(paths))
-        with ProcessPoolExecutor(number, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
+        context = multiprocessing.get_context(START_METHOD)
+        with ProcessPoolExecutor(number, context, end_with_parent, (os.getpid(),)) as pool:
             parts = list(pool.map(_scan_shard, paths))
     finally:
         gc.unfreeze()
@@ -223,7 +229,7 @@ def _scan_shards(paths: Sequence[Path]) -> Listing:
 
 def _scan_shard(path: Path) -> Listing:
     """List one shard, in its own order."""
-    images: dict[str, tuple[str, int, int]] = {}
+    members: dict[str, list[Member]] = {}
     labels: dict[str, int] = {}
     dotted: dict[str, str] = {}  # members such as a.b.jpg, by their key, which is a
     name = "its beginning"
@@ -238,15 +244,16 @@ def _scan_shard(path: Path) -> Listing:
                 if "." in extension:
                     dotted.setdefault(key, name)
                     continue
-                if key in (labels if extension == "cls" else images):
-                    raise DataError(f"{path}: {key} has two {'labels' if extension == 'cls' else 'images'}")
                 if extension == "cls":
+                    if key in labels:
+                        raise DataError(f"{path}: {key} has two labels")
                     text = os.pread(file.fileno(), min(member.size, 32), member.offset_data)
                     if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
                         raise DataError(f"{path}: {name}: {text!r} is not a label (digits, counted from 0)")
                     labels[key] = int(text)
                 else:
-                    images[key] = (f"{path.name}/{name}", member.offset_data, member.size)
+                    image = f"{path.name}/{name}", member.offset_data, member.size
+                    members.setdefault(key, []).append((extension, image))
             # tarfile takes a damaged header, and the end of the file, for the end of the archive: a block of zeros.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end of the archive")
@@ -254,6 +261,7 @@ def _scan_shard(path: Path) -> Listing:
         raise DataError(f"{path}: a truncated or damaged tar file after {name} ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    images = _choose_images(path, members, labels)
     alone = sorted(images.keys() ^ labels.keys())
     if alone:
         missing = "label (.cls)" if alone[0] in images else f"image ({', '.join(IMAGE_EXTENSIONS)})"
@@ -267,6 +275,18 @@ def _scan_shard(path: Path) -> Listing:
         "length": np.array([length for _, _, length in images.values()], dtype=np.int64),
         "labels": np.array([labels[key] for key in images], dtype=np.int64),
     }
+
+
+def _choose_images(path: Path, members: dict[str, list[Member]], labels: dict[str, int]) -> dict[str, Image]:
+    """Return the image of each key."""
+    images = {}
+    for key, candidates in members.items():
+        usual = [image for extension, image in candidates if extension in USUAL_EXTENSIONS]
+        if len(usual) > 1:
+            raise DataError(f"{path}: {key} has two images")
+        if usual or key in labels:
+            images[key] = usual[0] if usual else candidates[0][1]
+    return images
 
 
 def _split(member: str) -> tuple[str, str]:

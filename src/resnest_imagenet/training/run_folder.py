@@ -30,7 +30,10 @@ from resnest_imagenet.errors import (
 from resnest_imagenet.evaluation.events import parse_events
 from resnest_imagenet.files import DAMAGED, move_damaged, owned, remove_temporary, replacing, storing, synchronise
 
-_FILES = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "predictions.csv", "trackers.json")
+_FILES = (
+    *("config.yaml", "environment.json", "status.json", "failed_start.json"),
+    *("metrics.jsonl", "predictions.csv", "trackers.json"),
+)
 _MOVING = ".moving"  # the suffix of earlier-<number> until all of that run is in it
 # When a run is set aside: what is of this start's processes, and what was set aside before.
 _STAYS = re.compile(rf"lock|rank-.*\.trace|earlier-\d+({re.escape(_MOVING)})?")
@@ -51,6 +54,9 @@ class RunFolder:
     trackers.json      by which names W&B and MLflow know the run
     checkpoints/       step-<number>.pt, the last few, and best.pt
     lock               held by the process that writes
+    rank-*.trace       where each rank is: left by those that a signal has ended at once (`Trace`)
+    suspects.txt       the images that such a rank was at
+    *.damaged          what was not what it should be
     earlier-<number>/  a run that was set aside: all that was here but the lock
     """
 
@@ -68,6 +74,7 @@ class RunFolder:
         self._is_main = is_main
         self._owns_status = False
         self._saved_step: int | None = None
+        self._damaged: list[Path] = []  # checkpoints, as `read_newest` has found them
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -111,7 +118,8 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
             remove_temporary(self.checkpoints, ("best.pt", "step-*.pt"))
             remove_temporary(self.path, _FILES)
-            (self.path / "failed_start.json").unlink(missing_ok=True)
+            for path in self._damaged:
+                move_damaged(path)
         for path in (self.path / name for name in _FILES):
             if path.exists() and not path.is_file():
                 print(f"WARNING: {path}: not a file: moved to {move_damaged(path).name}", file=sys.stderr, flush=True)
@@ -147,6 +155,8 @@ class RunFolder:
 
     def _own_status(self) -> None:
         self._owns_status = True
+        with storing(self.path):
+            (self.path / "failed_start.json").unlink(missing_ok=True)
         self.write_status("running")
 
     def _holds_run(self) -> bool:
@@ -198,7 +208,7 @@ class RunFolder:
     def read_newest(self) -> tuple[str | None, dict[str, Any]]:
         """Return the name and content of the newest checkpoint that is whole, or None where there is none.
 
-        Damaged ones get another name, with a line on stderr: the run makes them again.
+        Damaged ones are named on stderr. They get another name once the run begins, which makes them again.
 
         Raises:
             CheckpointError: all are damaged, or one cannot be read.
@@ -209,10 +219,11 @@ class RunFolder:
                 return path.name, load_checkpoint(path)
             except DamagedCheckpointError as error:
                 print(f"WARNING: {error}; going back to the checkpoint before it", file=sys.stderr, flush=True)
-                with storing(path):
-                    path.rename(path.with_name(path.name + DAMAGED))
+                self._damaged.append(path)
         if found or list(self.checkpoints.glob(f"*{DAMAGED}")):
-            raise CheckpointError(f"{self.checkpoints}: all checkpoints are damaged: start anew in another run_dir")
+            raise CheckpointError(
+                f"{self.checkpoints}: all checkpoints are damaged: start from scratch in another run_dir"
+            )
         return None, {}
 
     def set_aside(self) -> Path:
@@ -225,6 +236,7 @@ class RunFolder:
         with storing(aside):
             aside.with_name(aside.name + _MOVING).mkdir()
             self._finish_moving()
+        self._damaged.clear()  # they are there
         self._own_status()
         return aside
 

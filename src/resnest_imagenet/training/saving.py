@@ -19,7 +19,7 @@ from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.loader import Loader, choose_loader
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.distributed import Ranks, gather, gather_objects
-from resnest_imagenet.errors import CheckpointError, is_out_of_memory
+from resnest_imagenet.errors import CheckpointError, is_out_of_memory, printable
 from resnest_imagenet.training.run_folder import RunFolder, list_versions
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
@@ -92,7 +92,7 @@ class Saver:
             return saved or None
         gather(0, self.ranks)  # all have read it
         if self.ranks.is_main:
-            print(f"{problem}: moved to {self.run.set_aside()}, starting from scratch", flush=True)
+            print(printable(f"{problem}: moved to {self.run.set_aside()}, starting from scratch"), flush=True)
         return None
 
     def restore(self, state: TrainingState, loader: Loader, saved: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 
@@ -32,6 +33,7 @@ class StopRequest:
             speaks: whether to answer a signal with a line.
         """
         self.name: str | None = None
+        self.before_leaving: Callable[[], None] = lambda: None  # at a second signal
         self._speaks = speaks
         self._is_stepping = False
         self._since = 0.0
@@ -78,6 +80,7 @@ class StopRequest:
             self._say(f"{self.name}: stopping after this step or the next, with a checkpoint; a second leaves at once")
         elif time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
             self._say("a second signal: leaving at once")
+            self.before_leaving()
             os._exit(128 + number)
 
     def _stopped(self) -> Stopped:

@@ -21,6 +21,7 @@ SUSPECTS = "suspects.txt"
 _SIZE = 1024  # bytes of a record: always as many, so that no disk can be too full for it
 _READ_AHEAD = 2  # batches that DALI decodes while the run works on one
 _DEALT = ("rank", "world_size", "batch_size", "num_batches")  # what may differ between attempts
+_KNOWN = ("num_samples", "seed")
 
 
 class Trace:
@@ -37,10 +38,13 @@ class Trace:
             folder: of the run.
         """
         self._folder = folder
-        self._left: dict[Path, dict[str, Any]] = {}
+        self._left: dict[Path, dict[str, Any] | None] = {}
         for path in sorted(folder.glob("rank-*.trace")):
+            record = None
             with suppress(OSError, ValueError):  # it may be empty where a machine has lost its power
-                self._left[path] = json.loads(path.read_bytes())
+                record = json.loads(path.read_bytes())
+            is_ours = isinstance(record, dict) and record.keys() >= {"epoch", "batch", "doing", *_DEALT, *_KNOWN}
+            self._left[path] = record if is_ours else None
         self._files: dict[Path, int] = {}
         self._written: dict[Path, bytes] = {}
 
@@ -57,7 +61,7 @@ class Trace:
             batches: this rank's of an epoch of training.
         """
         self._batches = batches
-        known = {name: getattr(batches, name) for name in (*_DEALT, "num_samples", "seed")}
+        known = {name: getattr(batches, name) for name in (*_DEALT, *_KNOWN)}
         self._dealt = json.dumps(known).strip("{}")
         self._own = self._folder / f"rank-{batches.rank}.{platform.node()}.{os.getpid()}.trace"
         launcher_file = find_launcher_file()
@@ -104,25 +108,28 @@ class Trace:
             train_set: the images of training.
             val_set: those of the evaluation.
         """
-        left = {path: record for path, record in self._left.items() if path.exists()}
-        if not left or self._batches.rank > 0:
+        if self._batches.rank > 0:
             return
-        first = min(left.values(), key=lambda record: (record["epoch"], record["batch"], record["rank"]))
-        ranks = sorted(record["rank"] for record in left.values())
+        left = [record for path, record in self._left.items() if record is not None and path.exists()]
+        for path in self._left:
+            path.unlink(missing_ok=True)
+        if not left:
+            return
+        first = min(left, key=lambda record: (record["epoch"], record["batch"], record["rank"]))
+        ranks = sorted(record["rank"] for record in left)
         plan = replace(self._batches, **{name: first[name] for name in _DEALT})
         where = _describe(first["epoch"], first["batch"], first["doing"], len(plan))
         line = f"WARNING: rank {', '.join(map(str, ranks))} of the last attempt ended without a word, {where}"
-        is_same = all(first[name] == getattr(self._batches, name) for name in ("seed", "num_samples"))
+        is_same = all(first[name] == getattr(self._batches, name) for name in _KNOWN)
         names = list(_name_images(first, plan, train_set, val_set)) if is_same else []
         if names:
             suspects = self._folder / SUSPECTS
             with suppress(OSError):
                 suspects.write_text("".join(f"{name}\n" for name in names))
             line += f"; its images: {', '.join(names[:3])}, ... ({len(names)}, all in {suspects})"
-            line += f"; to look for a bad one: resnest-data check data.root={train_set.root.parent}"
+            if not train_set.shard_sizes:
+                line += f"; to look for a bad one: resnest-data check data.root={train_set.root.parent}"
         print(printable(line), file=sys.stderr, flush=True)
-        for path in left:
-            path.unlink(missing_ok=True)
 
 
 def _name_images(

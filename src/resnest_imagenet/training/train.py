@@ -60,6 +60,7 @@ def train(config: TrainConfig) -> TrainingState:
         trace = stack.enter_context(Trace(run.path))
         ranks = stack.enter_context(distributed.join(device, config.timeout_seconds))
         trace.begin(plan_batches(config, train_set, plan, ranks))
+        request.before_leaving = trace.close
         on_abort = trace.closing_after(run.write_end)
         watch = stack.enter_context(supervise(ranks, config.timeout_seconds, on_abort, trace.note))
         # 4. The loaders: this rank's share of both sets.
