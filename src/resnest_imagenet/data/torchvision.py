@@ -30,7 +30,7 @@ from resnest_imagenet.data.processes import end_with_parent
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
-from resnest_imagenet.errors import LoadingError
+from resnest_imagenet.errors import LoadingError, StorageError, explain_runtime
 
 
 class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
@@ -148,19 +148,15 @@ def _kill(workers: list[BaseProcess]) -> None:
 def _explain_failure(error: Exception) -> LoadingError | None:
     """Explain why workers cannot be started, have died or cannot hand over a batch; None for any other failure."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
-    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
-        return LoadingError(errno.EMFILE, "too many open files: raise the limit (ulimit -n) or lower loader.workers")
-    if number in (errno.EAGAIN, errno.ENOMEM):
-        return LoadingError(number, f"the loader's workers cannot be started ({text}): lower loader.workers")
-    if "shared memory" in text or "No space left on device" in text:
-        what = "/dev/shm is full, through which workers hand over batches"
-        return LoadingError(errno.ENOSPC, f"{what}: --ipc=host, a larger --shm-size, or loader.workers=0")
     # A batch is fetched from its worker's memory: that, too, tells that it is gone.
     is_gone = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
     if is_gone or re.search(r"(DataLoader worker|Pin memory thread).* (exited unexpectedly|is killed by signal)", text):
         what = "a worker process of the loader has died (killed, or short of memory, /dev/shm or open files?)"
         return LoadingError(errno.ECHILD, f"{what}: lower loader.workers, --ipc=host, or loader.workers=0")
-    return None
+    if number in (errno.EAGAIN, errno.ENOMEM):
+        return LoadingError(number, f"the loader's workers cannot be started ({text}): lower loader.workers")
+    explained = explain_runtime(error)
+    return LoadingError(number or errno.EIO, str(explained)) if isinstance(explained, StorageError) else None
 
 
 class TorchvisionLoader:

@@ -26,6 +26,7 @@ from resnest_imagenet.errors import (
     Stopped,
     StorageError,
     UserError,
+    explain_runtime,
 )
 from resnest_imagenet.evaluation.events import parse_events
 from resnest_imagenet.files import DAMAGED, move_damaged, owned, remove_temporary, replacing, storing, synchronise
@@ -131,6 +132,7 @@ class RunFolder:
 
     def write_end(self, error: BaseException) -> None:
         """Say how the run ended: in status.json, or in failed_start.json where it has not begun."""
+        error = explain_runtime(error) or error
         text = str(error) if isinstance(error, UserError | Stopped) else f"{type(error).__name__}: {error}"
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
