@@ -28,7 +28,7 @@ train +checkpoint.keeps=3 -> did you mean 'checkpoint.keep'?
 train checkpoint.keep=1 -> checkpoint.keep=1: input should be greater than or equal to 2
 train checkpoint.keep=2.5 -> checkpoint.keep=2.5: input should be a valid integer
 train checkpoint.on_missmatch=refuse -> did you mean 'checkpoint.on_mismatch'?
-train checkpoint.on_mismatch=ignore -> checkpoint.on_mismatch=ignore: input should be 'refuse' or 'set_aside'
+train checkpoint.on_mismatch=ignore -> checkpoint.on_mismatch=ignore: input should be 'refuse', 'set_aside' or 'extend'
 train timeout_second=60 -> did you mean 'timeout_seconds'?
 train timeout_seconds=0 -> timeout_seconds=0: input should be greater than 0
 train timeout_seconds=long -> timeout_seconds=long: input should be a valid number

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import signal
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -141,6 +142,7 @@ def _examine_batches(root: str, paths: Sequence[str], workers: int, batch: int, 
 def _set_up(parent: int) -> None:
     """Set up a process: neither Pillow's own limit counts here, nor what its libraries print about damaged files."""
     end_with_parent(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the others are ended when one has died
     Image.MAX_IMAGE_PIXELS = None
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -105,25 +105,25 @@ class Saver:
             CheckpointError: it holds something else, as that of another version may.
         """
         try:
-            return self._restore(state, loader, saved)
+            state.load_state_dict(saved, self.ranks)
+            lists = saved["bad_images"]
+            same_ranks = len(lists) == self.ranks.world_size
+            bad = lists[self.ranks.rank] if same_ranks else itertools.chain.from_iterable(lists)
+            loader.substitution.bad.update(bad)
+            is_finished, before = is_over(self.run, saved, self.identity), _count_epochs(saved)
+            changes = self._describe_changes(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{self.run.checkpoints}: not of this version, or not a run's") from error
-
-    def _restore(self, state: TrainingState, loader: Loader, saved: dict[str, Any]) -> bool:
-        state.load_state_dict(saved, self.ranks)
-        lists = saved["bad_images"]
-        same_ranks = len(lists) == self.ranks.world_size
-        loader.substitution.bad.update(lists[self.ranks.rank] if same_ranks else itertools.chain.from_iterable(lists))
-        is_finished: bool = gather_objects(is_over(self.run, saved, self.identity), self.ranks)[0]
+        # Not above: where another rank is lost, that is no fault of the checkpoint.
+        is_finished = gather_objects(is_finished, self.ranks)[0]
         if is_finished:
             lines = [f"finished: best top-1 {state.best_top1:.2f} %, nothing to do"]
         else:
-            lines = [f"resuming after step {state.step}, {state.epoch} epochs done", *self._describe_changes(saved)]
+            lines = [f"resuming after step {state.step}, {state.epoch} epochs done", *changes]
         if self.ranks.is_main:
             print(*lines, sep="\n", flush=True)
-        before = _count_epochs(saved)
         if before != self.identity["train.epochs"]:
             state.history.append({"epochs": before, "until_step": state.step})
         return is_finished
