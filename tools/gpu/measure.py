@@ -3,22 +3,29 @@
 python tools/gpu/measure.py OUT [--images DIR] [--device cuda]      (--device cpu tries the script itself)
 
 Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
-under torchrun (NCCL), a run that is stopped and goes on, resnest-eval for each loader, tools/bench.py and, on
-photographs, tools/parity.py and tools/bench_data.py. Prints a table last and writes OUT/gpu.json.
+under torchrun (NCCL), a run that is stopped and resumed, resnest-eval for each loader and of odd images, tools/bench.py
+and, on photographs, tools/parity.py and tools/bench_data.py. Prints a table last and writes OUT/gpu.json.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = "resnest_imagenet.commands"
+ODD_KINDS = (  # and modes, as Pillow calls them
+    *(("PNG", mode) for mode in ("RGB", "P", "LA", "1")),
+    *(("JPEG", mode) for mode in ("CMYK", "L")),
+    *((kind, "RGB") for kind in ("WEBP", "TIFF", "BMP")),
+)
 
 
 def run(module: str, *arguments: str, torchrun: bool = False) -> tuple[int, float, str]:
@@ -82,6 +89,32 @@ def look(out: Path, device: str) -> list[dict]:
         code, seconds, tail = run(f"{COMMANDS}.{command}", *options, f"device={device}")
         rows.append({"case": command, "exit": code, "seconds": seconds, "output": tail})
         print(rows[-1], flush=True)
+    return rows
+
+
+def evaluate_odd(out: Path, data: Path, checkpoint: Path, device: str) -> list[dict]:
+    """Evaluate images that are no plain JPEGs, then with one that is no image: DALI decodes the former in several ways.
+
+    The loaders agree on the accuracy (exit 0), and name the latter (exit 3).
+    """
+    folder = out / "odd"
+    shutil.copytree(data / "val", folder / "val")
+    files = sorted(folder.glob("val/*/*"))
+    for number, file in enumerate(files):
+        with Image.open(file) as image:
+            kind, mode = ODD_KINDS[number % len(ODD_KINDS)]
+            image.convert(mode).save(file, kind)
+    rows = []
+    for what in ("odd images", "a web page"):
+        if what == "a web page":
+            files[0].write_text("<html>not found</html>")
+        for loader in ("dali", "torchvision"):
+            result = out / "odd.json"
+            options = (f"ckpt={checkpoint}", f"data.root={folder}", f"loader={loader}", f"device={device}")
+            code, seconds, tail = run(f"{COMMANDS}.evaluate", *options, "batch_size=64", f"out={result}")
+            top1 = json.loads(result.read_text())["results"][0]["top1"] if code == 0 else tail
+            rows.append({"case": f"eval of {what}, {loader}", "exit": code, "seconds": seconds, "top1": top1})
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -150,7 +183,7 @@ def main() -> None:
         rows.append({"case": f"eval {loader}", "exit": code, "seconds": seconds, "top1": tops})
         print(rows[-1], flush=True)
 
-    rows += look(out, args.device)
+    rows += evaluate_odd(out, data, checkpoint, args.device) + look(out, args.device)
 
     on_gpu = args.device == "cuda"
     machine = {
