@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import sys
 import tempfile
 import time
@@ -86,7 +85,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reliability.json"))
     args = parser.parse_args()
     started = time.monotonic()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the trainers would ignore it, too
     with tempfile.TemporaryDirectory() as folder:
         _ = Place(Path(folder) / "first", args.fast).data  # made once, before two entries want it
         with ThreadPoolExecutor(2) as pool:  # trainers have one thread each

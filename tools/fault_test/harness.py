@@ -122,6 +122,7 @@ def get_server() -> Any:
 
 def _child(command: str, arguments: list[str], environment: dict[str, str], faults: Faults, log: Path) -> None:
     """Be one of the project's commands: what a new process of it does, without the seconds of importing torch."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where this was started by nohup
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of what it starts itself, as in a process from a shell
     with log.open("ab") as file:
