@@ -56,7 +56,7 @@ def stop_when_asked(place: Place) -> dict[str, Any]:
     check(both, run, time.monotonic())
     require(load_checkpoint(newest(run))["step"] == 10, "the signal came in step 9, which was not about to be reported")
     seconds.pop()  # nobody saw the signal come
-    require(Trainer(place, run, *LONG, ranks=2).wait() == [0, 0], f"{run} goes on")
+    require(Trainer(place, run, *LONG, ranks=2).wait() == [0, 0], f"{run} resumes")
     require_equal_runs(whole, run)
 
     if not place.fast:
@@ -68,7 +68,7 @@ def stop_when_asked(place: Place) -> dict[str, Any]:
         require(launched.wait() == 1, "torchrun returns 1 whatever its ranks return")
         launched.count_seconds_until_gone(15)
         check(launched, run, started)
-        require(Trainer(place, run, *LONG, ranks=2).wait() == [0, 0], f"{run} goes on")
+        require(Trainer(place, run, *LONG, ranks=2).wait() == [0, 0], f"{run} resumes")
         require_equal_runs(whole, run)
 
     run = place.new_run()
@@ -95,7 +95,7 @@ def recover_from_death(place: Place) -> dict[str, Any]:
             place, run, *options, restarts=1, faults=[("killed", [number % 2, number // 5, 4 + number % 2])]
         )
         require(launched.wait() == 0, f"recovers, try {number + 1} of {tries}\n{launched.output}")
-        require("resuming after step" in launched.output, f"does not start anew\n{launched.output}")
+        require("resuming after step" in launched.output, f"does not start from scratch\n{launched.output}")
         require_equal_runs(whole, run)
     run = place.new_run()
     launched = Torchrun(place, run, *options, "loader=torchvision", faults=[("killed", [1, 0, 5])])
@@ -115,7 +115,7 @@ def recover_from_death(place: Place) -> dict[str, Any]:
     status = read_status(run)
     require(status["exit_code"] == 7 and "rank 1 is gone" in status["error"], f"status.json names it: {status}")
     again = Trainer(place, run, *options, ranks=2)
-    require(again.wait() == [0, 0], f"{run} goes on\n{again.output}")
+    require(again.wait() == [0, 0], f"{run} resumes\n{again.output}")
     line = f"WARNING: rank 1 of the last attempt ended without a word, {where}; its images: "
     require(again.output.count(line) == 1, f"the next start names its images\n{again.output}")
     return {"recovered": tries, "of": tries, "seconds_until_all_gone": round(seconds, 1)}
