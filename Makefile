@@ -35,7 +35,7 @@ test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
 
 fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
-	PYTHONPATH=tools $(BIN)/python -m fault_test
+	PYTHONPATH=tests $(BIN)/python -m faults
 
 lint: $(READY) ## check style, format and types
 	$(BIN)/ruff check .
@@ -43,19 +43,19 @@ lint: $(READY) ## check style, format and types
 	$(BIN)/mypy
 
 bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes
-	$(BIN)/python tools/bench.py --compile --out docs/performance.json
-	$(BIN)/python tools/bench.py --report docs/performance.json > docs/performance.md
+	$(BIN)/python tools/benchmarks/bench.py --compile --out docs/performance.json
+	$(BIN)/python tools/benchmarks/bench.py --report docs/performance.json > docs/performance.md
 
 growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
-	$(BIN)/python tools/growth.py --out docs/growth.json
-	$(BIN)/python tools/growth.py --report docs/growth.json > docs/growth.md
+	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json
+	$(BIN)/python tools/benchmarks/growth.py --report docs/growth.json > docs/growth.md
 
 bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which needs torch, timm and this project
-	PYTHONPATH=src $(PYTHON) tools/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \
+	PYTHONPATH=src $(PYTHON) tools/benchmarks/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \
 	  --out docs/performance_gpu.json
 
 bench-data: $(READY) ## compare the loaders with torchvision's and DALI's own: IMAGES=DIR, with DIR/<class>/<image>
-	$(BIN)/python tools/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))
+	$(BIN)/python tools/benchmarks/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))
 
 lock: $(READY) ## renew constraints.txt
 	$(BIN)/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --python-version 3.10 \

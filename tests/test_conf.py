@@ -10,7 +10,7 @@ from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import RecipeOptions, TrainConfig
 from resnest_imagenet.data.augment import POLICIES
-from resnest_imagenet.evaluation.table3 import PAPER
+from resnest_imagenet.reports.table3 import PAPER
 
 EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experiment").glob("*.yaml")}
 RECIPES = {path.stem: path.read_text() for path in (find_conf() / "recipe").glob("*.yaml")}

@@ -13,7 +13,7 @@ import pytest
 from conftest import compose_config
 from resnest_imagenet.commands import launch
 from resnest_imagenet.config import Options, TrainConfig, option_names
-from resnest_imagenet.evaluation.table3 import PAPER
+from resnest_imagenet.reports.table3 import PAPER
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,7 +51,7 @@ def to_script(words):
         module = words.index("-m") + 1
         return MODULES[words[module]], words[module + 1 :]
     for place, word in enumerate(words):
-        if word == "tools/slurm/train.sbatch":
+        if word == "tools/launchers/slurm/train.sbatch":
             return "resnest-train", words[place + 1 :]
         if word in SCRIPTS:  # in a container too
             return word, words[place + 1 :]

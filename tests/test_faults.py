@@ -1,8 +1,9 @@
 """A small part of each entry of the fault test: `make fault-test` does them in full."""
 
 import pytest
-from fault_test.__main__ import CATALOGUE
-from fault_test.harness import Place
+
+from faults.__main__ import CATALOGUE
+from faults.harness import Place
 
 
 @pytest.fixture(scope="module")

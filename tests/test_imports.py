@@ -11,6 +11,7 @@ PACKAGE = Path(resnest_imagenet.__file__).parent
 
 # Leaves: every room may use them, and they use none of ours (distributed and randomness: only errors).
 LEAVES = {"errors", "randomness", "files"}
+MEASURING = LEAVES | {"config", "checkpoint", "distributed", "supervision", "compute", "models", "weights", "data"}
 MAY_IMPORT = {
     "errors": set(),
     "randomness": set(),
@@ -23,11 +24,13 @@ MAY_IMPORT = {
     "models": LEAVES,
     "weights": LEAVES | {"config", "checkpoint", "models"},
     "data": LEAVES,
-    "evaluation": LEAVES
-    | {"config", "checkpoint", "distributed", "supervision", "compute", "models", "weights", "data"},
-    "training": LEAVES
-    | {"config", "checkpoint", "distributed", "supervision", "compute", "models", "weights", "data", "evaluation"},
-    "commands": LEAVES | {"config", "distributed", "weights", "data", "training", "evaluation"},
+    "evaluation": MEASURING,
+    "inference": MEASURING | {"evaluation"},
+    "reports": MEASURING | {"evaluation", "inference"},
+    "tasks": MEASURING | {"evaluation", "inference"},
+    "training": MEASURING | {"evaluation", "inference", "tasks"},
+    "commands": LEAVES
+    | {"config", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
     "__init__": {"models"},
 }
 # Packages that one place only may know.
@@ -42,8 +45,8 @@ ONLY_IN["triton"] = {"models/triton_attention.py"}
 ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py"}
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
-ONLY_IN["matplotlib"] = {"evaluation/charts.py", "evaluation/report_page.py", "evaluation/explain_pictures.py"}
-ONLY_IN["captum"] = {"evaluation/explain.py"}
+ONLY_IN["matplotlib"] = {"evaluation/charts.py", "reports/report.py", "reports/explain_pictures.py"}
+ONLY_IN["captum"] = {"inference/explain.py"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py"}
 
 

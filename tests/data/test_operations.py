@@ -1,4 +1,4 @@
-"""Every operation, by DALI and by Pillow: `tools/parity.py` measures the same on photographs."""
+"""Every operation, by DALI and by Pillow: `tools/benchmarks/parity.py` measures the same on photographs."""
 
 import itertools
 from collections import Counter

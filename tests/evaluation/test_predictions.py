@@ -9,12 +9,12 @@ import pytest
 
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.evaluation import compare, explain, predict
-from resnest_imagenet.evaluation.compare import Comparison
-from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
 from resnest_imagenet.evaluation.results import Measured
-from resnest_imagenet.evaluation.table3 import format_table
+from resnest_imagenet.inference import compare, explain, predict
+from resnest_imagenet.inference.compare import Comparison
+from resnest_imagenet.reports.table3 import format_table
 
 
 def test_written_and_read_back(demo_images, tmp_path):

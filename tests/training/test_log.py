@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from resnest_imagenet.data.folder import read_image_folder
-from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.predictions import write_predictions
 from resnest_imagenet.training.log import _drop_other_predictions, _keep_events
 from resnest_imagenet.training.trackers import _read_ids

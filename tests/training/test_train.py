@@ -28,10 +28,10 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import ERandomCrop, TrainTransform
 from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
-from resnest_imagenet.evaluation.counting import Evaluation
-from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, Watch
+from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.training import health as health_module
 from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import train as train_module

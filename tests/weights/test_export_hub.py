@@ -13,7 +13,7 @@ from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands.export import describe_input, run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.weights import hub
 from resnest_imagenet.weights.card import Card
 from resnest_imagenet.weights.hub import describe_for_timm

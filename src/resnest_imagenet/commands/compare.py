@@ -6,7 +6,7 @@ from resnest_imagenet.config import CompareConfig
 
 def run(config: CompareConfig) -> None:
     """Compare and print the tables; images that were skipped raise a DataError after it."""
-    from resnest_imagenet.evaluation.compare import compare_networks, format_comparison
+    from resnest_imagenet.inference.compare import compare_networks, format_comparison
 
     comparison = compare_networks(config)
     print(format_comparison(comparison), flush=True)

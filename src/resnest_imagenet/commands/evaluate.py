@@ -7,7 +7,7 @@ from resnest_imagenet.config import EvalConfig
 def run(config: EvalConfig) -> None:
     """Evaluate and print the table."""
     from resnest_imagenet.distributed import launched_as
-    from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint, format_results
+    from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint, format_results
 
     results = evaluate_checkpoint(config)
     if launched_as()[0] == 0:

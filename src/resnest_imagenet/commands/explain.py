@@ -7,7 +7,7 @@ from resnest_imagenet.errors import printable
 
 def run(config: ExplainConfig) -> None:
     """Write the pictures and say where they are; images that were skipped raise a DataError after it."""
-    from resnest_imagenet.evaluation.explain import explain_images
+    from resnest_imagenet.inference.explain import explain_images
 
     written, faults = explain_images(config)
     for line in written:

@@ -34,7 +34,7 @@ def describe_input(config: ExportConfig, weights: "Weights", name: str) -> "Imag
         name: of the network.
     """
     from resnest_imagenet.data.transforms import MEAN, STD
-    from resnest_imagenet.evaluation.inference import choose_transforms
+    from resnest_imagenet.inference.classifier import choose_transforms
     from resnest_imagenet.weights.card import ImageInput
 
     crops = None if config.crop is None else [config.crop]

@@ -6,7 +6,7 @@ from resnest_imagenet.config import InfoConfig
 
 def run(config: InfoConfig) -> None:
     """Print the costs."""
-    from resnest_imagenet.evaluation.info import describe_networks, format_costs
+    from resnest_imagenet.reports.info import describe_networks, format_costs
 
     costs, device = describe_networks(config)
     print(format_costs(costs, device, config))

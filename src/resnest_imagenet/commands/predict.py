@@ -6,7 +6,7 @@ from resnest_imagenet.config import PredictConfig
 
 def run(config: PredictConfig) -> None:
     """Predict and print the table; images that were skipped raise a DataError after it."""
-    from resnest_imagenet.evaluation.predict import format_predictions, predict_images
+    from resnest_imagenet.inference.predict import format_predictions, predict_images
 
     predictions, faults = predict_images(config)
     print(format_predictions(predictions), flush=True)

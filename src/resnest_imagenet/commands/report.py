@@ -12,7 +12,7 @@ from resnest_imagenet.errors import printable
 
 def run(config: ReportConfig) -> None:
     """Write the page and say where."""
-    from resnest_imagenet.evaluation.report import write_report
+    from resnest_imagenet.reports.runs import write_report
 
     runs, left_out = write_report(config, load_recipes())
     for line in left_out:

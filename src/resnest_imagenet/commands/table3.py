@@ -11,7 +11,7 @@ from resnest_imagenet.errors import printable
 def run(config: Table3Config) -> None:
     """Print the table."""
     from resnest_imagenet.evaluation.results import read_measured
-    from resnest_imagenet.evaluation.table3 import build_table, format_table
+    from resnest_imagenet.reports.table3 import build_table, format_table
 
     measured, left_out = read_measured(config.results, load_recipes())
     rows = build_table(measured)

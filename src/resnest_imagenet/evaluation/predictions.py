@@ -10,8 +10,8 @@ import numpy as np
 
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.cells import guard, unguard
-from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.files import replacing
 
 _COLUMNS = ("protocol", "file", "class", "predicted", "in_top5", "confidence", "true_probability")

@@ -18,12 +18,12 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.events import Event, parse_events
 from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
 from resnest_imagenet.files import DAMAGED, replacing, storing, synchronise_file
+from resnest_imagenet.tasks.pictures import draw_confusions, draw_samples
 from resnest_imagenet.training.health import Verdict
-from resnest_imagenet.training.pictures import draw_confusions, draw_samples
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.trackers import Tracker, open_trackers, show_event

@@ -17,9 +17,7 @@ from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import LoadingError, StorageError
 from resnest_imagenet.randomness import Purpose, stream
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, LOADING
-from resnest_imagenet.training.control import Control, StopAgreed
-from resnest_imagenet.training.log import Report
-from resnest_imagenet.training.mixing import (
+from resnest_imagenet.tasks.mixing import (
     Mixing,
     draw_cutmix,
     draw_mixup,
@@ -27,6 +25,8 @@ from resnest_imagenet.training.mixing import (
     one_hot,
     smoothed_cross_entropy,
 )
+from resnest_imagenet.training.control import Control, StopAgreed
+from resnest_imagenet.training.log import Report
 from resnest_imagenet.training.optimizer import take_step
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState

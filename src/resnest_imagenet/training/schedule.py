@@ -31,6 +31,15 @@ class StepPlan:
     decay_steps: int | None
     decay_factor: float
 
+    @property
+    def epochs(self) -> int:
+        """Of the run; the last one may be shorter."""
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def end_of_epoch(self, epoch: int) -> int:
+        """Return how many steps of the run are done when an epoch, counted from 0, ends."""
+        return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0 over the run.
 

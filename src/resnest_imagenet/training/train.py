@@ -21,8 +21,8 @@ from resnest_imagenet.data.source import ImageSource, print_notes, require_same_
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError, LoadingError, Stopped
-from resnest_imagenet.evaluation.counting import evaluate
-from resnest_imagenet.evaluation.labels import name_outputs
+from resnest_imagenet.evaluation.accuracy import evaluate
+from resnest_imagenet.inference.labels import name_outputs
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.zoo import build_model, require_model
