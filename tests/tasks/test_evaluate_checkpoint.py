@@ -13,7 +13,7 @@ from resnest_imagenet import build_model
 from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.errors import ConfigError, DataError, NonFiniteError
-from resnest_imagenet.evaluation.accuracy import evaluate
+from resnest_imagenet.evaluation.accuracy import measure_accuracy
 from resnest_imagenet.inference.compare import compare_networks
 from resnest_imagenet.inference.explain import explain_images
 from resnest_imagenet.inference.predict import predict_images

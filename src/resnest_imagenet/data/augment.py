@@ -290,7 +290,7 @@ class Augmentation:
         offset = np.zeros((len(indices), 3), np.float32)
         if self != NO_AUGMENTATION:
             for number, index in enumerate(indices):
-                self._draw_one(stream(seed, Purpose.LOOK, epoch, index), before[number], after[number], offset[number])
+                self._draw_one(stream(seed, Purpose.APPEARANCE, epoch, index), before[number], after[number], offset[number])
         return Looks(before, after, offset)
 
     def _draw_one(self, rng: np.random.Generator, before: np.ndarray, after: np.ndarray, offset: np.ndarray) -> None:

@@ -15,14 +15,14 @@ from resnest_imagenet.data.source import name_unreadable, print_notes
 from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.training.train import build_train_transform
+from resnest_imagenet.tasks.classification import build_train_transform
 
 MARGIN = 4  # pixels between the pictures
 CAPTION = 14  # pixels above each row
 
 
 @dataclass(frozen=True)
-class _Chosen(BatchPlan):
+class _FixedSamples(BatchPlan):
     """The same samples in every epoch, in one batch."""
 
     samples: tuple[int, ...] = ()
@@ -46,7 +46,7 @@ def write_preview(config: PreviewDataConfig) -> int:
     unreadable = name_unreadable(source, samples)
     if unreadable:
         raise DataError(unreadable)
-    plan = _Chosen(len(source), len(samples), 1, samples=samples)
+    plan = _FixedSamples(len(source), len(samples), 1, samples=samples)
     transform = build_train_transform(recipe, config.seed)
     device = distributed.choose_device(config.device)
     loader = build_loader(config.loader.name, source, plan, transform, device, config.loader.workers)

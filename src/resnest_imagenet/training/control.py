@@ -40,14 +40,17 @@ class Control:
     saver: Saver
     steps_between_saves: int
 
-    def settle(self, leave: int = 0) -> bool:
-        """Take note of what came of the steps, but for so many of the last ones; say whether the ranks stop.
+    def read_verdicts(self, unread: int = 0) -> bool:
+        """Read the verdicts on finished steps, and report what was skipped; return whether the ranks agree to stop.
+
+        Args:
+            unread: how many of the newest verdicts to leave for later.
 
         Raises:
             NonFiniteError: on all ranks; the steps it is about were applied nowhere.
         """
         stops = False
-        for verdict in self.health.read(leave):
+        for verdict in self.health.read_verdicts(unread):
             stops |= verdict.stops
             if verdict.is_skipped:
                 self.log.skipped(verdict)
@@ -61,15 +64,15 @@ class Control:
         """Write a checkpoint; all ranks take part.
 
         Raises:
-            NonFiniteError: what came of the last step was not known yet; nothing is written.
+            NonFiniteError: the verdict on the last step was not read yet; nothing is written.
         """
-        self.settle()
+        self.read_verdicts()
         self.watch.then(SAVING)
         self.log.synchronise()
         self.saver.save(state, loader, is_best)
 
     def before_eval_batch(self, epoch: int, first: int, batch: int, is_everywhere: bool) -> None:
-        """Go on with an evaluation, unless the ranks agree to stop.
+        """Note the progress of an evaluation, and end it where the ranks agree to stop.
 
         Args:
             epoch: epochs done.
