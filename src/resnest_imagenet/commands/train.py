@@ -17,7 +17,7 @@ def run(config: TrainConfig) -> float:
         return float("nan")  # to a sweeper
     from resnest_imagenet.training.train import train
 
-    return train(config).best_top1
+    return train(config).best
 
 
 def main() -> None:

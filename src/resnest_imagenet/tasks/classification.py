@@ -50,8 +50,8 @@ _BYTES_PER_PIXEL = 10_000  # more than any network keeps of a pixel of its input
 class Classification:
     """Implements `tasks.task.Task`."""
 
-    metric = "top1"
-    head = ("fc",)
+    metric: str = "top1"
+    head: tuple[str, ...] = ("fc",)
 
     def __init__(self, config: TrainConfig) -> None:
         require_model(config.model.name)

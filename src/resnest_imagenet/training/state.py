@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.config import Recipe
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.training.average import MovingAverage
 from resnest_imagenet.training.losses import LossMeter
@@ -29,7 +29,7 @@ class TrainingState:
         history: for each time the run was extended {"epochs": how many it had before, "until_step": when that was}.
     """
 
-    def __init__(self, model: nn.Module, recipe: RecipeOptions, head: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> None:
         """Begin a run.
 
         Args:
