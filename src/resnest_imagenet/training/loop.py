@@ -1,19 +1,21 @@
-"""One epoch of training."""
+"""One epoch of a run: its steps, and the evaluation after them."""
 
 import itertools
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.distributed import broadcast_buffers
 from resnest_imagenet.errors import LoadingError, StorageError
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, LOADING
-from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.tasks.task import Evaluate, Task
 from resnest_imagenet.training.control import Control, StopAgreed
 from resnest_imagenet.training.log import Report
 from resnest_imagenet.training.losses import TOTAL, divide_loss
@@ -85,6 +87,25 @@ def _end_step(state: TrainingState, plan: StepPlan, loader: Loader, control: Con
         raise StopAgreed
     if control.is_save_due(state):
         control.save(state, loader)
+
+
+def end_epoch(
+    state: TrainingState, task: Task, loader: Loader, plan: StepPlan, evaluate: Evaluate, control: Control
+) -> None:
+    """Evaluate after an epoch's steps where that is due, report and save; arguments as in `train_epoch`.
+
+    Raises:
+        StopAgreed: in the middle of the evaluation, which is made again when the run is resumed; on all ranks.
+    """
+    epoch, is_best = state.epoch + 1, False
+    if epoch % task.config.eval.every_epochs == 0 or epoch == plan.epochs:
+        broadcast_buffers(state.evaluated_model)
+        score = evaluate(state.evaluated_model, partial(control.before_eval_batch, state.epoch, len(loader.plan)))
+        is_best = state.end_epoch(score.values[task.metric])
+        control.log.evaluation(state, score, is_best)
+    else:
+        state.end_epoch(None)
+    control.save(state, loader, is_best)
 
 
 def _load_steps(loader: Loader, plan: StepPlan, state: TrainingState, start: int) -> Iterator[Any]:
