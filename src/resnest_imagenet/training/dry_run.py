@@ -11,7 +11,7 @@ import torch
 from resnest_imagenet import distributed
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.compute import autocast
-from resnest_imagenet.config import RecipeOptions, TrainConfig
+from resnest_imagenet.config import Recipe, TrainConfig
 from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import Ranks
@@ -102,7 +102,7 @@ def _describe_start(run: RunFolder, config: TrainConfig, identity: dict[str, Any
     return f"from {newest}" + (f", extended from {before} epochs" if before != config.train.epochs else "")
 
 
-def _describe_learning_rate(recipe: RecipeOptions, plan: StepPlan) -> str:
+def _describe_learning_rate(recipe: Recipe, plan: StepPlan) -> str:
     epochs = sorted({recipe.epochs * quarter // 4 for quarter in range(4)} | {int(recipe.warmup_epochs)})
     rates = [f"{plan.learning_rate(epoch * plan.steps_per_epoch):.3g}" for epoch in epochs]
     last = plan.learning_rate(plan.total_steps - 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.config import Recipe
 from resnest_imagenet.distributed import Ranks, gather_on_device
 from resnest_imagenet.errors import NonFiniteError
 from resnest_imagenet.training.state import TrainingState
@@ -45,7 +45,7 @@ class Verdict:
 class Health:
     """Finds losses and gradients that are not finite, and leaves their steps out."""
 
-    def __init__(self, state: TrainingState, recipe: RecipeOptions) -> None:
+    def __init__(self, state: TrainingState, recipe: Recipe) -> None:
         self._state = state
         self._is_scaled = state.scaler.is_enabled()
         self._max_skipped = recipe.max_skipped_steps

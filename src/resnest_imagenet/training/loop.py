@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet.compute import autocast
-from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.config import Recipe
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import LoadingError, StorageError
@@ -39,7 +39,7 @@ def train_epoch(
     network: nn.Module,
     loader: Loader,
     plan: StepPlan,
-    recipe: RecipeOptions,
+    recipe: Recipe,
     seed: int,
     control: Control,
 ) -> None:
@@ -117,7 +117,7 @@ def _mark_steps(batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
 
 
 def compute_loss(
-    network: nn.Module, images: Tensor, labels: Tensor, recipe: RecipeOptions, seed: int, epoch: int, number: int
+    network: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, seed: int, epoch: int, number: int
 ) -> Tensor:
     """Return the loss of one batch: mixed, forwarded under autocast, against smoothed targets.
 
@@ -138,9 +138,7 @@ def compute_loss(
     return smoothed_cross_entropy(logits, targets, recipe.label_smoothing)
 
 
-def erase_and_mix(
-    images: Tensor, recipe: RecipeOptions, seed: int, epoch: int, number: int
-) -> tuple[Tensor, Mixing | None]:
+def erase_and_mix(images: Tensor, recipe: Recipe, seed: int, epoch: int, number: int) -> tuple[Tensor, Mixing | None]:
     """Return what the network sees of a batch, and what was mixed; see `compute_loss`."""
     if recipe.erasing > 0:
         erase_rectangles(images, recipe.erasing, stream(seed, Purpose.ERASING, epoch, number))
@@ -148,7 +146,7 @@ def erase_and_mix(
     return images if mixing is None else mixing.mix_images(images), mixing
 
 
-def _draw_mixing(recipe: RecipeOptions, images: Tensor, rng: np.random.Generator) -> Mixing | None:
+def _draw_mixing(recipe: Recipe, images: Tensor, rng: np.random.Generator) -> Mixing | None:
     """Draw mixup or CutMix; where a recipe has both, either with probability 1/2."""
     mixup, cutmix = recipe.mixup_alpha > 0, recipe.cutmix_alpha > 0
     if mixup and cutmix:

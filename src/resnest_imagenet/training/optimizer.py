@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.config import Recipe
 
 
 def group_parameters(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:
@@ -18,7 +18,7 @@ def group_parameters(model: nn.Module, weight_decay: float, decay_all: bool = Fa
     ]
 
 
-def build_optimizer(model: nn.Module, recipe: RecipeOptions) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Build SGD over the model's parameter groups; `take_step` sets the learning rate."""
     groups = group_parameters(model, recipe.weight_decay, recipe.decay_all)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)

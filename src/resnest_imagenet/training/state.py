@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.config import Recipe
 from resnest_imagenet.distributed import Ranks, gather_objects
 from resnest_imagenet.training.average import MovingAverage
 from resnest_imagenet.training.optimizer import build_optimizer, complete_state
@@ -28,7 +28,7 @@ class TrainingState:
         history: for each time the run was extended {"epochs": how many it had before, "until_step": when that was}.
     """
 
-    def __init__(self, model: nn.Module, recipe: RecipeOptions) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         device = next(model.parameters()).device
         self.model = model
         self.optimizer = build_optimizer(model, recipe)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet import distributed
 from resnest_imagenet.compute import autocast, keep_freed_memory, place
-from resnest_imagenet.config import DataOptions, RecipeOptions, TrainConfig
+from resnest_imagenet.config import DataOptions, Recipe, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
@@ -198,7 +198,7 @@ def plan_batches(config: TrainConfig, train_set: ImageSource, plan: StepPlan, ra
     )
 
 
-def build_train_transform(recipe: RecipeOptions, seed: int) -> TrainTransform:
+def build_train_transform(recipe: Recipe, seed: int) -> TrainTransform:
     """Make what a recipe does to single images."""
     cropping: RandomResizedCrop | ERandomCrop = RandomResizedCrop(recipe.min_crop_area)
     if recipe.cropping == "erandom":
@@ -239,7 +239,7 @@ def _build_state(config: TrainConfig, train_set: ImageSource, ranks: Ranks, is_n
     return TrainingState(place(model, ranks.device), recipe)
 
 
-def _wrap(model: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> nn.Module:
+def _wrap(model: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
     """Make the module that is called in training; the model's own keys stay what they are."""
     network = model
     if distributed.has_joined():
@@ -259,7 +259,7 @@ def _wrap(model: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> nn.Module:
     return network
 
 
-def _pass_nothing_through(network: nn.Module, recipe: RecipeOptions, ranks: Ranks) -> None:
+def _pass_nothing_through(network: nn.Module, recipe: Recipe, ranks: Ranks) -> None:
     """Pass a batch of nothing through, and leave no trace of it: what is compiled is compiled then.
 
     The batch is as the loaders' are, channels_last too: for another the network would be compiled a second time. After
