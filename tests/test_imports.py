@@ -51,7 +51,7 @@ ONLY_IN = {
     "hydra": {"commands"},
     "omegaconf": {"commands"},
     "nvidia": {"data/dali.py", "data/dali_ops.py"},
-    "timm": {"models/zoo.py"},
+    "timm": {"models/zoo.py", "training/optimizer.py"},
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
 ONLY_IN["triton"] = {"models/triton_attention.py"}

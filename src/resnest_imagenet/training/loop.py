@@ -27,7 +27,7 @@ from resnest_imagenet.tasks.mixing import (
 )
 from resnest_imagenet.training.control import Control, StopAgreed
 from resnest_imagenet.training.log import Report
-from resnest_imagenet.training.optimizer import take_step
+from resnest_imagenet.training.optimizer import clip_gradients, take_step
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -83,6 +83,7 @@ def train_epoch(
             control.watch.then(AGREEING)
             lr = plan.learning_rate(state.step)
             left_out = health.judge(lr, control.request.name is not None, ranks)
+            clip_gradients(state.optimizer, recipe)
             _apply_gradients(state, lr, left_out)
             state.step += 1
             clock.count_step()
