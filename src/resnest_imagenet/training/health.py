@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resnest_imagenet.config import Recipe
 from resnest_imagenet.distributed import Ranks, gather_on_device
 from resnest_imagenet.errors import NonFiniteError
+from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.training.state import TrainingState
 
 # What a rank reports of a step, added up. The second is the same on all ranks.
