@@ -222,9 +222,9 @@ def encode_answers(images: ImageSource, answers: np.ndarray) -> bytes:
     return text.getvalue().encode()
 
 
-def register(**options: Any) -> None:
-    """Register the task; the options are those of `TinyTask`."""
-    register_task("tiny", partial(TinyTask, **options), ClassificationRecipe)
+def register(build: Callable[..., TinyTask] = TinyTask, **options: Any) -> None:
+    """Register the task, or a variant of it, with options of `TinyTask`."""
+    register_task("tiny", partial(build, **options), ClassificationRecipe)
 
 
 if __name__ == "__main__":
