@@ -39,7 +39,7 @@ def run(small_run, tmp_path):
     """A run of one epoch at 32 pixels, evaluated at 48 by a protocol of its own: its best.pt and its accuracy."""
     options = ("train.epochs=1", "train.warmup_epochs=0", "eval.crop=48", "protocol=ecentercrop", "protocol.ratio=0.6")
     state = train(small_run(*options, "protocol.interpolation=bilinear", "log.trackers=[]"))
-    return tmp_path / "run/checkpoints/best.pt", state.best_top1
+    return tmp_path / "run/checkpoints/best.pt", state.best
 
 
 def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, capsys, monkeypatch):

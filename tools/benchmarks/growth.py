@@ -169,7 +169,7 @@ def measure_evaluation(folder: Path, rounds: int) -> dict[str, list[float]]:
 
     def whole() -> float:
         with clock(CPU) as seconds, join(CPU) as ranks:
-            evaluate(network, loader, ranks)
+            measure_accuracy(network, loader, ranks)
         return seconds[0]
 
     def alone() -> float:
