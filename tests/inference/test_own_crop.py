@@ -4,7 +4,6 @@ import json
 from functools import partial
 
 import pytest
-import timm
 import torch
 
 from conftest import compose_config
@@ -43,6 +42,8 @@ def run(small_run, tmp_path):
 
 
 def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, capsys, monkeypatch):
+    import timm
+
     ckpt, top1 = run
     place = f"data.root={demo_images}"
     predictions = tmp_path / "predictions.csv"
@@ -145,6 +146,8 @@ def test_what_is_chosen_and_said(weights, crops, options, protocols, line, capsy
 
 
 def test_published_weights_are_tested_as_published():
+    import timm
+
     assert [_find_published_test(f"official:{name}", name) for name in ("resnest50", "resnest269")] == [
         (224, None),
         (416, None),

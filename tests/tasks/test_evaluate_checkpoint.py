@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 from conftest import ALONE, compose_config
 from resnest_imagenet import build_model
@@ -118,6 +117,8 @@ def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
+    from torch._dynamo.utils import counters
+
     options = ("model=resnest14_half", "batch_size=7")
     eager = evaluate_checkpoint(evaluation_of(bare_weights, *options))
     counters.clear()
@@ -125,6 +126,8 @@ def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
 
 
 def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(bare_weights, evaluation_of, graphs):
+    from torch._dynamo.utils import counters
+
     options = ("model=resnest14_half", "batch_size=13", "crop=[64,96]", "compile=true")  # 40 = 3 x 13 + 1
     evaluate_checkpoint(evaluation_of(bare_weights, *options))
     assert graphs.frame_count == 1

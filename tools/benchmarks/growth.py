@@ -1,7 +1,7 @@
 """How cost grows: a step against batch, crop and depth; starting, saving, evaluating, a second rank.
 
 python tools/benchmarks/growth.py [--device cpu] [--precision fp32] [--rounds 3] [--out docs/growth.json]
-python tools/benchmarks/growth.py --report docs/growth.json        (the tables for docs/growth.md; draws growth.png beside it)
+python tools/benchmarks/growth.py --report docs/growth.json     (the tables for docs/growth.md; draws growth.png beside)
 
 Times are ratios, measured side by side: rounds are interleaved, a figure is the median. Memory is what a forward pass
 keeps for the backward pass.
