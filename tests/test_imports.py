@@ -54,7 +54,7 @@ ONLY_IN = {
     "timm": {"models/zoo.py", "training/optimizer.py"},
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
-ONLY_IN["triton"] = {"models/triton_attention.py"}
+ONLY_IN["triton"] = {"models/triton_splits.py"}
 ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py"}
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
