@@ -64,7 +64,7 @@ class ModelOptions(NetworkOptions):
 class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
-    kind: Literal["folder", "webdataset"]
+    kind: str  # folder, webdataset, or a registered one
     root: Place
     train_dir: Place
     val_dir: Place
@@ -77,7 +77,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
-        if self.shuffle_shards is not None and self.kind != "webdataset":
+        if self.shuffle_shards is not None and self.kind == "folder":
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
         return self
 
@@ -94,7 +94,7 @@ class RecipeOptions(Options):
 
     recipe: str  # its name: what a result says it was trained with
     epochs: Positive
-    batch_size: Annotated[int, Field(ge=2)]  # images per rank and forward pass; split attention needs 2
+    batch_size: Positive  # images per rank and forward pass; a network may need more (models/batch.py)
     global_batch: Positive | None  # images per step; null: batch_size * ranks
     crop: Crop
     min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share; ERandomCrop's own is .1
@@ -349,7 +349,7 @@ class InfoConfig(Options):
     model: NetworkOptions | None
     models: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)] | None  # several, in place of model
     crop: Crop
-    batch_size: Annotated[int, Field(ge=2)]  # split attention trains with 2 or more
+    batch_size: Positive
     precision: Precision
     device: Device
     latency: bool

@@ -23,6 +23,7 @@ from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError, LoadingError, Stopped
 from resnest_imagenet.evaluation.accuracy import evaluate
 from resnest_imagenet.inference.labels import name_outputs
+from resnest_imagenet.models.batch import require_batch
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.zoo import build_model, require_model
@@ -145,6 +146,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, torch.device, ImageSource
     """
     rank, _, world_size = distributed.launched_as()
     require_model(config.model.name)
+    require_batch(config.model.name, config.train.batch_size, config.train.crop)
     choose_loader(config.loader.name)
     require_trackers(config.log.trackers)
     count_accumulation(config.train, world_size)
