@@ -18,7 +18,7 @@ from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.inference.classifier import choose_transforms
 from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import require_model
+from resnest_imagenet.models.zoo import count_outputs, require_model
 from resnest_imagenet.supervision import EVALUATING, supervise
 from resnest_imagenet.weights.load import read_weights, restore_network
 
@@ -43,7 +43,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         print_notes(images)
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
-    num_outputs = len(model.get_parameter("fc.bias"))
+    num_outputs = count_outputs(model, name)
     images = label_images(images, weights.classes, num_outputs, weights.source)
     transforms = choose_transforms(weights, name, config.crop, config.protocol)
     with distributed.join(device) as ranks, supervise(ranks) as watch:
