@@ -68,6 +68,8 @@ def train(config: TrainConfig) -> TrainingState:
         ):
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
             request.wait_for_step()
+            if state.step < plan.total_steps:  # where a run is extended, the epoch that was its last may be shorter
+                state.epoch = min(state.epoch, state.step // plan.steps_per_epoch)
             with control.saving_before_leaving(state, loader):
                 while state.epoch < plan.epochs:
                     train_epoch(state, network, task, loader, plan, control)
