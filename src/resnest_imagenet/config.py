@@ -4,7 +4,7 @@ A configuration is composed by Hydra, then checked against these classes; what p
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -418,6 +418,14 @@ class ShardDataConfig(Options):
     out: Place
     images_per_shard: Positive
     shuffle: bool
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options by their dotted names, as on a command line."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:
