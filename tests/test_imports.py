@@ -43,8 +43,8 @@ MAY_IMPORT = {
     "tasks": MEASURING | {"evaluation", "inference"},
     "training": MEASURING | {"evaluation", "inference", "tasks"},
     "commands": LEAVES
-    | {"config", "recipe", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
-    "__init__": {"extensions", "models"},
+    | {"config", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
+    "__init__": {"models", "weights", "inference", "tasks"},
 }
 # Packages that one place only may know.
 ONLY_IN = {

@@ -377,6 +377,14 @@ def _specialise(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:
     return create_model(schema.__name__, __base__=schema, __doc__=schema.__doc__, **parts)
 
 
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options by their dotted names, as on a command line."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:
     """Return every option of a schema and its parts, dotted; of every task."""
     names: dict[str, None] = {}

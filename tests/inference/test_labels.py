@@ -9,17 +9,17 @@ from torch import nn
 
 from conftest import compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, PredictConfig
 from resnest_imagenet.data import folder
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.source import order_classes
 from resnest_imagenet.data.webdataset import read_shards, write_shards
 from resnest_imagenet.errors import CheckpointError, DataError
-from resnest_imagenet.inference.compare import compare_networks
 from resnest_imagenet.inference.labels import label_images, name_outputs
-from resnest_imagenet.inference.predict import predict_images
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.training.train import prepare, train
 
 NUMBERS = [str(number) for number in range(12)]  # as text: 0, 1, 10, 11, 2, ...

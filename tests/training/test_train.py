@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ALONE, CPU, newest_checkpoint
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.data.folder import read_image_folder
@@ -31,7 +32,6 @@ from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, Non
 from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, Watch
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.training import health as health_module
 from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import train as train_module

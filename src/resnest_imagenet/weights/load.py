@@ -1,7 +1,7 @@
 """Weights from any file into a network: everything fits, or one line says what does not."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from resnest_imagenet.models.zoo import (
 )
 from resnest_imagenet.weights.layouts import recognise, rename
 from resnest_imagenet.weights.published import fetch, find_timm_test
+
+TASK = "classification"  # that of the zoo's networks; a checkpoint that names none is of before there were others
 
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
 # mmpretrain, Lightning and timm.
@@ -66,38 +68,64 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
 
     Raises:
-        CheckpointError: missing, unreadable, damaged, not a state dict, or not with a name for each output.
+        CheckpointError: missing, unreadable, damaged, not a state dict, not with a name for each output, or of a run of
+            another task.
         ConfigError: for an unknown published name, or a moving average that is not there.
     """
     # Not a file, and like no path: a published name, or a misspelt one.
     is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
     path, model = fetch(source) if is_published else (Path(source), None)
     content = load_checkpoint(path)
+    if {"config", "epoch"} <= content.keys():
+        require_task(content, source)
     state, is_average = _choose_state(content, choice, source)
     weights = Weights(source, _without_wrappers(_require_tensors(state, source)), is_average)
     _require_finite(weights)
     if is_published:
         outputs = weights.tensors.get("fc.weight")
-        classes = imagenet_synsets() if outputs is not None and len(outputs) == 1000 else None
         crop, protocol = _find_published_test(source, model or "")
+        classes = None if outputs is None else list_classes(None, len(outputs))
         return replace(weights, model=model, classes=classes, crop=crop, protocol=protocol)
-    if {"config", "classes", "epoch"} <= content.keys():
-        try:
-            name, training = content["config"]["model"]["name"], content["config"]["train"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{source}: a checkpoint without its configuration") from error
-        classes, epoch = content["classes"], content["epoch"]
-        has_names = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
-        if not (has_names and isinstance(name, str) and isinstance(training, dict) and isinstance(epoch, int)):
-            raise CheckpointError(f"{source}: not a configuration of this project")
-        key = f"{find_head(name)}.weight"
-        classifier = weights.tensors.get(key)
-        if classifier is not None and classifier.shape[:1] != (len(classes),):
-            raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
-        crop, protocol = _read_evaluation(content["config"])
-        known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
-        return replace(weights, model=name, **known)
-    return weights
+    return _add_description(weights, content) if {"config", "classes", "epoch"} <= content.keys() else weights
+
+
+def require_task(content: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError for the checkpoint of a run of another task than the classification of images.
+
+    Args:
+        content: of the checkpoint.
+        source: its file, for the message.
+    """
+    task = content.get("task", TASK)
+    if task != TASK:
+        raise CheckpointError(f"{source}: a checkpoint of task {task}, not of {TASK}: choose another, or other weights")
+
+
+def list_classes(known: Sequence[str] | None, num_outputs: int) -> list[str] | None:
+    """Return the classes of a network's outputs: those that its weights tell, else ImageNet's for 1000 outputs."""
+    if known is not None:
+        return list(known)
+    return imagenet_synsets() if num_outputs == 1000 else None
+
+
+def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
+    """Return the weights of a run with what its checkpoint tells about them."""
+    source = weights.source
+    try:
+        name, training = content["config"]["model"]["name"], content["config"]["train"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source}: a checkpoint without its configuration") from error
+    classes, epoch = content["classes"], content["epoch"]
+    has_names = isinstance(classes, list) and all(isinstance(class_name, str) for class_name in classes)
+    if not (has_names and isinstance(name, str) and isinstance(training, dict) and isinstance(epoch, int)):
+        raise CheckpointError(f"{source}: not a configuration of this project")
+    key = f"{find_head(name)}.weight"
+    classifier = weights.tensors.get(key)
+    if classifier is not None and classifier.shape[:1] != (len(classes),):
+        raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
+    crop, protocol = _read_evaluation(content["config"])
+    known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
+    return replace(weights, model=name, **known)
 
 
 def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOptions | None]:
@@ -231,31 +259,31 @@ def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
         expected = build_model(name).state_dict()
     classifier = _list_classifier(name, expected)
     names = _list_names(name, expected, weights)
-    left = dict(weights.tensors)
-    found = {}
+    unused = dict(weights.tensors)
+    matched = {}
     for key, value in expected.items():
-        theirs = names[key]
-        tensor = left.pop(theirs, None) if theirs else None
+        key_in_file = names[key]
+        tensor = unused.pop(key_in_file, None) if key_in_file else None
         # The number of classes is the file's.
         shape = value.shape
         if tensor is not None and key in classifier and tensor.ndim and len(tensor):
             shape = torch.Size([len(tensor), *shape[1:]])
         if tensor is not None and tensor.shape != shape:
-            return f"{theirs} has shape {tuple(tensor.shape)}, not {tuple(shape)}", {}
+            return f"{key_in_file} has shape {tuple(tensor.shape)}, not {tuple(shape)}", {}
         if tensor is not None and value.is_floating_point() and not tensor.is_floating_point():
-            return f"{theirs} is no dense tensor of floating-point numbers", {}
+            return f"{key_in_file} is no dense tensor of floating-point numbers", {}
         if tensor is not None:
-            found[key] = tensor
+            matched[key] = tensor
         elif key.endswith(".num_batches_tracked"):
-            found[key] = torch.zeros((), dtype=torch.int64)
+            matched[key] = torch.zeros((), dtype=torch.int64)
         elif key not in classifier:
-            return f"{theirs} is missing", {}
-    if left:
-        return f"{next(iter(left))} is one key too many", {}
-    heads = {len(found[key]) for key in classifier if key in found}
-    if len(heads) > 1 or (heads and not set(classifier) <= found.keys()):
+            return f"{key_in_file} is missing", {}
+    if unused:
+        return f"unexpected key {next(iter(unused))}", {}
+    heads = {len(matched[key]) for key in classifier if key in matched}
+    if len(heads) > 1 or (heads and not set(classifier) <= matched.keys()):
         return f"{' and '.join(classifier)} do not belong together", {}
-    return None, found
+    return None, matched
 
 
 def _list_classifier(name: str, keys: Iterable[str]) -> list[str]:
