@@ -5,6 +5,8 @@ import pytest
 from faults.__main__ import CATALOGUE
 from faults.harness import Place
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

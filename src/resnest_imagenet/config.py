@@ -47,7 +47,7 @@ class ModelOptions(NetworkOptions):
 class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
-    kind: str  # folder, webdataset, or of another package
+    kind: str  # folder, webdataset, or a registered one
     root: Place
     train_dir: Place
     val_dir: Place
@@ -60,10 +60,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
-        kinds = ["folder", "webdataset", *extensions.sources()]
-        if self.kind not in kinds:
-            raise ValueError(f"unknown data.kind {self.kind!r}{suggest(self.kind, kinds)} ({', '.join(kinds)})")
-        if self.shuffle_shards is not None and self.kind != "webdataset":
+        if self.shuffle_shards is not None and self.kind == "folder":
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
         return self
 
@@ -269,7 +266,7 @@ class InfoConfig(Options):
     model: NetworkOptions | None
     models: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)] | None  # several, in place of model
     crop: Crop
-    batch_size: Annotated[int, Field(ge=2)]  # split attention trains with 2 or more
+    batch_size: Positive
     precision: Precision
     device: Device
     latency: bool

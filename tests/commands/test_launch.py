@@ -70,7 +70,10 @@ STEPS += ("train.warmup_steps=100",)
         (["data.root=/x", "train.epochs=true"], "train.epochs=True: input should be a valid integer"),
         (["data.root=/x", "train.nesterov=3"], "train.nesterov=3: input should be a valid boolean"),
         (["data.root=/x", "train.epochs=0"], "train.epochs=0: input should be greater than or equal to 1"),
-        (["data.root=/x", "train.batch_size=1"], "train.batch_size=1: input should be greater than or equal to 2"),
+        (
+            ["data.root=/x", "train.batch_size=1"],
+            "train.batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
+        ),
         (["data.root=/x", "train.momentum=1"], "train.momentum=1: input should be less than 1"),
         (["data.root=/x", "train.precision=fp8"], "train.precision=fp8: input should be 'fp32', 'bf16' or 'fp16'"),
         (["data.root=/x", "train.crop=[224]"], "train.crop=[224]: input should be a valid integer"),

@@ -1,6 +1,6 @@
 """The catalogue of faults: what a training run survives, or ends with a line for, shown by doing it to real runs.
 
-PYTHONPATH=tools python -m faults [--only 1 4] [--fast] [--out reliability.json]
+PYTHONPATH=tests python -m faults [--only 1 4] [--fast] [--out reliability.json]
 
 Prints one line for each entry, and writes the figures. Exit code 1 where a claim does not hold. Some minutes on two
 cores.

@@ -112,9 +112,9 @@ def get_server() -> Any:
     """Return what forks trainers from a process that has imported torch, with the threads of ranks under torchrun."""
     # Trainers that are killed leave semaphores, of which Python's tracker would speak at the end.
     os.environ.update(ONE_THREAD, PYTHONWARNINGS="ignore:resource_tracker")
-    tools = str(Path(__file__).parents[1])
-    if tools not in (path := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-        os.environ["PYTHONPATH"] = os.pathsep.join([tools, *filter(None, path)])
+    tests = str(Path(__file__).parents[1])
+    if tests not in (path := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        os.environ["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, path)])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faults.preload"])
     return context

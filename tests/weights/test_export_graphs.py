@@ -5,8 +5,6 @@ import json
 import re
 import sys
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.weights import card, graphs
 
 NAME = "resnest14_half"
@@ -50,6 +48,9 @@ def export(checkpoint, *overrides):
 
 
 def open_onnx(path):
+    import onnx
+    import onnxruntime
+
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=True)
     assert [(each.domain, each.version) for each in graph.opset_import] == [("", 18)]
@@ -107,7 +108,7 @@ def test_a_graph_computes_what_the_network_does(
 
 
 def test_classes_are_imagenets_of_1000_outputs_and_else_unknown(tmp_path):
-    for outputs, classes in ((1000, tuple(list_imagenet_classes())), (7, None)):
+    for outputs, classes in ((1000, tuple(imagenet_synsets())), (7, None)):
         save_checkpoint(build_model(NAME, outputs).state_dict(), tmp_path / "bare.pth")
         arguments = (f"ckpt={tmp_path}/bare.pth", f"model={NAME}", "format=onnx")
         config = compose_config("export", ExportConfig, *arguments)

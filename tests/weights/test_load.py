@@ -18,7 +18,7 @@ from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import export as command
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.weights import published
 from resnest_imagenet.weights.export import describe_weights, export_weights
 from resnest_imagenet.weights.load import Weights, match_tensors, read_weights, restore_network, start_from
@@ -234,7 +234,7 @@ def test_published_weights_know_their_network_and_classes(save, monkeypatch):
     with pytest.raises(ConfigError, match="weights=ema, but official:this holds no moving average"):
         read_weights("official:this", "ema")
     # A thousand other classes get a classifier of their own.
-    assert weights.classes == list_imagenet_classes()
+    assert weights.classes == imagenet_synsets()
     assert not start_from(build_model(NAME, 1000), NAME, [f"place{n:04}" for n in range(1000)], weights)
     assert set(published.OFFICIAL) <= set(resnest_imagenet.list_models())
 

@@ -14,7 +14,8 @@ from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes, usual_crop
+from resnest_imagenet.models.imagenet_classes import class_words, imagenet_synsets
+from resnest_imagenet.models.zoo import count_outputs, usual_crop
 from resnest_imagenet.weights.load import Weights, read_weights, restore_network
 
 
@@ -60,8 +61,8 @@ def open_classifier(source: str, name: str | None, config: InferenceConfig, devi
     model, name = restore_network(weights, name)
     crops = None if config.crop is None else [config.crop]
     (transform,) = choose_transforms(weights, name, crops, config.protocol)
-    outputs = len(model.get_parameter("fc.bias"))
-    classes = weights.classes or (list_imagenet_classes() if outputs == 1000 else [str(n) for n in range(outputs)])
+    outputs = count_outputs(model, name)
+    classes = weights.classes or (imagenet_synsets() if outputs == 1000 else [str(n) for n in range(outputs)])
     module = place(fold_batch_norms(model), device)
     return Classifier(source, name, tuple(classes), weights.classes is not None, transform, module)
 
@@ -107,7 +108,7 @@ def find_outputs(names: Sequence[str], classes: Sequence[str]) -> list[list[int]
     """
     exact = {name: output for output, name in enumerate(classes)}
     by_words: dict[str, set[int]] = {}
-    for output, text in enumerate(describe_classes(classes)):
+    for output, text in enumerate(class_words(classes)):
         for words in (text, *text.split(", ")):
             by_words.setdefault(_simplify(words), set()).add(output)
     return [[exact[name]] if name in exact else sorted(by_words.get(_simplify(name), ())) for name in names]

@@ -24,7 +24,8 @@ from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, open_classifier
 from resnest_imagenet.inference.labels import label_images
-from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
+from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
+from resnest_imagenet.models.zoo import require_model
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _judge(
     classifiers: list[Classifier], images: ImageSource, config: CompareConfig, device: torch.device
 ) -> Comparison:
     labelled = [label_images(images, each.known, len(each.classes), each.source) for each in classifiers]
-    described = [describe_classes(each.classes) for each in labelled]
+    described = [class_words(each.classes) for each in labelled]
     shape = (len(classifiers), len(images))
     probabilities, predicted = np.zeros(shape), np.empty(shape, dtype=object)
     in_top5, is_right = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
@@ -212,7 +213,7 @@ def encode_csv(comparison: Comparison) -> str:
 
 
 def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
-    named = zip(classes, name_classes(classes), strict=True)
+    named = zip(classes, short_class_names(classes), strict=True)
     return tuple(name if words == name else f"{words} ({name})" for name, words in named)
 
 

@@ -27,8 +27,9 @@ from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.files import replacing, require_writable, storing
 from resnest_imagenet.inference.classifier import Classifier, find_outputs, open_classifier
+from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
 from resnest_imagenet.models.split_attention import SplitAttention
-from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
+from resnest_imagenet.models.zoo import require_model
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _explain(
     config: ExplainConfig, images: ImageSource, classifier: Classifier, device: torch.device
 ) -> Iterator[Explanation]:
     """Yield the images' explanations, in order."""
-    named = name_classes(classifier.classes)
+    named = short_class_names(classifier.classes)
     target = None if config.target is None else find_class(str(config.target), classifier.classes)
     plan = plan_evaluation(len(images), config.batch_size, 0, 1)
     loader = build_loader(config.loader.name, images, plan, classifier.transform, device, config.loader.workers)
@@ -192,7 +193,7 @@ def find_class(target: str, classes: Sequence[str]) -> int:
     if not meant and target.isdecimal() and int(target) < len(classes):
         return int(target)
     if not meant:
-        words = {word for text in describe_classes(classes) for word in text.split(", ")}
+        words = {word for text in class_words(classes) for word in text.split(", ")}
         near = suggest(target, sorted({*classes, *words}))
         raise ConfigError(f"target={target}: none of the network's {len(classes)} classes{near}")
     if len(meant) > 1:

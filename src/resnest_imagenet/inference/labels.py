@@ -8,7 +8,7 @@ from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_clas
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.inference.classifier import find_outputs
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 
 
 def name_outputs(classes: Sequence[str], known: Sequence[str] | None, num_outputs: int) -> list[str] | None:
@@ -27,7 +27,7 @@ def name_outputs(classes: Sequence[str], known: Sequence[str] | None, num_output
     """
     if known is not None and set(classes) <= set(known):
         return list(known)
-    imagenet = list_imagenet_classes() if num_outputs == 1000 else None
+    imagenet = imagenet_synsets() if num_outputs == 1000 else None
     numbered = list(map(str, range(num_outputs)))
     own = numbered if known is None or list(known) == imagenet else list(known)
     numbers, own_numbers = read_numbers(classes), read_numbers(own)
@@ -58,7 +58,7 @@ def label_images(images: ImageSource, known: Sequence[str] | None, num_outputs: 
     Raises:
         DataError: for a class that no output stands for.
     """
-    imagenet = list_imagenet_classes() if num_outputs == 1000 else None
+    imagenet = imagenet_synsets() if num_outputs == 1000 else None
     own = known or imagenet
     if own is not None and not set(images.classes) <= set(own):
         meant = zip(images.classes, find_outputs(images.classes, own), strict=True)

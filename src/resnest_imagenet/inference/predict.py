@@ -20,7 +20,8 @@ from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.inference.classifier import compute_probabilities, open_classifier
-from resnest_imagenet.models.zoo import describe_classes, require_model
+from resnest_imagenet.models.imagenet_classes import class_words
+from resnest_imagenet.models.zoo import require_model
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
     predictions: list[Prediction] = []
     if len(images):
         classifier = open_classifier(config.ckpt, config.model.name if config.model else None, config, device)
-        described = describe_classes(classifier.classes)
+        described = class_words(classifier.classes)
         plan = plan_evaluation(len(images), config.batch_size, 0, 1)
         loader = build_loader(config.loader.name, images, plan, classifier.transform, device, config.loader.workers)
         done = 0

@@ -9,6 +9,7 @@ from resnest_imagenet.compute import autocast, keep_freed_memory, name_device
 from resnest_imagenet.config import InfoConfig
 from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.evaluation.latency import measure_latency
+from resnest_imagenet.models.batch import require_batch
 from resnest_imagenet.models.cost import StageCost, count_kept, count_stages
 from resnest_imagenet.models.zoo import build_model, require_model
 
@@ -41,6 +42,7 @@ def describe_networks(config: InfoConfig) -> tuple[list[NetworkCost], str]:
     names = list(dict.fromkeys(config.models or ([config.model.name] if config.model else [])))
     for name in names:
         require_model(name)
+        require_batch(name, config.batch_size, config.crop, "batch_size")
     device = choose_device(config.device)
     seconds: dict[int, dict[str, float]] = {}
     if config.latency:

@@ -15,7 +15,8 @@ from resnest_imagenet.evaluation.charts import INK, paint_confusions, render_cha
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.models.cost import count_cost
-from resnest_imagenet.models.zoo import ARCHITECTURES, name_classes
+from resnest_imagenet.models.imagenet_classes import short_class_names
+from resnest_imagenet.models.zoo import list_models
 from resnest_imagenet.reports.page import render_page, render_picture, render_table
 from resnest_imagenet.reports.runs import Run, list_differences
 from resnest_imagenet.reports.table3 import PAPER
@@ -51,7 +52,7 @@ def render_report(runs: list[Run], crop: int, latency: dict[str, float], device:
 def _render_summary(runs: list[Run]) -> str:
     rows = []
     for run in runs:
-        cost = count_cost(run.model, 224) if run.model in ARCHITECTURES else None
+        cost = count_cost(run.model, 224) if run.model in list_models() else None
         best = max(run.evaluations, key=lambda event: event["top1"], default=None)
         rows.append(
             [
@@ -153,7 +154,7 @@ def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device
     families: dict[str, list[Any]] = {}
     for row in PAPER:
         families.setdefault(row.name.replace("-50", "").replace("-101", ""), []).append(row)
-    known = [(run, one) for run in runs for one in run.measured if one.crop == crop and one.model in ARCHITECTURES]
+    known = [(run, one) for run in runs for one in run.measured if one.crop == crop and one.model in list_models()]
     placed = [(run, one) for run, one in known if one.num_classes == 1000]
 
     def draw(cost: Callable[[str], float]) -> Callable[[Axes], None]:
@@ -192,7 +193,7 @@ def _render_mistakes(run: Run) -> str:
 
 
 def _render_confusions(run: Run, said: Predictions) -> str:
-    titles = name_classes(said.classes)
+    titles = short_class_names(said.classes)
     confusions = count_confusions(said.evaluation, len(titles))
     of_class = np.maximum(confusions.sum(1), 1)
 

@@ -22,7 +22,7 @@ from resnest_imagenet.evaluation.results import (
     require_file,
 )
 from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.models.zoo import ARCHITECTURES, build_model
+from resnest_imagenet.models.zoo import build_model, list_models
 from resnest_imagenet.reports.table3 import PAPER
 
 # What the page takes of each event.
@@ -84,7 +84,7 @@ def write_report(config: ReportConfig, recipes: dict[str, dict[str, Any]]) -> tu
     latency: dict[str, float] = {}
     if config.latency:
         names = {row.model for row in PAPER} | {one.model for run in runs for one in run.measured}
-        networks = {name: build_model(name) for name in sorted(names & ARCHITECTURES.keys())}
+        networks = {name: build_model(name) for name in sorted(names.intersection(list_models()))}
         latency = measure_latency(networks, config.crop, 1, device, rounds=5)
     with replacing(Path(config.out)) as file:
         page = render_report(runs, config.crop, latency, name_device(device))

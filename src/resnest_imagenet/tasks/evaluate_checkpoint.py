@@ -11,14 +11,14 @@ from resnest_imagenet.config import EvalConfig
 from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import print_notes
-from resnest_imagenet.evaluation.accuracy import Evaluation, evaluate
-from resnest_imagenet.evaluation.predictions import write_predictions
+from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.results import CropResult, Results
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.inference.classifier import choose_transforms
 from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import require_model
+from resnest_imagenet.models.zoo import count_outputs, require_model
 from resnest_imagenet.supervision import EVALUATING, supervise
 from resnest_imagenet.weights.load import read_weights, restore_network
 
@@ -43,7 +43,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
         print_notes(images)
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
-    num_outputs = len(model.get_parameter("fc.bias"))
+    num_outputs = count_outputs(model, name)
     images = label_images(images, weights.classes, num_outputs, weights.source)
     transforms = choose_transforms(weights, name, config.crop, config.protocol)
     with distributed.join(device) as ranks, supervise(ranks) as watch:
@@ -63,7 +63,7 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
             watch.at(len(evaluations), batch, EVALUATING)
 
         for transform in transforms:
-            said = evaluate(model, loaders.pop(0), ranks, config.precision, before_batch, images.name)
+            said = measure_accuracy(model, loaders.pop(0), ranks, config.precision, before_batch, images.name)
             evaluations.append((transform.protocol, said))
         results = [
             CropResult(
@@ -90,7 +90,8 @@ def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
             with replacing(Path(config.out)) as file:
                 file.write(measured.model_dump_json(indent=2).encode() + b"\n")
         if ranks.is_main and config.predictions is not None:
-            write_predictions(Path(config.predictions), images, evaluations)
+            with replacing(Path(config.predictions)) as file:
+                file.write(encode_predictions(images, evaluations))
     return results
 
 

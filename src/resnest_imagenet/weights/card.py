@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from resnest_imagenet.config import ExportConfig
-from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes
+from resnest_imagenet.models.imagenet_classes import class_words, imagenet_synsets
+from resnest_imagenet.models.zoo import count_outputs
 from resnest_imagenet.weights.load import Weights, read_weights, restore_network
 
 
@@ -62,7 +63,7 @@ class Card:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The classes in words."""
-        return tuple(describe_classes(self.classes)) if self.classes else None
+        return tuple(class_words(self.classes)) if self.classes else None
 
     def to_metadata(self) -> dict[str, str]:
         """Return the card as texts: numbers and lists in JSON, what nobody knows left out."""
@@ -89,6 +90,6 @@ def open_network(config: ExportConfig, describe: DescribeInput) -> tuple[nn.Modu
     weights = read_weights(config.ckpt, config.weights)
     model, name = restore_network(weights, config.model.name if config.model else None)
     classes = weights.classes
-    if classes is None and len(model.get_parameter("fc.bias")) == 1000:
-        classes = list_imagenet_classes()
+    if classes is None and count_outputs(model, name) == 1000:
+        classes = imagenet_synsets()
     return model.eval(), weights, Card(name, describe(weights, name), tuple(classes) if classes else None)

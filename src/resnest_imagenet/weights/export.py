@@ -23,7 +23,7 @@ def export_weights(config: ExportConfig) -> str:
     """
     weights = read_weights(config.ckpt, config.weights)
     name, tensors = match_tensors(weights, config.model.name if config.model else None)
-    if config.layout in ("mmpretrain", "detectron2") and not isinstance(ARCHITECTURES[name], ResNeStSpec):
+    if config.layout in ("mmpretrain", "detectron2") and not isinstance(ARCHITECTURES.get(name), ResNeStSpec):
         raise ConfigError(f"layout={config.layout} is known for ResNeSts, and {config.ckpt} holds a {name}")
     out = choose_file(config, f"{name}-{config.layout}.{config.format}")
     renamed = {rename(key, config.layout): value for key, value in tensors.items()}

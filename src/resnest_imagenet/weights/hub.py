@@ -8,8 +8,10 @@ from torch import Tensor
 
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec, list_imagenet_classes
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
+from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
 from resnest_imagenet.weights.card import Card, DescribeInput, open_network
 from resnest_imagenet.weights.export import describe_weights, digest, require_other
 from resnest_imagenet.weights.load import Weights
@@ -78,8 +80,8 @@ def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
         card: the network.
         tensors: its state dict.
     """
-    num_classes, num_features = tensors["fc.weight"].shape
     architecture, arguments = _find_architecture(card.model)
+    num_classes, num_features = tensors["fc.weight"].shape
     size = [3, card.images.crop, card.images.crop]
     described: dict[str, Any] = {
         "architecture": architecture,
@@ -103,7 +105,7 @@ def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
     if arguments:
         described["model_args"] = arguments
-    if card.classes and card.class_names and list(card.classes) != list_imagenet_classes():
+    if card.classes and card.class_names and list(card.classes) != imagenet_synsets():
         described["label_names"] = card.classes
         described["label_descriptions"] = dict(zip(card.classes, card.class_names, strict=True))
     return described
@@ -111,6 +113,8 @@ def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
     """Return a network's name in timm, or its nearest relative's and the arguments that make it this network."""
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"format=hub is for networks of timm's, and {name} is none")
     spec = ARCHITECTURES[name]
     if isinstance(spec, PeerSpec):
         return ("skresnext50_32x4d" if spec.timm_name == "resnet" else spec.timm_name), spec.arguments
