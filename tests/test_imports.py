@@ -46,8 +46,8 @@ MAY_IMPORT = {
     "tasks": MEASURING | {"evaluation", "inference"},
     "training": MEASURING | {"evaluation", "inference", "tasks"},
     "commands": LEAVES
-    | {"config", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
-    "__init__": {"models", "weights", "inference", "tasks"},
+    | {"config", "recipe", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
+    "__init__": {"extensions", "inference", "models", "tasks", "weights"},
 }
 # Packages that one place only may know.
 ONLY_IN = {

@@ -337,16 +337,15 @@ class ShardDataConfig(Options):
     shuffle: bool
 
 
-def list_recipes() -> dict[str, type[Recipe]]:
-    """Return the schema of `train` for each task there is, by the task's name."""
-    return {"classification": ClassificationRecipe, **{name: task.recipe for name, task in extensions.tasks().items()}}
+RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}  # by task; other packages may add some
 
 
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     """Return a schema as it is for each task; where it is of no training, itself."""
     if not issubclass(schema, TrainConfig):
         return [schema]
-    return [_specialise(schema, recipe) for recipe in list_recipes().values()]
+    recipes = [*RECIPES.values(), *(task.recipe for task in extensions.tasks().values())]
+    return [_specialise(schema, recipe) for recipe in recipes]
 
 
 def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:
@@ -365,10 +364,11 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
     task = recipe.get("task") if isinstance(recipe, Mapping) else None
     if not issubclass(schema, TrainConfig) or not isinstance(task, str):
         return schema
-    recipes = list_recipes()
-    if task not in recipes:
-        raise ConfigError(f"unknown train.task {task!r}{suggest(task, recipes)} ({', '.join(recipes)})")
-    return _specialise(schema, recipes[task])
+    outside = extensions.find(extensions.tasks, task, RECIPES)
+    if outside is None and task not in RECIPES:
+        valid = [*RECIPES, *extensions.tasks()]
+        raise ConfigError(f"unknown train.task {task!r}{suggest(task, valid)} ({', '.join(valid)})")
+    return _specialise(schema, RECIPES[task] if outside is None else outside.recipe)
 
 
 @cache

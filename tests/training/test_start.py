@@ -13,7 +13,7 @@ from forked import ask_to_stop
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, Stopped
-from resnest_imagenet.tasks.task import open_task
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training.dry_run import describe_run
 from resnest_imagenet.training.schedule import plan_steps
 from resnest_imagenet.training.train import train

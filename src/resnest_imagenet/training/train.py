@@ -8,7 +8,8 @@ import torch
 from resnest_imagenet import distributed
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.supervision import STARTING, supervise
-from resnest_imagenet.tasks.task import Task, open_task
+from resnest_imagenet.tasks.choice import open_task
+from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.control import Control
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
