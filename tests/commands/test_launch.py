@@ -112,7 +112,10 @@ STEPS += ("train.warmup_steps=100",)
         (["data.root=/x", "train.task=null"], "train.task=None: input should be a valid string"),
         (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
         (["task=other"], "unknown task 'other' (classification)"),
-        (["data.root=/x", "data.kind=folders"], "unknown data.kind 'folders'; did you mean 'folder'?"),
+        (
+            ["data.root=/x", "data.kind=folders"],
+            "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
+        ),
         (["data.root=/x", "train.epochs=null"], "give train.epochs=... or train.steps=..."),
         (["data.root=/x", "train.steps=9"], "train.epochs=270 and train.steps=9: set one of them to null"),
         (["data.root=/x", "train.warmup_epochs=null"], "give train.warmup_epochs=... or train.warmup_steps=..."),
