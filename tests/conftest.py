@@ -4,16 +4,21 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import multiprocessing.process
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
+
+import tiny_task
+from faulty_task import Fault, open_with
 
 # Before Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():
@@ -23,6 +28,8 @@ from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.training import train as train_module
+from resnest_imagenet.training.stopping import SIGNALS
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
@@ -127,6 +134,37 @@ def small_run(demo_images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_values() -> DictConfig:
+    """The values of a run of TinyTask: 12 steps of 16 samples in two epochs; composed once, which takes longer."""
+    tiny_task.register()
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return compose("train", [*SMALL, "train.task=tiny", "data.root=unused", "log.trackers=[]"])
+
+
+@pytest.fixture
+def tiny_run(tiny_values: DictConfig, tmp_path: Path) -> Iterator[Callable[..., TrainConfig]]:
+    """Make the configuration of a run of TinyTask in a folder of its own."""
+
+    def make(*overrides: str, run: str = "run") -> TrainConfig:
+        changes = OmegaConf.from_dotlist([f"run_dir={tmp_path / run}", *overrides])
+        return check_config(OmegaConf.merge(tiny_values, changes), TrainConfig)
+
+    tiny_task.register()
+    yield make
+    tiny_task.register()  # without the options that a test has given it
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give all runs from here on these faults, and no others."""
+
+    def give(*faults: Fault) -> None:
+        monkeypatch.setattr(train_module, "open_task", open_with(*faults))
+
+    return give
+
+
 @pytest.fixture
 def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
     """Make the configuration of an evaluation on the demo's val images."""
@@ -136,6 +174,15 @@ def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
         return compose_config("eval", EvalConfig, *places, "device=cpu", "crop=32", "loader.workers=1", *overrides)
 
     return make
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Give back the signals that a stopped run leaves ignored: its process would have ended."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -155,7 +202,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch):
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """Return the checkpoint that a run would go on from."""
+    """Return the checkpoint that a run would resume from."""
     return max((run / "checkpoints").glob("step-*.pt"))
 
 

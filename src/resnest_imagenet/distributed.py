@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from resnest_imagenet.errors import ConfigError, DistributedError, first_line
 
@@ -51,14 +51,22 @@ class Ranks:
         return self.rank == 0
 
 
-def launched_as() -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) as torchrun set them, or (0, 0, 1).
+class Launch(NamedTuple):
+    """What torchrun says of this process: see `Ranks`."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def launched_as() -> Launch:
+    """Return what torchrun says of this process; without torchrun, the first and only rank.
 
     Raises:
         ConfigError: only some of torchrun's variables are set, or they make no sense.
     """
     if not _is_launched():
-        return 0, 0, 1
+        return Launch()
     unset = [name for name in _VARIABLES if not os.environ.get(name)]
     if unset:
         given = [name for name in _VARIABLES[:3] if os.environ.get(name)]
@@ -72,7 +80,7 @@ def launched_as() -> tuple[int, int, int]:
     rank, local_rank, world_size, _ = map(int, values.values())
     if rank >= world_size:
         raise ConfigError(f"RANK={rank} must be less than WORLD_SIZE={world_size}: torchrun sets both")
-    return rank, local_rank, world_size
+    return Launch(rank, local_rank, world_size)
 
 
 def count_local_ranks() -> int:
@@ -309,6 +317,11 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     values = [None] * ranks.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def barrier(ranks: Ranks) -> None:
+    """Return when all ranks have come here."""
+    gather(0, ranks)
 
 
 def broadcast_buffers(model: "nn.Module") -> None:

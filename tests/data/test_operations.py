@@ -155,8 +155,8 @@ def test_the_released_randaugment_is_as_tabled():
 def test_a_look_is_drawn_as_defined():
     """Rows, steps and values as often as the table says, jitter and lighting with their moments."""
     augmentation = Augmentation("resnest", jitter=0.4, lighting=0.1, shift=0.0)
-    looks = augmentation.draw(1, 2, range(20000))
-    before, after, offset = looks.before, looks.after, looks.offset
+    appearance = augmentation.draw(1, 2, range(20000))
+    before, after, offset = appearance.before, appearance.after, appearance.offset
     expected = [Counter(), Counter()]
     for row in augmentation.rows:
         for place, step in enumerate(row):
@@ -180,11 +180,12 @@ def test_a_look_is_drawn_as_defined():
 
 def test_looks_are_a_function_of_seed_epoch_and_sample():
     augmentation = Augmentation("trivialaugment", jitter=0.4, lighting=0.1, shift=20)
-    looks = augmentation.draw(1, 2, range(8))
+    appearance = augmentation.draw(1, 2, range(8))
     for name in ("before", "after", "offset"):
-        np.testing.assert_array_equal(getattr(augmentation.draw(1, 2, [7]), name)[0], getattr(looks, name)[7])
+        np.testing.assert_array_equal(getattr(augmentation.draw(1, 2, [7]), name)[0], getattr(appearance, name)[7])
     for other in (augmentation.draw(2, 2, [7]), augmentation.draw(1, 3, [7]), augmentation.draw(1, 2, [6])):
-        assert (other.offset[0] != looks.offset[7]).all() and (other.after[0, :, 1] != looks.after[7, :, 1]).all()
+        assert (other.offset[0] != appearance.offset[7]).all()
+        assert (other.after[0, :, 1] != appearance.after[7, :, 1]).all()
 
 
 def test_a_shift_moves_all_channels_alike():

@@ -15,17 +15,17 @@ from hydra import initialize_config_dir
 from browser import look_at, needs_browser
 from conftest import SMALL, compose_config
 from resnest_imagenet.commands import report as command
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.table3 import load_recipes
-from resnest_imagenet.config import EvalConfig, ReportConfig, TrainConfig
+from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
-from resnest_imagenet.reports.report import render_report
-from resnest_imagenet.reports.runs import Run, list_differences, read_run, write_report
+from resnest_imagenet.reports.report import render_report, write_report
+from resnest_imagenet.reports.runs import Run, find_runs, list_differences, read_run
 from resnest_imagenet.reports.table3 import PAPER
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.training.train import train
 
 CHARTS = ["Training loss", "Accuracy after each epoch", "Learning rate", "Throughput", "Wait for data", "Calibration"]
@@ -54,8 +54,8 @@ def folders(demo_images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folders, recipes, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "report.html"
-    runs = f"runs=[{','.join(map(str, folders))}]"
-    write_report(compose_config("report", ReportConfig, runs, f"out={out}", "latency=false", "device=cpu"), recipes)
+    runs, _ = find_runs(list(map(str, folders)), recipes)
+    write_report(runs, out, latency=False, device="cpu")
     return out
 
 

@@ -9,14 +9,15 @@ from torch import nn
 
 from conftest import ALONE, compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.explain import explain_images
+from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.errors import ConfigError, DataError, NonFiniteError
-from resnest_imagenet.evaluation.accuracy import evaluate
-from resnest_imagenet.inference.compare import compare_networks
-from resnest_imagenet.inference.explain import explain_images
-from resnest_imagenet.inference.predict import predict_images
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint, format_results
+from resnest_imagenet.evaluation.accuracy import measure_accuracy
+from resnest_imagenet.tasks.evaluate_checkpoint import format_results
 
 
 class Fixed:
@@ -33,7 +34,7 @@ class Fixed:
 def test_counts_by_hand():
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5, 0], [0, 1, 2, 3, 4, 5, 6]])
     loader = Fixed(3, (logits[:2], torch.tensor([0, 5])), (logits[2:], torch.tensor([0])))
-    accuracy = evaluate(nn.Identity(), loader, ALONE)
+    accuracy = measure_accuracy(nn.Identity(), loader, ALONE)
     assert (accuracy.correct1, accuracy.correct5, accuracy.count) == (1, 2, 3)
     assert accuracy.top1 == pytest.approx(100 / 3)
     assert accuracy.labels.tolist() == [0, 5, 0]
@@ -46,14 +47,14 @@ def test_counts_by_hand():
 
 def test_fewer_than_five_classes():
     loader = Fixed(1, (torch.tensor([[1.0, 2, 3]]), torch.tensor([0])))
-    evaluation = evaluate(nn.Identity(), loader, ALONE)
+    evaluation = measure_accuracy(nn.Identity(), loader, ALONE)
     assert (evaluation.correct1, evaluation.correct5, evaluation.count) == (0, 1, 1)
 
 
 def test_a_missing_image_is_an_error():
     loader = Fixed(4, (torch.zeros(2, 5), torch.tensor([0, 1])))
     with pytest.raises(RuntimeError, match="evaluated 2 images of 4"):
-        evaluate(nn.Identity(), loader, ALONE)
+        measure_accuracy(nn.Identity(), loader, ALONE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -63,7 +64,7 @@ def test_logits_that_are_not_finite_end_an_evaluation(value):
     loader = Fixed(3, (logits[:2], torch.tensor([0, 5])), (logits[2:], torch.tensor([0])))
     line = r"^c\.jpg: its logits are not finite in fp16, like those of 1 of 3 images; bf16 and fp32 hold larger values$"
     with pytest.raises(NonFiniteError, match=line) as error:
-        evaluate(nn.Identity(), loader, ALONE, "fp16", name=lambda index: "abc"[index] + ".jpg")
+        measure_accuracy(nn.Identity(), loader, ALONE, "fp16", name=lambda index: "abc"[index] + ".jpg")
     assert error.value.exit_code == 5
 
 

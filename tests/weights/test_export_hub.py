@@ -9,10 +9,11 @@ from huggingface_hub import constants
 from conftest import compose_config
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.commands.export import describe_input, run
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.inference.describe import describe_input
 from resnest_imagenet.weights import hub
 from resnest_imagenet.weights.card import Card
 from resnest_imagenet.weights.hub import describe_for_timm
@@ -49,7 +50,7 @@ def assert_same_logits(one, other, side=64):
 
 def describe_default(name):
     """Return the input of bare weights."""
-    return describe_input(compose_config("export", ExportConfig, "ckpt=x"), Weights("x", {}), name)
+    return describe_input(Weights("x", {}), name)
 
 
 def describe(name, num_classes, device):

@@ -34,7 +34,7 @@ from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import join
-from resnest_imagenet.evaluation.accuracy import evaluate
+from resnest_imagenet.evaluation.accuracy import measure_accuracy
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.folding import fold_batch_norms
 
@@ -169,7 +169,7 @@ def measure_evaluation(folder: Path, rounds: int) -> dict[str, list[float]]:
 
     def whole() -> float:
         with clock(CPU) as seconds, join(CPU) as ranks:
-            evaluate(network, loader, ranks)
+            measure_accuracy(network, loader, ranks)
         return seconds[0]
 
     def alone() -> float:

@@ -13,11 +13,11 @@ def run(config: Table3Config) -> None:
     from resnest_imagenet.evaluation.results import read_measured
     from resnest_imagenet.reports.table3 import build_table, format_table
 
-    measured, left_out = read_measured(config.results, load_recipes())
+    measured, skipped = read_measured(config.results, load_recipes())
     rows = build_table(measured)
     known = {row["model"] for row in rows}
-    left_out += [f"{one.source}: {one.model} has no row" for one in measured if one.model not in known]
-    for line in left_out:
+    skipped += [f"{result.source}: {result.model} has no row" for result in measured if result.model not in known]
+    for line in skipped:
         print(printable(f"resnest-table3: skipped: {line}"), file=sys.stderr)
     print(format_table(rows, config.format))
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import NonFiniteError
+
+_COLUMNS = 7  # of `_judge`
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(
+def measure_accuracy(
     model: nn.Module,
     loader: Loader,
     ranks: Ranks,
@@ -89,26 +91,14 @@ def evaluate(
     plan = loader.plan
     # A row for each image, filled by the one rank that sees it: a sum that no order of ranks can change, of numbers
     # that float64 holds exactly. It stays on the device, and is read once at the end.
-    table = torch.zeros(plan.num_samples, 7, dtype=torch.float64, device=ranks.device)
+    table = torch.zeros(plan.num_samples, _COLUMNS, dtype=torch.float64, device=ranks.device)
     common = plan.num_batches // ranks.world_size
     for batch, ((images, labels), samples) in enumerate(zip(loader.batches(epoch=0), plan.batches(0), strict=False)):
         before_batch(batch, batch < common)
         with autocast(ranks.device, precision):
             logits = model(images)
-        best = logits.topk(min(5, logits.shape[1])).indices
-        probabilities = logits.float().softmax(1)
-        columns = (
-            torch.ones_like(labels),
-            logits.isfinite().all(1),
-            labels,
-            best[:, 0],
-            (best == labels[:, None]).any(1),
-            probabilities.gather(1, best[:, :1])[:, 0],
-            probabilities.gather(1, labels[:, None])[:, 0],
-        )
-        table[torch.from_numpy(samples).to(ranks.device, non_blocking=True)] += torch.stack(
-            [column.to(table.dtype) for column in columns], dim=1
-        )
+        rows = torch.from_numpy(samples).to(ranks.device, non_blocking=True)
+        table[rows] += _judge(logits, labels)
     seen, is_finite, truth, predicted, in_top5, confidence, true_probability = sum_over_ranks(table).T.cpu().numpy()
     if not (seen == 1).all():
         raise RuntimeError(f"evaluated {int(seen.sum())} images of {plan.num_samples}")
@@ -116,6 +106,27 @@ def evaluate(
     return Evaluation(
         truth.astype(np.int64), predicted.astype(np.int64), in_top5.astype(bool), confidence, true_probability
     )
+
+
+def _judge(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return a row for each image of a batch, float64 (B, 7): seen, and then the attributes of `Evaluation`.
+
+    Args:
+        logits: (B, K).
+        labels: int64 (B,).
+    """
+    best = logits.topk(min(5, logits.shape[1])).indices
+    probabilities = logits.float().softmax(1)
+    columns = (
+        torch.ones_like(labels),
+        logits.isfinite().all(1),
+        labels,
+        best[:, 0],
+        (best == labels[:, None]).any(1),
+        probabilities.gather(1, best[:, :1])[:, 0],
+        probabilities.gather(1, labels[:, None])[:, 0],
+    )
+    return torch.stack([column.double() for column in columns], dim=1)
 
 
 def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision: str, first: int = 0) -> None:

@@ -49,7 +49,7 @@ class RunFolder:
     status.json        {"state": "running" | "finished" | "stopped" | "failed", "saved_step": ..., "exit_code": ...}
     failed_start.json  how the last start ended, if it ended before it was clear that it is of the run in this folder
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
-    predictions.csv    what the best network so far said of each image of the evaluation
+    predictions.csv    what the best network so far predicts for each image of the evaluation (a task's `Score.files`)
     tensorboard/       the same as event files, with pictures
     wandb/             the same for W&B, where log.trackers has it
     trackers.json      by which names W&B and MLflow know the run
@@ -118,7 +118,7 @@ class RunFolder:
         with storing(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             remove_temporary(self.checkpoints, ("best.pt", "step-*.pt"))
-            remove_temporary(self.path, _FILES)
+            remove_temporary(self.path, ("*",))
             for path in self._damaged:
                 move_damaged(path)
         for path in (self.path / name for name in _FILES):

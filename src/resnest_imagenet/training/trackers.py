@@ -56,13 +56,14 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(folder: Path, config: TrainConfig, step: int, events: list[Event]) -> list[Tracker]:
-    """Open what `config.log.trackers` names; what fails to open is left out, with a line.
+def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, events: list[Event]) -> list[Tracker]:
+    """Open what `config.log.trackers` names; what fails to open is skipped, with a line.
 
     Args:
         folder: of the run, with its config.yaml.
         config: of the run.
-        step: it goes on from.
+        metric: that chooses its best network.
+        step: it resumes from.
         events: before that; a tracker that is new gets them.
 
     Raises:
@@ -71,7 +72,7 @@ def open_trackers(folder: Path, config: TrainConfig, step: int, events: list[Eve
     trackers: list[Tracker] = []
     for name in dict.fromkeys(config.log.trackers):
         if name == "tensorboard":
-            trackers.append(TensorBoard(folder, config, step))
+            trackers.append(TensorBoard(folder, config, metric, step))
             continue
         opens: Callable[[Path, TrainConfig], Tracker] = WandB if name == "wandb" else MLflow
         try:
@@ -100,7 +101,7 @@ class TensorBoard:
 
     is_new = True
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, metric: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -113,7 +114,7 @@ class TensorBoard:
                 files.add_event(picture, walltime=picture.wall_time)
             self._writer.add_text("config", f"```yaml\n{_read_config(folder)}```")
             # The third would say that the run has ended well.
-            for summary in hparams(_flatten(config.model_dump()), {"eval/top1": 0.0})[:2]:
+            for summary in hparams(_flatten(config.model_dump()), {f"eval/{metric}": 0.0})[:2]:
                 files.add_summary(summary)
             self._writer.flush()
             for file in old:
