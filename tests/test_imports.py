@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "training": MEASURING | {"evaluation", "inference", "tasks"},
     "commands": LEAVES
     | {"config", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
-    "__init__": {"models", "weights", "inference", "tasks"},
+    "__init__": {"extensions", "models", "weights", "inference", "tasks"},
 }
 # Packages that one place only may know.
 ONLY_IN = {
