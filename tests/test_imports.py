@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "tasks": MEASURING | {"evaluation", "inference"},
     "training": MEASURING | {"evaluation", "inference", "tasks"},
     "commands": LEAVES
-    | {"config", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
+    | {"recipe", "config", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
     "__init__": {"extensions", "models", "weights", "inference", "tasks"},
 }
 # Packages that one place only may know.
