@@ -12,6 +12,7 @@ from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events, require_numbers
 from resnest_imagenet.files import read_matching, require_file
+from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
 
@@ -203,8 +204,9 @@ def _measure_run(
 
 def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int) -> str:
     """Name the recipe, the values that a run set otherwise, and how far it was."""
-    name = training["recipe"]
+    training = upgrade_recipe(training)
+    name, length = training["recipe"], training["epochs"]
     published = recipes.get(name, {})
     changed = [f"{key}={training.get(key)}" for key, value in published.items() if training.get(key) != value]
-    unfinished = [f"after {epoch} epochs"] if epoch < training["epochs"] else []
+    unfinished = [f"after {epoch} epochs"] if length is not None and epoch < length else []
     return ", ".join([name if published else f"{name} (no recipe of this project)", *changed, *unfinished])
