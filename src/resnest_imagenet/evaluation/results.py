@@ -173,7 +173,7 @@ def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measur
 
 
 def has_accuracy(evaluation: dict[str, Any]) -> bool:
-    """Say whether an event of a run is an evaluation of a classifier, which tells its crop and its protocol."""
+    """Return whether an event of a run is an evaluation of a classifier, with its crop and its protocol."""
     return name_metric(evaluation) == TOP1 and {TOP1, "crop", "count", "protocol"} <= evaluation.keys()
 
 
