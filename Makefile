@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault-test lint bench growth bench-gpu bench-data lock clean
+.PHONY: help setup demo test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ demo: $(READY) ## make the demo images, train on them and evaluate: a few minute
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
+
+test-quick: $(READY) ## run those that start no process and take no time, for the inner loop
+	$(BIN)/python -m pytest --quick
 
 fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
 	PYTHONPATH=tests $(BIN)/python -m faults

@@ -9,6 +9,8 @@ import pytest
 from faults.__main__ import CATALOGUE, make_place
 from faults.harness import Place
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def find_figures(

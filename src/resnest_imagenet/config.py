@@ -352,7 +352,7 @@ def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     return [_specialise(schema, recipe) for recipe in list_recipes().values()]
 
 
-def choose_schema(schema: type[Schema], values: Mapping[str, Any]) -> type[Schema]:
+def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:
     """Return a schema with the options of the task that is chosen in `values`.
 
     A schema for each task, and not a union of recipes in one: so an error names the option as it is typed.
@@ -402,7 +402,3 @@ def list_places(schema: type[Options], prefix: str = "") -> dict[str, bool]:
             elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
                 places |= list_places(field.annotation, f"{prefix}{name}.")
     return places
-
-
-def upgrade_recipe(training: dict[str, Any]) -> dict[str, Any]:
-    return training

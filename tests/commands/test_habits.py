@@ -18,7 +18,7 @@ from resnest_imagenet.commands import train
             "resnest-train +experiment=resnest50_fast_4",
             ["+experiment=resnest50_fast_4s1x64d", "+experiment=resnest50_fast_4s2x40d"],
         ),
-        ("resnest-train train.lr", ["train.lr_per_256="]),
+        ("resnest-train train.lr", ["train.lr="]),
     ],
 )
 def test_bash_completes(typed, offered, monkeypatch, capsys):
@@ -68,15 +68,15 @@ def test_a_search(demo_images, tmp_path):
     """Optuna gets each run's best accuracy."""
     words = [word.format(demo_images) for word in SWEEP]
     words += ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=2"]
-    words += ["hydra.sweeper.n_jobs=1", "train.lr_per_256=interval(0.02,0.2)", "run_dir=run-${hydra:job.num}"]
+    words += ["hydra.sweeper.n_jobs=1", "train.lr=interval(0.02,0.2)", "run_dir=run-${hydra:job.num}"]
     done = run_module("resnest_imagenet.commands.train", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("multirun/**/optimization_results.yaml")
     found = yaml.safe_load(path.read_text())
     best = [float(re.search(r"top-1 (\S+) %", line)[1]) for line in done.stdout.splitlines() if "top-1" in line]
     assert len(best) == 2 and found["best_value"] == pytest.approx(max(best), abs=0.005)
-    rates = [yaml.safe_load((tmp_path / f"run-{n}/config.yaml").read_text())["train"]["lr_per_256"] for n in (0, 1)]
-    assert found["best_params"] == {"train.lr_per_256": rates[best.index(max(best))]}
+    rates = [yaml.safe_load((tmp_path / f"run-{n}/config.yaml").read_text())["train"]["lr"] for n in (0, 1)]
+    assert found["best_params"] == {"train.lr": rates[best.index(max(best))]}
 
 
 def test_completion_can_be_installed(monkeypatch, capsys):

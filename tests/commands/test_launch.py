@@ -45,6 +45,11 @@ def call(command, arguments, monkeypatch, capsys):
     return code, lines
 
 
+# Of 900 steps, the first 100 of a warm-up.
+STEPS = ("data.root=/x", "train.epochs=null", "train.steps=900", "train.dropblock=0", "train.warmup_epochs=null")
+STEPS += ("train.warmup_steps=100",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,15 +86,65 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
         (["model.name=a=b"], "cannot read model.name=a=b: quote it for the shell and for Hydra: 'model.name=\"a=b\"'"),
         (["data.root"], "cannot read data.root: write option=value"),
-        (["data.root=/x", "train.lr_per_256=inf"], "train.lr_per_256=inf: input should be a finite number"),
+        (["data.root=/x", "train.lr=inf"], "train.lr=inf: input should be a finite number"),
         (["model=null"], "a group cannot be null: write group=NAME"),
-        (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
+        (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 must be less than train.epochs=270"),
         (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
         (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
-        (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts the first train.step_epochs=30"),
+        (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts train.step_epochs=30"),
         (["data.root=/x", "train.init_from="], "train.init_from=: string should have at least 1 character"),
         (["data.root=/x", "data.shuffle_shards=4"], "data.shuffle_shards=4 needs data=webdataset"),
         (["data.root=/x", "train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
+        (["train.lr_per_256=0.1"], "train.lr_per_256 is now train.lr: write train.lr=..."),
+        (["data.root=/x", "+train.lr_per_256=0.1"], "train.lr_per_256 is now train.lr: write train.lr=..."),
+        (
+            ["data.root=/x", "~train.lr", "+train.lr_per_256=0.1"],
+            "train.lr_per_256 is now train.lr: write train.lr=...",
+        ),
+        (
+            ["data.root=/x", "train.task=clasification"],
+            "unknown train.task 'clasification'; did you mean 'classification'?",
+        ),
+        (["data.root=/x", "train.task=other"], "unknown train.task 'other' (classification)"),
+        (["data.root=/x", "train.task=null"], "train.task=None: input should be a valid string"),
+        (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
+        (["task=other"], "unknown task 'other' (classification)"),
+        (["data.root=/x", "data.kind=folders"], "unknown data.kind 'folders'; did you mean 'folder'?"),
+        (["data.root=/x", "train.epochs=null"], "give train.epochs=... or train.steps=..."),
+        (["data.root=/x", "train.steps=9"], "train.epochs=270 and train.steps=9: set one of them to null"),
+        (["data.root=/x", "train.warmup_epochs=null"], "give train.warmup_epochs=... or train.warmup_steps=..."),
+        (
+            ["data.root=/x", "train.warmup_steps=9"],
+            "train.warmup_epochs=5.0 and train.warmup_steps=9: set one of them to null",
+        ),
+        (
+            ["data.root=/x", "train.steps=9", "train.epochs=null"],
+            "train.dropblock=0.1 rises by epoch: give train.epochs=..., not train.steps",
+        ),
+        (
+            [*STEPS, "train.steps=900", "train.warmup_steps=900"],
+            "train.warmup_steps=900 must be less than train.steps=900",
+        ),
+        ([*STEPS, "train.schedule=milestones"], "train.schedule=milestones needs train.milestones=[...]"),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=[80,60]"],
+            "train.milestones=[80, 60] must rise",
+        ),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=[600,900]"],
+            "train.milestones=[600, 900] must be less than train.steps=900",
+        ),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=100"],
+            "train.warmup_steps=100 outlasts train.milestones=[100]",
+        ),
+        (
+            ["data.root=/x", "train.clip_norm=1", "train.clip_value=2"],
+            "give either train.clip_norm=1.0 or train.clip_value=2.0",
+        ),
+        (["data.root=/x", "train.betas=[0.9]"], "train.betas=[0.9]: list should have at least 2 items"),
+        (["data.root=/x", "train.optimizer=adam"], "train.optimizer=adam: input should be 'sgd', 'adamw' or 'lamb'"),
+        (["data.root=/x", "eval.every_epochs=0"], "eval.every_epochs=0: input should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):

@@ -7,18 +7,18 @@ import struct
 import subprocess
 import sys
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torchvision
 from PIL import Image
 
 from resnest_imagenet.data.decoding import MAX_SIDE, BadImage, Fault, decode, decode_by_pillow, find_fault, is_ordinary
 
 MUTATIONS = 2000
 # It smooths what a damaged progressive JPEG lacks in another way (4 of 8,000 mutations).
-HAS_OLD_LIBJPEG = tuple(map(int, torchvision.__version__.split(".")[:2])) < (0, 28)
+HAS_OLD_LIBJPEG = tuple(map(int, version("torchvision").split(".")[:2])) < (0, 28)
 RNG = np.random.default_rng(0)
 COARSE = Image.fromarray(RNG.integers(0, 256, (6, 6, 3), dtype=np.uint8))
 RGB = Image.fromarray(

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 
 from conftest import CPU
 from resnest_imagenet.data.augment import POLICIES, Augmentation
@@ -344,6 +343,8 @@ SHAPES = [(1, 1), (1, 2), (2, 1), (3, 3), (1, 20000), (20000, 1), (4, 160), (160
 @pytest.mark.parametrize("transform", [EvalTransform(224), EvalTransform(48, "crop_resize"), AUGMENTED[0]])
 def test_extreme_shapes(transform, tmp_path):
     """Points and lines of pixels: nothing fails, and the centre is what it was in the whole image, resized."""
+    from torchvision.transforms.v2 import functional as F
+
     for number, size in enumerate(SHAPES):
         path = tmp_path / "val" / "x" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

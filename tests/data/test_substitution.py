@@ -13,11 +13,9 @@ from PIL import Image
 
 from conftest import CPU
 from resnest_imagenet.data import reading
-from resnest_imagenet.data.dali import _Inputs
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.torchvision import _explain_failure
 from resnest_imagenet.data.transforms import STD, RandomResizedCrop, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards, write_shards
 from resnest_imagenet.errors import DataError, LoadingError
@@ -205,11 +203,15 @@ def test_a_worker_that_is_killed_is_one_line_with_the_way_out(sound):
     ],
 )
 def test_what_torch_says_of_short_resources_has_a_way_out(text, way_out):
+    from resnest_imagenet.data.torchvision import _explain_failure
+
     assert way_out in str(_explain_failure(RuntimeError(text)))
     assert _explain_failure(RuntimeError("another")) is None
 
 
 def test_any_other_failure_of_dali_stays_what_it_is(sound, monkeypatch):
+    from resnest_imagenet.data.dali import _Inputs
+
     def fail(inputs):
         raise RuntimeError("out of memory")
 

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.transforms import v2
 
 from conftest import compose_config
 from resnest_imagenet.commands.launch import find_conf
@@ -178,6 +177,8 @@ def test_a_square_of_next_to_nothing_is_a_pixel():
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (333, 500), (224, 225), (500, 501), (100, 701)])
 @pytest.mark.parametrize("ratio", [0.875, 1.0])
 def test_evaluation_windows_are_torchvisions(size, ratio):
+    from torchvision.transforms import v2
+
     transform = EvalTransform(224, ratio=ratio)
     marked = Image.fromarray(np.arange(size[0] * size[1], dtype=np.int32).reshape(size))
     resized = v2.functional.resize(marked, [round(224 / ratio)], v2.InterpolationMode.NEAREST)

@@ -10,7 +10,7 @@ import pytest
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.accuracy import Evaluation
-from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
+from resnest_imagenet.evaluation.predictions import encode_predictions, read_predictions
 from resnest_imagenet.evaluation.results import Measured
 from resnest_imagenet.inference import compare, explain, predict
 from resnest_imagenet.inference.compare import Comparison
@@ -27,7 +27,7 @@ def test_written_and_read_back(demo_images, tmp_path):
         predicted = rng.integers(0, 9, len(images))  # the tenth class is never predicted, but true
         confidence, truth = rng.random((2, len(images)))
         said.append((protocol, Evaluation(images.labels, predicted, rng.random(len(images)) < 0.5, confidence, truth)))
-    write_predictions(tmp_path / "predictions.csv", images, said)
+    (tmp_path / "predictions.csv").write_bytes(encode_predictions(images, said))
     back = read_predictions(tmp_path / "predictions.csv")
     for (protocol, written), read in zip(said, back, strict=True):
         assert (read.protocol, read.classes) == (protocol, images.classes)
@@ -47,7 +47,7 @@ def test_names_are_no_formulas(demo_images, tmp_path):
     images = read_image_folder(str(tmp_path), "val", "data.val_dir")
     sure = np.ones(len(images))
     evaluation = Evaluation(images.labels, np.roll(images.labels, 1), sure > 0, sure, sure)
-    write_predictions(tmp_path / "predictions.csv", images, [("p", evaluation)])
+    (tmp_path / "predictions.csv").write_bytes(encode_predictions(images, [("p", evaluation)]))
     with open(tmp_path / "predictions.csv", newline="") as file:
         cells = [cell for row in csv.reader(file) for cell in row]
     assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)] and "'-2+3" in cells and "plain" in cells

@@ -30,7 +30,6 @@ from resnest_imagenet.inference.predict import predict_images
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import SplitAttention
-from resnest_imagenet.reports import explain_pictures
 
 OPTIONS = ("device=cpu", "crop=64", "loader.workers=1", "batch_size=3")
 
@@ -132,6 +131,8 @@ def test_the_recorded_attention_is_that_of_the_formula(radix, cardinality, imple
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_what_is_drawn_is_what_the_network_sees_and_says(checkpoint, demo_images, tmp_path, monkeypatch, loader):
+    from resnest_imagenet.reports import explain_pictures
+
     drawn = []
     monkeypatch.setattr(explain_pictures, "draw_maps", lambda each, layer: drawn.append((each, layer)))
     monkeypatch.setattr(explain_pictures, "draw_attention", lambda each: None)
@@ -212,6 +213,8 @@ def test_a_peer_has_maps_and_no_attention(demo_images, tmp_path):
 
 def test_the_maps_lie_on_the_image_as_it_does():
     """Upper left of the map: upper left of the picture, which is lighter above, in the image too."""
+    from resnest_imagenet.reports import explain_pictures
+
     evidence = np.zeros((2, 3), np.float32)
     evidence[0, 0] = 5
     grey = np.full((64, 64, 3), 50, np.uint8)
@@ -229,6 +232,8 @@ def test_the_maps_lie_on_the_image_as_it_does():
 
 
 def test_the_attention_is_drawn_by_layer_and_block():
+    from resnest_imagenet.reports import explain_pictures
+
     first = np.array([[0.9, 0.2, 0.6]], np.float32)
     attention = {f"layer{layer}.{block}": np.concatenate([first, 1 - first]) for layer in (1, 2) for block in range(9)}
     image = Explanation("/x/a.jpg", np.zeros((2, 2, 3), np.uint8), (ClassMap("a", 0.9, np.ones((1, 1))),), attention)
@@ -243,6 +248,8 @@ def test_the_attention_is_drawn_by_layer_and_block():
 
 
 def test_the_summary_tells_channels_from_images():
+    from resnest_imagenet.reports import explain_pictures
+
     fixed = np.broadcast_to(np.array([0.2, 0.6], np.float32), (3, 2))  # by channel, in all images
     chosen = np.broadcast_to(np.array([[0.1], [0.5], [0.9]], np.float32), (3, 2))  # by image, in all channels
     attention = {name: np.stack([a, 1 - a], 1) for name, a in (("layer1.0", fixed), ("layer2.0", chosen))}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ALONE, compose_config
+from conftest import compose_config
 from resnest_imagenet import build_model
 from resnest_imagenet.config import CompareConfig, PredictConfig
 from resnest_imagenet.data import folder
@@ -20,7 +20,7 @@ from resnest_imagenet.inference.labels import label_images, name_outputs
 from resnest_imagenet.inference.predict import predict_images
 from resnest_imagenet.models.zoo import list_imagenet_classes
 from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
-from resnest_imagenet.training.train import _build_state, prepare, train
+from resnest_imagenet.training.train import prepare, train
 
 NUMBERS = [str(number) for number in range(12)]  # as text: 0, 1, 10, 11, 2, ...
 
@@ -113,11 +113,9 @@ def test_numbered_folders_are_the_outputs_for_every_command(tmp_path, image, eva
     ((prediction,), _) = predict_images(compose_config("predict", PredictConfig, *options, *single))
     assert prediction.label == "2"
     # Training from these weights, "its classifier too".
-    config, _, train_set, _, _ = prepare(
-        small_run(f"data.root={tmp_path}", f"train.init_from={bare}", "train.batch_size=4")
-    )
-    assert _build_state(config, train_set, ALONE, is_new=True).model.fc.bias.argmax() == 2
-    assert train_set.classes[2] == "2" and "its classifier too" in capsys.readouterr().out
+    task, _, device = prepare(small_run(f"data.root={tmp_path}", f"train.init_from={bare}", "train.batch_size=4"))
+    assert task.build_model(True, device).fc.bias.argmax() == 2
+    assert task.classes[2] == "2" and "its classifier too" in capsys.readouterr().out
 
 
 def test_a_classifier_comes_along_in_another_order(tmp_path, image, small_run):
@@ -128,9 +126,9 @@ def test_a_classifier_comes_along_in_another_order(tmp_path, image, small_run):
         (tmp_path / "shards" / part / "classes.txt").write_text("".join(f"{name}\n" for name in sorted(NUMBERS)))
     bare = save_constant(tmp_path / "bare.pth", 12, 2)
     options = ("data=webdataset", f"data.root={tmp_path}/shards", f"train.init_from={bare}", "train.batch_size=4")
-    config, _, train_set, _, _ = prepare(small_run(*options))
-    bias = _build_state(config, train_set, ALONE, is_new=True).model.fc.bias
-    assert train_set.classes[bias.argmax()] == "2" and bias.argmax() == 4
+    task, _, device = prepare(small_run(*options))
+    bias = task.build_model(True, device).fc.bias
+    assert task.classes[bias.argmax()] == "2" and bias.argmax() == 4
 
 
 def test_a_run_with_its_classes_in_text_order_is_not_relabelled(tmp_path, image, small_run, monkeypatch):

@@ -4,7 +4,6 @@ import json
 from functools import partial
 
 import pytest
-import timm
 import torch
 
 from conftest import compose_config
@@ -39,10 +38,12 @@ def run(small_run, tmp_path):
     """A run of one epoch at 32 pixels, evaluated at 48 by a protocol of its own: its best.pt and its accuracy."""
     options = ("train.epochs=1", "train.warmup_epochs=0", "eval.crop=48", "protocol=ecentercrop", "protocol.ratio=0.6")
     state = train(small_run(*options, "protocol.interpolation=bilinear", "log.trackers=[]"))
-    return tmp_path / "run/checkpoints/best.pt", state.best_top1
+    return tmp_path / "run/checkpoints/best.pt", state.best
 
 
 def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, capsys, monkeypatch):
+    import timm
+
     ckpt, top1 = run
     place = f"data.root={demo_images}"
     predictions = tmp_path / "predictions.csv"
@@ -145,6 +146,8 @@ def test_what_is_chosen_and_said(weights, crops, options, protocols, line, capsy
 
 
 def test_published_weights_are_tested_as_published():
+    import timm
+
     assert [_find_published_test(f"official:{name}", name) for name in ("resnest50", "resnest269")] == [
         (224, None),
         (416, None),

@@ -6,10 +6,6 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.rpn import AnchorGenerator
-from torchvision.models.segmentation.deeplabv3 import DeepLabHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.errors import CheckpointError, ConfigError
@@ -243,6 +239,8 @@ def test_refusals(options, message):
 
 
 def test_trains_under_torchvisions_deeplab_head():
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+
     torch.manual_seed(0)
     options = {"zero_gamma": False, "output_stride": 8, "out_features": ("layer4",)}
     backbone = build_model("resnest14_half", features_only=True, **options)
@@ -258,9 +256,11 @@ class Pyramid(nn.Module):
     """Torchvision's feature pyramid on a backbone, as its detectors want it."""
 
     def __init__(self, backbone, out_channels=32):
+        from torchvision import ops
+
         super().__init__()
         self.body, self.out_channels = backbone, out_channels
-        self.fpn = FeaturePyramidNetwork(backbone.channels, out_channels)
+        self.fpn = ops.FeaturePyramidNetwork(backbone.channels, out_channels)
 
     def forward(self, images):
         return self.fpn(OrderedDict(zip(self.body.names, self.body(images), strict=True)))
@@ -268,11 +268,15 @@ class Pyramid(nn.Module):
 
 def test_trains_in_torchvisions_faster_rcnn():
     """A step with one image, frozen stages and frozen batch norms: detection as it is usually set up."""
+    from torchvision import ops
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.rpn import AnchorGenerator
+
     torch.manual_seed(0)
     options = {"out_features": ("layer1", "layer2", "layer3", "layer4"), "freeze_at": 2, "norm": "frozen"}
     backbone = build_model("resnest14_half", zero_gamma=False, features_only=True, **options)
     anchors = AnchorGenerator(sizes=((16,), (32,), (64,), (128,)), aspect_ratios=((1.0,),) * 4)
-    pool = MultiScaleRoIAlign(backbone.names, output_size=7, sampling_ratio=2)
+    pool = ops.MultiScaleRoIAlign(backbone.names, output_size=7, sampling_ratio=2)
     detector = FasterRCNN(
         Pyramid(backbone), 3, min_size=96, max_size=128, rpn_anchor_generator=anchors, box_roi_pool=pool
     )

@@ -1,7 +1,6 @@
 """The family against timm's implementation with the same weights, and what timm does differently."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -22,6 +21,8 @@ def randomise_statistics(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(("name", "twin"), TIMM_RESNESTS.items())
 def test_logits_equal_timms(name, twin):
+    import timm
+
     torch.manual_seed(0)
     theirs = timm.create_model(twin).double().eval()
     randomise_statistics(theirs)
@@ -44,6 +45,8 @@ def test_output_stride(output_stride, size):
 
 def test_dilated_semantics_are_the_official_ones():
     """timm drops the stride-1 average pool of layer3 and 4 and pools the shortcut 2x2; mended, the two are equal."""
+    import timm
+
     torch.manual_seed(0)
     ours = build_model("resnest26", output_stride=8).double().eval()
     theirs = timm.create_model("resnest26d", output_stride=8).double().eval()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 from conftest import ALONE, compose_config
 from resnest_imagenet import build_model
@@ -34,7 +33,7 @@ class Fixed:
 def test_counts_by_hand():
     logits = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6], [1, 9, 8, 7, 6, 5, 0], [0, 1, 2, 3, 4, 5, 6]])
     loader = Fixed(3, (logits[:2], torch.tensor([0, 5])), (logits[2:], torch.tensor([0])))
-    accuracy = evaluate(nn.Identity(), loader, ALONE)
+    accuracy = measure_accuracy(nn.Identity(), loader, ALONE)
     assert (accuracy.correct1, accuracy.correct5, accuracy.count) == (1, 2, 3)
     assert accuracy.top1 == pytest.approx(100 / 3)
     assert accuracy.labels.tolist() == [0, 5, 0]
@@ -47,14 +46,14 @@ def test_counts_by_hand():
 
 def test_fewer_than_five_classes():
     loader = Fixed(1, (torch.tensor([[1.0, 2, 3]]), torch.tensor([0])))
-    evaluation = evaluate(nn.Identity(), loader, ALONE)
+    evaluation = measure_accuracy(nn.Identity(), loader, ALONE)
     assert (evaluation.correct1, evaluation.correct5, evaluation.count) == (0, 1, 1)
 
 
 def test_a_missing_image_is_an_error():
     loader = Fixed(4, (torch.zeros(2, 5), torch.tensor([0, 1])))
     with pytest.raises(RuntimeError, match="evaluated 2 images of 4"):
-        evaluate(nn.Identity(), loader, ALONE)
+        measure_accuracy(nn.Identity(), loader, ALONE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -64,7 +63,7 @@ def test_logits_that_are_not_finite_end_an_evaluation(value):
     loader = Fixed(3, (logits[:2], torch.tensor([0, 5])), (logits[2:], torch.tensor([0])))
     line = r"^c\.jpg: its logits are not finite in fp16, like those of 1 of 3 images; bf16 and fp32 hold larger values$"
     with pytest.raises(NonFiniteError, match=line) as error:
-        evaluate(nn.Identity(), loader, ALONE, "fp16", name=lambda index: "abc"[index] + ".jpg")
+        measure_accuracy(nn.Identity(), loader, ALONE, "fp16", name=lambda index: "abc"[index] + ".jpg")
     assert error.value.exit_code == 5
 
 
@@ -118,6 +117,8 @@ def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
+    from torch._dynamo.utils import counters
+
     options = ("model=resnest14_half", "batch_size=7")
     eager = evaluate_checkpoint(evaluation_of(bare_weights, *options))
     counters.clear()
@@ -125,6 +126,8 @@ def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
 
 
 def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(bare_weights, evaluation_of, graphs):
+    from torch._dynamo.utils import counters
+
     options = ("model=resnest14_half", "batch_size=13", "crop=[64,96]", "compile=true")  # 40 = 3 x 13 + 1
     evaluate_checkpoint(evaluation_of(bare_weights, *options))
     assert graphs.frame_count == 1

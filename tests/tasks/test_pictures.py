@@ -2,7 +2,6 @@ import io
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from resnest_imagenet.data.transforms import MEAN, STD
@@ -41,6 +40,8 @@ def test_more_classes_share_cells_and_any_name_can_be_drawn():
 
 
 def test_cells_have_the_share_of_the_true_class():
+    from matplotlib.figure import Figure
+
     confusions = np.array([[3, 1, 0], [0, 0, 2], [0, 0, 0]])
     axes = Figure().add_subplot()
     paint_confusions(axes, confusions, ["a", "b", "c"])

@@ -10,8 +10,8 @@ from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.tasks.classification import build_train_transform
 from resnest_imagenet.tasks.preview import CAPTION, MARGIN, write_preview
-from resnest_imagenet.training.train import build_train_transform
 
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])

@@ -5,7 +5,7 @@ import pytest
 from conftest import compose_config
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.training.schedule import dropblock_probability, plan_steps
+from resnest_imagenet.training.schedule import plan_steps
 
 IMAGENET = 1_281_167
 
@@ -54,11 +54,6 @@ def test_steps_of_a_step_schedule_are_at_whole_epochs():
 def test_the_peak_is_reached_after_the_warm_up():
     plan = plan_steps(IMAGENET, recipe_of("+experiment=resnest50"), world_size=64)
     assert (plan.global_batch, plan.accumulation, plan.learning_rate(780)) == (8192, 1, 3.2)
-
-
-def test_dropblock_rises_linearly_to_the_last_epoch():
-    recipe = recipe_of("recipe=resnest")
-    assert [dropblock_probability(recipe, epoch) for epoch in (0, 134, 269)] == pytest.approx([0.1 / 270, 0.05, 0.1])
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(64, 1), (8, 8), (1, 64)])

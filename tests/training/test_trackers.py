@@ -16,9 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import wandb
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import SMALL, compose_config
 from resnest_imagenet.config import TrainConfig
@@ -44,7 +42,8 @@ def points_of(events, event, name):
 def forget_wandb():
     """Each test has an environment of its own, and wandb reads it once."""
     yield
-    wandb.teardown()
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +171,8 @@ def test_tensorboard_keeps_the_pictures_that_a_run_goes_on_from(tmp_path):
         tracker.close(None)
         (file,) = (tmp_path / "tensorboard").iterdir()
         file.write_bytes(file.read_bytes()[:-10])  # as of a process that was killed amid writing step 15
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     images = events.Images("picture")

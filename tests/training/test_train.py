@@ -375,7 +375,7 @@ def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run
     backbone = build_model("resnest14_half", 1000, zero_gamma=False)
     save_checkpoint(backbone.state_dict(), source)
     # A step of almost nothing leaves the weights where they started.
-    options = (f"train.init_from={source}", "train.epochs=1", "train.lr_per_256=1e-9", "train.warmup_epochs=0")
+    options = (f"train.init_from={source}", "train.epochs=1", "train.lr=1e-9", "train.warmup_epochs=0")
     state = train(small_run(*options, "model.num_classes=10", "train.ema_decay=0.5"))
     torch.testing.assert_close(state.model.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
     torch.testing.assert_close(state.ema.module.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
@@ -384,7 +384,7 @@ def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run
     source.unlink()
     assert train(small_run(*options, "model.num_classes=10", "train.ema_decay=0.5")).step == 6
     with pytest.raises(CheckpointError, match="trained with train.init_from=.*imagenet.safetensors, not None"):
-        train(small_run("train.epochs=1", "train.lr_per_256=1e-9", "train.warmup_epochs=0", "train.ema_decay=0.5"))
+        train(small_run("train.epochs=1", "train.lr=1e-9", "train.warmup_epochs=0", "train.ema_decay=0.5"))
 
     again = small_run(*options, f"train.init_from={tmp_path}/run/checkpoints/best.pt", run="again")
     torch.testing.assert_close(train(again).model.fc.weight, state.ema.module.fc.weight)
@@ -582,7 +582,7 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(small_run, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path):
     with pytest.raises(NonFiniteError, match="rank 0: loss or gradient not finite at step 2, learning rate 6.144e.28"):
-        train(small_run("train.lr_per_256=1e30", "train.warmup_epochs=0"))
+        train(small_run("train.lr=1e30", "train.warmup_epochs=0"))
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "failed" and "not finite at step" in status["error"]
     assert status["exit_code"] == 5
@@ -607,7 +607,7 @@ def test_what_is_skipped_does_not_depend_on_when_it_is_read(small_run, tmp_path,
     """At the end of the next step, before a report, or at once; the first step of the run among them."""
     bad_losses((0, 0), (0, 3), (1, 1))
     options = ("train.max_skipped_steps=3", "train.ema_decay=0.9", "log.every_steps=4", "checkpoint.keep=20")
-    options += ("train.dropout=0.2", "train.lr_per_256=0.8")
+    options += ("train.dropout=0.2", "train.lr=0.8")
     for name, steps in (("late", 1000), ("at_once", 1)):
         train(small_run(*options, f"checkpoint.every_steps={steps}", run=name))
     late, at_once = (load_checkpoint(newest_checkpoint(tmp_path / run)) for run in ("late", "at_once"))

@@ -5,8 +5,6 @@ import json
 import re
 import sys
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -50,6 +48,9 @@ def export(checkpoint, *overrides):
 
 
 def open_onnx(path):
+    import onnx
+    import onnxruntime
+
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=True)
     assert [(each.domain, each.version) for each in graph.opset_import] == [("", 18)]

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import timm
 import torch
 from huggingface_hub import constants
 
@@ -62,6 +61,8 @@ def describe(name, num_classes, device):
 
 @pytest.mark.parametrize("name", list_models())
 def test_timm_builds_every_network(name, tmp_path):
+    import timm
+
     model, described = describe(name, 7, "meta")
     (tmp_path / "config.json").write_text(json.dumps(described))
     with torch.device("meta"):
@@ -76,6 +77,8 @@ def test_timm_builds_every_network(name, tmp_path):
 # The place of the pool and the sigmoid of radix 1 are in no shape.
 @pytest.mark.parametrize("name", ["resnest50_fast_2s1x64d", "resnest50_fast_1s2x40d", "skresnext101_32x4d"])
 def test_what_timm_has_no_name_for_computes_the_same(name, tmp_path):
+    import timm
+
     torch.manual_seed(0)
     model, described = describe(name, 7, "cpu")
     (tmp_path / "config.json").write_text(json.dumps(described))
@@ -87,6 +90,8 @@ def test_what_timm_has_no_name_for_computes_the_same(name, tmp_path):
 
 
 def test_timm_and_this_project_load_the_folder(model, tmp_path, evaluation_of, capsys):
+    import timm
+
     out = tmp_path / "new/net"
     export(save_run(model, tmp_path / "step-1.pt"), f"out={out}", "crop=64", "protocol=full")
     line = capsys.readouterr().out
@@ -109,6 +114,8 @@ def test_timm_and_this_project_load_the_folder(model, tmp_path, evaluation_of, c
 
 def test_timm_loads_it_from_the_hub(model, tmp_path, monkeypatch):
     """The hub's cache, filled by hand, without a network."""
+    import timm
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--me--net"
     (repository / "refs").mkdir(parents=True)
@@ -118,6 +125,8 @@ def test_timm_loads_it_from_the_hub(model, tmp_path, monkeypatch):
 
 
 def test_imagenet_classes_are_timms_own_and_a_part_of_them_is_named(tmp_path):
+    import timm
+
     images = describe_default(NAME)
     tensors = build_model(NAME, 1000).state_dict()
     synsets = tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
@@ -128,6 +137,7 @@ def test_imagenet_classes_are_timms_own_and_a_part_of_them_is_named(tmp_path):
 
 
 def test_the_card_has_the_accuracy_where_the_checkpoint_knows_it(model, tmp_path):
+
     known = {"best_top1": 81.129, "identity": {"evaluation": "short side 256 bilinear, centre crop 224"}}
     average = {"ema": model.state_dict(), **known}
     sentence = "- Top-1: 81.13 % of the run's evaluation images (short side 256 bilinear, centre crop 224).\n"

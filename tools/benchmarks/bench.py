@@ -363,9 +363,9 @@ def report(result: dict) -> str:
     lines = [
         "# Speed, side by side",
         "",
-        "Made by `make bench` (tools/benchmarks/bench.py): ResNeSt-50, the same weights and images, interleaved rounds in one",
-        "process. A ratio is the competitor's time over ours, above 1 ours is faster: the median of the rounds, and",
-        "their range. `kept` is what a forward pass keeps for the backward pass; on a GPU, the peak of a step.",
+        "Made by `make bench` (tools/benchmarks/bench.py): ResNeSt-50, the same weights and images, interleaved rounds",
+        "in one process. A ratio is the competitor's time over ours, above 1 ours is faster: the median of the rounds,",
+        "and their range. `kept` is what a forward pass keeps for the backward pass; on a GPU, the peak of a step.",
         "",
         f"{machine}.",
         "",

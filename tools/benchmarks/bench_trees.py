@@ -1,9 +1,10 @@
 """The DALI loader of two source trees on the same photographs, side by side: images/s and CPU time for each image.
 
-python tools/benchmarks/bench_trees.py IMAGES BEFORE AFTER [--rounds 9] [--workers 2]  (BEFORE, AFTER: src folders of checkouts)
+python tools/benchmarks/bench_trees.py IMAGES BEFORE AFTER [--rounds 9] [--workers 2]
 
-Each tree is served by a process of its own; passes alternate. Prints, for an evaluation, a light training recipe and
-recipe=resnest, the median of both and of the ratio within a round.
+BEFORE and AFTER are the src folders of checkouts. Each tree is served by a process of its own; passes alternate.
+Prints, for an evaluation, a light training recipe and recipe=resnest, the median of both and of the ratio within a
+round.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """How cost grows: a step against batch, crop and depth; starting, saving, evaluating, a second rank.
 
 python tools/benchmarks/growth.py [--device cpu] [--precision fp32] [--rounds 3] [--out docs/growth.json]
-python tools/benchmarks/growth.py --report docs/growth.json        (the tables for docs/growth.md; draws growth.png beside it)
+python tools/benchmarks/growth.py --report docs/growth.json     (the tables for docs/growth.md; draws growth.png beside)
 
 Times are ratios, measured side by side: rounds are interleaved, a figure is the median. Memory is what a forward pass
 keeps for the backward pass.
@@ -169,7 +169,7 @@ def measure_evaluation(folder: Path, rounds: int) -> dict[str, list[float]]:
 
     def whole() -> float:
         with clock(CPU) as seconds, join(CPU) as ranks:
-            evaluate(network, loader, ranks)
+            measure_accuracy(network, loader, ranks)
         return seconds[0]
 
     def alone() -> float:

@@ -4,7 +4,7 @@
 # As root; some 7 minutes on 2 cores.
 # One line per claim; 0: all hold, 1: one does not, 77: cannot run here.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit
+cd "$(dirname "$0")/../.." || exit
 PATH=$PWD/.venv/bin:/usr/sbin:/sbin:$PATH
 [[ $EUID == 0 ]] || { echo "skipped: network namespaces need root"; exit 77; }
 for tool in ip torchrun resnest-data; do

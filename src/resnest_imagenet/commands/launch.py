@@ -135,6 +135,7 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
         raise ConfigError(_say_unset(str(error.full_key))) from None
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from None
+    assert isinstance(values, dict)
     schema = choose_schema(schema, values)
     try:
         return schema.model_validate(values)

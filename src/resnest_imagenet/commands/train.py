@@ -6,7 +6,7 @@ from resnest_imagenet.errors import printable
 
 
 def run(config: TrainConfig) -> float:
-    """Train, and return the best top-1, which a sweeper maximises; or print what a run would do."""
+    """Train, and return the best value of the metric, which a sweeper maximises; or print what a run would do."""
     if config.dry_run:
         from resnest_imagenet.distributed import launched_as
         from resnest_imagenet.training.dry_run import describe_run

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from resnest_imagenet.data.augment import NO_AUGMENTATION, Augmentation, Looks
+from resnest_imagenet.data.augment import NO_AUGMENTATION, Appearance, Augmentation
 from resnest_imagenet.randomness import Purpose, uniform_rows
 
 # Of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
@@ -137,7 +137,7 @@ class TrainTransform:
         u = uniform_rows(self.seed, Purpose.CROP, epoch, indices, 3 + 2 * self.cropping.attempts)
         return (u[:, 0] < self.flip).astype(np.int32), self.cropping.scale(u[:, 1:])
 
-    def draw_looks(self, epoch: int, indices: Sequence[int]) -> Looks:
+    def draw_appearance(self, epoch: int, indices: Sequence[int]) -> Appearance:
         """Draw the other variations of samples of an epoch."""
         return self.augmentation.draw(self.seed, epoch, indices)
 

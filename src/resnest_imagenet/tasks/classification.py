@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.config import ClassificationRecipe, DataOptions, TrainConfig
+from resnest_imagenet.config import DataOptions, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
@@ -28,6 +28,7 @@ from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.zoo import build_model, require_model
 from resnest_imagenet.randomness import Draws, Purpose
+from resnest_imagenet.recipe import ClassificationEvalOptions, ClassificationRecipe
 from resnest_imagenet.tasks.digests import describe_images
 from resnest_imagenet.tasks.mixing import (
     Mixing,
@@ -62,7 +63,9 @@ class Classification:
         self.config = _fix_num_classes(config, self.train_set)
         self.classes = self.train_set.classes
         self._recipe = cast(ClassificationRecipe, config.train)
-        self._transform = EvalTransform(config.eval.crop, **config.protocol.model_dump())
+        self._transform = EvalTransform(
+            cast(ClassificationEvalOptions, config.eval).crop, **config.protocol.model_dump()
+        )
         self._dropblock: DropBlock | None = None
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
@@ -236,6 +239,7 @@ def build_train_transform(recipe: ClassificationRecipe, seed: int) -> TrainTrans
 
 def dropblock_probability(recipe: ClassificationRecipe, epoch: int) -> float:
     """Return DropBlock's probability in an epoch, counted from 0: linear, the recipe's in the last epoch (Gluon)."""
+    assert recipe.epochs is not None
     return recipe.dropblock * (epoch + 1) / recipe.epochs
 
 

@@ -13,8 +13,9 @@ from resnest_imagenet.data.loader import build_loader, choose_loader, open_sourc
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import name_unreadable, print_notes
 from resnest_imagenet.data.torchvision import decode
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.recipe import ClassificationRecipe
 from resnest_imagenet.tasks.classification import build_train_transform
 
 MARGIN = 4  # pixels between the pictures
@@ -38,6 +39,8 @@ def write_preview(config: PreviewDataConfig) -> int:
         UserError: for what a user can cause, as one line.
     """
     out, data, recipe = Path(config.out), config.data, config.train
+    if not isinstance(recipe, ClassificationRecipe):
+        raise ConfigError(f"train.task={recipe.task}: resnest-data preview draws the images of classification only")
     require_writable(out, "out")
     choose_loader(config.loader.name)
     source = open_source(data.kind, data.root, data.train_dir, "data.train_dir")

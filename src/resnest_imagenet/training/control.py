@@ -1,9 +1,12 @@
 """What surrounds the steps of a run: the other ranks, requests to stop, saving."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from resnest_imagenet.data.loader import Loader
-from resnest_imagenet.distributed import Ranks, gather
+from resnest_imagenet.distributed import Ranks, barrier, gather
+from resnest_imagenet.errors import LoadingError, Stopped
 from resnest_imagenet.supervision import EVALUATING, SAVING, Watch
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
@@ -88,3 +91,24 @@ class Control:
             return
         if any(gather(int(self.request.name is not None), self.ranks)):
             raise StopAgreed
+
+    @contextmanager
+    def saving_before_leaving(self, state: TrainingState, loader: Loader) -> Iterator[None]:
+        """Save where the ranks agree to stop, or where the storage does not return this rank's images, and leave.
+
+        Raises:
+            Stopped: the ranks have agreed.
+            LoadingError: as it came.
+        """
+        try:
+            yield
+        except StopAgreed:
+            self.request.agree()
+            self.save(state, loader)
+            barrier(self.ranks)  # none leaves before the checkpoint is written
+            raise Stopped(f"stopped after step {state.step}; the same command resumes the run") from None
+        except LoadingError:
+            # Other ranks wait for this one elsewhere: together they cannot save, and the last checkpoint stands.
+            if state.step > 0 and self.ranks.world_size == 1:
+                self.save(state, loader)
+            raise

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resnest_imagenet.distributed import Ranks, gather_on_device
 from resnest_imagenet.errors import NonFiniteError
+from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.training.state import TrainingState
 
 # What a rank reports of a step, added up. The second is the same on all ranks.
@@ -44,10 +45,10 @@ class Verdict:
 class Health:
     """Finds losses and gradients that are not finite, and skips their steps."""
 
-    def __init__(self, state: TrainingState, max_skipped_steps: int) -> None:
+    def __init__(self, state: TrainingState, recipe: Recipe) -> None:
         self._state = state
         self._is_scaled = state.scaler.is_enabled()
-        self._max_skipped = max_skipped_steps
+        self._max_skipped = recipe.max_skipped_steps
         self._parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         self._buffers = list(state.model.buffers()) if self._max_skipped else []
         self._unread: deque[_Unread] = deque()

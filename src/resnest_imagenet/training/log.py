@@ -248,4 +248,4 @@ def _is_whole(event: Event) -> bool:
 
 
 def _is_before(event: Event, state: TrainingState) -> bool:
-    return event["step"] <= state.step and event["epoch"] <= state.epoch
+    return (event["step"], event["epoch"]) <= (state.step, state.epoch)

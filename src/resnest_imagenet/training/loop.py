@@ -1,23 +1,26 @@
-"""One epoch of training."""
+"""One epoch of a run: its steps, and the evaluation after them."""
 
 import itertools
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.distributed import broadcast_buffers
 from resnest_imagenet.errors import LoadingError, StorageError
 from resnest_imagenet.randomness import Draws
+from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, LOADING
-from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.tasks.task import Evaluate, Task
 from resnest_imagenet.training.control import Control, StopAgreed
 from resnest_imagenet.training.log import Report
 from resnest_imagenet.training.losses import TOTAL, divide_loss
-from resnest_imagenet.training.optimizer import take_step
+from resnest_imagenet.training.optimizer import clip_gradients, take_step
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
@@ -61,16 +64,19 @@ def train_epoch(
             state.scaler.scale(losses[TOTAL]).backward()
         state.losses.add(losses)
         if ends_step:
-            _end_step(state, plan, loader, control, clock)
+            _end_step(state, task, loader, plan, control, clock)
         watch.at(state.epoch, index + 1, LOADING)
 
 
-def _end_step(state: TrainingState, plan: StepPlan, loader: Loader, control: Control, clock: "_Clock") -> None:
+def _end_step(
+    state: TrainingState, task: Task, loader: Loader, plan: StepPlan, control: Control, clock: "_Clock"
+) -> None:
     """Apply a step unless the ranks agree to skip it; report, save or stop where it is time to."""
     health, log = control.health, control.log
     control.watch.then(AGREEING)
     lr = plan.learning_rate(state.step)
-    _apply_gradients(state, lr, health.judge(lr, control.request.name is not None, control.ranks))
+    skips = health.judge(lr, control.request.name is not None, control.ranks)
+    _apply_gradients(state, task.config.train, lr, skips)
     state.step += 1
     clock.count_step()
     # Read the verdict on the step before: by now a GPU has finished that one, so the host does not wait. Read this
@@ -85,6 +91,25 @@ def _end_step(state: TrainingState, plan: StepPlan, loader: Loader, control: Con
         raise StopAgreed
     if control.is_save_due(state):
         control.save(state, loader)
+
+
+def end_epoch(
+    state: TrainingState, task: Task, loader: Loader, plan: StepPlan, evaluate: Evaluate, control: Control
+) -> None:
+    """Evaluate after an epoch's steps where that is due, report and save; arguments as in `train_epoch`.
+
+    Raises:
+        StopAgreed: in the middle of the evaluation, which is made again when the run is resumed; on all ranks.
+    """
+    epoch, is_best = state.epoch + 1, False
+    if epoch % task.config.eval.every_epochs == 0 or epoch == plan.epochs:
+        broadcast_buffers(state.evaluated_model)
+        score = evaluate(state.evaluated_model, partial(control.before_eval_batch, state.epoch, len(loader.plan)))
+        is_best = state.end_epoch(score.values[task.metric])
+        control.log.evaluation(state, score, is_best)
+    else:
+        state.end_epoch(None)
+    control.save(state, loader, is_best)
 
 
 def _load_steps(loader: Loader, plan: StepPlan, state: TrainingState, start: int) -> Iterator[Any]:
@@ -108,8 +133,9 @@ def _load_steps(loader: Loader, plan: StepPlan, state: TrainingState, start: int
         yield batch
 
 
-def _apply_gradients(state: TrainingState, lr: float, skips: Tensor) -> None:
+def _apply_gradients(state: TrainingState, recipe: Recipe, lr: float, skips: Tensor) -> None:
     """Take one optimiser step, unless `skips`, a scalar on the device, is 1; fp16's scale moves either way."""
+    clip_gradients(state.optimizer, recipe)
     take_step(state.optimizer, lr, skips)
     state.scaler.update()
     if state.ema is not None:

@@ -229,7 +229,8 @@ def read_length(identity: dict[str, Any]) -> tuple[str, int]:
 
 def is_over(run: RunFolder, saved: dict[str, Any], plan: StepPlan) -> bool:
     """Say whether the run of a checkpoint has finished, and its status says so."""
-    return saved["epoch"] >= plan.epochs and run.read_status().get("state") == "finished"
+    is_done = saved["epoch"] >= plan.epochs and saved["step"] >= plan.total_steps
+    return is_done and run.read_status().get("state") == "finished"
 
 
 def describe_best(metric: str, value: float) -> str:

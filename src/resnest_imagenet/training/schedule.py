@@ -5,7 +5,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.recipe import ClassificationRecipe, Recipe
+from resnest_imagenet.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,3 @@ def _count_warmup(recipe: Recipe, steps_per_epoch: int, reductions: tuple[int, .
             f"train.{option}={getattr(recipe, option)} outlasts the first of {change}, at step {reductions[0]}"
         )
     return steps
-
-
-def dropblock_probability(recipe: ClassificationRecipe, epoch: int) -> float:
-    """Return DropBlock's probability in an epoch, counted from 0: linear, the recipe's in the last epoch (Gluon)."""
-    return recipe.dropblock * (epoch + 1) / recipe.epochs

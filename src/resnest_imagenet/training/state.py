@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnest_imagenet.config import Recipe
 from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.training.average import MovingAverage
 from resnest_imagenet.training.losses import LossMeter
 from resnest_imagenet.training.optimizer import build_optimizer, complete_state

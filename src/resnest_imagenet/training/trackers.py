@@ -56,9 +56,7 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(
-    folder: Path, config: TrainConfig, metric: str, step: int, events: list[Event]
-) -> list[Tracker]:
+def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, events: list[Event]) -> list[Tracker]:
     """Open what `config.log.trackers` names; what fails to open is skipped, with a line.
 
     Args:

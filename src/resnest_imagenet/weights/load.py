@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.config import EvalOptions, ProtocolOptions
+from resnest_imagenet.config import Crop, ProtocolOptions
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.models.zoo import (
     build_model,
@@ -102,7 +102,7 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
 def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOptions | None]:
     """Return crop and protocol of a run's evaluation after each epoch; None where a checkpoint does not have them."""
     try:
-        crop = EvalOptions.model_validate(config["eval"]).crop
+        crop = TypeAdapter(Crop).validate_python(config["eval"]["crop"], strict=True)
         return crop, ProtocolOptions.model_validate(config["protocol"])
     except (KeyError, ValidationError):
         return None, None

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from resnest_imagenet.models import fused_attention
-from resnest_imagenet.models.fused_attention import Splits, Statistics
 from resnest_imagenet.models.split_attention import SplitAttention
+from resnest_imagenet.models.splits import Splits, Statistics
 
 pytest.importorskip("triton", reason="torch brings Triton on Linux only")
-from resnest_imagenet.models import triton_attention as kernels
+from resnest_imagenet.models import triton_splits as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -82,14 +82,14 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from resnest_imagenet.models import triton_attention
+from resnest_imagenet.models import triton_splits
 
 TYPES = {"norm": "*fp32", "partial": "*fp32", "weights": "*fp32", "pooled": "*fp32", "scales": "*fp32"}
-VALUES = {"NORMALISES": True, "R": 2, "STEPS": triton_attention.STEPS}
-VALUES |= {"P": triton_attention.PIXELS, "C": triton_attention.CHANNELS}
+VALUES = {"NORMALISES": True, "R": 2, "STEPS": triton_splits.STEPS}
+VALUES |= {"P": triton_splits.PIXELS, "C": triton_splits.CHANNELS}
 VALUES |= {"y_c": 1, "g_c": 1, "out_c": 1}  # channels_last
 for name in ("_pool", "_sum_weighted", "_sum_products", "_write_gradient"):
-    kernel = getattr(triton_attention, name)
+    kernel = getattr(triton_splits, name)
     types = {"y": "*bf16", "gradient": "*bf16", "out": "*bf16", **TYPES}
     values = {name: value for name, value in VALUES.items() if name in kernel.arg_names}
     signature = {name: types.get(name, "constexpr" if name in values else "i32") for name in kernel.arg_names}

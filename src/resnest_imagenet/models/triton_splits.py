@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnest_imagenet.models.fused_attention import Splits, Statistics
+from resnest_imagenet.models.splits import Splits, Statistics
 
 CHANNELS = 64  # of a tile, at most
 PIXELS = 32  # of a tile, at most: more would need registers that other programs could use
