@@ -12,7 +12,7 @@ import typing
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "src"))
 
 from resnest_imagenet import errors
-from resnest_imagenet.models import zoo
+from resnest_imagenet.models import features, zoo
 from resnest_imagenet.weights import published
 
 dependencies = ["torch", "timm", "safetensors", "filelock"]
@@ -54,7 +54,7 @@ def _load(model: typing.Any, name: str, pretrained: bool | str, num_classes: int
     if pretrained is True and name not in published.OFFICIAL:
         raise errors.ConfigError(f"there are no official weights of {name}: give pretrained='timm:NAME' or a file")
     source = f"official:{name}" if pretrained is True else pretrained
-    if not hasattr(model, "fc"):  # features_only=True
+    if isinstance(model, features.Backbone):
         load_backbone(model, name, source)
         return
     weights = read_weights(source)

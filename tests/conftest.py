@@ -12,12 +12,13 @@ from pathlib import Path
 from types import CodeType, FunctionType
 
 import pytest
-import tiny_task
 import torch
-from faulty_task import Fault, open_with
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+
+import tiny_task
+from faulty_task import Fault, open_with
 
 # Before Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():
@@ -135,7 +136,7 @@ def small_run(demo_images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture(scope="session")
 def tiny_values() -> DictConfig:
-    """The values of a run of TinyTask: 12 steps of 16 samples in two epochs. Composed once: it takes longer than a run."""
+    """The values of a run of TinyTask: 12 steps of 16 samples in two epochs; composed once, which takes longer."""
     tiny_task.register()
     with initialize_config_dir(str(find_conf()), version_base="1.3"):
         return compose("train", [*SMALL, "train.task=tiny", "data.root=unused", "log.trackers=[]"])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.randomness import Draws
-from resnest_imagenet.tasks.task import Batch, Task, open_task
+from resnest_imagenet.tasks.choice import open_task
+from resnest_imagenet.tasks.task import Batch, Task
 from resnest_imagenet.training import train
 
 

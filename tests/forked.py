@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tiny_task
 import torch
+
+import tiny_task
 from faulty_task import Fault, put_into_runs
 from resnest_imagenet.config import TrainConfig, choose_schema
 from resnest_imagenet.errors import Stopped, UserError

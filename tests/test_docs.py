@@ -178,3 +178,12 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     text = TUTORIAL.read_text()
     for path in re.findall(r"^- `([^`]+)`: ", text, re.MULTILINE):  # what the tutorial says one has at the end
         assert (tmp_path / path).exists(), path
+
+
+def test_the_readmes_tree_has_every_file():
+    tree = (ROOT / "README.md").read_text().partition("## The tree\n")[2].partition("Imports run one way")[0]
+    commands = {
+        path.name for path in (ROOT / "src/resnest_imagenet/commands").iterdir()
+    }  # as the line of its folder says
+    files = {path.name for path in (ROOT / "src/resnest_imagenet").rglob("*.py")} - commands
+    assert not files - set(re.findall(r"\w+\.py", tree))

@@ -47,7 +47,7 @@ class ModelOptions(NetworkOptions):
 class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
-    kind: str  # folder, webdataset, or of another package
+    kind: str  # folder, webdataset, or a registered one
     root: Place
     train_dir: Place
     val_dir: Place
@@ -60,10 +60,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
-        kinds = ["folder", "webdataset", *extensions.sources()]
-        if self.kind not in kinds:
-            raise ValueError(f"unknown data.kind {self.kind!r}{suggest(self.kind, kinds)} ({', '.join(kinds)})")
-        if self.shuffle_shards is not None and self.kind != "webdataset":
+        if self.shuffle_shards is not None and self.kind == "folder":
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
         return self
 
@@ -269,7 +266,7 @@ class InfoConfig(Options):
     model: NetworkOptions | None
     models: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)] | None  # several, in place of model
     crop: Crop
-    batch_size: Annotated[int, Field(ge=2)]  # split attention trains with 2 or more
+    batch_size: Positive
     precision: Precision
     device: Device
     latency: bool
@@ -340,16 +337,28 @@ class ShardDataConfig(Options):
     shuffle: bool
 
 
-def list_recipes() -> dict[str, type[Recipe]]:
-    """Return the schema of `train` for each task there is, by the task's name."""
-    return {"classification": ClassificationRecipe, **{name: task.recipe for name, task in extensions.tasks().items()}}
+RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}  # by task; other packages may add some
+
+
+def find_outside_task(name: str) -> extensions.Task | None:
+    """Return the task of another package, or None for one of `RECIPES`.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    outside = extensions.find(extensions.tasks, name, RECIPES)
+    if outside is None and name not in RECIPES:
+        valid = [*RECIPES, *extensions.tasks()]
+        raise ConfigError(f"unknown train.task {name!r}{suggest(name, valid)} ({', '.join(valid)})")
+    return outside
 
 
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     """Return a schema as it is for each task; where it is of no training, itself."""
     if not issubclass(schema, TrainConfig):
         return [schema]
-    return [_specialise(schema, recipe) for recipe in list_recipes().values()]
+    recipes = [*RECIPES.values(), *(task.recipe for task in extensions.tasks().values())]
+    return [_specialise(schema, recipe) for recipe in recipes]
 
 
 def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:
@@ -368,16 +377,22 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
     task = recipe.get("task") if isinstance(recipe, Mapping) else None
     if not issubclass(schema, TrainConfig) or not isinstance(task, str):
         return schema
-    recipes = list_recipes()
-    if task not in recipes:
-        raise ConfigError(f"unknown train.task {task!r}{suggest(task, recipes)} ({', '.join(recipes)})")
-    return _specialise(schema, recipes[task])
+    outside = find_outside_task(task)
+    return _specialise(schema, RECIPES[task] if outside is None else outside.recipe)
 
 
 @cache
 def _specialise(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:
     parts: dict[str, Any] = {"train": (recipe, ...), "eval": (recipe.EVAL_OPTIONS, ...)}
     return create_model(schema.__name__, __base__=schema, __doc__=schema.__doc__, **parts)
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options by their dotted names, as on a command line."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:

@@ -29,7 +29,7 @@ class Recipe(Options):
     recipe: str  # its name: what a result says it was trained with
     epochs: Positive | None  # either: the length of the run, and the unit of `milestones`
     steps: Positive | None  # or; the last epoch may then be shorter
-    batch_size: Positive  # images per rank and forward pass
+    batch_size: Positive  # images per rank and forward pass; a network may need more (models/batch.py)
     global_batch: Positive | None  # images per step; null: batch_size * ranks
     schedule: Literal["cosine", "step", "milestones", "poly"]
     step_epochs: Positive | None  # schedule=step: the rate is multiplied by step_factor every so many epochs
@@ -105,7 +105,6 @@ class ClassificationRecipe(Recipe):
 
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = ClassificationEvalOptions
 
-    batch_size: Annotated[int, Field(ge=2)]  # split attention needs 2
     crop: Crop
     min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share; ERandomCrop's own is .1
     cropping: Literal["random_resized", "erandom"]

@@ -63,7 +63,10 @@ def test_text(monkeypatch, capsys):
         (("model=resnest50", "models=[resnet50]"), "give either model=NAME or models=[A,B]"),
         (("models=[resnet50,resnest_50]",), "unknown model 'resnest_50'; did you mean 'resnest50'?"),
         (("model=resnest_50",), "unknown model 'resnest_50'; did you mean 'resnest50'? "),
-        (("model=resnest50", "batch_size=1"), "batch_size=1: input should be greater than or equal to 2"),
+        (
+            ("model=resnest50", "batch_size=1"),
+            "batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
+        ),
     ],
 )
 def test_refusals(arguments, message, monkeypatch, capsys):

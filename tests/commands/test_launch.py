@@ -70,7 +70,10 @@ STEPS += ("train.warmup_steps=100",)
         (["data.root=/x", "train.epochs=true"], "train.epochs=True: input should be a valid integer"),
         (["data.root=/x", "train.nesterov=3"], "train.nesterov=3: input should be a valid boolean"),
         (["data.root=/x", "train.epochs=0"], "train.epochs=0: input should be greater than or equal to 1"),
-        (["data.root=/x", "train.batch_size=1"], "train.batch_size=1: input should be greater than or equal to 2"),
+        (
+            ["data.root=/x", "train.batch_size=1"],
+            "train.batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
+        ),
         (["data.root=/x", "train.momentum=1"], "train.momentum=1: input should be less than 1"),
         (["data.root=/x", "train.precision=fp8"], "train.precision=fp8: input should be 'fp32', 'bf16' or 'fp16'"),
         (["data.root=/x", "train.crop=[224]"], "train.crop=[224]: input should be a valid integer"),
@@ -109,7 +112,10 @@ STEPS += ("train.warmup_steps=100",)
         (["data.root=/x", "train.task=null"], "train.task=None: input should be a valid string"),
         (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
         (["task=other"], "unknown task 'other' (classification)"),
-        (["data.root=/x", "data.kind=folders"], "unknown data.kind 'folders'; did you mean 'folder'?"),
+        (
+            ["data.root=/x", "data.kind=folders"],
+            "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
+        ),
         (["data.root=/x", "train.epochs=null"], "give train.epochs=... or train.steps=..."),
         (["data.root=/x", "train.steps=9"], "train.epochs=270 and train.steps=9: set one of them to null"),
         (["data.root=/x", "train.warmup_epochs=null"], "give train.warmup_epochs=... or train.warmup_steps=..."),

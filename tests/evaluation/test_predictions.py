@@ -12,8 +12,9 @@ from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.predictions import encode_predictions, read_predictions
 from resnest_imagenet.evaluation.results import Measured
-from resnest_imagenet.inference import compare, explain, predict
+from resnest_imagenet.inference import compare, predict
 from resnest_imagenet.inference.compare import Comparison
+from resnest_imagenet.reports import explain_pictures
 from resnest_imagenet.reports.table3 import format_table
 
 
@@ -67,9 +68,9 @@ def test_no_table_has_formulas(tmp_path):
     counted |= {"row": "ResNeSt-50", "model": "resnest50", "top1_paper": {224: 81.13}}
     attention = {"layer1.0": np.zeros((1, 2, 4), dtype=np.float32)}
     for text in (
-        predict._encode(predictions, ".csv"),
+        predict.encode_predictions(predictions, ".csv"),
         compare.encode_csv(compared),
-        explain.encode_csv([name], attention),
+        explain_pictures.encode_csv([name], attention),
         format_table([{**counted, "measured": [vars(measured)]}], "csv"),
     ):
         cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]

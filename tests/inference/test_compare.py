@@ -9,21 +9,16 @@ import torch
 from browser import look_at, needs_browser
 from conftest import compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.classifier import Classifier
-from resnest_imagenet.inference.compare import (
-    Comparison,
-    _distinguish,
-    _title,
-    compare_networks,
-    format_comparison,
-    mcnemar_p,
-)
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.inference.compare import Comparison, _distinguish, _title, format_comparison, mcnemar_p
+from resnest_imagenet.weights.load import Weights
 
 OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=16")
 
@@ -133,12 +128,8 @@ def test_synsets_stand_in_words():
     ],
 )
 def test_networks_of_the_same_name_are_told_apart(sources, names):
-    assert (
-        _distinguish(
-            [Classifier(source, "net", (), False, EvalTransform(32), torch.nn.Identity()) for source in sources]
-        )
-        == names
-    )
+    see, module = (EvalTransform(32),), torch.nn.Identity()
+    assert _distinguish([Classifier(Weights(source, {}), "net", (), see, module) for source in sources]) == names
 
 
 def test_mcnemar():

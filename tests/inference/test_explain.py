@@ -13,23 +13,23 @@ from torch import nn
 
 from conftest import compose_config, run_module
 from resnest_imagenet import build_model
+from resnest_imagenet.commands.explain import explain_images
 from resnest_imagenet.commands.launch import find_conf
+from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import ExplainConfig, PredictConfig, option_names
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.explain import (
     ClassMap,
     Explanation,
-    explain_images,
     find_class,
     map_evidence,
-    name_pictures,
     recording_attention,
 )
-from resnest_imagenet.inference.predict import predict_images
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import SplitAttention
+from resnest_imagenet.reports import explain_pictures
 
 OPTIONS = ("device=cpu", "crop=64", "loader.workers=1", "batch_size=3")
 
@@ -274,8 +274,12 @@ def test_a_target_is_a_name_a_number_or_words():
 
 
 def test_pictures_have_names_of_their_own():
-    assert name_pictures(["/p/a/x.jpg", "/p/b/x.jpg", "/p/b/x.png"]) == ["a/x.jpg.png", "b/x.jpg.png", "b/x.png.png"]
-    assert name_pictures(["/p/x.jpg"]) == ["x.jpg.png"]
+    assert explain_pictures.name_pictures(["/p/a/x.jpg", "/p/b/x.jpg", "/p/b/x.png"]) == [
+        "a/x.jpg.png",
+        "b/x.jpg.png",
+        "b/x.png.png",
+    ]
+    assert explain_pictures.name_pictures(["/p/x.jpg"]) == ["x.jpg.png"]
 
 
 def test_refusals(checkpoint, demo_images, tmp_path, monkeypatch):

@@ -9,17 +9,17 @@ from torch import nn
 
 from conftest import compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, PredictConfig
 from resnest_imagenet.data import folder
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.source import order_classes
 from resnest_imagenet.data.webdataset import read_shards, write_shards
 from resnest_imagenet.errors import CheckpointError, DataError
-from resnest_imagenet.inference.compare import compare_networks
 from resnest_imagenet.inference.labels import label_images, name_outputs
-from resnest_imagenet.inference.predict import predict_images
-from resnest_imagenet.models.zoo import list_imagenet_classes
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.training.train import prepare, train
 
 NUMBERS = [str(number) for number in range(12)]  # as text: 0, 1, 10, 11, 2, ...
@@ -152,7 +152,7 @@ def test_numbers_that_are_no_outputs_are_refused(tmp_path, image, evaluation_of)
 def test_thousand_outputs_are_imagenets_classes(tmp_path, image, evaluation_of):
     """Two synset folders under a 1000-class model: each image has its ImageNet label, not its folder's position."""
     bare = save_constant(tmp_path / "bare.pth", 1000, 207)  # golden retriever
-    make_tree(tmp_path, image, *(f"val/{list_imagenet_classes()[label]}/1.JPEG" for label in (0, 207)))
+    make_tree(tmp_path, image, *(f"val/{imagenet_synsets()[label]}/1.JPEG" for label in (0, 207)))
     config = evaluation_of(bare, "model=resnest14_half", f"data.root={tmp_path}")
     assert evaluate_checkpoint(config)[0].correct1 == 1
     make_tree(tmp_path, image, "val/dragon/1.JPEG")
@@ -168,7 +168,7 @@ def test_a_thousand_other_folders_are_labelled_in_their_order(tmp_path, image, c
     line = f"{tmp_path}/val: its classes, in their order, are taken for the outputs of x.pth\n"
     assert capsys.readouterr().err == line
     with pytest.raises(DataError, match="1000 of its classes are not among the classes of x.pth: place000, "):
-        label_images(images, list_imagenet_classes(), 1000, "x.pth")
+        label_images(images, imagenet_synsets(), 1000, "x.pth")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_numbered_shards_are_labelled_as_the_outputs_are(tmp_path, evaluation_of
 
 
 def test_numbers_and_names_of_classes_meet_by_position(tmp_path, image, numbered_shards):
-    imagenet = list_imagenet_classes()
+    imagenet = imagenet_synsets()
     shards = read_shards(str(numbered_shards), "val", "data.val_dir")
     numbers = list(shards.classes)
     named = [f"place{number}" for number in range(1000)]
@@ -215,7 +215,7 @@ def test_numbers_and_names_of_classes_meet_by_position(tmp_path, image, numbered
 
 
 def test_folders_may_be_named_in_words(tmp_path, image):
-    classes = list_imagenet_classes()
+    classes = imagenet_synsets()
     names = ("goldfish", "Golden_retriever", "n01440764")
     make_tree(tmp_path, image, *(f"val/{name}/1.JPEG" for name in names))
     images = read_image_folder(str(tmp_path), "val", "images")

@@ -1,15 +1,17 @@
 """What nobody sets is as the weights' own evaluation has it, in every command; what that was not is said."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 
 from conftest import compose_config
 from resnest_imagenet import build_model
-from resnest_imagenet.commands.export import describe_input
+from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.explain import explain_images
 from resnest_imagenet.commands.export import run as export
+from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import (
     CompareConfig,
     EvalConfig,
@@ -22,8 +24,8 @@ from resnest_imagenet.config import (
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.inference import explain, predict
 from resnest_imagenet.inference.classifier import choose_transforms
-from resnest_imagenet.inference.compare import compare_networks, format_comparison
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.inference.compare import format_comparison
+from resnest_imagenet.inference.describe import describe_input
 from resnest_imagenet.training.train import train
 from resnest_imagenet.weights.card import open_network
 from resnest_imagenet.weights.load import Weights, _find_published_test
@@ -62,12 +64,12 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
         real = module.build_loader
         monkeypatch.setattr(module, "build_loader", lambda *args, real=real: seen.append(args[3]) or real(*args))
     single = (*FAST, f"ckpt={ckpt}", f"images={demo_images}/val/disk")
-    predict.predict_images(compose_config("predict", PredictConfig, *single))
-    explain.explain_images(compose_config("explain", ExplainConfig, *single, f"out={tmp_path}/explained"))
+    predict_images(compose_config("predict", PredictConfig, *single))
+    explain_images(compose_config("explain", ExplainConfig, *single, f"out={tmp_path}/explained"))
     assert [transform.protocol for transform in seen] == [WORDS, WORDS]
 
     config = compose_config("export", ExportConfig, f"ckpt={ckpt}", "format=hub", f"out={tmp_path}/hub")
-    metadata = open_network(config, partial(describe_input, config))[2].to_metadata()  # of onnx and torch_export
+    metadata = open_network(str(ckpt), describe_input)[2].to_metadata()  # of onnx and torch_export
     assert (metadata["crop"], metadata["ratio"], metadata["order"]) == ("48", "0.6", "crop_resize")
     export(config)
     data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}/hub", pretrained=True))
@@ -137,7 +139,7 @@ FULL = ProtocolOptions(order="resize_crop", ratio=1.0, interpolation="bicubic", 
     ],
 )
 def test_what_is_chosen_and_said(weights, crops, options, protocols, line, capsys):
-    protocol = compose_config("eval", EvalConfig, "ckpt=x", "data.root=x", *options).protocol
+    protocol = compose_config("eval", EvalConfig, "ckpt=x", "data.root=x", *options).protocol.list_changes()
     transforms = choose_transforms(Weights("x.pt", {}, **weights), "resnest200", crops, protocol)
     for transform, words in zip(transforms, protocols, strict=True):
         assert transform.protocol.startswith(words)
@@ -157,7 +159,7 @@ def test_published_weights_are_tested_as_published():
     assert (crop, protocol.ratio, protocol.interpolation) == (288, 0.95, "bicubic")
     assert (config.test_input_size[-1], config.test_crop_pct) == (288, 0.95)
     crop, protocol = _find_published_test("timm:resnest101e.in1k", "resnest101")
-    assert EvalTransform(crop, **protocol.model_dump()).protocol == "short side 293 bilinear, centre crop 256"
+    assert EvalTransform.of(crop, protocol).protocol == "short side 293 bilinear, centre crop 256"
 
 
 def test_own_is_the_default():
@@ -172,7 +174,6 @@ def test_a_checkpoint_that_lacks_its_evaluation_is_taken_as_bare(tmp_path, capsy
     config = {"model": {"name": "resnest14_half"}, "train": {"crop": 32}, "eval": {"crop": "large"}}
     state = build_model("resnest14_half", 3).state_dict()
     torch.save({"model": state, "config": config, "classes": ["a", "b", "c"], "epoch": 1}, tmp_path / "old.pt")
-    options = compose_config("export", ExportConfig, f"ckpt={tmp_path}/old.pt")
-    _, _, card = open_network(options, partial(describe_input, options))
+    _, _, card = open_network(f"{tmp_path}/old.pt", describe_input)
     assert card.images.crop == 224 and json.loads(card.to_metadata()["antialias"]) is True
     assert "taking the usual test crop of resnest14_half" in capsys.readouterr().err

@@ -8,11 +8,12 @@ from PIL import Image
 
 from conftest import compose_config, run_module
 from resnest_imagenet import build_model
+from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import find_images
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.inference.predict import format_predictions, predict_images
+from resnest_imagenet.inference.predict import format_predictions
 
 OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=3")
 

@@ -8,7 +8,7 @@ import pytest
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.models.cost import count_cost
-from resnest_imagenet.models.zoo import list_imagenet_classes, name_classes
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets, short_class_names
 
 # Parameters, and multiply-adds at 224 and 320 pixels, as counted once.
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -72,11 +72,11 @@ def test_peers_take_the_same_arguments():
 
 
 def test_short_names_cut_words_and_no_names():
-    assert name_classes(["n01443537", "cat, black", "cat, white"]) == ["goldfish", "cat, black", "cat, white"]
+    assert short_class_names(["n01443537", "cat, black", "cat, white"]) == ["goldfish", "cat, black", "cat, white"]
 
 
 def test_imagenet_classes():
-    classes = list_imagenet_classes()
+    classes = imagenet_synsets()
     assert len(classes) == 1000
     assert classes == sorted(classes)
     assert classes[207] == "n02099601"  # golden retriever

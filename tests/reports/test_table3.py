@@ -10,12 +10,12 @@ from hydra import initialize_config_dir
 
 from conftest import newest_checkpoint
 from resnest_imagenet.commands import table3 as command
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.results import read_measured
 from resnest_imagenet.reports.table3 import PAPER, build_table, format_table
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.training.train import train
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "models/golden.json").read_text())

@@ -9,14 +9,15 @@ from torch import nn
 
 from conftest import ALONE, compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.explain import explain_images
+from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.errors import ConfigError, DataError, NonFiniteError
 from resnest_imagenet.evaluation.accuracy import measure_accuracy
-from resnest_imagenet.inference.compare import compare_networks
-from resnest_imagenet.inference.explain import explain_images
-from resnest_imagenet.inference.predict import predict_images
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint, format_results
+from resnest_imagenet.tasks.evaluate_checkpoint import format_results
 
 
 class Fixed:

@@ -6,7 +6,7 @@ from conftest import ALONE, CPU, LAUNCHED, newest_checkpoint
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.commands.train import run as run_command
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError
-from resnest_imagenet.tasks.task import open_task
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training.dry_run import count_checkpoint_bytes, describe_run
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import train
@@ -40,7 +40,9 @@ def test_the_plan_is_what_the_run_does(tiny_run, tmp_path):
 
 
 def test_a_shorter_last_epoch_is_in_the_plan(tiny_run):
-    plan = parse(describe_run(tiny_run("train.epochs=null", "train.steps=10", "train.batch_size=8", "train.warmup_epochs=0")))
+    plan = parse(
+        describe_run(tiny_run("train.epochs=null", "train.steps=10", "train.batch_size=8", "train.warmup_epochs=0"))
+    )
     assert plan["steps"] == "10, 12 in each of 1 epochs; of 8 images, 8 x 1 ranks x 1 passes"
 
 

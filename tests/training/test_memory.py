@@ -6,7 +6,7 @@ import torch
 from conftest import CPU, LAUNCHED
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.models.cost import count_kept
-from resnest_imagenet.tasks.task import open_task
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training import memory
 from resnest_imagenet.training.memory import count_free_bytes, require_memory
 
@@ -69,9 +69,7 @@ def test_a_step_that_cannot_fit_is_refused_with_what_would(small_run, monkeypatc
     free = 0
     monkeypatch.setattr(memory, "count_free_bytes", lambda: free)
     free = int(kept * 0.8)
-    message = (
-        r"^train.batch_size=64 of resnest14_half needs .* GB or more for 1 rank .*train.batch_size=32 fits"
-    )
+    message = r"^train.batch_size=64 of resnest14_half needs .* GB or more for 1 rank .*train.batch_size=32 fits"
     with pytest.raises(ConfigError, match=message):
         require_memory(task, CPU)
     with monkeypatch.context() as launched:

@@ -3,12 +3,12 @@
 import shutil
 
 import pytest
-import tiny_task
 import torch
+
+import tiny_task
+from conftest import newest_checkpoint
 from faulty_task import Fault
 from forked import ask_to_stop, train_on_ranks
-
-from conftest import newest_checkpoint
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.training.train import train
 from run_files import assert_same_run, list_places, read_events, read_status

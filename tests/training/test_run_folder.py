@@ -9,7 +9,7 @@ import pytest
 from conftest import ALONE
 from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.tasks.task import open_task
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training.identity import compare_identity, describe_identity
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.schedule import plan_steps

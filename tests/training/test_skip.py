@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_task
 import torch
-from faulty_task import Fault
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tiny_task
 from conftest import ALONE, newest_checkpoint
+from faulty_task import Fault
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.errors import NonFiniteError
 from resnest_imagenet.evaluation.accuracy import Evaluation

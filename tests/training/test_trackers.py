@@ -16,11 +16,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_task
-from faulty_task import Fault, open_with
 from PIL import Image
 
+import tiny_task
 from conftest import ALONE, SMALL, compose_config
+from faulty_task import Fault, open_with
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, Stopped
 from resnest_imagenet.training import trackers as trackers_module
@@ -29,7 +29,6 @@ from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.trackers import open_trackers, require_trackers
 from resnest_imagenet.training.train import train
 from run_files import read_events, without_clock
-
 
 TINY = (*SMALL, "train.task=tiny", "data.root=unused")
 
@@ -135,9 +134,7 @@ def test_tensorboards_server_shows_numbers_pictures_and_configuration(shown):
         assert pictures.keys() == {("eval/answers", step) for step in (6, 12)} | {
             ("train/samples", step) for step in (0, 6)
         }
-        np.testing.assert_array_equal(
-            pictures["train/samples", 0], tiny_task.draw_numbers(shown.first_batch)
-        )
+        np.testing.assert_array_equal(pictures["train/samples", 0], tiny_task.draw_numbers(shown.first_batch))
 
         (text,) = ask("text/text", run=".", tag="config/text_summary")
         assert "<pre><code>run_dir: runs/with\nseed: 0\n" in text["text"] and "dropout: 0.2" in text["text"]
@@ -206,7 +203,9 @@ def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_ru
     sent = [(e["step"], e["train/loss"]) for e in history if "train/loss" in e]
     expected = points_of(shown.died, "train", "loss") + points_of(shown.events, "train", "loss")[2:]
     assert sent == expected and [step for step, _ in sent] == [3, 6, 9, 9, 12]
-    assert [(e["step"], e["eval/accuracy"]) for e in history if "eval/accuracy" in e] == points_of(shown.events, "eval", "accuracy")
+    assert [(e["step"], e["eval/accuracy"]) for e in history if "eval/accuracy" in e] == points_of(
+        shown.events, "eval", "accuracy"
+    )
     pictures = [(key, e["step"]) for e in history for key in e if key.endswith("/path")]
     assert pictures == [
         ("train/samples/path", 0), ("eval/answers/path", 6), ("train/samples/path", 6), ("eval/answers/path", 12)

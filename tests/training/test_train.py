@@ -10,13 +10,14 @@ import shutil
 
 import pytest
 import torch
-from faulty_task import Fault
-from forked import ask_to_stop
 from torch import nn
 
 from conftest import ALONE, CPU, newest_checkpoint
+from faulty_task import Fault
+from forked import ask_to_stop
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.transforms import ERandomCrop
 from resnest_imagenet.data.webdataset import write_shards
@@ -25,8 +26,7 @@ from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.supervision import Watch
 from resnest_imagenet.tasks import classification
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
-from resnest_imagenet.tasks.task import open_task
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.control import Control
 from resnest_imagenet.training.health import Health

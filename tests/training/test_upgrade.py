@@ -6,8 +6,8 @@ import pytest
 
 from conftest import newest_checkpoint
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.errors import CheckpointError
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
 from resnest_imagenet.training.losses import TOTAL
 from resnest_imagenet.training.train import train
 from resnest_imagenet.training.upgrade import upgrade_checkpoint
@@ -53,7 +53,13 @@ OPTIONS = """
 
 @pytest.mark.slow
 def test_a_checkpoint_of_the_version_before_resumes_bit_for_bit(small_run, evaluation_of, tmp_path, capsys):
-    options = ("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0", "train.dropout=0.2", "loader.workers=0")
+    options = (
+        "train.ema_decay=0.9",
+        "train.epochs=1",
+        "train.warmup_epochs=0",
+        "train.dropout=0.2",
+        "loader.workers=0",
+    )
     options += ("loader=torchvision", "log.every_steps=5", "log.trackers=[]", "checkpoint.every_steps=4")
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(small_run(*options, run="whole"))

@@ -9,10 +9,11 @@ from huggingface_hub import constants
 from conftest import compose_config
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.commands.export import describe_input, run
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.inference.describe import describe_input
 from resnest_imagenet.weights import hub
 from resnest_imagenet.weights.card import Card
 from resnest_imagenet.weights.hub import describe_for_timm
@@ -49,7 +50,7 @@ def assert_same_logits(one, other, side=64):
 
 def describe_default(name):
     """Return the input of bare weights."""
-    return describe_input(compose_config("export", ExportConfig, "ckpt=x"), Weights("x", {}), name)
+    return describe_input(Weights("x", {}), name)
 
 
 def describe(name, num_classes, device):
@@ -140,9 +141,12 @@ def test_the_card_has_the_accuracy_where_the_checkpoint_knows_it(model, tmp_path
 
     known = {"best_top1": 81.129, "identity": {"evaluation": "short side 256 bilinear, centre crop 224"}}
     average = {"ema": model.state_dict(), **known}
+    named = {"best": 81.129, "metric": "top1", "identity": known["identity"]}
     sentence = "- Top-1: 81.13 % of the run's evaluation images (short side 256 bilinear, centre crop 224).\n"
     for name, content, more, is_known in (
-        ("best.pt", known, (), True),
+        ("best.pt", known, (), True),  # of before checkpoints named their metric
+        ("best.pt", named, (), True),
+        ("best.pt", {**named, "metric": "calibration"}, (), False),
         ("best.pt", average, (), True),
         ("best.pt", average, ("weights=model",), False),  # the average was evaluated
         ("step-1.pt", known, (), False),  # another one's

@@ -8,8 +8,17 @@ def run(config: InfoConfig) -> None:
     """Print the costs."""
     from resnest_imagenet.reports.info import describe_networks, format_costs
 
-    costs, device = describe_networks(config)
-    print(format_costs(costs, device, config))
+    models = config.models or ([config.model.name] if config.model else [])
+    report = describe_networks(
+        models,
+        config.crop,
+        config.batch_size,
+        precision=config.precision,
+        device=config.device,
+        latency=config.latency,
+        rounds=config.rounds,
+    )
+    print(format_costs(report, config.format))
 
 
 def main() -> None:

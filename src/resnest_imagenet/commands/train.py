@@ -1,4 +1,4 @@
-"""resnest-train: train a network on a folder of images."""
+"""resnest-train: train a network."""
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import TrainConfig

@@ -5,9 +5,9 @@ The random numbers of a crop are drawn here, from (seed, epoch, sample); the loa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -160,6 +160,11 @@ class EvalTransform:
     ratio: float | None = 0.875
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     antialias: bool = True
+
+    @classmethod
+    def of(cls, crop: int, protocol: Iterable[tuple[str, Any]]) -> "EvalTransform":
+        """Return the transform of a protocol, given as pairs of option and value, such as those of its options."""
+        return cls(crop, **dict(protocol))
 
     @property
     def resolved_ratio(self) -> float:

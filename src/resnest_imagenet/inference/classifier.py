@@ -1,21 +1,23 @@
 """Networks as they are used: how they see images, what they call their outputs, and the probabilities they give."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.config import InferenceConfig, OwnProtocolOptions
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.distributed import launched_as
+from resnest_imagenet.distributed import choose_device, launched_as
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes, usual_crop
-from resnest_imagenet.weights.load import Weights, read_weights, restore_network
+from resnest_imagenet.models.imagenet_classes import class_words
+from resnest_imagenet.models.zoo import count_outputs, usual_crop
+from resnest_imagenet.weights.load import Weights, list_classes, read_weights, restore_network
 
 
 @dataclass(frozen=True)
@@ -23,66 +25,89 @@ class Classifier:
     """A network that is not trained any further.
 
     Attributes:
-        source: where its weights are from, as the user gave it.
+        weights: what their source tells; the tensors themselves are the module's.
         name: of the network.
         classes: of its outputs, in order: class folders, or synsets for ImageNet's 1000, or else numbers.
-        is_named: whether the weights tell these.
-        transform: how it sees images.
+        transforms: how it sees images, at each crop that was asked for.
         module: maps normalised images (B, 3, H, W) to logits (B, K).
     """
 
-    source: str
+    weights: Weights
     name: str
     classes: tuple[str, ...]
-    is_named: bool
-    transform: EvalTransform
+    transforms: tuple[EvalTransform, ...]
     module: nn.Module
 
     @property
-    def known(self) -> tuple[str, ...] | None:
-        """The classes that the weights tell; None for bare weights."""
-        return self.classes if self.is_named else None
+    def source(self) -> str:
+        """Where its weights are from, as the user gave it."""
+        return self.weights.source
+
+    @property
+    def transform(self) -> EvalTransform:
+        """How it sees images, at the first crop."""
+        return self.transforms[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.module.parameters()).device
 
 
-def open_classifier(source: str, name: str | None, config: InferenceConfig, device: torch.device) -> Classifier:
-    """Read a network for inference.
+def open_classifier(
+    source: str | PathLike[str],
+    model: str | None = None,
+    weights: str = "auto",
+    crop: int | Sequence[int] | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto",
+) -> Classifier:
+    """Read a network to predict, evaluate, compare or explain with.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights.
-        name: of the network; None where the weights tell.
-        config: which weights, and how they see images.
-        device: where it computes.
+        source: a checkpoint, a file of weights, or published weights: official:NAME or timm:NAME.
+        model: name of the network; None where the weights tell.
+        weights: "model", "ema" (the moving average), or "auto": the moving average where there is one.
+        crop: side of the images that it sees, in pixels, or several for an evaluation at each; None: the weights' own.
+        protocol: what is to differ from the weights' own protocol, as `EvalTransform` has it: order, ratio,
+            interpolation, antialias.
+        device: where it computes: "auto", "cpu", "cuda", or torch's own.
 
     Raises:
-        UserError: the weights cannot be read or do not fit.
+        UserError: the weights cannot be read or do not fit, or there is no such device.
     """
-    weights = read_weights(source, config.weights)
-    model, name = restore_network(weights, name)
-    crops = None if config.crop is None else [config.crop]
-    (transform,) = choose_transforms(weights, name, crops, config.protocol)
-    outputs = len(model.get_parameter("fc.bias"))
-    classes = weights.classes or (list_imagenet_classes() if outputs == 1000 else [str(n) for n in range(outputs)])
-    module = place(fold_batch_norms(model), device)
-    return Classifier(source, name, tuple(classes), weights.classes is not None, transform, module)
+    place_on = device if isinstance(device, torch.device) else choose_device(device)
+    loaded = read_weights(fspath(source), weights)
+    network, name = restore_network(loaded, model)
+    crops = [crop] if isinstance(crop, int) else crop
+    transforms = choose_transforms(loaded, name, crops, protocol or {})
+    outputs = count_outputs(network, name)
+    classes = list_classes(loaded.classes, outputs) or [str(output) for output in range(outputs)]
+    module = place(fold_batch_norms(network), place_on)
+    return Classifier(replace(loaded, tensors={}), name, tuple(classes), tuple(transforms), module)
+
+
+def take_classifier(network: Classifier | str | PathLike[str]) -> Classifier:
+    """Return the network that a library function was given; one that is named is opened."""
+    return network if isinstance(network, Classifier) else open_classifier(network)
 
 
 def choose_transforms(
-    weights: Weights, name: str, crops: Sequence[int] | None, protocol: OwnProtocolOptions
+    weights: Weights, name: str, crops: Sequence[int] | None, protocol: Mapping[str, Any]
 ) -> list[EvalTransform]:
     """Return how a network sees images, at each crop: as asked for, and else as its weights were evaluated.
 
-    Weights that do not tell are taken at the usual crop of their network, by the paper's protocol. That, and a crop
-    that is not the weights' own, is said on stderr.
+    Weights that do not tell are taken at the usual crop of their network, by the paper's protocol. A line on stderr
+    names that, and a crop that is not the weights' own.
 
     Args:
         weights: the network's.
         name: of the network.
         crops: that were asked for, in pixels; None: one, the weights' own.
-        protocol: what was asked for.
+        protocol: what is to differ from the weights' own protocol, as `EvalTransform` has it.
     """
-    known = weights.protocol.model_dump() if weights.protocol else {}
-    own = EvalTransform(weights.crop or usual_crop(name), **known)
-    transforms = [replace(own, crop=crop, **protocol.list_changes()) for crop in crops or [own.crop]]
+    own = EvalTransform.of(weights.crop or usual_crop(name), weights.protocol or ())
+    transforms = [replace(own, crop=crop, **protocol) for crop in crops or [own.crop]]
     trained = (weights.training or {}).get("crop")
     others = [str(crop) for crop in crops or () if weights.crop is not None and crop not in (own.crop, trained)]
     line = None
@@ -107,7 +132,7 @@ def find_outputs(names: Sequence[str], classes: Sequence[str]) -> list[list[int]
     """
     exact = {name: output for output, name in enumerate(classes)}
     by_words: dict[str, set[int]] = {}
-    for output, text in enumerate(describe_classes(classes)):
+    for output, text in enumerate(class_words(classes)):
         for words in (text, *text.split(", ")):
             by_words.setdefault(_simplify(words), set()).add(output)
     return [[exact[name]] if name in exact else sorted(by_words.get(_simplify(name), ())) for name in names]
@@ -119,14 +144,13 @@ def _simplify(words: str) -> str:
 
 @torch.inference_mode()
 def compute_probabilities(
-    classifiers: list[Classifier], loader: Loader, device: torch.device, precision: str, name: Callable[[int], str]
+    classifiers: Sequence[Classifier], loader: Loader, precision: str, name: Callable[[int], str]
 ) -> Iterator[list[Tensor]]:
     """Yield for each batch the classifiers' probabilities, float32 (B, K) on the CPU; the images are decoded once.
 
     Args:
-        classifiers: that see images alike.
+        classifiers: that see images alike, on one device.
         loader: of all images, in order.
-        device: where they compute.
         precision: fp32, bf16 or fp16.
         name: of an image, by its index.
 
@@ -135,7 +159,7 @@ def compute_probabilities(
     """
     done = 0
     for images, _ in loader.batches(epoch=0):
-        with autocast(device, precision):
+        with autocast(images.device, precision):
             logits = [classifier.module(images) for classifier in classifiers]
         for values in logits:
             require_finite(values.isfinite().all(1).cpu().numpy(), name, precision, done)

@@ -4,27 +4,25 @@ import csv
 import io
 import itertools
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
 
 import numpy as np
-import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from resnest_imagenet import distributed
-from resnest_imagenet.compute import keep_freed_memory
-from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.data.examine import split_unreadable
-from resnest_imagenet.data.folder import ImageFolder, read_image_folder
-from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, print_notes
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError, printable
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, open_classifier
+from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
+from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
-from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
+from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
 
 
 @dataclass(frozen=True)
@@ -61,83 +59,86 @@ class Comparison:
         return differ[np.argsort(-spread, kind="stable")]
 
 
-def compare_networks(config: CompareConfig) -> Comparison:
-    """Compare, and write `config.csv` and `config.page` where they are set.
+def compare(
+    networks: Sequence[Classifier | str | PathLike[str]],
+    images: ImageFolder | str | PathLike[str],
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    loader: str = "auto",
+    workers: int | None = None,
+) -> Comparison:
+    """Compare networks on the same images; images that cannot be used are skipped.
+
+    Args:
+        networks: each of `open_classifier`, or a source that it takes.
+        images: a folder with one folder per true class, named as the networks' classes are or in words.
+        batch_size: images at a time.
+        precision: fp32, bf16 or fp16.
+        loader: what decodes the images: "auto", "dali" or "torchvision".
+        workers: the loader's threads or processes; None: this process's cores, at most 8.
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        DataError: no image can be used.
+        UserError: for what else a user can cause, as one line.
     """
-    for name in config.models or []:
-        if name is not None:
-            require_model(name)
-    choose_loader(config.loader.name)
-    for option, path in (("csv", config.csv), ("page", config.page)):
-        if path is not None:
-            require_writable(Path(path), option)
-    device = distributed.choose_device(config.device)
-    keep_freed_memory()
-    images, faults = split_unreadable(_open_images(config))
-    if not len(images):
-        raise DataError(faults[0])
-    models = config.models or [None] * len(config.ckpt)
-    sources = zip(config.ckpt, models, strict=True)
-    classifiers = [open_classifier(source, name, config, device) for source, name in sources]
-    comparison = replace(_judge(classifiers, images, config, device), skipped=tuple(faults))
-    if config.csv is not None:
-        with replacing(Path(config.csv)) as file:
-            file.write(encode_csv(comparison).encode(errors="surrogateescape"))
-    if config.page is not None:
-        from resnest_imagenet.reports.compare_page import render_comparison
-
-        page = render_comparison(comparison)
-        with replacing(Path(config.page)) as file:
-            file.write(page.encode(errors="surrogateescape"))
-    return comparison
-
-
-def _open_images(config: CompareConfig) -> ImageFolder:
-    if config.images is not None:
-        folder = Path(config.images).absolute()
-        images = read_image_folder(str(folder.parent), folder.name, "images")
-    else:
-        assert config.data.root is not None
-        images = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
-    print_notes(images)
-    return images
-
-
-def _judge(
-    classifiers: list[Classifier], images: ImageSource, config: CompareConfig, device: torch.device
-) -> Comparison:
-    labelled = [label_images(images, each.known, len(each.classes), each.source) for each in classifiers]
-    described = [describe_classes(each.classes) for each in labelled]
-    shape = (len(classifiers), len(images))
-    probabilities, predicted = np.zeros(shape), np.empty(shape, dtype=object)
-    in_top5, is_right = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    plan = plan_evaluation(len(images), config.batch_size, 0, 1)
+    listed = images if isinstance(images, ImageFolder) else list_classified_images(images)
+    classifiers = [take_classifier(network) for network in networks]
+    usable, skipped = split_unreadable(listed)
+    if not len(usable):
+        raise DataError(skipped[0])
+    judgements = [_Judgement(classifier, usable) for classifier in classifiers]
+    plan = plan_evaluation(len(usable), batch_size, 0, 1)
     # Networks that see images alike share the decoded ones.
-    transforms = list(dict.fromkeys(classifier.transform for classifier in classifiers))
-    total = len(images) * len(transforms)
+    groups: dict[tuple[object, object], list[_Judgement]] = {}
+    for judgement in judgements:
+        classifier = judgement.classifier
+        groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
+    total = len(usable) * len(groups)
     with tqdm(total=total, unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-        for transform in transforms:
-            rows = [row for row, classifier in enumerate(classifiers) if classifier.transform == transform]
-            alike = [classifiers[row] for row in rows]
-            loader = build_loader(config.loader.name, images, plan, transform, device, config.loader.workers)
-            done = 0
-            for batch in compute_probabilities(alike, loader, device, config.precision, images.name):
-                part = slice(done, done + len(batch[0]))
-                done = part.stop
-                for row, values in zip(rows, batch, strict=True):
-                    truth = labelled[row].labels[part]
-                    best = values.topk(min(5, values.shape[1])).indices.numpy()
-                    probabilities[row, part] = values.numpy()[np.arange(len(truth)), truth]
-                    predicted[row, part] = [described[row][index] for index in best[:, 0]]
-                    in_top5[row, part] = (best == truth[:, None]).any(1)
-                    is_right[row, part] = best[:, 0] == truth
+        for group in groups.values():
+            alike = [judgement.classifier for judgement in group]
+            batches = build_loader(loader, usable, plan, alike[0].transform, alike[0].device, workers)
+            for batch in compute_probabilities(alike, batches, precision, usable.name):
+                for judgement, probabilities in zip(group, batch, strict=True):
+                    judgement.add(probabilities)
                 progress.update(len(batch[0]))
-    protocols = tuple(classifier.transform.protocol for classifier in classifiers)
-    names, titles = _distinguish(classifiers), _title(images.classes)
-    return Comparison(names, images, titles, probabilities, predicted, in_top5, is_right, protocols)
+    return Comparison(
+        _distinguish(classifiers),
+        usable,
+        _title(usable.classes),
+        np.stack([judgement.probabilities for judgement in judgements]),
+        np.stack([judgement.predicted for judgement in judgements]),
+        np.stack([judgement.in_top5 for judgement in judgements]),
+        np.stack([judgement.is_right for judgement in judgements]),
+        tuple(classifier.transform.protocol for classifier in classifiers),
+        tuple(skipped),
+    )
+
+
+class _Judgement:
+    """What one network makes of N images, filled batch by batch; the arrays are rows of a `Comparison`."""
+
+    def __init__(self, classifier: Classifier, images: ImageSource) -> None:
+        labelled = label_images(images, classifier.weights.classes, len(classifier.classes), classifier.source)
+        self.classifier = classifier
+        self._labels = labelled.labels
+        self._described = class_words(labelled.classes)
+        self._done = 0
+        self.probabilities = np.zeros(len(images))
+        self.predicted = np.empty(len(images), dtype=object)
+        self.in_top5, self.is_right = np.zeros((2, len(images)), dtype=bool)
+
+    def add(self, probabilities: Tensor) -> None:
+        """Take the probabilities of the next B images, (B, K)."""
+        part = slice(self._done, self._done + len(probabilities))
+        self._done = part.stop
+        truth = self._labels[part]
+        best = probabilities.topk(min(5, probabilities.shape[1])).indices.numpy()
+        self.probabilities[part] = probabilities.numpy()[np.arange(len(truth)), truth]
+        self.predicted[part] = [self._described[index] for index in best[:, 0]]
+        self.in_top5[part] = (best == truth[:, None]).any(1)
+        self.is_right[part] = best[:, 0] == truth
 
 
 def mcnemar_p(only_one: int, only_other: int) -> float:
@@ -151,7 +152,7 @@ def mcnemar_p(only_one: int, only_other: int) -> float:
     ways = (
         math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(only_one, only_other) + 1)
     )
-    return min(1.0, 2 * sum(math.exp(each - n * math.log(2)) for each in ways))
+    return min(1.0, 2 * sum(math.exp(way - n * math.log(2)) for way in ways))
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -188,12 +189,14 @@ def describe_protocols(comparison: Comparison) -> list[str]:
 def describe_pairs(comparison: Comparison) -> list[str]:
     """Return a line for each pair of networks: where one is right alone, and McNemar's p."""
     lines = []
-    for one, other in itertools.combinations(range(len(comparison.names)), 2):
-        first, second = comparison.is_right[one], comparison.is_right[other]
-        alone = int((first & ~second).sum()), int((second & ~first).sum())
-        who, whom = comparison.names[one], comparison.names[other]
-        p = mcnemar_p(*alone)
-        lines.append(f"only {who} right: {alone[0]}, only {whom} right: {alone[1]}; McNemar's exact p = {p:.3g}")
+    for (name, is_right), (other_name, is_other_right) in itertools.combinations(
+        zip(comparison.names, comparison.is_right, strict=True), 2
+    ):
+        alone = int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum())
+        lines.append(
+            f"only {name} right: {alone[0]}, only {other_name} right: {alone[1]}; "
+            f"McNemar's exact p = {mcnemar_p(*alone):.3g}"
+        )
     return lines
 
 
@@ -212,7 +215,7 @@ def encode_csv(comparison: Comparison) -> str:
 
 
 def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
-    named = zip(classes, name_classes(classes), strict=True)
+    named = zip(classes, short_class_names(classes), strict=True)
     return tuple(name if words == name else f"{words} ({name})" for name, words in named)
 
 

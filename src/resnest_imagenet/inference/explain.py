@@ -1,34 +1,26 @@
-"""Why a network says what it says: where it finds a class, and how its blocks weigh their splits."""
+"""Why a network decides as it does: where it finds a class, and how its blocks weigh their splits."""
 
-import csv
-import io
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from os import PathLike
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from resnest_imagenet import distributed
-from resnest_imagenet.compute import autocast, keep_freed_memory
-from resnest_imagenet.config import ExplainConfig
+from resnest_imagenet.compute import autocast
 from resnest_imagenet.data.examine import split_unreadable
-from resnest_imagenet.data.folder import find_images
-from resnest_imagenet.data.loader import build_loader, choose_loader, to_pixels
+from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.loader import Loader, build_loader, to_pixels
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import ImageSource, print_notes
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.evaluation.accuracy import require_finite
-from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.files import replacing, require_writable, storing
-from resnest_imagenet.inference.classifier import Classifier, find_outputs, open_classifier
+from resnest_imagenet.inference.classifier import Classifier, find_outputs, take_classifier
+from resnest_imagenet.inference.images import Images, list_images
+from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
 from resnest_imagenet.models.split_attention import SplitAttention
-from resnest_imagenet.models.zoo import describe_classes, name_classes, require_model
 
 
 @dataclass(frozen=True)
@@ -64,70 +56,122 @@ class Explanation:
     attention: dict[str, np.ndarray]
 
 
-def explain_images(config: ExplainConfig) -> tuple[list[str], list[str]]:
-    """Write the pictures into `config.out`; images that cannot be used are skipped.
+@dataclass(frozen=True)
+class Explanations:
+    """The explanations of N images, in order; each batch is computed when it is reached.
+
+    Attributes:
+        classifier: the network.
+        images: the N images.
+        skipped: a line for each image that cannot be used; it is none of the N.
+        top: maps of so many of the likeliest classes.
+        target: the output whose map is wanted instead.
+        layer: whose maps they are.
+        batch_size: images at a time.
+        precision: of the probabilities and the attention.
+        loader, workers: what decodes the images.
+    """
+
+    classifier: Classifier
+    images: ImageFolder
+    skipped: tuple[str, ...]
+    top: int
+    target: int | None
+    layer: str
+    batch_size: int
+    precision: str
+    loader: str
+    workers: int | None
+
+    @property
+    def files(self) -> list[str]:
+        """The images' files."""
+        return [self.images.name(index) for index in range(len(self.images))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Explanation]:
+        if len(self.images):
+            plan = plan_evaluation(len(self.images), self.batch_size, 0, 1)
+            transform, device = self.classifier.transform, self.classifier.device
+            yield from self._explain(build_loader(self.loader, self.images, plan, transform, device, self.workers))
+
+    def _explain(self, loader: Loader) -> Iterator[Explanation]:
+        names = short_class_names(self.classifier.classes)
+        model = self.classifier.module.requires_grad_(False)  # so that the graph begins at the layer, not at the image
+        done = 0
+        for batch, _ in loader.batches(epoch=0):
+            with torch.no_grad(), autocast(batch.device, self.precision), recording_attention(model) as attention:
+                logits = model(batch)
+            require_finite(logits.isfinite().all(1).cpu().numpy(), self.images.name, self.precision, done)
+            probabilities = logits.float().softmax(1)
+            chosen = self._choose_classes(probabilities)
+            # In float32 whatever the precision is: fp16 would lose small gradients.
+            evidence = torch.stack([map_evidence(model, self.layer, batch, classes) for classes in chosen.T], 1)
+            maps_of_batch, pixels = evidence.cpu().numpy(), to_pixels(batch)
+            weights = {block: values.cpu().numpy() for block, values in attention.items()}
+            for row, classes in enumerate(chosen.tolist()):
+                maps = tuple(
+                    ClassMap(names[output], probabilities[row, output].item(), class_evidence)
+                    for output, class_evidence in zip(classes, maps_of_batch[row], strict=True)
+                )
+                of_image = {block: values[row] for block, values in weights.items()}
+                yield Explanation(self.images.name(done), pixels[row], maps, of_image)
+                done += 1
+
+    def _choose_classes(self, probabilities: Tensor) -> Tensor:
+        """Return the outputs whose maps are wanted, int64 (B, number of maps)."""
+        if self.target is None:
+            return probabilities.topk(min(self.top, probabilities.shape[1])).indices
+        return torch.full((len(probabilities), 1), self.target, device=probabilities.device)
+
+
+def explain(
+    network: Classifier | str | PathLike[str],
+    images: Images,
+    top: int = 1,
+    target: str | int | None = None,
+    layer: str = "layer4",
+    *,
+    batch_size: int = 16,
+    precision: str = "fp32",
+    loader: str = "auto",
+    workers: int | None = None,
+) -> Explanations:
+    """Explain what a network makes of images; images that cannot be used are skipped.
+
+    Args:
+        network: of `open_classifier`, or a source that it takes.
+        images: files, folders or patterns such as "photos/**/*.jpg", one or several.
+        top: maps of so many of the likeliest classes.
+        target: the map of this class instead, as `find_class` takes it.
+        layer: "layer1" to "layer4", or another module with maps: earlier ones give finer maps, but rougher evidence.
+        batch_size: images at a time.
+        precision: of the probabilities and the attention, fp32, bf16 or fp16; the maps are fp32.
+        loader: what decodes the images: "auto", "dali" or "torchvision".
+        workers: the loader's threads or processes; None: this process's cores, at most 8.
 
     Returns:
-        Lines about what was written, and a line for each image that was skipped.
+        The explanations, one for each image, to be iterated over.
 
     Raises:
         UserError: for what a user can cause, as one line.
     """
+    require_captum()
+    listed = list_images(images)
+    classifier = take_classifier(network)
+    if layer not in dict(classifier.module.named_modules()):
+        raise ConfigError(f"layer={layer}: {classifier.name} has no layer of that name")
+    output = None if target is None else find_class(str(target), classifier.classes)
+    usable, skipped = split_unreadable(listed)
+    return Explanations(classifier, usable, tuple(skipped), top, output, layer, batch_size, precision, loader, workers)
+
+
+def require_captum() -> None:
+    """Raise a ConfigError where the library is missing that computes the maps."""
     if find_spec("captum") is None:
         raise ConfigError("resnest-explain needs the extra [explain] of resnest-imagenet")
-    if config.model is not None:
-        require_model(config.model.name)
-    choose_loader(config.loader.name)
-    device = distributed.choose_device(config.device)
-    keep_freed_memory()
-    out = Path(os.path.abspath(config.out))
-    require_writable(out / "attention.csv", "out")
-    found = find_images(config.images)
-    if any(out in Path(found.name(index)).parents for index in range(len(found))):
-        raise ConfigError(f"out={config.out} holds images to explain: choose another folder")
-    print_notes(found)
-    images, faults = split_unreadable(found)
-    if not len(images):
-        return [], faults
-    classifier = open_classifier(config.ckpt, config.model.name if config.model else None, config, device)
-    names = name_pictures([images.name(index) for index in range(len(images))])
-    explanations = _explain(config, images, classifier, device)
-    progress = tqdm(explanations, total=len(names), unit="image", disable=None, dynamic_ncols=True, leave=False)
-    return _write_pictures(out, names, config.layer, classifier.name, progress), faults
-
-
-def _explain(
-    config: ExplainConfig, images: ImageSource, classifier: Classifier, device: torch.device
-) -> Iterator[Explanation]:
-    """Yield the images' explanations, in order."""
-    named = name_classes(classifier.classes)
-    target = None if config.target is None else find_class(str(config.target), classifier.classes)
-    plan = plan_evaluation(len(images), config.batch_size, 0, 1)
-    loader = build_loader(config.loader.name, images, plan, classifier.transform, device, config.loader.workers)
-    model = classifier.module.requires_grad_(False)  # so that the graph begins at the layer, not at the image
-    done = 0
-    for batch, _ in loader.batches(epoch=0):
-        with torch.no_grad(), autocast(device, config.precision), recording_attention(model) as attention:
-            logits = model(batch)
-        require_finite(logits.isfinite().all(1).cpu().numpy(), images.name, config.precision, done)
-        probabilities = logits.float().softmax(1)
-        if target is None:
-            chosen = probabilities.topk(min(config.top, probabilities.shape[1])).indices
-        else:
-            chosen = torch.full((len(batch), 1), target, device=device)
-        # In float32 whatever the precision is: fp16 would lose small gradients.
-        evidence = torch.stack([map_evidence(model, config.layer, batch, classes) for classes in chosen.T], 1)
-        pixels = to_pixels(batch)
-        weights = {block: each.cpu().numpy() for block, each in attention.items()}
-        for row, classes in enumerate(chosen.tolist()):
-            maps = tuple(
-                ClassMap(named[k], probabilities[row, k].item(), each)
-                for k, each in zip(classes, evidence[row].cpu().numpy(), strict=True)
-            )
-            yield Explanation(
-                images.name(done), pixels[row], maps, {block: each[row] for block, each in weights.items()}
-            )
-            done += 1
 
 
 def map_evidence(model: nn.Module, layer: str, images: Tensor, classes: Tensor) -> Tensor:
@@ -142,7 +186,7 @@ def map_evidence(model: nn.Module, layer: str, images: Tensor, classes: Tensor) 
         model: a network in evaluation mode, whose parameters need no gradients.
         layer: the name of a module.
         images: normalised (B, 3, H, W).
-        classes: int64 (B,), of each image one.
+        classes: int64 (B,), one for each image.
 
     Returns:
         (B, h, w), in logits; h and w are the layer's.
@@ -179,7 +223,7 @@ def recording_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def find_class(target: str, classes: Sequence[str]) -> int:
-    """Return the output that a user means.
+    """Return the output that a user names.
 
     Args:
         target: a class's name, one of its words ("goldfish", "golden_retriever"), or its number from 0 on.
@@ -188,70 +232,13 @@ def find_class(target: str, classes: Sequence[str]) -> int:
     Raises:
         ConfigError: no class is meant, or several are.
     """
-    (meant,) = find_outputs([target], classes)
-    if not meant and target.isdecimal() and int(target) < len(classes):
+    (outputs,) = find_outputs([target], classes)
+    if not outputs and target.isdecimal() and int(target) < len(classes):
         return int(target)
-    if not meant:
-        words = {word for text in describe_classes(classes) for word in text.split(", ")}
+    if not outputs:
+        words = {word for text in class_words(classes) for word in text.split(", ")}
         near = suggest(target, sorted({*classes, *words}))
         raise ConfigError(f"target={target}: none of the network's {len(classes)} classes{near}")
-    if len(meant) > 1:
-        raise ConfigError(f"target={target} may be {' or '.join(classes[k] for k in meant)}")
-    return meant[0]
-
-
-def _write_pictures(
-    out: Path, names: Sequence[str], layer: str, model: str, explanations: Iterable[Explanation]
-) -> list[str]:
-    """Write a picture of each image's maps and attention, then of the attention over all; return lines about them."""
-    from resnest_imagenet.reports.explain_pictures import draw_attention, draw_maps, draw_summary, encode_png
-
-    files: list[str] = []
-    kept: list[dict[str, np.ndarray]] = []  # 30 KB per image of a ResNeSt-50
-    for name, explanation in zip(names, explanations, strict=True):
-        _write(out / "maps" / name, encode_png(draw_maps(explanation, layer)))
-        if explanation.attention:
-            _write(out / "attention" / name, encode_png(draw_attention(explanation)))
-        files.append(explanation.file)
-        kept.append(explanation.attention)
-    lines = [f"pictures in {out}/maps: {len(kept)}"]
-    if not kept[0]:
-        return [*lines, f"{model} has no split attention to draw"]
-    attention = {block: np.stack([each[block] for each in kept]) for block in kept[0]}
-    _write(out / "attention.csv", encode_csv(files, attention).encode(errors="surrogateescape"))
-    _write(out / "attention.png", encode_png(draw_summary(model, attention)))
-    return [
-        *lines,
-        f"pictures in {out}/attention: {len(kept)}",
-        f"over all images: {out}/attention.png and {out}/attention.csv",
-    ]
-
-
-def name_pictures(files: Sequence[str]) -> list[str]:
-    """Return a file name for the picture of each image: its path below the folder that all have in common, and .png."""
-    common = os.path.commonpath([os.path.dirname(file) for file in files])
-    return [os.path.relpath(file, common) + ".png" for file in files]
-
-
-def encode_csv(files: Sequence[str], attention: dict[str, np.ndarray]) -> str:
-    """Return a row for each image, block and split: mean and standard deviation of its weights over the channels.
-
-    Args:
-        files: of the N images.
-        attention: the weights, (N, R, C) by block.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "block", "split", "mean", "std"])
-    for row, file in enumerate(files):
-        for block, weights in attention.items():
-            for split, each in enumerate(weights[row], 1):
-                writer.writerow([guard(file), block, split, f"{each.mean():.6f}", f"{each.std():.6f}"])
-    return text.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(content)
+    if len(outputs) > 1:
+        raise ConfigError(f"target={target} may be {' or '.join(classes[output] for output in outputs)}")
+    return outputs[0]

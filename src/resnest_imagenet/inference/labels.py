@@ -8,7 +8,7 @@ from resnest_imagenet.data.source import ImageSource, are_numbers, label_by_clas
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.inference.classifier import find_outputs
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.weights.load import list_classes
 
 
 def name_outputs(classes: Sequence[str], known: Sequence[str] | None, num_outputs: int) -> list[str] | None:
@@ -27,7 +27,7 @@ def name_outputs(classes: Sequence[str], known: Sequence[str] | None, num_output
     """
     if known is not None and set(classes) <= set(known):
         return list(known)
-    imagenet = list_imagenet_classes() if num_outputs == 1000 else None
+    imagenet = list_classes(None, num_outputs)
     numbered = list(map(str, range(num_outputs)))
     own = numbered if known is None or list(known) == imagenet else list(known)
     numbers, own_numbers = read_numbers(classes), read_numbers(own)
@@ -45,7 +45,7 @@ def name_outputs(classes: Sequence[str], known: Sequence[str] | None, num_output
 
 
 def label_images(images: ImageSource, known: Sequence[str] | None, num_outputs: int, source: str) -> ImageSource:
-    """Number images as a network's outputs are, by `name_outputs`; what is assumed is said on stderr.
+    """Number images as a network's outputs are, by `name_outputs`; a line on stderr names what is assumed.
 
     A class may be named by its words, too: "goldfish" or "golden_retriever" for ImageNet's.
 
@@ -58,8 +58,8 @@ def label_images(images: ImageSource, known: Sequence[str] | None, num_outputs: 
     Raises:
         DataError: for a class that no output stands for.
     """
-    imagenet = list_imagenet_classes() if num_outputs == 1000 else None
-    own = known or imagenet
+    imagenet = list_classes(None, num_outputs)
+    own = list_classes(known, num_outputs)
     if own is not None and not set(images.classes) <= set(own):
         meant = zip(images.classes, find_outputs(images.classes, own), strict=True)
         images = replace(images, classes=tuple(own[k[0]] if len(k) == 1 else name for name, k in meant))

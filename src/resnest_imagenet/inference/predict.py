@@ -3,24 +3,21 @@
 import csv
 import io
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from os import PathLike
 
+from torch import Tensor
 from tqdm import tqdm
 
-from resnest_imagenet import distributed
-from resnest_imagenet.compute import keep_freed_memory
-from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.data.examine import split_unreadable
-from resnest_imagenet.data.folder import find_images
-from resnest_imagenet.data.loader import build_loader, choose_loader
+from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import print_notes
-from resnest_imagenet.errors import ConfigError, printable
+from resnest_imagenet.errors import printable
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.inference.classifier import compute_probabilities, open_classifier
-from resnest_imagenet.models.zoo import describe_classes, require_model
+from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
+from resnest_imagenet.inference.images import Images, list_images
+from resnest_imagenet.models.imagenet_classes import class_words
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,26 @@ class Prediction:
     probability: float
 
 
-def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
-    """Predict, and write `config.out` if it is set; images that cannot be used are skipped.
+def predict(
+    network: Classifier | str | PathLike[str],
+    images: Images,
+    top: int = 5,
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    loader: str = "auto",
+    workers: int | None = None,
+) -> tuple[list[Prediction], list[str]]:
+    """Predict the likeliest classes of images; images that cannot be used are skipped.
+
+    Args:
+        network: of `open_classifier`, or a source that it takes.
+        images: files, folders or patterns such as "photos/**/*.jpg", one or several.
+        top: so many classes for each image.
+        batch_size: images at a time.
+        precision: fp32, bf16 or fp16.
+        loader: what decodes the images: "auto", "dali" or "torchvision".
+        workers: the loader's threads or processes; None: this process's cores, at most 8.
 
     Returns:
         The predictions, by image and rank, and a line for each image that was skipped.
@@ -51,55 +66,49 @@ def predict_images(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
     Raises:
         UserError: for what a user can cause, as one line.
     """
-    if config.model is not None:
-        require_model(config.model.name)
-    choose_loader(config.loader.name)
-    device = distributed.choose_device(config.device)
-    keep_freed_memory()
-    if config.out is not None:
-        if Path(config.out).suffix not in (".csv", ".json"):
-            raise ConfigError(f"out={config.out} ends neither in .csv nor in .json")
-        require_writable(Path(config.out), "out")
-    found = find_images(config.images)
-    print_notes(found)
-    images, faults = split_unreadable(found)
+    listed = list_images(images)
+    classifier = take_classifier(network)
+    usable, skipped = split_unreadable(listed)
     predictions: list[Prediction] = []
-    if len(images):
-        classifier = open_classifier(config.ckpt, config.model.name if config.model else None, config, device)
-        described = describe_classes(classifier.classes)
-        plan = plan_evaluation(len(images), config.batch_size, 0, 1)
-        loader = build_loader(config.loader.name, images, plan, classifier.transform, device, config.loader.workers)
-        done = 0
-        with tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-            batches = compute_probabilities([classifier], loader, device, config.precision, images.name)
-            for (probabilities,) in batches:
-                best = probabilities.topk(min(config.top, probabilities.shape[1]))
-                for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                    file = images.name(done)
-                    done += 1
-                    predictions += [
-                        Prediction(file, rank, classifier.classes[index], described[index], round(value, 6))
-                        for rank, (value, index) in enumerate(zip(values, indices, strict=True), 1)
-                    ]
-                progress.update(len(probabilities))
-    if config.out is not None:
-        with replacing(Path(config.out)) as target:
-            target.write(_encode(predictions, Path(config.out).suffix).encode(errors="surrogateescape"))
-    return predictions, faults
+    if not len(usable):
+        return predictions, skipped
+    plan = plan_evaluation(len(usable), batch_size, 0, 1)
+    batches = build_loader(loader, usable, plan, classifier.transform, classifier.device, workers)
+    done = 0
+    with tqdm(total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
+        for (probabilities,) in compute_probabilities([classifier], batches, precision, usable.name):
+            files = [usable.name(index) for index in range(done, done + len(probabilities))]
+            predictions += _rank_classes(classifier.classes, files, probabilities, top)
+            done += len(files)
+            progress.update(len(files))
+    return predictions, skipped
+
+
+def _rank_classes(
+    classes: Sequence[str], files: Sequence[str], probabilities: Tensor, top: int
+) -> Iterator[Prediction]:
+    """Yield the likeliest classes of each of B images; their probabilities are (B, K)."""
+    described = class_words(classes)
+    best = probabilities.topk(min(top, probabilities.shape[1]))
+    for file, values, indices in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
+        for rank, (value, index) in enumerate(zip(values, indices, strict=True), 1):
+            yield Prediction(file, rank, classes[index], described[index], round(value, 6))
 
 
 def format_predictions(predictions: list[Prediction]) -> str:
     """Return a table for people: each image with its likeliest classes."""
     lines = []
-    for each in predictions:
-        lines += [printable(each.file)] if each.rank == 1 else []
-        name = each.description if each.description == each.label else f"{each.description} ({each.label})"
-        lines.append(f"  {100 * each.probability:>6.2f} %  {printable(name)}")
+    for prediction in predictions:
+        label, words = prediction.label, prediction.description
+        lines += [printable(prediction.file)] if prediction.rank == 1 else []
+        name = words if words == label else f"{words} ({label})"
+        lines.append(f"  {100 * prediction.probability:>6.2f} %  {printable(name)}")
     return "\n".join(lines)
 
 
-def _encode(predictions: list[Prediction], suffix: str) -> str:
-    rows = [asdict(each) for each in predictions]
+def encode_predictions(predictions: list[Prediction], suffix: str) -> str:
+    """Return the predictions as a table: in JSON for ".json", else in CSV."""
+    rows = [asdict(prediction) for prediction in predictions]
     if suffix == ".json":
         return json.dumps(rows, indent=1) + "\n"
     text = io.StringIO()

@@ -1,7 +1,10 @@
 """Explanations as pictures."""
 
+import csv
 import io
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from tqdm import tqdm
 
-from resnest_imagenet.inference.explain import ClassMap, Explanation
+from resnest_imagenet.evaluation.cells import guard
+from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.inference.explain import ClassMap, Explanation, Explanations
 
 # Of the splits: Okabe and Ito's, which colour-blind people tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
@@ -19,6 +25,67 @@ HEAT = "inferno"  # from dark to light for every eye
 WIDEST = 8  # blocks side by side
 # Names of files and classes are not formulas, whatever dollars they have.
 PLAIN: dict[str, Any] = {"parse_math": False}
+
+
+def write_pictures(out: Path, explanations: Explanations) -> list[str]:
+    """Write a picture of each image's maps and attention, then of the attention over all; return lines about them.
+
+    Args:
+        out: the folder.
+        explanations: of at least one image.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    model, files = explanations.classifier.name, explanations.files
+    progress = tqdm(explanations, unit="image", disable=None, dynamic_ncols=True, leave=False)
+    by_image: list[dict[str, np.ndarray]] = []  # 30 KB per image of a ResNeSt-50
+    for name, explanation in zip(name_pictures(files), progress, strict=True):
+        _write(out / "maps" / name, encode_png(draw_maps(explanation, explanations.layer)))
+        if explanation.attention:
+            _write(out / "attention" / name, encode_png(draw_attention(explanation)))
+        by_image.append(explanation.attention)
+    lines = [f"pictures in {out}/maps: {len(files)}"]
+    if not by_image[0]:
+        return [*lines, f"{model} has no split attention to draw"]
+    attention = {block: np.stack([of_image[block] for of_image in by_image]) for block in by_image[0]}
+    _write(out / "attention.csv", encode_csv(files, attention).encode(errors="surrogateescape"))
+    _write(out / "attention.png", encode_png(draw_summary(model, attention)))
+    return [
+        *lines,
+        f"pictures in {out}/attention: {len(files)}",
+        f"over all images: {out}/attention.png and {out}/attention.csv",
+    ]
+
+
+def name_pictures(files: Sequence[str]) -> list[str]:
+    """Return a file name for the picture of each image: its path below the folder that all have in common, and .png."""
+    common = os.path.commonpath([os.path.dirname(file) for file in files])
+    return [os.path.relpath(file, common) + ".png" for file in files]
+
+
+def encode_csv(files: Sequence[str], attention: dict[str, np.ndarray]) -> str:
+    """Return a row for each image, block and split: mean and standard deviation of its weights over the channels.
+
+    Args:
+        files: of the N images.
+        attention: the weights, (N, R, C) by block.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "block", "split", "mean", "std"])
+    for row, file in enumerate(files):
+        for block, weights in attention.items():
+            for split, values in enumerate(weights[row], 1):
+                writer.writerow([guard(file), block, split, f"{values.mean():.6f}", f"{values.std():.6f}"])
+    return text.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def encode_png(figure: Figure) -> bytes:
@@ -33,7 +100,7 @@ def encode_png(figure: Figure) -> bytes:
 def draw_maps(explanation: Explanation, layer: str) -> Figure:
     """Draw an image as the network sees it, and beside it where the network finds each class.
 
-    Each map has a scale of its own: it says where. How sure the network is, the probability says.
+    Each map has a scale of its own: it shows where. The probability shows how sure the network is.
 
     Args:
         explanation: of the image.
@@ -41,15 +108,15 @@ def draw_maps(explanation: Explanation, layer: str) -> Figure:
     """
     maps = explanation.maps
     figure = Figure(figsize=(3.2 * (1 + len(maps)) + 0.8, 3.8), layout="constrained")
-    figure.suptitle(_say(Path(explanation.file).name), x=0.01, ha="left", fontsize=9, **PLAIN)
+    figure.suptitle(_printable(Path(explanation.file).name), x=0.01, ha="left", fontsize=9, **PLAIN)
     panels = figure.subplots(1, 1 + len(maps)).tolist()
     for panel in panels:
         panel.set_axis_off()
     panels[0].imshow(explanation.pixels)
     side = len(explanation.pixels)
     panels[0].set_title(f"what the network sees\n{side} x {side} pixels", fontsize=9)
-    for panel, each in zip(panels[1:], maps, strict=True):
-        _draw_map(panel, explanation.pixels, each)
+    for panel, class_map in zip(panels[1:], maps, strict=True):
+        _draw_map(panel, explanation.pixels, class_map)
     bar = figure.colorbar(ScalarMappable(cmap=HEAT), ax=panels, shrink=0.8)
     bar.set_ticks([0, 1], labels=["none", "most"], fontsize=8)
     height, width = maps[0].evidence.shape
@@ -57,15 +124,15 @@ def draw_maps(explanation: Explanation, layer: str) -> Figure:
     return figure
 
 
-def _draw_map(panel: Axes, pixels: np.ndarray, each: ClassMap) -> None:
+def _draw_map(panel: Axes, pixels: np.ndarray, class_map: ClassMap) -> None:
     """Draw a map over the image, which is grey: the colours are the map's."""
     height, width = pixels.shape[:2]
     edges = (-0.5, width - 0.5, height - 0.5, -0.5)
     panel.imshow(pixels.mean(2), cmap="gray", vmin=0, vmax=255)
-    most = float(each.evidence.max())
-    panel.imshow(each.evidence, HEAT, vmin=0, vmax=most or 1, alpha=0.6, interpolation="bilinear", extent=edges)
-    said = f"{_say(each.name)}\n{100 * each.probability:.2f} %"
-    panel.set_title(said if most else f"{said}, zero everywhere", fontsize=9, **PLAIN)
+    evidence, most = class_map.evidence, float(class_map.evidence.max())
+    panel.imshow(evidence, HEAT, vmin=0, vmax=most or 1, alpha=0.6, interpolation="bilinear", extent=edges)
+    title = f"{_printable(class_map.name)}\n{100 * class_map.probability:.2f} %"
+    panel.set_title(title if most else f"{title}, zero everywhere", fontsize=9, **PLAIN)
 
 
 def draw_attention(explanation: Explanation) -> Figure:
@@ -80,8 +147,8 @@ def draw_attention(explanation: Explanation) -> Figure:
     columns = max(map(len, rows))
     figure = Figure(figsize=(max(7, 1.5 * columns), 1.5 * len(rows) + 1.2), layout="constrained")
     best = explanation.maps[0]
-    said = f"{_say(Path(explanation.file).name)}: {_say(best.name)}, {100 * best.probability:.2f} %"
-    figure.suptitle(said, x=0.01, ha="left", fontsize=10, **PLAIN)
+    title = f"{_printable(Path(explanation.file).name)}: {_printable(best.name)}, {100 * best.probability:.2f} %"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, **PLAIN)
     for panel, blocks in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0].tolist(), rows, strict=True):
         _draw_blocks(panel, blocks)
         panel.set_xlim(0, columns - 0.06)
@@ -116,8 +183,8 @@ def draw_summary(model: str, attention: dict[str, np.ndarray]) -> Figure:
     """
     number, radix, _ = next(iter(attention.values())).shape
     figure = Figure(figsize=(min(max(7, 0.5 * len(attention)), 16), 6), layout="constrained")
-    said = f"split attention of {model}, {number} image{'s' * (number > 1)}"
-    figure.suptitle(said, x=0.01, ha="left", fontsize=10)
+    title = f"split attention of {model}, {number} image{'s' * (number > 1)}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     upper, lower = figure.subplots(2, 1, sharex=True).tolist()
     places = np.arange(len(attention))
     means = np.array([weights.mean((0, 2)) for weights in attention.values()])  # (blocks, R)
@@ -148,6 +215,6 @@ def _add_legend(figure: Figure, radix: int) -> None:
     figure.legend(handles=handles, loc="outside upper right", ncols=radix, fontsize=8, frameon=False)
 
 
-def _say(name: str) -> str:
+def _printable(name: str) -> str:
     """Return a name that can be drawn: without the bytes that are no characters."""
     return name.encode(errors="replace").decode()

@@ -1,28 +1,65 @@
 """Runs as a page for a browser: what they were, what they reached, where they err."""
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 from matplotlib.axes import Axes
 
+from resnest_imagenet.compute import name_device
 from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.source import read_named
+from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.evaluation.charts import INK, paint_confusions, render_chart, style_of
+from resnest_imagenet.evaluation.events import TOP1
+from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
+from resnest_imagenet.evaluation.results import Measured
+from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.models.cost import count_cost
-from resnest_imagenet.models.zoo import ARCHITECTURES, name_classes
+from resnest_imagenet.models.imagenet_classes import short_class_names
+from resnest_imagenet.models.zoo import build_model, list_models
 from resnest_imagenet.reports.page import render_page, render_picture, render_table
 from resnest_imagenet.reports.runs import Run, list_differences
-from resnest_imagenet.reports.table3 import PAPER
+from resnest_imagenet.reports.table3 import PAPER, PaperRow
 
 PAIRS = 20  # of confused classes
 CLASSES = 20  # with the lowest accuracy
 PICTURES = 24  # of mistakes
+
+
+def write_report(
+    runs: list[Run], out: str | Path, crop: Literal[224, 320] = 224, latency: bool = True, device: str = "auto"
+) -> None:
+    """Write runs as a page for a browser.
+
+    Args:
+        runs: of `find_runs`.
+        out: the file.
+        crop: the column of Table 3 beside which the runs are placed.
+        latency: whether to measure the networks of Table 3 and of the runs on this machine, for a chart.
+        device: where: "auto", "cpu" or "cuda".
+
+    Raises:
+        ConfigError: the file cannot be written, or there is no such device.
+    """
+    require_writable(Path(out), "out")
+    measured_on = choose_device(device)
+    seconds: dict[str, float] = {}
+    if latency:
+        names = {row.model for row in PAPER} | {result.model for run in runs for result in run.measured}
+        networks = {name: build_model(name) for name in sorted(names.intersection(list_models()))}
+        seconds = measure_latency(networks, crop, 1, measured_on, rounds=5)
+    page = render_report(runs, crop, seconds, name_device(measured_on))
+    # Names of files come back as their bytes; no other half of a character is text.
+    page = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", page)
+    with replacing(Path(out)) as file:
+        file.write(page.encode(errors="surrogateescape"))
 
 
 def render_report(runs: list[Run], crop: int, latency: dict[str, float], device: str) -> str:
@@ -31,14 +68,15 @@ def render_report(runs: list[Run], crop: int, latency: dict[str, float], device:
     Args:
         runs: at least one.
         crop: 224 or 320: the column of Table 3 beside which the runs are placed.
-        latency: seconds for one image of this crop, by network; {} leaves that chart out.
+        latency: seconds for one image of this crop, by network; {}: without that chart.
         device: on which the latency was measured.
     """
+    classifiers = [run for run in runs if run.metric == TOP1]
     sections = {
         "Configuration": _render_configuration(runs),
         "Training": _render_curves(runs),
-        "Accuracy": _render_accuracy(runs),
-        f"Beside the paper's Table 3, at {crop} pixels": _render_table3(runs, crop, latency, device),
+        "Accuracy": _render_accuracy(classifiers),
+        f"Beside the paper's Table 3, at {crop} pixels": _render_table3(classifiers, crop, latency, device),
         **{f"{run.name}: where it errs": _render_mistakes(run) for run in runs if run.predictions},
         "Environment": _render_environment(runs),
     }
@@ -49,10 +87,12 @@ def render_report(runs: list[Run], crop: int, latency: dict[str, float], device:
 
 
 def _render_summary(runs: list[Run]) -> str:
+    metrics = list(dict.fromkeys(run.metric for run in runs))
     rows = []
     for run in runs:
-        cost = count_cost(run.model, 224) if run.model in ARCHITECTURES else None
-        best = max(run.evaluations, key=lambda event: event["top1"], default=None)
+        cost = count_cost(run.model, 224) if run.model in list_models() else None
+        best = max(run.evaluations, key=lambda event: event[run.metric], default=None)
+        unit = f" {_name_metric(run.metric)}" if len(metrics) > 1 else ""
         rows.append(
             [
                 run.name,
@@ -60,22 +100,37 @@ def _render_summary(runs: list[Run]) -> str:
                 run.config.get("train.recipe", ""),
                 f"{cost[0] / 1e6:.2f}" if cost else "",
                 f"{cost[1] / 1e9:.2f}" if cost else "",
-                f"{run.evaluations[-1]['epoch']} of {run.config.get('train.epochs', '?')}" if best else "",
-                f"{best['top1']:.2f} (epoch {best['epoch']})" if best else "",
-                f"{run.evaluations[-1]['top1']:.2f}" if best else "",
+                _describe_progress(run) if best else "",
+                f"{best[run.metric]:.2f}{unit} (epoch {best['epoch']})" if best else "",
+                f"{run.evaluations[-1][run.metric]:.2f}{unit}" if best else "",
                 f"{np.median([event['images_per_s'] for event in run.steps]):,.0f}" if run.steps else "",
                 run.status.get("state", ""),
             ]
         )
-    cost_heads, top1_heads = ["M params", "GFLOPs at 224"], ["epochs", "best top-1 %", "last"]
-    return render_table(["run", "model", "recipe", *cost_heads, *top1_heads, "images/s", "state"], rows)
+    cost_heads = ["M params", "GFLOPs at 224"]
+    best_head = f"best {_name_metric(metrics[0])}" if len(metrics) == 1 else "best"
+    head = ["run", "model", "recipe", *cost_heads, "epochs", best_head, "last", "images/s", "state"]
+    return render_table(head, rows)
+
+
+def _describe_progress(run: Run) -> str:
+    """Return how many epochs, or steps where the run counts these, its last evaluation comes after."""
+    last, steps = run.evaluations[-1], run.config.get("train.steps")
+    if steps is not None:
+        return f"{last['epoch']} ({last['step']} of {steps} steps)"
+    return f"{last['epoch']} of {run.config.get('train.epochs', '?')}"
+
+
+def _name_metric(metric: str) -> str:
+    """Return how a report names the value of an evaluation."""
+    return "top-1 %" if metric == TOP1 else metric
 
 
 def _render_configuration(runs: list[Run]) -> str:
     described = [run for run in runs if run.config]
     parts = []
     if len(described) > 1:
-        rows = [[name, *(_say(value) for value in values)] for name, values in list_differences(described)]
+        rows = [[name, *(_to_text(value) for value in values)] for name, values in list_differences(described)]
         head = ["option", *(run.name for run in described)]
         parts.append("<p>What differs:</p>" + render_table(head, rows, "text") if rows else "<p>No differences.</p>")
     for run in described:
@@ -94,13 +149,18 @@ def _render_curves(runs: list[Run]) -> str:
 
         return paint
 
-    def draw_top1(axes: Axes) -> None:
-        for number, run in enumerate(runs):
-            epochs, values = zip(*((event["epoch"], event["top1"]) for event in run.evaluations), strict=True)
-            axes.plot(epochs, values, label=run.name, markersize=3, linewidth=1.2, **style_of(number))
+    def draw_evaluations(metric: str) -> Callable[[Axes], None]:
+        def paint(axes: Axes) -> None:
+            for number, run in enumerate(runs):
+                points = [(event["epoch"], event[metric]) for event in run.evaluations if run.metric == metric]
+                if points:
+                    epochs, values = zip(*points, strict=True)
+                    axes.plot(epochs, values, label=run.name, markersize=3, linewidth=1.2, **style_of(number))
+
+        return paint
 
     runs = [run for run in runs if run.steps]
-    # How long an epoch is, is known from its evaluation; a younger run alone is drawn over its steps.
+    # An evaluation tells how long an epoch is; younger runs alone are drawn over their steps.
     runs = [run for run in runs if run.evaluations] or runs
     if not runs:
         return ""
@@ -111,32 +171,32 @@ def _render_curves(runs: list[Run]) -> str:
         render_chart("Throughput", x, "images/s", draw_steps("images_per_s")),
         render_chart("Wait for data", x, "% of the time", draw_steps("data_wait", 100)),
     ]
-    if runs[0].evaluations:
-        charts.insert(1, render_chart("Accuracy after each epoch", "epoch", "top-1 %", draw_top1))
+    metrics = dict.fromkeys(run.metric for run in runs if run.evaluations)
+    for place, metric in enumerate(metrics, 1):
+        title = f"{'Accuracy' if metric == TOP1 else metric} after each epoch"
+        charts.insert(place, render_chart(title, "epoch", _name_metric(metric), draw_evaluations(metric)))
     return _arrange(charts)
 
 
 def _render_accuracy(runs: list[Run]) -> str:
-    rows = [
-        (run.name, one.crop, f"{one.top1:.2f}", f"{one.count:,}", one.num_classes, one.recipe, one.protocol)
-        for run in runs
-        for one in run.measured
-    ]
+    if not runs:
+        return ""
+    rows = [(run.name, *_describe_result(result)) for run in runs for result in run.measured]
     table = render_table(["run", "crop", "top-1 %", "images", "classes", "recipe", "protocol"], rows)
-    judged = [(run, said) for run in runs for said in run.predictions]
+    judged = [(run, predictions) for run in runs for predictions in run.predictions]
 
     def draw_calibration(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color="#808080", linewidth=0.8)
-        for number, (run, said) in enumerate(judged):
-            confidence, accuracy, _ = calibrate(said.evaluation)
-            label = f"{_name(run, said)}: error {calibration_error(said.evaluation):.3f}"
+        for number, (run, predictions) in enumerate(judged):
+            confidence, accuracy, _ = calibrate(predictions.evaluation)
+            label = f"{_name(run, predictions)}: error {calibration_error(predictions.evaluation):.3f}"
             axes.plot(confidence, accuracy, label=label, markersize=3, **style_of(number))
 
     def draw_classes(axes: Axes) -> None:
-        for number, (run, said) in enumerate(judged):
-            values = np.sort(100 * _accuracy_by_class(said))
+        for number, (run, predictions) in enumerate(judged):
+            values = np.sort(100 * _accuracy_by_class(predictions))
             position = np.linspace(0, 100, len(values))
-            axes.plot(position, values, label=_name(run, said), **style_of(number) | {"marker": ""})
+            axes.plot(position, values, label=_name(run, predictions), **style_of(number) | {"marker": ""})
 
     if not judged:
         return table
@@ -149,29 +209,34 @@ sure it may be stays on the diagonal. The error is the mean distance from it, we
     return table + _arrange(charts) + note
 
 
+def _describe_result(result: Measured) -> tuple[object, ...]:
+    top1, count = f"{result.top1:.2f}", f"{result.count:,}"
+    return result.crop, top1, count, result.num_classes, result.recipe, result.protocol
+
+
 def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device: str) -> str:
-    families: dict[str, list[Any]] = {}
+    if not runs:
+        return ""
+    families: dict[str, list[PaperRow]] = {}
     for row in PAPER:
         families.setdefault(row.name.replace("-50", "").replace("-101", ""), []).append(row)
-    known = [(run, one) for run in runs for one in run.measured if one.crop == crop and one.model in ARCHITECTURES]
-    placed = [(run, one) for run, one in known if one.num_classes == 1000]
+    results = [(run, result) for run in runs for result in run.measured]
+    known = [(run, result) for run, result in results if result.crop == crop and result.model in list_models()]
+    placed = [(run, result) for run, result in known if result.num_classes == 1000]
 
     def draw(cost: Callable[[str], float]) -> Callable[[Axes], None]:
         def paint(axes: Axes) -> None:
             for number, (family, rows) in enumerate(families.items()):
                 x, y = [cost(row.model) for row in rows], [row.top1[crop] for row in rows]
                 axes.plot(x, y, label=family, markersize=4, linewidth=1, **style_of(number) | {"linestyle": "-"})
-            for run, one in placed:
-                axes.plot(cost(one.model), one.top1, "*", color=INK, markersize=10)
-                axes.annotate(
-                    run.name, (cost(one.model), one.top1), textcoords="offset points", xytext=(6, 4), in_layout=False
-                )
+            for run, result in placed:
+                place = cost(result.model), result.top1
+                axes.plot(*place, "*", color=INK, markersize=10)
+                axes.annotate(run.name, place, textcoords="offset points", xytext=(6, 4), in_layout=False)
 
         return paint
 
-    counted = {row.model: row.gflops for row in PAPER}
-    if crop != 224 or any(one.model not in counted for _, one in placed):
-        counted = {name: count_cost(name, crop)[1] / 1e9 for name in {*counted, *(one.model for _, one in placed)}}
+    counted = _count_gflops(crop, {result.model for _, result in placed})
     x = f"GFLOPs (multiply-adds in billions) at {crop}"
     size = (5.4, 4)
     charts = [render_chart("Accuracy against computation", x, "top-1 %", draw(counted.__getitem__), size)]
@@ -180,20 +245,29 @@ def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device
         x = "ms for one image, fp32, batch norms folded"
         charts.append(render_chart("Accuracy against latency", x, "top-1 %", draw(in_ms.__getitem__), size))
     notes = ["Small marks: the paper's accuracies, networks of 50 and 101 layers joined. Stars: the runs."]
-    others = sorted({run.name for run, one in known if one.num_classes != 1000})
+    others = sorted({run.name for run, result in known if result.num_classes != 1000})
     notes += [f"Not placed, since their classes are not ImageNet's: {', '.join(others)}."] if others else []
     notes += [] if known else [f"No run has an accuracy at {crop} pixels."]
     notes += [f"Latency: median of 5 interleaved rounds on {device}, as this page was made."] if latency else []
     return f"<p>{escape(' '.join(notes))}</p>" + _arrange(charts, wide=True)
 
 
+def _count_gflops(crop: int, placed: set[str]) -> dict[str, float]:
+    """Return the computation of Table 3's networks, as printed, unless those of some runs must stand beside it."""
+    printed = {row.model: row.gflops for row in PAPER}
+    if crop == 224 and placed <= printed.keys():
+        return printed
+    return {name: count_cost(name, crop)[1] / 1e9 for name in printed.keys() | placed}
+
+
 def _render_mistakes(run: Run) -> str:
-    return "".join(_render_confusions(run, said) for said in run.predictions)
+    return "".join(map(_render_confusions, run.predictions))
 
 
-def _render_confusions(run: Run, said: Predictions) -> str:
-    titles = name_classes(said.classes)
-    confusions = count_confusions(said.evaluation, len(titles))
+def _render_confusions(predictions: Predictions) -> str:
+    evaluation = predictions.evaluation
+    titles = short_class_names(predictions.classes)
+    confusions = count_confusions(evaluation, len(titles))
     of_class = np.maximum(confusions.sum(1), 1)
 
     def draw_matrix(axes: Axes) -> None:
@@ -204,7 +278,7 @@ def _render_confusions(run: Run, said: Predictions) -> str:
         (titles[true], titles[predicted], count, f"{100 * count / of_class[true]:.1f}")
         for true, predicted, count in rank_confusions(confusions, PAIRS)
     ]
-    accuracy = _accuracy_by_class(said)
+    accuracy = _accuracy_by_class(predictions)
     worst = np.argsort(accuracy, kind="stable")[:CLASSES]
     lowest = [(titles[label], int(of_class[label]), f"{100 * accuracy[label]:.1f}") for label in worst.tolist()]
     confused = render_table(["true", "predicted", "images", "% of true"], pairs)
@@ -212,22 +286,22 @@ def _render_confusions(run: Run, said: Predictions) -> str:
         f"<div><h3>Most confused</h3>{confused}</div>",
         f"<div><h3>Lowest accuracy</h3>{render_table(['class', 'images', 'top-1 %'], lowest)}</div>",
     ]
-    wrong = np.flatnonzero(~said.evaluation.is_right)
-    order = wrong[np.argsort(-said.evaluation.confidence[wrong], kind="stable")]
-    pictures = list(_show_mistakes(said, titles, order[:PICTURES].tolist()))
+    wrong = np.flatnonzero(~evaluation.is_right)
+    order = wrong[np.argsort(-evaluation.confidence[wrong], kind="stable")]
+    pictures = list(_show_mistakes(predictions, titles, order[:PICTURES].tolist()))
     return (
-        f"<p>{escape(said.protocol)}; {len(wrong):,} of {said.evaluation.count:,} images wrong.</p>"
+        f"<p>{escape(predictions.protocol)}; {len(wrong):,} of {evaluation.count:,} images wrong.</p>"
         + _arrange([matrix, *tables])
         + f"<h3>The surest mistakes</h3><p>{len(pictures)} of {len(wrong):,}.</p>"
         + f'<div class="pictures">{"".join(pictures)}</div>'
     )
 
 
-def _show_mistakes(said: Predictions, titles: list[str], indices: Iterable[int]) -> Iterator[str]:
+def _show_mistakes(predictions: Predictions, titles: Sequence[str], indices: Iterable[int]) -> Iterator[str]:
+    evaluation = predictions.evaluation
     for index in indices:
-        evaluation = said.evaluation
         truth, predicted = titles[evaluation.labels[index]], titles[evaluation.predicted[index]]
-        file = str(said.files[index])
+        file = str(predictions.files[index])
         lines = [
             f"<div>{escape(truth)}, {100 * evaluation.true_probability[index]:.1f} %: {escape(Path(file).name)}</div>",
             f"<div class=right>said: {escape(predicted)}, {100 * evaluation.confidence[index]:.1f} %</div>",
@@ -241,26 +315,26 @@ def _show_mistakes(said: Predictions, titles: list[str], indices: Iterable[int])
 def _render_environment(runs: list[Run]) -> str:
     runs = [run for run in runs if run.environment]
     names = dict.fromkeys(name for run in runs for name in run.environment)
-    rows = [[name, *(_say(run.environment.get(name)) for run in runs)] for name in names]
+    rows = [[name, *(_to_text(run.environment.get(name)) for run in runs)] for name in names]
     return render_table(["", *(run.name for run in runs)], rows, "text") if runs else ""
 
 
-def _accuracy_by_class(said: Predictions) -> np.ndarray:
+def _accuracy_by_class(predictions: Predictions) -> np.ndarray:
     """Return the share of right images of each class; 1 for a class without images."""
-    labels = said.evaluation.labels
-    counts = np.bincount(labels, minlength=len(said.classes))
-    right = np.bincount(labels, said.evaluation.is_right, len(said.classes))
+    labels, num_classes = predictions.evaluation.labels, len(predictions.classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    right = np.bincount(labels, predictions.evaluation.is_right, num_classes)
     return np.where(counts > 0, right / np.maximum(counts, 1), 1.0)
 
 
-def _name(run: Run, said: Predictions) -> str:
-    return run.name if len(run.predictions) == 1 else f"{run.name}, {said.protocol}"
+def _name(run: Run, predictions: Predictions) -> str:
+    return run.name if len(run.predictions) == 1 else f"{run.name}, {predictions.protocol}"
 
 
-def _say(value: Any) -> str:
+def _to_text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
-    return " ".join(str(each) for each in value) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _arrange(parts: Iterable[str], wide: bool = False) -> str:

@@ -66,7 +66,7 @@ def build_table(measured: list[Measured]) -> list[dict[str, Any]]:
                 "gflops_paper": row.gflops,
                 "gflops": multiply_adds / 1e9,
                 "top1_paper": row.top1,
-                "measured": [asdict(one) for one in measured if one.model == row.model],
+                "measured": [asdict(result) for result in measured if result.model == row.model],
             }
         )
     return rows
@@ -80,7 +80,7 @@ def format_table(rows: list[dict[str, Any]], form: str) -> str:
 
 
 def _format_markdown(rows: list[dict[str, Any]]) -> str:
-    crops = sorted({224, 320}.union(one["crop"] for row in rows for one in row["measured"]))
+    crops = sorted({224, 320}.union(result["crop"] for row in rows for result in row["measured"]))
     heads = ["row", "model", "M params: paper", "counted", "GFLOPs: paper", "counted"]
     heads += [head for crop in crops for head in _heads_of(crop)]
     notes: list[str] = []
@@ -91,8 +91,8 @@ def _format_markdown(rows: list[dict[str, Any]]) -> str:
         for crop in crops:
             if crop in row["top1_paper"]:
                 cells.append(f"{row['top1_paper'][crop]:.2f}")
-            here = [one for one in row["measured"] if one["crop"] == crop]
-            cells.append("; ".join(f"{one['top1']:.2f} [{_number(notes, _note(one))}]" for one in here))
+            here = [result for result in row["measured"] if result["crop"] == crop]
+            cells.append("; ".join(f"{result['top1']:.2f} [{_number(notes, _note(result))}]" for result in here))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *([""] if notes else []), *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
@@ -101,13 +101,13 @@ def _heads_of(crop: int) -> list[str]:
     return [f"top-1 @{crop}: paper", "here"] if crop in PAPER[0].top1 else [f"@{crop}: here"]
 
 
-def _note(one: dict[str, Any]) -> str:
-    """Say under what a number was measured, and on what if not on ImageNet's validation set."""
-    images = (one["count"], one["num_classes"])
+def _note(result: dict[str, Any]) -> str:
+    """Return under what a number was measured, and on what if not on ImageNet's validation set."""
+    images = (result["count"], result["num_classes"])
     data = (
         "" if images == (50000, 1000) else f"; NOT ImageNet's validation set: {images[0]} images, {images[1]} classes"
     )
-    return f"{one['recipe']}; {one['protocol']}{data}"
+    return f"{result['recipe']}; {result['protocol']}{data}"
 
 
 def _number(notes: list[str], note: str) -> int:
@@ -119,17 +119,17 @@ def _number(notes: list[str], note: str) -> int:
 
 def _format_csv(rows: list[dict[str, Any]]) -> str:
     fixed = ["row", "model", "parameters_paper", "parameters", "gflops_paper", "gflops"]
-    result = ["crop", "top1_paper", "top1", "count", "num_classes", "recipe", "protocol", "source"]
+    of_result = ["crop", "top1_paper", "top1", "count", "num_classes", "recipe", "protocol", "source"]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*fixed, *result], lineterminator="\n")
+    writer = csv.DictWriter(text, [*fixed, *of_result], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         base = {key: row[key] for key in fixed}
         paper = row["top1_paper"]
-        crops = sorted({*paper, *(one["crop"] for one in row["measured"])})
+        crops = sorted({*paper, *(result["crop"] for result in row["measured"])})
         for crop in crops:
-            here = [one for one in row["measured"] if one["crop"] == crop] or [{"crop": crop}]
-            for one in here:
-                measured = {k: guard(one[k]) for k in result if k in one}
+            here = [result for result in row["measured"] if result["crop"] == crop] or [{"crop": crop}]
+            for result in here:
+                measured = {key: guard(result[key]) for key in of_result if key in result}
                 writer.writerow({**base, "top1_paper": paper.get(crop), **measured})
     return text.getvalue().rstrip("\n")

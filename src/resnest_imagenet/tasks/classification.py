@@ -23,10 +23,11 @@ from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.score import Score
 from resnest_imagenet.inference.labels import name_outputs
+from resnest_imagenet.models.batch import require_batch
 from resnest_imagenet.models.cost import count_cost, count_kept
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import build_model, require_model
+from resnest_imagenet.models.zoo import build_model, find_head, require_model
 from resnest_imagenet.randomness import Draws, Purpose
 from resnest_imagenet.recipe import ClassificationEvalOptions, ClassificationRecipe
 from resnest_imagenet.tasks.digests import describe_images
@@ -52,20 +53,19 @@ class Classification:
     """Implements `tasks.task.Task`."""
 
     metric: str = "top1"
-    head: tuple[str, ...] = ("fc",)
 
     def __init__(self, config: TrainConfig) -> None:
+        self._recipe = cast(ClassificationRecipe, config.train)
         require_model(config.model.name)
+        require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
         choose_loader(config.loader.name)
         self.train_set, self.val_set = _open_data(config.data)
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
         self.config = _fix_num_classes(config, self.train_set)
         self.classes = self.train_set.classes
-        self._recipe = cast(ClassificationRecipe, config.train)
-        self._transform = EvalTransform(
-            cast(ClassificationEvalOptions, config.eval).crop, **config.protocol.model_dump()
-        )
+        self.head: tuple[str, ...] = (find_head(config.model.name),)
+        self._transform = EvalTransform.of(cast(ClassificationEvalOptions, config.eval).crop, config.protocol)
         self._dropblock: DropBlock | None = None
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:

@@ -1,98 +1,125 @@
-"""The accuracy of a checkpoint at one or several crops."""
+"""The accuracy of a network at one or several crops."""
 
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from resnest_imagenet import distributed
-from resnest_imagenet.compute import keep_freed_memory, place
-from resnest_imagenet.config import EvalConfig
-from resnest_imagenet.data.loader import build_loader, choose_loader, open_source
+from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.data.source import print_notes
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.results import CropResult, Results
-from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.inference.classifier import choose_transforms
+from resnest_imagenet.files import replacing
+from resnest_imagenet.inference.classifier import Classifier, take_classifier
+from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
-from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.zoo import require_model
 from resnest_imagenet.supervision import EVALUATING, supervise
-from resnest_imagenet.weights.load import read_weights, restore_network
 
 
-def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
-    """Evaluate a checkpoint on the data set's val folder, at each crop; write `config.out` and `config.predictions`.
+@dataclass(frozen=True)
+class CropEvaluation:
+    """An accuracy, and the images behind it.
+
+    Attributes:
+        crop: side of the images that the network saw, in pixels.
+        protocol: how the images were resized and cropped.
+        images: the set, labelled as the network's outputs are.
+        evaluation: of each of them.
+    """
+
+    crop: int
+    protocol: str
+    images: ImageSource
+    evaluation: Evaluation
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return self.evaluation.top1
+
+    @property
+    def top5(self) -> float:
+        """Top-5 accuracy in percent."""
+        return self.evaluation.top5
+
+    @property
+    def result(self) -> CropResult:
+        """The numbers alone."""
+        counts = self.evaluation
+        return CropResult(
+            crop=self.crop,
+            top1=counts.top1,
+            top5=counts.top5,
+            correct1=counts.correct1,
+            correct5=counts.correct5,
+            count=counts.count,
+            protocol=self.protocol,
+        )
+
+
+def evaluate(
+    network: Classifier | str | PathLike[str],
+    images: ImageSource | str | PathLike[str],
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    compile_network: bool = False,
+    loader: str = "auto",
+    workers: int | None = None,
+) -> list[CropEvaluation]:
+    """Evaluate a network, each image once, at each of its crops; under torchrun the ranks share the images.
+
+    Args:
+        network: of `open_classifier`, or a source that it takes.
+        images: a folder with one folder per true class, or any other source of images.
+        batch_size: images at a time, per rank.
+        precision: fp32, bf16 or fp16.
+        compile_network: with torch.compile: a minute at first, then some percent faster.
+        loader: what decodes the images: "auto", "dali" or "torchvision".
+        workers: the loader's threads or processes; None: this process's cores, at most 8.
+
+    Returns:
+        One evaluation for each crop, the same on every rank.
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        DataError: an image cannot be decoded, or no output stands for a class.
+        UserError: for what else a user can cause, as one line.
     """
-    if config.model is not None:
-        require_model(config.model.name)
-    choose_loader(config.loader.name)
-    device = distributed.choose_device(config.device)
-    keep_freed_memory()
-    rank, _, _ = distributed.launched_as()
-    for option, path in (("out", config.out), ("predictions", config.predictions)):
-        if rank == 0 and path is not None:
-            require_writable(Path(path), option)
-    images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
-    if rank == 0:
-        print_notes(images)
-    weights = read_weights(config.ckpt, config.weights)
-    model, name = restore_network(weights, config.model.name if config.model else None)
-    num_outputs = len(model.get_parameter("fc.bias"))
-    images = label_images(images, weights.classes, num_outputs, weights.source)
-    transforms = choose_transforms(weights, name, config.crop, config.protocol)
-    with distributed.join(device) as ranks, supervise(ranks) as watch:
-        model = place(fold_batch_norms(model), ranks.device)
-        if config.compile:
-            model.compile(dynamic=True, options={"freezing": True})  # once for all crops, where they are not tiny
-            model = _FullBatches(model, config.batch_size)
-        plan = plan_evaluation(len(images), config.batch_size, ranks.rank, ranks.world_size)
+    listed = images if isinstance(images, ImageSource) else list_classified_images(images)
+    classifier = take_classifier(network)
+    known, num_outputs = classifier.weights.classes, len(classifier.classes)
+    labelled = label_images(listed, known, num_outputs, classifier.source)
+    module = _compile(classifier.module, batch_size) if compile_network else classifier.module
+    transforms = classifier.transforms
+    with distributed.join(classifier.device) as ranks, supervise(ranks) as watch:
+        plan = plan_evaluation(len(labelled), batch_size, ranks.rank, ranks.world_size)
         # All before the first is used: what one of them refuses is known at once.
-        loaders = [
-            build_loader(config.loader.name, images, plan, transform, ranks.device, config.loader.workers)
-            for transform in transforms
-        ]
-        evaluations: list[tuple[str, Evaluation]] = []
+        loaders = [build_loader(loader, labelled, plan, transform, ranks.device, workers) for transform in transforms]
+        evaluations: list[Evaluation] = []
 
         def before_batch(batch: int, is_everywhere: bool) -> None:
             watch.at(len(evaluations), batch, EVALUATING)
 
-        for transform in transforms:
-            said = measure_accuracy(model, loaders.pop(0), ranks, config.precision, before_batch, images.name)
-            evaluations.append((transform.protocol, said))
-        results = [
-            CropResult(
-                crop=transform.crop,
-                top1=said.top1,
-                top5=said.top5,
-                correct1=said.correct1,
-                correct5=said.correct5,
-                count=said.count,
-                protocol=protocol,
-            )
-            for transform, (protocol, said) in zip(transforms, evaluations, strict=True)
-        ]
-        if ranks.is_main and config.out is not None:
-            measured = Results(
-                model=name,
-                ckpt=config.ckpt,
-                is_average=weights.is_average,
-                num_classes=num_outputs,
-                epoch=weights.epoch,
-                training=weights.training,
-                results=results,
-            )
-            with replacing(Path(config.out)) as file:
-                file.write(measured.model_dump_json(indent=2).encode() + b"\n")
-        if ranks.is_main and config.predictions is not None:
-            with replacing(Path(config.predictions)) as file:
-                file.write(encode_predictions(images, evaluations))
-    return results
+        for _ in transforms:
+            evaluations.append(measure_accuracy(module, loaders.pop(0), ranks, precision, before_batch, labelled.name))
+    return [
+        CropEvaluation(transform.crop, transform.protocol, labelled, evaluation)
+        for transform, evaluation in zip(transforms, evaluations, strict=True)
+    ]
+
+
+def _compile(module: nn.Module, batch_size: int) -> nn.Module:
+    """Return a network that is compiled when it is first used, once for all crops where they are not tiny."""
+    compiled = copy.copy(module)  # the caller's stays as it is
+    compiled.compile(dynamic=True, options={"freezing": True})
+    return _FullBatches(compiled, batch_size)
 
 
 class _FullBatches(nn.Module):
@@ -112,9 +139,40 @@ class _FullBatches(nn.Module):
         return self.model(images)
 
 
-def format_results(results: list[CropResult]) -> str:
+def write_results(path: Path, classifier: Classifier, evaluations: Sequence[CropEvaluation]) -> None:
+    """Write the accuracies of a network as JSON, for `read_measured`.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    weights = classifier.weights
+    results = Results(
+        model=classifier.name,
+        ckpt=classifier.source,
+        is_average=weights.is_average,
+        num_classes=len(classifier.classes),
+        epoch=weights.epoch,
+        training=weights.training,
+        results=[evaluation.result for evaluation in evaluations],
+    )
+    with replacing(path) as file:
+        file.write(results.model_dump_json(indent=2).encode() + b"\n")
+
+
+def write_evaluations(path: Path, evaluations: Sequence[CropEvaluation]) -> None:
+    """Write predictions.csv: what was predicted of each image, at each crop.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    by_protocol = [(evaluation.protocol, evaluation.evaluation) for evaluation in evaluations]
+    with replacing(path) as file:
+        file.write(encode_predictions(evaluations[0].images, by_protocol))
+
+
+def format_results(results: Sequence[CropResult]) -> str:
     """Return a table for people."""
     lines = [f"{'crop':>5} {'top-1 %':>8} {'top-5 %':>8} {'images':>7}  protocol"]
-    for r in results:
-        lines.append(f"{r.crop:>5} {r.top1:>8.2f} {r.top5:>8.2f} {r.count:>7}  {r.protocol}")
+    for result in results:
+        lines.append(f"{result.crop:>5} {result.top1:>8.2f} {result.top5:>8.2f} {result.count:>7}  {result.protocol}")
     return "\n".join(lines)

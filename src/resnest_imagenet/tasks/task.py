@@ -1,4 +1,4 @@
-"""The contract of a task, and the choice of one."""
+"""The contract of a task."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
@@ -12,9 +12,7 @@ from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.evaluation.score import Score
-from resnest_imagenet.extensions import tasks
 from resnest_imagenet.randomness import Draws
 
 Batch: TypeAlias = Any  # what a task's loader yields: a run never looks inside
@@ -88,19 +86,3 @@ class Task(Protocol):
 
     def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
         """Read a batch, and return the task's lines of a dry run by their subjects."""
-
-
-def open_task(config: TrainConfig) -> Task:
-    """Open the task of a recipe.
-
-    Raises:
-        UserError: what cannot be trained: an unknown task or network, no data, classes that differ.
-    """
-    name = config.train.task
-    if name == "classification":
-        from resnest_imagenet.tasks.classification import Classification
-
-        return Classification(config)
-    if name in tasks():
-        return tasks()[name].open(config)
-    raise ConfigError(f"train.task={name}: no such task{suggest(name, ['classification', *tasks()])}")

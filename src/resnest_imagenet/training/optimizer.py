@@ -92,12 +92,10 @@ def complete_state(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         group.setdefault("lr_factor", 1.0)  # earlier versions have none
-        names: tuple[str, ...] = ()
+        names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
         if isinstance(optimizer, torch.optim.SGD):
             group["fused"] = True  # not so in checkpoints of earlier versions
             names = ("momentum_buffer",) if group["momentum"] else ()
-        elif isinstance(optimizer, torch.optim.AdamW):
-            names = ("exp_avg", "exp_avg_sq")
         for parameter in group["params"] if names else []:
             state = optimizer.state[parameter]
             if isinstance(optimizer, torch.optim.AdamW) and "step" not in state:
