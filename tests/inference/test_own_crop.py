@@ -43,6 +43,7 @@ def run(small_run, tmp_path):
     return tmp_path / "run/checkpoints/best.pt", state.best
 
 
+@pytest.mark.slow
 def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, capsys, monkeypatch):
     import timm
 
