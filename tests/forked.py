@@ -32,7 +32,12 @@ def ask_to_stop() -> None:
 
 
 def train_on_ranks(
-    config: TrainConfig, folder: Path, world_size: int, faults: Sequence[Fault] = (), **options: Any
+    config: TrainConfig,
+    folder: Path,
+    world_size: int,
+    faults: Sequence[Fault] = (),
+    folders: Sequence[Path] | None = None,
+    **options: Any,
 ) -> list[Ended]:
     """Train TinyTask on several ranks.
 
@@ -41,6 +46,7 @@ def train_on_ranks(
         folder: where the ranks write what they print.
         world_size: how many ranks.
         faults: that all ranks are given; each belongs to a batch, and so to one of them.
+        folders: by rank, where it works; None: where this process does.
         options: of TinyTask.
 
     Returns:
@@ -53,7 +59,8 @@ def train_on_ranks(
     for rank, file in enumerate(files):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = (config.model_dump(), environment, file, tuple(faults), options)
+        place = folders[rank] if folders else Path.cwd()
+        arguments = (config.model_dump(), environment, place, file, tuple(faults), options)
         processes.append(_start_server().Process(target=_train, args=arguments, daemon=True))
         processes[-1].start()
     for process in processes:
@@ -77,11 +84,17 @@ def _start_server() -> Any:
 
 
 def _train(
-    values: Mapping[str, Any], environment: Mapping[str, Any], file: Path, faults: Sequence[Fault], options: Any
+    values: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    place: Path,
+    file: Path,
+    faults: Sequence[Fault],
+    options: Mapping[str, Any],
 ) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.chdir(place)
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     tiny_task.register(**options)

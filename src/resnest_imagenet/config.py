@@ -340,6 +340,19 @@ class ShardDataConfig(Options):
 RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}  # by task; other packages may add some
 
 
+def find_outside_task(name: str) -> extensions.Task | None:
+    """Return the task of another package, or None for one of `RECIPES`.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    outside = extensions.find(extensions.tasks, name, RECIPES)
+    if outside is None and name not in RECIPES:
+        valid = [*RECIPES, *extensions.tasks()]
+        raise ConfigError(f"unknown train.task {name!r}{suggest(name, valid)} ({', '.join(valid)})")
+    return outside
+
+
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     """Return a schema as it is for each task; where it is of no training, itself."""
     if not issubclass(schema, TrainConfig):
@@ -364,10 +377,7 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
     task = recipe.get("task") if isinstance(recipe, Mapping) else None
     if not issubclass(schema, TrainConfig) or not isinstance(task, str):
         return schema
-    outside = extensions.find(extensions.tasks, task, RECIPES)
-    if outside is None and task not in RECIPES:
-        valid = [*RECIPES, *extensions.tasks()]
-        raise ConfigError(f"unknown train.task {task!r}{suggest(task, valid)} ({', '.join(valid)})")
+    outside = find_outside_task(task)
     return _specialise(schema, RECIPES[task] if outside is None else outside.recipe)
 
 

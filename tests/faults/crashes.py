@@ -1,4 +1,4 @@
-"""A run that is killed, or whose files are damaged: the same command goes on bit for bit."""
+"""A run that is killed, or whose files are damaged: the same command resumes bit for bit."""
 
 import contextlib
 import itertools
@@ -14,7 +14,7 @@ from faults.harness import RICH, Place, Trainer, newest, read_status, require, r
 
 
 def survive_kill(place: Place) -> dict[str, Any]:
-    """Kill -9 at random moments amid epochs: weights, average, optimiser and metrics as without."""
+    """Kill -9 at random moments in the middle of epochs: weights, average, optimiser and metrics as without."""
     settings = [(*each, 6) for each in itertools.product(("dali", "torchvision"), (1, 2), ("fp32", "bf16"))]
     # With three ranks the order in which gradients are added matters.
     settings.append(("dali", 3, "fp32", 4))
@@ -26,9 +26,9 @@ def survive_kill(place: Place) -> dict[str, Any]:
         whole, killed = place.new_run(), place.new_run()
         require(Trainer(place, whole, *options, ranks=ranks).wait() == [0] * ranks, f"{whole} ends well")
         rng = random.Random(f"{loader} {ranks} {precision}")
-        amid = [step for step in range(1, 3 * steps_per_epoch) if step % steps_per_epoch]
-        for step in sorted(rng.sample(amid, kills)):
-            trainer = Trainer(place, killed, *options, ranks=ranks)
+        within = [step for step in range(1, 3 * steps_per_epoch) if step % steps_per_epoch]
+        for step in sorted(rng.sample(within, kills)):
+            trainer = Trainer(place, killed, *options, ranks=ranks, faults=place.pace)
             epoch, number = divmod(step, steps_per_epoch)
             trainer.wait_for(f"epoch {epoch + 1}/3 {number}/")
             time.sleep(rng.random() * 0.1)
@@ -44,9 +44,9 @@ def survive_kill_in_write(place: Place) -> dict[str, Any]:
     options = ("checkpoint.every_steps=1", "checkpoint.keep=2", "train.ema_decay=0.9", "train.epochs=10", "loader=dali")
     moments = [("bytes", rng.random()) for _ in range(14)]
     moments += [(where, 0.0) for where in ("before_rename", "after_rename", "before_removal") for _ in range(2)]
-    rng.shuffle(moments)
     if place.fast:
-        moments = moments[:3]
+        moments = moments[13::2]  # one of each kind
+    rng.shuffle(moments)
     whole, killed = place.new_run(), place.new_run()
     require(Trainer(place, whole, *options).wait() == [0], f"{whole} ends well")
     recovered, step = 0, 0
@@ -54,10 +54,12 @@ def survive_kill_in_write(place: Place) -> dict[str, Any]:
         write = rng.randint(2, 3)  # of the files of this attempt
         trainer = Trainer(place, killed, *options, faults=[("killed_in_write", [where, write, share])])
         require(trainer.wait() == [-9], f"killed {where}:\n{trainer.output}")
-        goes_on = int(newest(killed).stem.partition("-")[2])
+        newest_step = int(newest(killed).stem.partition("-")[2])
         # Not beyond it where best.pt was being written.
-        require(goes_on >= step, f"after a kill at {where} the newest checkpoint is of step {goes_on}, not {step}")
-        recovered, step = recovered + 1, goes_on
+        require(
+            newest_step >= step, f"after a kill at {where} the newest checkpoint is of step {newest_step}, not {step}"
+        )
+        recovered, step = recovered + 1, newest_step
         require("going back to" not in trainer.output, f"a damaged checkpoint:\n{trainer.output}")
     trainer = Trainer(place, killed, *options)
     require(trainer.wait() == [0], f"{killed} ends well")
@@ -79,7 +81,7 @@ def fall_back(place: Place) -> dict[str, Any]:
     whole = place.new_run()
     require(Trainer(place, whole, *options).wait() == [0], f"{whole} ends well")
     stopped = place.new_run()
-    trainer = Trainer(place, stopped, *options, faults=[("killed", [0, 1, 6])])
+    trainer = Trainer(place, stopped, *options, faults=[("killed", [1, 6])])
     require(trainer.wait() == [-9], f"{stopped} is killed:\n{trainer.output}")
     good = newest(stopped).read_bytes()
     flipped = bytearray(good)
@@ -113,20 +115,23 @@ def fall_back(place: Place) -> dict[str, Any]:
 
 def keep_within_storage(place: Place) -> dict[str, Any]:
     """A full disk, a read-only folder, a folder in use: one line, exit code 6 or 2, and the last checkpoint is good."""
-    options = ("loader=dali", "checkpoint.every_steps=2")
+    options: tuple[str, ...] = ("loader=dali", "checkpoint.every_steps=2")
+    if place.is_tiny:  # other files are as large as its checkpoints
+        options += ("log.trackers=[]",)
     whole, run = place.new_run(), place.new_run()
     require(Trainer(place, whole, *options).wait() == [0], f"{whole} ends well")
-    require(Trainer(place, run, *options, faults=[("killed", [0, 0, 4])]).wait() == [-9], f"{run} is killed")
+    require(Trainer(place, run, *options, faults=[("killed", [0, 4])]).wait() == [-9], f"{run} is killed")
     full = Trainer(place, run, *options, faults=[("has_full_disk", [newest(run).stat().st_size // 2])])
     require(full.wait() == [6], f"no file may become large enough: exit code 6\n{full.output}")
     require(full.output.count("cannot be written (File too large)") == 1, f"one line:\n{full.output}")
     require("Traceback" not in full.output, full.output)
     kinds = 1
-    require(Trainer(place, run, *options).wait() == [0], "goes on when there is room")
+    require(Trainer(place, run, *options).wait() == [0], "resumes when there is room")
     require_equal_runs(whole, run)
 
-    with _mounted(place, "size=24m") as disk:
-        if disk:  # two checkpoints of 9 MB fit, with best.pt they do not
+    # A checkpoint of 17 MB fits, or one of 12 KB: a second one does not.
+    with _mounted(place, "size=44k" if place.is_tiny else "size=24m") as disk:
+        if disk:
             on_disk = Trainer(place, disk / "run", *options, "checkpoint.every_steps=1")
             require(on_disk.wait() == [6], f"a full disk: exit code 6\n{on_disk.output}")
             require(on_disk.output.count("(No space left on device)") == 1, on_disk.output)
@@ -142,7 +147,7 @@ def keep_within_storage(place: Place) -> dict[str, Any]:
             kinds += 1
 
     used = place.new_run()
-    first = Trainer(place, used, *options, faults=[("hangs", [0, 1, 6])])
+    first = Trainer(place, used, *options, faults=[("hangs", [1, 6])])
     first.wait_for("epoch 2/2 3/")
     second = Trainer(place, used, *options)
     require(second.wait() == [2], f"a folder in use: exit code 2\n{second.output}")

@@ -12,14 +12,14 @@ OPTIONS = (*RICH, "loader=torchvision", "train.epochs=4", "log.every_steps=2")
 
 def outlast_a_freeze(place: Place) -> dict[str, Any]:
     """Ranks frozen for longer than timeout_seconds run again and finish bit for bit; one that stays frozen is named."""
-    timeout = 4
+    timeout = 2 if place.fast else 4
     options = (*OPTIONS, f"timeout_seconds={timeout}")
     whole = place.new_run()
     require(Trainer(place, whole, *options, ranks=2).wait() == [0, 0], f"{whole} ends well")
     freezes = [(0, 1)] if place.fast else [(0, 1), (0,), (1,)]
     for ranks in freezes:
         run = place.new_run()
-        both = Trainer(place, run, *options, ranks=2)
+        both = Trainer(place, run, *options, ranks=2, faults=place.pace)
         both.wait_for("epoch 2/4 2/")
         _send(both, ranks, signal.SIGSTOP)
         # All for as long as they like; of one the others wait a few seconds more.

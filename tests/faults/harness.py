@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from faults import inject
+from faults import composing, inject
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.data.demo import write_demo_images
 
@@ -32,6 +32,8 @@ SMALL += ("train.global_batch=16", "loader.workers=1", "log.every_steps=1", "tim
 # All that draws, averages or remembers: at 48 pixels DropBlock finds a block.
 RICH = ("train.crop=48", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2", "train.dropout=0.2")
 RICH += ("train.ema_decay=0.9", "train.policy=resnest", "train.jitter=0.4", "train.erasing=0.5", "log.every_steps=5")
+TINY = ("train.task=tiny",)  # as many samples and steps, of numbers: see tests/tiny_task.py
+PACE = 0.02  # seconds of a step that something is to come between
 LOADERS = ("dali", "torchvision")
 CLOCK = ("time", "images_per_s", "data_wait")
 
@@ -71,11 +73,13 @@ class Place:
     Attributes:
         folder: for its files.
         fast: whether to do a small part only.
+        is_tiny: whether its trainers train the tiny task, which has no images.
         children: what it started and has not seen end.
     """
 
     folder: Path
     fast: bool
+    is_tiny: bool = False
     children: list[Any] = field(default_factory=list)
     _runs: int = 0
 
@@ -103,24 +107,37 @@ class Place:
         """Return where the output of a run goes: not to its own disk, which may be full."""
         return self.folder / f"{run.relative_to(self.folder).as_posix().replace('/', '-')}.log"
 
+    @property
+    def pace(self) -> Faults:
+        """Return what slows the steps down where they take no time, so that something can come between them."""
+        return [("is_slow", [PACE])] if self.is_tiny else []
+
     def options(self, run: Path, *more: str) -> list[str]:
         """Return the arguments of resnest-train."""
-        return [*SMALL, f"data.root={self.data}", f"run_dir={run}", *more]
+        task = TINY if self.is_tiny else ()
+        return [*SMALL, *task, f"data.root={self.data}", f"run_dir={run}", *more]
+
+
+def find_tests() -> dict[str, str]:
+    """Return this process's environment, with the folder of the tests where Python looks for modules."""
+    tests, path = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = [tests, *(folder for folder in path if folder not in ("", tests))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def get_server() -> Any:
     """Return what forks trainers from a process that has imported torch, with the threads of ranks under torchrun."""
     # Trainers that are killed leave semaphores, of which Python's tracker would speak at the end.
     os.environ.update(ONE_THREAD, PYTHONWARNINGS="ignore:resource_tracker")
-    tests = str(Path(__file__).parents[1])
-    if tests not in (path := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-        os.environ["PYTHONPATH"] = os.pathsep.join([tests, *filter(None, path)])
+    os.environ.update(find_tests())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faults.preload"])
     return context
 
 
-def _child(command: str, arguments: list[str], environment: dict[str, str], faults: Faults, log: Path) -> None:
+def _child(
+    command: str, arguments: list[str], environment: dict[str, str], faults: Faults, log: Path, is_fast: bool
+) -> None:
     """Be one of the project's commands: what a new process of it does, without the seconds of importing torch."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where this was started by nohup
     os.environ.update(environment)
@@ -130,6 +147,9 @@ def _child(command: str, arguments: list[str], environment: dict[str, str], faul
         os.dup2(file.fileno(), 2)
     sys.argv = [f"resnest-{command}", *arguments]
     inject.install(faults)
+    if is_fast and command == "train":
+        num_common = len(SMALL) + (TINY[0] in arguments)
+        composing.compose_early(tuple(arguments[:num_common]), arguments)
     importlib.import_module(f"resnest_imagenet.commands.{command}").main()
 
 
@@ -159,7 +179,7 @@ class Command:
         self.processes: list[Any] = []
         for environment in environments:
             # Not daemons: a trainer has workers of its own.
-            arguments_of_child = (command, list(arguments), environment, faults, self.log)
+            arguments_of_child = (command, list(arguments), environment, faults, self.log, place.fast)
             process = get_server().Process(target=_child, args=arguments_of_child)
             process.start()
             place.children.append(process)
@@ -194,7 +214,7 @@ class Command:
 
 
 class Trainer(Command):
-    """resnest-train on the demo images."""
+    """resnest-train on the demo images, or on the tiny task."""
 
     def __init__(self, place: Place, run: Path, *options: str, ranks: int = 1, faults: Faults = ()) -> None:
         arguments = place.options(run, *options)
@@ -219,13 +239,22 @@ class Torchrun:
     """
 
     def __init__(
-        self, place: Place, run: Path, *options: str, ranks: int = 2, restarts: int = 0, faults: Faults = ()
+        self,
+        place: Place,
+        run: Path,
+        *options: str,
+        ranks: int = 2,
+        restarts: int = 0,
+        faults: Faults = (),
+        faults_of_restart: Faults = (),
     ) -> None:
+        attempts = json.dumps([faults, faults_of_restart])
         self.log = place.log_of(run)
         self.mark = f"{os.getpid()}-{run}"
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+        launcher = ["-m", "torch.distributed.run", *(("--run-path", "--start-method=fork") if place.fast else ())]
+        launcher += ["--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}"]
-        environment = {**os.environ, **ONE_THREAD, "FAULTS": json.dumps(list(faults)), "FAULT_TEST": self.mark}
+        environment = {**find_tests(), **ONE_THREAD, "FAULTS": attempts, "FAULT_TEST": self.mark}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, inject.__file__, *place.options(run, *options)],
@@ -259,15 +288,6 @@ class Torchrun:
                 found.append(int(folder.name))
         return found
 
-    def find_rank(self, rank: int) -> int:
-        """Return the process of a rank."""
-        for pid in self.find_processes():
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-            if f"RANK={rank}".encode() in environment and parent == self.process.pid:
-                return pid
-        raise ClaimError(f"no process of rank {rank}")
-
     def count_seconds_until_gone(self, limit: float) -> float:
         """Wait until nothing is left of it."""
         started = time.monotonic()
@@ -289,7 +309,7 @@ def _wait_for(holds: Callable[[], object], claim: str, seconds: float, explain: 
     deadline = time.monotonic() + seconds
     while not holds():
         require(time.monotonic() < deadline, f"no {claim} within {seconds} s:\n{explain()}")
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 def _free_port() -> int:

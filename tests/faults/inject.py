@@ -1,7 +1,7 @@
 """Faults that are put into a trainer of this project, on purpose: in the process that runs it, before it starts.
 
-As a program (under torchrun): resnest-train with the faults of the environment variable FAULTS, a JSON list of
-[name, arguments]; they happen in the first attempt only, not after a restart.
+As a program (under torchrun): resnest-train with the faults of the environment variable FAULTS, a JSON list that has
+for each attempt, the first and those after a restart, a list of [name, arguments]; attempts after these have none.
 """
 
 import importlib
@@ -13,8 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import tiny_task
+from faulty_task import Fault, put_into_runs
 
 FAULTS: dict[str, Callable[..., None]] = {}
 
@@ -34,46 +38,45 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _before_loss(at_rank: int | None, epoch: int, batch: int, act: Callable[[], None]) -> None:
-    """Act before a batch's loss is computed; batches are numbered over all ranks."""
-    from resnest_imagenet.training import loop
-
-    real = loop.compute_loss
-
-    def compute_loss(*args: Any) -> Any:
-        if args[-2:] == (epoch, batch) and at_rank in (None, rank()):
-            act()
-        return real(*args)
-
-    loop.compute_loss = compute_loss
+# Batches are numbered over all ranks, so a batch is one rank's: with two ranks an odd one is the second's.
 
 
 @fault
-def killed(at_rank: int, epoch: int, batch: int) -> None:
+def killed(epoch: int, batch: int) -> None:
     """A rank is killed."""
-    _before_loss(at_rank, epoch, batch, die)
+    put_into_runs(Fault(epoch, batch, act=die))
 
 
 @fault
-def hangs(at_rank: int, epoch: int, batch: int) -> None:
+def hangs(epoch: int, batch: int) -> None:
     """A rank waits for ever."""
-    _before_loss(at_rank, epoch, batch, lambda: time.sleep(3600))
+    put_into_runs(Fault(epoch, batch, act=partial(time.sleep, 3600)))
 
 
 @fault
-def raises(at_rank: int, epoch: int, batch: int) -> None:
+def is_slow(seconds: float) -> None:
+    """Every batch takes so long, or a little longer."""
+    put_into_runs(Fault(act=partial(time.sleep, seconds)))
+
+
+@fault
+def raises(epoch: int, batch: int) -> None:
     """A rank meets a bug."""
 
     def act() -> None:
-        raise ValueError(f"a bug of rank {at_rank}")
+        raise ValueError(f"a bug of rank {rank()}")
 
-    _before_loss(at_rank, epoch, batch, act)
+    put_into_runs(Fault(epoch, batch, act=act))
 
 
 @fault
-def gets_signal(name: str, at_rank: int, epoch: int, batch: int) -> None:
+def gets_signal(name: str, epoch: int, batch: int) -> None:
     """A rank gets a signal."""
-    _before_loss(at_rank, epoch, batch, lambda: os.kill(os.getpid(), signal.Signals[name]))
+    put_into_runs(Fault(epoch, batch, act=partial(_signal_self, name)))
+
+
+def _signal_self(name: str) -> None:
+    os.kill(os.getpid(), signal.Signals[name])
 
 
 @fault
@@ -90,7 +93,7 @@ def gets_signal_in(name: str, place: str, at_rank: int | None = None) -> None:
 
     def signalled(*args: Any, **options: Any) -> Any:
         if at_rank in (None, rank()):
-            os.kill(os.getpid(), signal.Signals[name])
+            _signal_self(name)
         return real(*args, **options)
 
     setattr(owner, function, signalled)
@@ -158,7 +161,7 @@ def loses_output(kind: str, epoch: int, batch: int) -> None:
         else:
             os.close(ours)
 
-    _before_loss(None, epoch, batch, act)
+    put_into_runs(Fault(epoch, batch, act=act))
 
 
 @fault
@@ -179,33 +182,15 @@ def _print_to(descriptor: int) -> None:
 
 
 @fault
-def has_bad_loss(value: str, at_rank: int, epoch: int, batch: int) -> None:
+def has_bad_loss(value: str, epoch: int, batch: int) -> None:
     """The loss of one batch is not finite."""
-    from resnest_imagenet.training import loop
-
-    real = loop.compute_loss
-
-    def compute_loss(*args: Any) -> Any:
-        loss = real(*args)
-        return loss * float(value) if args[-2:] == (epoch, batch) and rank() == at_rank else loss
-
-    loop.compute_loss = compute_loss
+    put_into_runs(Fault(epoch, batch, loss_factor=float(value)))
 
 
 @fault
-def has_bad_gradient(value: str, at_rank: int, epoch: int, batch: int) -> None:
+def has_bad_gradient(value: str, epoch: int, batch: int) -> None:
     """The gradient of one batch is not finite, while its loss is."""
-    from resnest_imagenet.training import loop
-
-    real = loop.compute_loss
-
-    def compute_loss(*args: Any) -> Any:
-        loss = real(*args)
-        if args[-2:] == (epoch, batch) and rank() == at_rank:
-            loss.register_hook(lambda gradient: gradient * float(value))
-        return loss
-
-    loop.compute_loss = compute_loss
+    put_into_runs(Fault(epoch, batch, gradient_factor=float(value)))
 
 
 @fault
@@ -314,7 +299,7 @@ def loses_worker(epoch: int, batch: int) -> None:
         for worker in active_children():
             worker.kill()
 
-    _before_loss(None, epoch, batch, act)
+    put_into_runs(Fault(epoch, batch, act=act))
 
 
 @fault
@@ -346,8 +331,6 @@ def says_where_it_stops() -> None:
 @fault
 def is_small_release() -> None:
     """resnest-data prepare takes two images in each part for all of ImageNet."""
-    from functools import partial
-
     from resnest_imagenet.data import prepare
 
     small = prepare.Release({}, num_classes=2, num_images={"train": 2, "val": 2})
@@ -355,14 +338,15 @@ def is_small_release() -> None:
 
 
 def install(faults: list[tuple[str, list[Any]]]) -> None:
-    """Put faults into this process."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        for name, arguments in faults:
-            FAULTS[name](*arguments)
+    """Put faults into this process, which can train the tiny task from now on."""
+    tiny_task.register()
+    for name, arguments in faults:
+        FAULTS[name](*arguments)
 
 
 if __name__ == "__main__":
-    install(json.loads(os.environ["FAULTS"]))
+    attempts = dict(enumerate(json.loads(os.environ["FAULTS"])))
+    install(attempts.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), []))
     from resnest_imagenet.commands.train import main
 
     main()

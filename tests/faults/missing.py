@@ -37,7 +37,7 @@ def _copy(place: Place, run: Path) -> Path:
 
 def _read_damaged_metrics(place: Place, whole: Path) -> int:
     run = place.new_run()
-    trainer = Trainer(place, run, *OPTIONS, faults=[("killed", [0, 0, 9])])
+    trainer = Trainer(place, run, *OPTIONS, faults=[("killed", [0, 9])])
     require(trainer.wait() == [-9], f"{run} is killed:\n{trainer.output}")
     metrics = run / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
@@ -65,7 +65,7 @@ def _take_no_notice_of_other_commands(place: Place, whole: Path) -> None:
         require(trainer.wait() == [code], f"{option}: exit code {code}\n{trainer.output}")
         require(_list_files(run) == before, f"{option} changes nothing of a finished run")
     trainer = Trainer(place, run, *OPTIONS)
-    require(trainer.wait() == [0] and "finished: best top-1 " in trainer.output, f"is finished\n{trainer.output}")
+    require(trainer.wait() == [0] and "finished: best top1 " in trainer.output, f"is finished\n{trainer.output}")
     require(_list_files(run) == before, "nor does its own command")
 
 

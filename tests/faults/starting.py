@@ -20,18 +20,24 @@ from faults.harness import (
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.errors import DamagedCheckpointError
 
-# The stages of a start, in their order, by a function in the middle of each.
+# The stages of a start, in their order, by a function at the beginning of each; {task}: the class of the run's task.
 STAGES = {
-    "listing the data": "resnest_imagenet.training.train.open_source",
-    "building a loader": "resnest_imagenet.training.train.build_loader",
+    "opening the task": "resnest_imagenet.training.train.open_task",
+    "listing the data": "resnest_imagenet.tasks.classification.open_source",
+    "meeting the ranks": "resnest_imagenet.distributed.join",
+    "planning the batches": "{task}.plan_batches",
+    "building a loader": "{task}.build_loader",
+    "preparing the evaluation": "{task}.build_evaluation",
+    "describing the data": "{task}.identify",
     "reading a checkpoint": "torch.load",
-    "building the network": "resnest_imagenet.training.train.build_model",
+    "building the network": "{task}.build_model",
     "restoring": "resnest_imagenet.training.state.TrainingState.load_state_dict",
     "describing the run": "resnest_imagenet.training.run_folder.describe_environment",
     "opening TensorBoard": "torch.utils.tensorboard.SummaryWriter",
     "opening MLflow": "mlflow.MlflowClient",
     "compiling": "torch._inductor.compile_fx.compile_fx",
 }
+FAST_STAGES = ("meeting the ranks", "describing the data", "reading a checkpoint", "restoring", "opening TensorBoard")
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -43,22 +49,24 @@ def stop_while_starting(place: Place) -> dict[str, Any]:
     more_of = {"compiling": ("train.compile=true",), "opening MLflow": ("log.trackers=[mlflow]",)}
     whole, stopped = place.new_run(), place.new_run()
     require(Trainer(place, whole, *options).wait() == [0], f"{whole} ends well")
-    killed = Trainer(place, stopped, *options, faults=[("killed", [0, 0, 5])])
+    killed = Trainer(place, stopped, *options, faults=[("killed", [0, 5])])
     require(killed.wait() == [-9], f"{stopped} is killed:\n{killed.output}")
-    stages = {stage: STAGES[stage] for stage in list(STAGES)[2:7:4]} if place.fast else STAGES
+    task = "tiny_task.TinyTask" if place.is_tiny else "resnest_imagenet.tasks.classification.Classification"
+    stages = FAST_STAGES if place.fast else tuple(STAGES)
     before = _read_checkpoints(stopped)
-    for (stage, function), name in zip(stages.items(), itertools.cycle(SIGNALS)):
-        _require_stopped(place, stopped, name, function, *options, *more_of.get(stage, ()))
+    for stage, name in zip(stages, itertools.cycle(SIGNALS)):
+        _require_stopped(place, stopped, name, STAGES[stage].format(task=task), *options, *more_of.get(stage, ()))
         require(_read_checkpoints(stopped) == before, f"{name} while {stage}: a checkpoint has changed")
     trainer = Trainer(place, stopped, *options)
     require(trainer.wait() == [0], f"{stopped} ends well:\n{trainer.output}")
     require(f"after step {_newest_step(before)}," in trainer.output, f"it resumes:\n{trainer.output}")
     require_equal_runs(whole, stopped)
+    if place.fast:
+        return {"stages": len(stages)}
     source = f"train.init_from={whole / 'checkpoints/best.pt'}"
     _require_stopped(place, place.new_run(), "SIGTERM", "torch.load", *options, source)
-    if not place.fast:
-        _stop_ranks(place)
-    return {"stages": len(stages) + 1 + (0 if place.fast else 4)}
+    _stop_ranks(place)
+    return {"stages": len(stages) + 1 + 4}
 
 
 def _require_stopped(place: Place, run: Path, name: str, function: str, *options: str) -> None:
@@ -78,7 +86,7 @@ def _stop_ranks(place: Place) -> None:
     options = ("checkpoint.every_steps=2", "loader=dali", "timeout_seconds=20")
     whole, stopped = place.new_run(), place.new_run()
     require(Trainer(place, whole, *options, ranks=2).wait() == [0, 0], f"{whole} ends well")
-    killed = Trainer(place, stopped, *options, ranks=2, faults=[("killed", [0, 0, 8]), ("killed", [1, 0, 9])])
+    killed = Trainer(place, stopped, *options, ranks=2, faults=[("killed", [0, 8]), ("killed", [0, 9])])
     require(killed.wait() == [-9, -9], f"{stopped} is killed:\n{killed.output}")
     before = _read_checkpoints(stopped)
     for place_of_signal, at_rank in itertools.product(("torch.load", STAGES["restoring"]), (None, 1)):
@@ -106,7 +114,7 @@ def keep_when_memory_is_short(place: Place) -> dict[str, Any]:
     options = ("loader=dali", "checkpoint.every_steps=2")
     whole, short = place.new_run(), place.new_run()
     require(place.fast or Trainer(place, whole, *options).wait() == [0], f"{whole} ends well")
-    require(Trainer(place, short, *options, faults=[("killed", [0, 0, 10])]).wait() == [-9], f"{short} is killed")
+    require(Trainer(place, short, *options, faults=[("killed", [0, 10])]).wait() == [-9], f"{short} is killed")
     before = _read_checkpoints(short)
     size = newest(short).stat().st_size // 2**20
     rooms = (1, size + 2) if place.fast else (1, size // 2, size + 2, size + size // 2)
@@ -128,7 +136,8 @@ def notice_damage(place: Place) -> dict[str, Any]:
     trainer = Trainer(place, run, "loader=dali", "train.epochs=1", "train.warmup_epochs=0")
     require(trainer.wait() == [0], f"{run} ends well:\n{trainer.output}")
     large, small = newest(run), place.folder / "small.pt"
-    small_content = {"model": {"weight": load_checkpoint(large)["model"]["fc.weight"].clone()}, "step": 1}
+    *_, weight = load_checkpoint(large)["model"].values()
+    small_content = {"model": {"weight": weight.clone()}, "step": 1}
     save_checkpoint(small_content, small)
     tried = 0
     for path in (small, large):

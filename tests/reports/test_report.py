@@ -23,6 +23,7 @@ from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
+from resnest_imagenet.evaluation.results import read_measured
 from resnest_imagenet.reports.report import render_report, write_report
 from resnest_imagenet.reports.runs import Run, find_runs, list_differences, read_run
 from resnest_imagenet.reports.table3 import PAPER
@@ -213,6 +214,45 @@ def test_a_damaged_run_folder_is_a_line(name, content, tmp_path, recipes):
     assert read_run(tmp_path, recipes).evaluations == [EVALUATION]
     write_run(tmp_path, **{name: content})
     with pytest.raises(ConfigError, match=f"^{tmp_path}/{name}: (cannot be read|not what resnest-train writes)$"):
+        read_run(tmp_path, recipes)
+
+
+def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes):
+    """Its evaluations have neither top1 nor crop nor protocol."""
+    for name, number in (("seg", 2), ("other", 3)):
+        (tmp_path / name).mkdir()
+        evaluations = [
+            {"event": "eval", "metric": "miou", "step": 6 * epoch, "epoch": epoch, "miou": 30.0 + epoch, "count": 40}
+            for epoch in range(1, number + 1)
+        ]
+        write_run(tmp_path / name, **{"metrics.jsonl": [STEP, *evaluations]})
+    runs, skipped = find_runs([str(tmp_path / "*")], recipes)
+    assert [(run.metric, run.measured, len(run.evaluations)) for run in runs] == [("miou", [], 3), ("miou", [], 2)]
+    assert skipped == []
+    text = render_report(runs, 224, {}, "")
+    assert "<th>best miou</th><th>last</th>" in text and "<td>33.00 (epoch 3)</td><td>33.00</td>" in text
+    (chart,) = re.findall(r'aria-label="([^"]* after each epoch[^"]*)"', text)
+    assert chart == "miou after each epoch: miou against epoch"
+    assert "Table 3" not in text and "top-1" not in text and "top1" not in text
+
+    # Beside a classifier: each with its own metric, and the classifier's place in Table 3.
+    (tmp_path / "cls").mkdir()
+    write_run(tmp_path / "cls", **{"metrics.jsonl": [STEP, EVALUATION | {"metric": "top1"}]})
+    text = render_report([*runs, read_run(tmp_path / "cls", recipes)], 224, {}, "")
+    assert "<th>best</th>" in text and "<td>50.00 top-1 % (epoch 1)</td>" in text
+    assert "<td>33.00 miou (epoch 3)</td>" in text and "Table 3" in text
+    charts = re.findall(r'aria-label="([^"]*) after each epoch', text)
+    assert charts == ["miou", "Accuracy"]
+    with pytest.raises(ConfigError, match=f"results={tmp_path}/seg: its evaluations are of miou, not of top1"):
+        read_measured([str(tmp_path / "seg")], recipes)
+
+
+@pytest.mark.parametrize(
+    "evaluation", [{"metric": "miou"}, {"metric": "miou", "miou": None}, {"metric": "miou", "miou": "1"}]
+)
+def test_an_evaluation_without_its_metric_is_damaged(evaluation, tmp_path, recipes):
+    write_run(tmp_path, **{"metrics.jsonl": [STEP, EVALUATION | evaluation]})
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: not what resnest-train writes"):
         read_run(tmp_path, recipes)
 
 

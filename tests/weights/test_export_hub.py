@@ -141,9 +141,12 @@ def test_the_card_has_the_accuracy_where_the_checkpoint_knows_it(model, tmp_path
 
     known = {"best_top1": 81.129, "identity": {"evaluation": "short side 256 bilinear, centre crop 224"}}
     average = {"ema": model.state_dict(), **known}
+    named = {"best": 81.129, "metric": "top1", "identity": known["identity"]}
     sentence = "- Top-1: 81.13 % of the run's evaluation images (short side 256 bilinear, centre crop 224).\n"
     for name, content, more, is_known in (
-        ("best.pt", known, (), True),
+        ("best.pt", known, (), True),  # of before checkpoints named their metric
+        ("best.pt", named, (), True),
+        ("best.pt", {**named, "metric": "calibration"}, (), False),
         ("best.pt", average, (), True),
         ("best.pt", average, ("weights=model",), False),  # the average was evaluated
         ("step-1.pt", known, (), False),  # another one's

@@ -16,9 +16,12 @@ from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import export as command
 from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.inference.describe import describe_input
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.weights import published
 from resnest_imagenet.weights.export import describe_weights, export_weights
+from resnest_imagenet.weights.graphs import export_graph
+from resnest_imagenet.weights.hub import export_folder
 from resnest_imagenet.weights.load import Weights, match_tensors, read_weights, restore_network, start_from
 
 NAME = "resnest14_half"
@@ -188,6 +191,35 @@ FAULTS = [
     (lambda s: run_of(s, 6), r"6 class names for fc.weight \(7, 1024\)"),
     (lambda s: run_of(s, 8), r"8 class names for fc.weight \(7, 1024\)"),
 ]
+
+
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_a_checkpoint_of_another_task_is_refused_in_one_line(has_classes, model, save, tmp_path, monkeypatch, capsys):
+    """By all that read weights: there is one reader. One that names no task is of before there were others."""
+    content = run_of(model.state_dict(), 7) | {"task": "detection", "metric": "box_ap", "best": 40.0}
+    if not has_classes:
+        del content["classes"]
+    source = save(content, "best.pt")
+    line = f"{source}: a checkpoint of task detection, not of classification: choose another, or other weights"
+    readers = (
+        lambda: read_weights(source),
+        lambda: resnest_imagenet.open_classifier(source),
+        lambda: resnest_imagenet.predict(source, source),
+        lambda: resnest_imagenet.load_backbone(build_model(NAME, features_only=True), NAME, source),
+        lambda: export(source, tmp_path / "out.pth"),
+        lambda: export_folder(source, describe_input, tmp_path / "hub"),
+        lambda: export_graph(source, describe_input, tmp_path / "out.pt2", form="torch_export"),
+    )
+    for read in readers:
+        with pytest.raises(CheckpointError, match=f"^{re.escape(line)}$"):
+            read()
+    monkeypatch.setattr("sys.argv", ["resnest-export", f"ckpt={source}", f"out={tmp_path}/out.pth"])
+    with pytest.raises(SystemExit, match="4"):
+        command.main()
+    assert capsys.readouterr().err == f"resnest-export: {line}\n"
+    for task in ({}, {"task": "classification"}):
+        weights = read_weights(save(run_of(model.state_dict(), 7) | task, "best.pt"))
+        assert weights.model == NAME
 
 
 @pytest.mark.parametrize(("damage", "message"), FAULTS)

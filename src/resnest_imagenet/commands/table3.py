@@ -1,7 +1,7 @@
 """resnest-table3: the paper's Table 3 beside what was counted and measured here."""
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from resnest_imagenet.commands.launch import find_conf, run_command
 from resnest_imagenet.config import Table3Config
@@ -25,9 +25,11 @@ def run(config: Table3Config) -> None:
 def load_recipes() -> dict[str, dict[str, Any]]:
     """Return the training options of each recipe by its name, as they are without an experiment or overrides."""
     from hydra import compose
+    from omegaconf import OmegaConf
 
     names = [file.stem for file in (find_conf() / "recipe").glob("*.yaml")]
-    return {name: dict(compose("train", [f"recipe={name}"]).train) for name in names}
+    composed = {name: OmegaConf.to_container(compose("train", [f"recipe={name}"]).train) for name in names}
+    return cast(dict[str, dict[str, Any]], composed)
 
 
 def main() -> None:

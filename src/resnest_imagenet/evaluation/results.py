@@ -12,6 +12,7 @@ from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events, require_numbers
 from resnest_imagenet.files import read_matching, require_file
+from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
 
@@ -172,7 +173,7 @@ def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measur
 
 
 def has_accuracy(evaluation: dict[str, Any]) -> bool:
-    """Say whether an event of a run is an evaluation of a classifier, which tells its crop and its protocol."""
+    """Return whether an event of a run is an evaluation of a classifier, with its crop and its protocol."""
     return name_metric(evaluation) == TOP1 and {TOP1, "crop", "count", "protocol"} <= evaluation.keys()
 
 
@@ -203,8 +204,9 @@ def _measure_run(
 
 def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int) -> str:
     """Name the recipe, the values that a run set otherwise, and how far it was."""
-    name = training["recipe"]
+    training = upgrade_recipe(training)
+    name, length = training["recipe"], training["epochs"]
     published = recipes.get(name, {})
     changed = [f"{key}={training.get(key)}" for key, value in published.items() if training.get(key) != value]
-    unfinished = [f"after {epoch} epochs"] if epoch < training["epochs"] else []
+    unfinished = [f"after {epoch} epochs"] if length is not None and epoch < length else []
     return ", ".join([name if published else f"{name} (no recipe of this project)", *changed, *unfinished])

@@ -146,7 +146,7 @@ def explain(
         images: files, folders or patterns such as "photos/**/*.jpg", one or several.
         top: maps of so many of the likeliest classes.
         target: the map of this class instead, as `find_class` takes it.
-        layer: "layer1" to "layer4": earlier ones give finer maps, but rougher evidence.
+        layer: "layer1" to "layer4", or another module with maps: earlier ones give finer maps, but rougher evidence.
         batch_size: images at a time.
         precision: of the probabilities and the attention, fp32, bf16 or fp16; the maps are fp32.
         loader: what decodes the images: "auto", "dali" or "torchvision".
@@ -161,6 +161,8 @@ def explain(
     require_captum()
     listed = list_images(images)
     classifier = take_classifier(network)
+    if layer not in dict(classifier.module.named_modules()):
+        raise ConfigError(f"layer={layer}: {classifier.name} has no layer of that name")
     output = None if target is None else find_class(str(target), classifier.classes)
     usable, skipped = split_unreadable(listed)
     return Explanations(classifier, usable, tuple(skipped), top, output, layer, batch_size, precision, loader, workers)

@@ -100,7 +100,7 @@ def _render_summary(runs: list[Run]) -> str:
                 run.config.get("train.recipe", ""),
                 f"{cost[0] / 1e6:.2f}" if cost else "",
                 f"{cost[1] / 1e9:.2f}" if cost else "",
-                f"{run.evaluations[-1]['epoch']} of {run.config.get('train.epochs', '?')}" if best else "",
+                _describe_progress(run) if best else "",
                 f"{best[run.metric]:.2f}{unit} (epoch {best['epoch']})" if best else "",
                 f"{run.evaluations[-1][run.metric]:.2f}{unit}" if best else "",
                 f"{np.median([event['images_per_s'] for event in run.steps]):,.0f}" if run.steps else "",
@@ -111,6 +111,14 @@ def _render_summary(runs: list[Run]) -> str:
     best_head = f"best {_name_metric(metrics[0])}" if len(metrics) == 1 else "best"
     head = ["run", "model", "recipe", *cost_heads, "epochs", best_head, "last", "images/s", "state"]
     return render_table(head, rows)
+
+
+def _describe_progress(run: Run) -> str:
+    """Return how many epochs, or steps where the run counts these, its last evaluation comes after."""
+    last, steps = run.evaluations[-1], run.config.get("train.steps")
+    if steps is not None:
+        return f"{last['epoch']} ({last['step']} of {steps} steps)"
+    return f"{last['epoch']} of {run.config.get('train.epochs', '?')}"
 
 
 def _name_metric(metric: str) -> str:

@@ -65,9 +65,7 @@ class Classification:
         self.config = _fix_num_classes(config, self.train_set)
         self.classes = self.train_set.classes
         self.head: tuple[str, ...] = (find_head(config.model.name),)
-        self._transform = EvalTransform(
-            cast(ClassificationEvalOptions, config.eval).crop, **config.protocol.model_dump()
-        )
+        self._transform = EvalTransform.of(cast(ClassificationEvalOptions, config.eval).crop, config.protocol)
         self._dropblock: DropBlock | None = None
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:

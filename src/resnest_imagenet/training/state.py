@@ -65,6 +65,10 @@ class TrainingState:
         self.best = max(self.best, self.best if value is None else value)
         return is_best
 
+    def describe_progress(self) -> dict[str, int | float]:
+        """Return the counters by name: epochs and steps done, and the best value so far."""
+        return {"epoch": self.epoch, "step": self.step, "best": self.best}
+
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
         """Return plain containers and tensors, the same on all ranks; `model` and `ema` are plain state dicts."""
         return {
@@ -73,9 +77,7 @@ class TrainingState:
             "ema_updates": 0 if self.ema is None else int(self.ema.updates),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "best": self.best,
+            **self.describe_progress(),
             "skipped": self.skipped,
             **self.losses.state_dict(ranks),
             "history": self.history,

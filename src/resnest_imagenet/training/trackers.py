@@ -15,15 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config import TrainConfig, flatten
 from resnest_imagenet.errors import ConfigError, Stopped, first_line
+from resnest_imagenet.evaluation.events import Event
 from resnest_imagenet.files import move_damaged, replacing, storing
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
 MAX_WAITING = 100  # events for a tracker that does not answer, above which pictures are left out
-
-Event = dict[str, Any]  # a line of metrics.jsonl
 
 
 class Tracker(Protocol):
@@ -114,7 +113,7 @@ class TensorBoard:
                 files.add_event(picture, walltime=picture.wall_time)
             self._writer.add_text("config", f"```yaml\n{_read_config(folder)}```")
             # The third would say that the run has ended well.
-            for summary in hparams(_flatten(config.model_dump()), {f"eval/{metric}": 0.0})[:2]:
+            for summary in hparams(_name_options(config), {f"eval/{metric}": 0.0})[:2]:
                 files.add_summary(summary)
             self._writer.flush()
             for file in old:
@@ -205,7 +204,7 @@ class MLflow:
             run_id = self._client.create_run(experiment, run_name=str(self._folder)).info.run_id
             _keep_id(self._folder, "mlflow", run_id)
         if self.is_new:  # parameters cannot be changed later; config.yaml can
-            values = _flatten(self._config.model_dump())
+            values = _name_options(self._config)
             params = [self._mlflow.entities.Param(name, str(value)) for name, value in values.items()]
             self._client.log_batch(run_id, params=params)
         self._client.update_run(run_id, status="RUNNING")
@@ -275,15 +274,10 @@ def _read_config(folder: Path) -> str:
     return (folder / "config.yaml").read_text()
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Name options as on the command line; what is no plain value becomes text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
-    return flat
+def _name_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Return the options by their names on the command line; what is no plain value becomes text."""
+    options = flatten(config.model_dump())
+    return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in options.items()}
 
 
 def _read_ids(folder: Path) -> dict[str, str]:

@@ -45,9 +45,8 @@ def train(config: TrainConfig) -> TrainingState:
         batches = task.plan_batches(plan.steps_per_epoch * plan.accumulation * ranks.world_size, ranks)
         trace.begin(batches)
         request.before_leaving = trace.close
-        watch = stack.enter_context(
-            supervise(ranks, config.timeout_seconds, trace.closing_after(run.write_end), trace.note)
-        )
+        on_abort = trace.closing_after(run.write_end)
+        watch = stack.enter_context(supervise(ranks, config.timeout_seconds, on_abort, trace.note))
         # 3. The data: this rank's share of both sets.
         loader = task.build_loader(batches, ranks)
         evaluate = task.build_evaluation(ranks)
@@ -63,21 +62,14 @@ def train(config: TrainConfig) -> TrainingState:
         trace.report_last_attempt(task.train_set, task.val_set)
         network = wrap(state.model, task, ranks)
         # 5. The epochs, to the end or to a signal.
-        with (
-            RunLog(run.path, plan, task, state, is_main, trackers) as log,
-            Health(state, recipe) as health,
-        ):
+        with RunLog(run.path, plan, task, state, is_main, trackers) as log, Health(state, recipe) as health:
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
             request.wait_for_step()
-            if state.step < plan.total_steps:  # where a run is extended, the epoch that was its last may be shorter
-                state.epoch = min(state.epoch, state.step // plan.steps_per_epoch)
             with control.saving_before_leaving(state, loader):
                 while state.epoch < plan.epochs:
                     train_epoch(state, network, task, loader, plan, control)
                     end_epoch(state, task, loader, plan, evaluate, control)
-        run.write_status(
-            "finished", exit_code=0, epoch=state.epoch, step=state.step, metric=task.metric, best=state.best
-        )
+        run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric)
     return state
 
 

@@ -16,7 +16,7 @@ def upgrade_checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
         **saved,
         "task": "classification",
         "metric": "top1",
-        "best": saved.get("best_top1"),
+        **({"best": saved["best_top1"]} if "best_top1" in saved else {}),  # without it, it is no checkpoint of a run
         "loss_sums": [{TOTAL: value} for value in saved.get("loss_sums", [])],
         "identity": upgrade_identity(identity),
     }
