@@ -58,6 +58,7 @@ def test_it_refuses_what_the_run_would(small_run, tmp_path):
             describe_run(small_run(option))
 
 
+@pytest.mark.process
 def test_two_ranks(demo_images, tmp_path):
     words = ["+experiment=demo", "device=cpu", f"data.root={demo_images}", "train.crop=32", "train.batch_size=16"]
     words += ["loader=torchvision", "loader.workers=1", "dry_run=true"]
