@@ -64,12 +64,14 @@ def sweep(tmp_path, monkeypatch, *words):
     train.main()
 
 
+@pytest.mark.slow
 def test_a_sweep(tmp_path, monkeypatch):
     sweep(tmp_path, monkeypatch, "seed=0,1", "run_dir=run-${seed}")
     assert [yaml.safe_load((tmp_path / f"run-{seed}/config.yaml").read_text())["seed"] for seed in (0, 1)] == [0, 1]
     assert [read_status(tmp_path / f"run-{seed}")["state"] for seed in (0, 1)] == ["finished", "finished"]
 
 
+@pytest.mark.slow
 def test_a_search(tmp_path, monkeypatch):
     """Optuna gets each run's best accuracy."""
     words = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=2"]

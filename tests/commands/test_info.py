@@ -47,6 +47,7 @@ def test_json(monkeypatch, capsys):
         assert each["seconds"].keys() == {"1", "2"} and min(each["seconds"].values()) > 0
 
 
+@pytest.mark.slow
 def test_text(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "model=resnest50", "latency=false", "batch_size=2")
     lines = out.splitlines()

@@ -367,14 +367,14 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
     assert sorted(list_keys(composed)) == sorted(option_names(schema))
 
 
-# Prints, of each command, its help and what it has imported that takes long; then where conf/ is.
+# Runs each command with --help, as python -m does: prints the help and what is then imported that takes long.
 HELP = """
-import contextlib, importlib, io, json, sys
+import contextlib, io, json, runpy, sys
 helps, imported = {}, {}
 for name in sys.argv[1:]:
     sys.argv = ["resnest-" + name, "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        importlib.import_module("resnest_imagenet.commands." + name).main()
+        runpy.run_module("resnest_imagenet.commands." + name, run_name="__main__")
     helps[name] = text.getvalue()
     imported[name] = sorted({"torch", "timm", "torchvision", "nvidia.dali", "matplotlib", "captum"} & set(sys.modules))
 from resnest_imagenet.commands.launch import find_conf
