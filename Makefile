@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 # Idle OpenMP threads sleep: 20 times faster where processes share cores.
 export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
+# A process with tests on each core, which has its torch on one thread (tests/conftest.py).
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
@@ -31,11 +33,11 @@ demo: $(READY) ## make the demo images, train on them and evaluate: a few minute
 	@echo "  its curves   $(BIN)/tensorboard --logdir runs/demo/tensorboard"
 	@echo "  next         $(BIN)/resnest-train --help, and README.md"
 
-test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY) ## run the tests, on at most 4 CPU cores
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-quick: $(READY) ## run those that start no process and take no time, for the inner loop
-	$(BIN)/python -m pytest --quick
+	$(BIN)/python -m pytest --quick $(PARALLEL)
 
 fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
 	PYTHONPATH=tests $(BIN)/python -m faults

@@ -2,6 +2,8 @@ import os
 
 # Before torch: idle OpenMP threads sleep, 20 times faster where processes share cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes with tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multiprocessing.process
 import signal
@@ -9,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
 
 import pytest
 import torch
@@ -36,12 +37,9 @@ ALONE = Ranks(0, 1, 0, CPU)
 # What torchrun tells the first of two ranks.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
-# The two tiers: `make test` is everything, `make test-quick` (--quick) what starts no process and takes no time.
-STARTERS = {"run_module", "subprocess", "Popen", "multiprocessing", "ProcessPoolExecutor", "get_context", "look_at"}
 # Seconds each to import: a test imports them itself.
 HEAVY = {"torchvision", "timm", "matplotlib", "scipy", "nvidia.dali", "torch._dynamo", "wandb", "mlflow"}
 collected_with: set[str] = set()
-TESTS = str(Path(__file__).parent)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,42 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts a process, and deselect that and what is slow from the quick tier."""
+    """Take what starts a process, and what is slow, out of the quick tier."""
     collected_with.update(HEAVY & sys.modules.keys())
-    dropped, seen = [], dict[object, bool]()
-    for item in items:
-        if isinstance(item, pytest.Function) and _starts_a_process(item, seen):
-            item.add_marker("process")
-        if item.get_closest_marker("process") or item.get_closest_marker("slow"):
-            dropped.append(item)
     if config.getoption("quick"):
+        dropped = [item for item in items if item.get_closest_marker("process") or item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
-
-
-def _starts_a_process(item: pytest.Function, seen: dict[object, bool]) -> bool:
-    fixtures = [
-        definition.func for same_name in item._fixtureinfo.name2fixturedefs.values() for definition in same_name
-    ]
-    return any(_names_a_starter(function, seen) for function in (item.function, *fixtures))
-
-
-def _names_a_starter(function: object, seen: dict[object, bool]) -> bool:
-    """Return whether a function of the tests, or another of its module that it names, names what starts a process."""
-    function = getattr(function, "__wrapped__", function)
-    if not isinstance(function, FunctionType) or not function.__code__.co_filename.startswith(TESTS):
-        return False
-    if function not in seen:
-        seen[function] = False  # where functions call each other
-        names = _names_in(function.__code__)
-        named = (function.__globals__.get(name) for name in names)
-        seen[function] = bool(names & STARTERS) or any(_names_a_starter(each, seen) for each in named)
-    return seen[function]
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inside = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names_in, inside))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,6 +19,7 @@ from resnest_imagenet.training.stopping import StopRequest
 TRAIN = "resnest_imagenet.commands.train"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_path):
     """The same batches, mixed alike, and gradients that are summed in the same order: equal parameters, bit for bit."""
@@ -41,6 +42,7 @@ def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_p
     assert environment["ranks"] == 2
 
 
+@pytest.mark.process
 def test_a_run_goes_on_with_another_number_of_ranks(demo_images, tmp_path):
     """From 2 ranks to 1 that accumulates: the same images in the same steps, so equal parameters here as well."""
     options = ("train.batch_size=8", "train.global_batch=16", "train.mixup_alpha=0.2", "loader=torchvision")
@@ -59,6 +61,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(demo_images, tmp_path):
     assert all(torch.equal(whole[name], changed[name]) for name in parameters)
 
 
+@pytest.mark.process
 def test_103_images_give_the_same_integers_with_1_2_and_3_ranks(demo_images, tmp_path):
     torch.manual_seed(0)
     torch.save(build_model("resnest14_half", 10).state_dict(), tmp_path / "bare.pth")
@@ -84,6 +87,7 @@ def test_103_images_give_the_same_integers_with_1_2_and_3_ranks(demo_images, tmp
     assert 0 < counts[0][0][0] < 103
 
 
+@pytest.mark.process
 def test_an_error_before_the_ranks_meet_is_said_once(tmp_path):
     result = run_module(TRAIN, "data.root=/nowhere", f"run_dir={tmp_path}", ranks=2)
     assert result.returncode != 0
@@ -92,6 +96,7 @@ def test_an_error_before_the_ranks_meet_is_said_once(tmp_path):
     assert "data.root=/nowhere: no such folder" in summary
 
 
+@pytest.mark.process
 def test_a_run_folder_that_is_not_shared_is_noticed(demo_images, tmp_path):
     """Ranks that would go on from different steps stop instead."""
     places = (f"data.root={demo_images}", "loader=torchvision", "train.epochs=1", "train.warmup_epochs=0")

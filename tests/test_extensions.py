@@ -69,6 +69,7 @@ for command, arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.process
 def test_a_package_trains_resumes_evaluates_predicts_and_exports(installed, lists, tmp_path):
     environment = with_packages(installed)
     run = tmp_path / "run"
@@ -109,6 +110,7 @@ main()
 """
 
 
+@pytest.mark.process
 def test_a_package_that_fails_is_one_line_that_names_it(installed, tmp_path):
     """Without a traceback; networks of this project do not ask it, those of other packages do."""
     (tmp_path / "broken-1.dist-info").mkdir()

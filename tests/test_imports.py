@@ -6,6 +6,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import resnest_imagenet
 from conftest import collected_with
 
@@ -104,6 +106,7 @@ def test_each_library_has_its_place():
     assert found == set(ONLY_IN)
 
 
+@pytest.mark.process
 def test_the_library_needs_neither_hydra_nor_dali():
     script = (
         "import sys\n"

@@ -99,6 +99,7 @@ def test_every_name_of_the_package_is_there():
         resnest_imagenet.trian  # noqa: B018 - the access raises
 
 
+@pytest.mark.process
 def test_nothing_of_it_needs_hydra_or_a_command(checkpoint, demo_images):
     """Under an import system that has neither, as in a program that uses the package and not its commands."""
     script = f"""

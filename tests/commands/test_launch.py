@@ -1,5 +1,6 @@
 """The commands as a user calls them: what is refused, in which words, with which exit code."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from conftest import ALONE, compose_config, run_module
+from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import explain_composition, find_conf, quote_place
 from resnest_imagenet.config import (
@@ -251,6 +252,7 @@ def test_numbers_and_the_home_folder_in_places():
     assert quote_place("out=null", list_places(PredictConfig)) == "out=null"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shell", [shell for shell in ("bash", "dash", "zsh") if shutil.which(shell)])
 def test_the_advice_to_quote_works_when_it_is_typed(shell):
     for word, value in (("model.name=größe", "größe"), ("model.name=a=b", "a=b"), ("model.name=it's", "it's")):
@@ -365,43 +367,60 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
     assert sorted(list_keys(composed)) == sorted(option_names(schema))
 
 
+# Runs each command with --help, as python -m does: prints the help and what is then imported that takes long.
+HELP = """
+import contextlib, io, json, runpy, sys
+helps, imported = {}, {}
+for name in sys.argv[1:]:
+    sys.argv = ["resnest-" + name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        runpy.run_module("resnest_imagenet.commands." + name, run_name="__main__")
+    helps[name] = text.getvalue()
+    imported[name] = sorted({"torch", "timm", "torchvision", "nvidia.dali", "matplotlib", "captum"} & set(sys.modules))
+from resnest_imagenet.commands.launch import find_conf
+print(json.dumps([helps, imported, "hydra" in sys.modules, str(find_conf())]))
+"""
 COMMANDS = ["train", "evaluate", "predict", "compare", "explain", "report", "export", "info", "table3"]
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_help_needs_no_torch_and_lists_examples_and_choices(module, tmp_path):
-    """--help answers at once because torch is not imported: the interpreter says what was. From any folder."""
-    profiled = {"PYTHONPROFILEIMPORTTIME": "1"}
-    result = run_module(f"resnest_imagenet.commands.{module}", "--help", cwd=tmp_path, env=profiled)
-    assert result.returncode == 0
-    assert result.stdout.count("\n  resnest-") + result.stdout.count("\n  torchrun") in (2, 3)
-    assert "resnest50_fast_2s1x64d" in result.stdout or module in ("table3", "compare", "report")
-    if module == "train":
-        assert "experiment: demo, resnest101, resnest101_fast" in result.stdout
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "hydra" in imported
-    assert not imported & {"torch", "timm", "torchvision", "nvidia.dali"}
+def ask_for_help(folder, *names, **environment):
+    """Call the commands with --help in a new process, in a folder; return what `HELP` prints."""
+    command = [sys.executable, "-c", HELP, *names]
+    environment = {**os.environ, **environment}
+    return json.loads(subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True).stdout)
 
 
-def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path):
-    project = find_conf().parent
-    built = run_module("hatchling", "build", "--target", "wheel", "--directory", str(tmp_path), cwd=project)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.mark.process
+def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
+    """--help answers at once because torch is not imported. From any folder."""
+    helps, imported, has_hydra, _ = ask_for_help(tmp_path, *COMMANDS)
+    assert has_hydra and imported == {name: [] for name in COMMANDS}
+    for name, text in helps.items():
+        assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
+        assert "resnest50_fast_2s1x64d" in text or name in ("table3", "compare", "report"), name
+    assert "experiment: demo, resnest101, resnest101_fast" in helps["train"]
+
+
+@pytest.mark.process
+def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
+    from hatchling.build import build_wheel
+
+    monkeypatch.chdir(find_conf().parent)
     site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as archive:
         archive.extractall(site)
-    for command in (*COMMANDS, "data"):
-        result = run_module(
-            f"resnest_imagenet.commands.{command}", "--help", cwd=tmp_path, env={"PYTHONPATH": str(site)}
-        )
-        assert result.returncode == 0, result.stderr
-    where = run_module(
-        "resnest_imagenet.commands.data", "demo", "--info", "searchpath", cwd=tmp_path, env={"PYTHONPATH": str(site)}
-    )
-    assert str(site / "resnest_imagenet" / "conf") in where.stdout
+    inside = site / "resnest_imagenet" / "conf"
+    assert list_files(inside) == list_files(find_conf())
+    helps, _, _, conf = ask_for_help(tmp_path, "train", "data", PYTHONPATH=str(site))
+    assert all("\n  resnest-" in text for text in helps.values())
+    assert conf == str(inside)
 
 
+def list_files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("device", "code", "line"),
     [(None, 141, ""), ("/dev/full", 6, "data: the output cannot be written (No space left on device)\n")],

@@ -228,6 +228,7 @@ def test_a_flat_val_folder_is_one_fault(tmp_path):
     assert find(tmp_path) == [("no class folders", "val", "6 images in it; they belong in val/<class>/")]
 
 
+@pytest.mark.process
 def test_a_missing_root_and_a_report_that_cannot_be_written_are_one_line(tmp_path):
     with pytest.raises(DataError, match="^data.root=/nowhere: no such folder$"):
         check_images("/nowhere", "train", "val")
@@ -259,6 +260,7 @@ def deadly(monkeypatch):
     monkeypatch.setattr(examine, "find_fault", find_fault)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_file_that_kills_its_process_is_found_among_the_others(workers, deadly, tmp_path):
     paths = [f"{number:03d}.JPEG" for number in range(100)]
@@ -271,6 +273,7 @@ def test_a_file_that_kills_its_process_is_found_among_the_others(workers, deadly
     assert [finding for result in results for finding in result.findings] == expected
 
 
+@pytest.mark.process
 def test_a_process_that_dies_of_something_else_is_no_file_s_fault(deadly, tmp_path, monkeypatch):
     def find_fault(encoded, real=examine.find_fault):
         if not (tmp_path / "killed").exists():
@@ -285,6 +288,7 @@ def test_a_process_that_dies_of_something_else_is_no_file_s_fault(deadly, tmp_pa
     assert result.findings == ()
 
 
+@pytest.mark.process
 def test_crashes_without_end_are_one_line(deadly, tmp_path):
     make_sound(tmp_path)
     for number in range(12):

@@ -240,11 +240,13 @@ def judge(encoded, of_dali):
     return fault
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [*SOUND, *ODD])
 def test_sound_and_odd_files_are_one_picture_for_all(kind, of_dali):
     assert judge({**SOUND, **ODD}[kind], of_dali) is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_files_are_faults_for_all(kind, of_dali):
     encoded, kind_of_fault, detail = BAD[kind]
@@ -271,6 +273,7 @@ def test_ordinary_are_plain_jpegs_and_pngs():
     }
 
 
+@pytest.mark.process
 def test_mutated_files_are_the_same_for_all(mutated, of_dali):
     """No exception but a fault, no signal, and what the check passes is the same picture for both loaders."""
     faults = [judge(encoded, of_dali) for encoded in mutated]
@@ -280,6 +283,7 @@ def test_mutated_files_are_the_same_for_all(mutated, of_dali):
     assert any(damaged_but_ordinary)  # what only DALI's decoder can refuse
 
 
+@pytest.mark.process
 def test_one_bad_file_in_a_large_batch_is_named_or_replaced(passes, of_dali):
     for ((root, kind, _, max_errors), bad), answer in zip(passes, of_dali[1], strict=True):
         if max_errors:

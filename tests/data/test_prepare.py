@@ -188,6 +188,7 @@ print(moments, amid)
 """
 
 
+@pytest.mark.process
 def test_a_kill_at_any_moment_costs_no_finished_class_and_leaves_no_cut_image(archives, tmp_path):
     environment = {**os.environ, "TESTS": str(Path(__file__).parent)}
     command = [sys.executable, "-c", KILL_EVERYWHERE, str(archives), str(tmp_path / "outs")]

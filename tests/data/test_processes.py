@@ -46,6 +46,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("work", [check, scan, load])
 def test_no_worker_outlives_its_parent(work, tmp_path):
     make_tree(tmp_path, "train/a/1.jpg", "train/a/2.jpg")

@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from conftest import compose_config, run_module
+from conftest import compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.commands import explain as command
 from resnest_imagenet.commands.explain import explain_images
-from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.predict import predict_images
-from resnest_imagenet.config import ExplainConfig, PredictConfig, option_names
+from resnest_imagenet.config import ExplainConfig, PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.explain import (
@@ -84,7 +82,7 @@ def test_at_layer3_the_gradients_are_finite_differences(implementation, fold):
     torch.manual_seed(0)
     model = randomise(build_model("resnest14_half", 5, split_attention=implementation)).double().eval()
     model = (fold_batch_norms(model) if fold else model).requires_grad_(False)
-    image, step = torch.randn(1, 3, 64, 64).double(), 1e-6
+    image, step = torch.randn(1, 3, 32, 32).double(), 1e-6
     features = []
     with model.layer3.register_forward_hook(lambda *call: features.append(call[2].clone())):
         logits = model(image)
@@ -92,7 +90,7 @@ def test_at_layer3_the_gradients_are_finite_differences(implementation, fold):
     # Each channel raised everywhere: the logits then rise by the sum of their gradients over its places.
     raised = activations + step * torch.eye(len(activations)).double()[..., None, None]
     gradients = (model.fc(model.layer4(raised).mean((2, 3))) - logits) / step
-    expected = torch.einsum("chw,ck->khw", activations, gradients / (4 * 4)).relu()
+    expected = torch.einsum("chw,ck->khw", activations, gradients / (2 * 2)).relu()
     assert (expected > 0.01).any()
     found = map_evidence(model, "layer3", image.expand(5, -1, -1, -1), torch.arange(5))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -129,6 +127,7 @@ def test_the_recorded_attention_is_that_of_the_formula(radix, cardinality, imple
     assert not any("_weigh" in vars(m) for m in model.modules() if isinstance(m, SplitAttention))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_what_is_drawn_is_what_the_network_sees_and_says(checkpoint, demo_images, tmp_path, monkeypatch, loader):
     from resnest_imagenet.reports import explain_pictures
@@ -177,23 +176,24 @@ def test_what_is_drawn_is_what_the_network_sees_and_says(checkpoint, demo_images
     assert set(likely.values()) != {"ring"}
 
 
-def test_the_command_writes_pictures_and_names_bad_images(checkpoint, demo_images, tmp_path):
+@pytest.mark.slow
+def test_the_command_writes_pictures_and_names_bad_images(checkpoint, demo_images, tmp_path, monkeypatch, capsys):
     for folder, name in (("a", "x.jpg"), ("b", "x.jpg"), ("b", "$\\frac$\udce4 金.jpg")):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_bytes((demo_images / "val/disk/disk_0_00000.JPEG").read_bytes())
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     images = f"images=[{tmp_path}/a,{tmp_path}/b,{tmp_path}/bad.jpg]"
     out = tmp_path / "out"
-    result = run_module(
-        "resnest_imagenet.commands.explain", *OPTIONS, f"ckpt={checkpoint}", images, f"out={out}", "top=2"
-    )
-    assert result.returncode == 3, result.stderr
-    said = result.stderr.splitlines()
-    assert said == [
+    words = (*OPTIONS, f"ckpt={checkpoint}", images, f"out={out}", "top=2")
+    monkeypatch.setattr(sys, "argv", ["resnest-explain", *words])
+    with pytest.raises(SystemExit, match="^3$"):
+        command.main()
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
         f"{tmp_path}/bad.jpg: not a readable image (of no known format); skipped",
-        "explain: images skipped: 1",
+        "resnest-explain: images skipped: 1",
     ]
-    assert result.stdout.splitlines()[:2] == [f"pictures in {out}/maps: 3", f"pictures in {out}/attention: 3"]
+    assert printed.out.splitlines()[:2] == [f"pictures in {out}/maps: 3", f"pictures in {out}/attention: 3"]
     for kind in ("maps", "attention"):
         pictures = sorted(path.relative_to(out / kind) for path in (out / kind).rglob("*.png"))
         assert [str(path) for path in pictures] == ["a/x.jpg.png", "b/$\\frac$\udce4 金.jpg.png", "b/x.jpg.png"]
@@ -202,6 +202,7 @@ def test_the_command_writes_pictures_and_names_bad_images(checkpoint, demo_image
     Image.open(out / "attention.png").verify()
 
 
+@pytest.mark.slow
 def test_a_peer_has_maps_and_no_attention(demo_images, tmp_path):
     path = tmp_path / "bare.pth"
     torch.save(build_model("resnet50", 10).state_dict(), path)
@@ -296,19 +297,3 @@ def test_refusals(checkpoint, demo_images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum", None)
     with pytest.raises(ConfigError, match=r"^resnest-explain needs the extra \[explain\] of resnest-imagenet$"):
         explain(*options, f"out={tmp_path}/out")
-
-
-def test_the_options_are_the_schemas_and_help_needs_no_torch(tmp_path):
-    with initialize_config_dir(str(find_conf()), version_base="1.3"):
-        composed = OmegaConf.to_container(compose("explain", ["model=resnest50"]))
-    names = [key for group in composed for key in (group, *_keys_of(composed[group], group))]
-    assert sorted(names) == sorted(option_names(ExplainConfig))
-    profiled = {"PYTHONPROFILEIMPORTTIME": "1"}
-    result = run_module("resnest_imagenet.commands.explain", "--help", cwd=tmp_path, env=profiled)
-    assert result.returncode == 0 and result.stdout.count("\n  resnest-explain ") == 2
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "hydra" in imported and not imported & {"torch", "matplotlib", "captum"}
-
-
-def _keys_of(values, prefix):
-    return [f"{prefix}.{key}" for key in values] if isinstance(values, dict) else []

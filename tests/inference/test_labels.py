@@ -89,6 +89,7 @@ def test_names_of_the_outputs(classes, known, num_outputs, names):
     assert name_outputs(classes, known, num_outputs) == names
 
 
+@pytest.mark.slow
 def test_numbered_folders_are_the_outputs_for_every_command(tmp_path, image, evaluation_of, small_run, capsys):
     make_tree(tmp_path, image, *(f"{part}/{number}/1.JPEG" for part in ("train", "val") for number in NUMBERS))
     make_tree(tmp_path, image, "val/2/2.JPEG")
@@ -131,6 +132,7 @@ def test_a_classifier_comes_along_in_another_order(tmp_path, image, small_run):
     assert task.classes[bias.argmax()] == "2" and bias.argmax() == 4
 
 
+@pytest.mark.slow
 def test_a_run_with_its_classes_in_text_order_is_not_relabelled(tmp_path, image, small_run, monkeypatch):
     """A run of a version that ordered the numbers as text, too."""
     make_tree(tmp_path, image, *(f"{part}/{number}/1.JPEG" for part in ("train", "val") for number in NUMBERS))
@@ -149,6 +151,7 @@ def test_numbers_that_are_no_outputs_are_refused(tmp_path, image, evaluation_of)
         evaluate_checkpoint(evaluation_of(bare, "model=resnest14_half", f"data.root={tmp_path}"))
 
 
+@pytest.mark.slow
 def test_thousand_outputs_are_imagenets_classes(tmp_path, image, evaluation_of):
     """Two synset folders under a 1000-class model: each image has its ImageNet label, not its folder's position."""
     bare = save_constant(tmp_path / "bare.pth", 1000, 207)  # golden retriever
@@ -186,6 +189,7 @@ def numbered_shards(image, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_numbered_shards_are_labelled_as_the_outputs_are(tmp_path, evaluation_of, numbered_shards):
     """ImageNet's numbers, in the synsets' order, for bare weights."""
     bare = save_constant(tmp_path / "bare.pth", 1000, 207)

@@ -43,6 +43,7 @@ def run(small_run, tmp_path):
     return tmp_path / "run/checkpoints/best.pt", state.best
 
 
+@pytest.mark.slow
 def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, capsys, monkeypatch):
     import timm
 
@@ -63,7 +64,7 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
     for module in (predict, explain):
         real = module.build_loader
         monkeypatch.setattr(module, "build_loader", lambda *args, real=real: seen.append(args[3]) or real(*args))
-    single = (*FAST, f"ckpt={ckpt}", f"images={demo_images}/val/disk")
+    single = (*FAST, f"ckpt={ckpt}", f"images={demo_images}/val/disk/disk_0_00000.JPEG")
     predict_images(compose_config("predict", PredictConfig, *single))
     explain_images(compose_config("explain", ExplainConfig, *single, f"out={tmp_path}/explained"))
     assert [transform.protocol for transform in seen] == [WORDS, WORDS]

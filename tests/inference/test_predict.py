@@ -1,13 +1,15 @@
 import csv
 import json
 import os
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import compose_config, run_module
+from conftest import compose_config
 from resnest_imagenet import build_model
+from resnest_imagenet.commands import predict as command
 from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.data.demo import FIGURES
@@ -68,17 +70,20 @@ def test_imagenets_classes_have_names(demo_images, tmp_path):
     assert "goldfish, Carassius auratus (n01443537)" in format_predictions(predictions)
 
 
-def test_bad_images_are_named_and_left_out(checkpoint, demo_images, tmp_path):
+def test_bad_images_are_named_and_skipped(checkpoint, demo_images, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     os.mkfifo(tmp_path / "pipe\x1b[31m.jpg")
     images = f"images=[{tmp_path},{demo_images}/val/ring]"
-    result = run_module("resnest_imagenet.commands.predict", *OPTIONS, f"ckpt={checkpoint}", images)
-    assert result.returncode == 3, result.stderr
-    said = result.stderr.splitlines()
-    assert said[-3] == f"{tmp_path}/bad.jpg: not a readable image (of no known format); skipped"
-    assert said[-2] == f"{tmp_path}/pipe\\x1b[31m.jpg: not a file but a named pipe; skipped"
-    assert said[-1].endswith("images skipped: 2")
-    assert result.stdout.count(".JPEG") == 4
+    monkeypatch.setattr(sys, "argv", ["resnest-predict", *OPTIONS, f"ckpt={checkpoint}", images])
+    with pytest.raises(SystemExit, match="^3$"):
+        command.main()
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        f"{tmp_path}/bad.jpg: not a readable image (of no known format); skipped",
+        f"{tmp_path}/pipe\\x1b[31m.jpg: not a file but a named pipe; skipped",
+        "resnest-predict: images skipped: 2",
+    ]
+    assert printed.out.count(".JPEG") == 4
     predictions, faults = predict(f"ckpt={checkpoint}", f"images={tmp_path}/bad.jpg")
     assert not predictions and len(faults) == 1
 

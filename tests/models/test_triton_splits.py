@@ -103,6 +103,7 @@ print("compiled")
 """
 
 
+@pytest.mark.process
 def test_the_kernels_compile_for_gpus(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     result = subprocess.run(

@@ -93,8 +93,8 @@ def test_the_page_says_what_was_measured(page, folders, recipes):
 
 
 @needs_browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.process
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)], ids=["wide and light", "narrow and dark"])
 def test_the_page_in_a_browser(page, folders, recipes, width, dark):
     seen = look_at(page, width, dark)
     predictions = [said for folder in folders for said in read_run(folder, recipes).predictions]

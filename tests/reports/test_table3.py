@@ -3,20 +3,24 @@
 import csv
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hydra import initialize_config_dir
 
-from conftest import newest_checkpoint
+from conftest import SMALL, compose_config, newest_checkpoint
 from resnest_imagenet.commands import table3 as command
 from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.table3 import load_recipes
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.results import read_measured
-from resnest_imagenet.reports.table3 import PAPER, build_table, format_table
+from resnest_imagenet.reports.table3 import PAPER, format_table
 from resnest_imagenet.training.train import train
+from run_files import read_events
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "models/golden.json").read_text())
 
@@ -39,17 +43,19 @@ make_results.result = {"crop": 224, "top1": 81.0, "top5": 95.0, "correct1": 4050
 make_results.result["protocol"] = "short side 256 bilinear, centre crop 224"
 
 
-@pytest.fixture(scope="module")
-def empty_table():
-    return build_table([])
-
-
-def test_the_readmes_table_is_the_commands(empty_table):
-    readme = (find_conf().parent / "README.md").read_text()
-    assert f"\n{format_table(empty_table, 'markdown')}\n" in readme
-    assert [[row["parameters"], row["gflops"]] for row in empty_table] == [
-        [GOLDEN[row.model][0] / 1e6, GOLDEN[row.model][1] / 1e9] for row in PAPER
+@pytest.mark.slow
+def test_the_readmes_table_is_the_commands(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text(make_results(model="resnest14_half"))
+    monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=json"])
+    command.main()
+    printed = capsys.readouterr()
+    assert printed.err == f"resnest-table3: skipped: {tmp_path}/a.json: resnest14_half has no row\n"
+    table = [
+        {**row, "top1_paper": {int(crop): top1 for crop, top1 in row["top1_paper"].items()}}
+        for row in json.loads(printed.out)
     ]
+    assert table == make_table([])
+    assert f"\n{format_table(table, 'markdown')}\n" in (find_conf().parent / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +65,47 @@ def recipes():
         return load_recipes()
 
 
-def with_results(table, measured):
-    """Add results to a table, whose counting takes seconds."""
-    return [{**row, "measured": [vars(one) for one in measured if one.model == row["model"]]} for row in table]
+def make_table(measured):
+    """Return what `build_table` does; it takes seconds to count."""
+    return [
+        {
+            "row": row.name,
+            "model": row.model,
+            "parameters_paper": row.parameters,
+            "parameters": GOLDEN[row.model][0] / 1e6,
+            "gflops_paper": row.gflops,
+            "gflops": GOLDEN[row.model][1] / 1e9,
+            "top1_paper": row.top1,
+            "measured": [vars(result) for result in measured if result.model == row.model],
+        }
+        for row in PAPER
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished_run(demo_images, tmp_path_factory):
+    """Train the smallest network for six steps, and return the run folder."""
+    folder = tmp_path_factory.mktemp("runs") / "r14"
+    options = ("train.epochs=1", "train.warmup_epochs=0", "train.batch_size=16", "recipe=resnest", "protocol=full")
+    places = (f"data.root={demo_images}", f"run_dir={folder}", "log.trackers=[]", "loader=torchvision")
+    train(compose_config("train", TrainConfig, *SMALL, *options, *places, "train.global_batch=16", "train.crop=32"))
+    return folder
 
 
 @pytest.fixture
-def run(small_run):
-    """Train ResNeSt-50 for six steps, and return the run folder."""
-    options = ("model=resnest50", "train.epochs=1", "train.warmup_epochs=0", "train.batch_size=16")
-    config = small_run(*options, "recipe=resnest", "train.global_batch=16", "train.crop=32", "protocol=full", run="r50")
-    train(config)
-    return Path(config.run_dir)
+def run(finished_run, tmp_path):
+    """A copy of it, to change."""
+    return shutil.copytree(finished_run, tmp_path / "r14")
 
 
 CHANGED = "resnest, epochs=1, batch_size=16, global_batch=16, crop=32, warmup_epochs=0.0"
 
 
-def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table, recipes):
+@pytest.mark.slow
+def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, recipes):
     (of_run,), _ = read_measured([str(run)], recipes)
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert (of_run.model, of_run.crop, of_run.top1, of_run.count) == ("resnest50", 32, events[-1]["top1"], 40)
+    events = read_events(run)
+    assert (of_run.model, of_run.crop, of_run.top1, of_run.count) == ("resnest14_half", 32, events[-1]["top1"], 40)
     assert of_run.protocol == "short side 32 bilinear, centre crop 32"
     assert set(of_run.recipe.split(", ")) == set(CHANGED.split(", "))
 
@@ -91,7 +117,7 @@ def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table,
     assert [(one.crop, one.top1, one.source) for one in measured] == [(r.crop, r.top1, str(out)) for r in results]
     assert measured == read_measured([str(out)], recipes)[0]
 
-    table = with_results(empty_table, measured)
+    table = make_table([replace(result, model="resnest50") for result in measured])  # the smallest has no row
     markdown = format_table(table, "markdown").splitlines()
     assert "| @32: here | top-1 @224: paper | here | top-1 @320: paper | here |" in markdown[0]
     cells = [cell.strip() for cell in markdown[8].strip("|").split("|")]
@@ -112,12 +138,12 @@ def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, empty_table,
     assert rows[6]["top1_paper"] == {"224": 81.13, "320": 81.82}
 
 
-def test_two_results_of_a_row_are_both_shown(tmp_path, empty_table):
+def test_two_results_of_a_row_are_both_shown(tmp_path):
     for number, top1 in enumerate((81.0, 81.25)):
         path = tmp_path / f"{number}.json"
         path.write_text(make_results(results=[{**make_results.result, "top1": top1}]))
     measured, _ = read_measured([f"{tmp_path}/0.json", f"{tmp_path}/1.json"], {})
-    markdown = format_table(with_results(empty_table, measured), "markdown")
+    markdown = format_table(make_table(measured), "markdown")
     assert "| 81.13 | 81.00 [1]; 81.25 [1] | 81.82 |" in markdown
     assert markdown.endswith("\n1. weights official:resnest50; short side 256 bilinear, centre crop 224")
 
@@ -144,6 +170,7 @@ def test_a_result_says_what_was_evaluated(changes, recipe, tmp_path):
     assert [one.recipe for one in measured] == [recipe]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_says_so(run, recipes):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("epochs: 1\n", "epochs: 9\n", 1))
@@ -192,12 +219,3 @@ def test_what_is_no_result_is_refused(content, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read_measured([str(path)], {})
     assert read_measured([f"{tmp_path}/no*"], {}) == ([], [])
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.json").write_text(make_results(model="resnest14_half"))
-    monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=json"])
-    command.main()
-    printed = capsys.readouterr()
-    assert [row["row"] for row in json.loads(printed.out)] == [row.name for row in PAPER]
-    assert printed.err == f"resnest-table3: skipped: {tmp_path}/a.json: resnest14_half has no row\n"

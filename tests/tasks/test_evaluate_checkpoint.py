@@ -14,10 +14,15 @@ from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.explain import explain_images
 from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
+from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, DataError, NonFiniteError
 from resnest_imagenet.evaluation.accuracy import measure_accuracy
-from resnest_imagenet.tasks.evaluate_checkpoint import format_results
+from resnest_imagenet.inference.classifier import Classifier
+from resnest_imagenet.models.split_attention import SplitAttention
+from resnest_imagenet.tasks.evaluate_checkpoint import evaluate, format_results
+from resnest_imagenet.weights.load import Weights
 
 
 class Fixed:
@@ -116,14 +121,25 @@ def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
     assert len(table) == 3 and table[2].split()[0] == "64"
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_evaluation_counts_the_same(bare_weights, evaluation_of):
+def test_a_compiled_evaluation_counts_the_same(demo_images):
+    """By the real compiler, of the smallest network with split attention: it takes a while."""
     from torch._dynamo.utils import counters
 
-    options = ("model=resnest14_half", "batch_size=7")
-    eager = evaluate_checkpoint(evaluation_of(bare_weights, *options))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 7, 4), SplitAttention(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.append(nn.Linear(8, 10)).eval()
+    classes = tuple(sorted(FIGURES))
+    classifier = Classifier(Weights("x", {}), "tiny", classes, (EvalTransform(32),), network)
+    options = {"batch_size": 7, "workers": 1}  # 40 = 5 x 7 + 5
+    (eager,) = evaluate(classifier, demo_images / "val", **options)
     counters.clear()
-    assert evaluate_checkpoint(evaluation_of(bare_weights, *options, "compile=true")) == eager
+    (compiled,) = evaluate(classifier, demo_images / "val", **options, compile_network=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled.result == eager.result
+    np.testing.assert_allclose(compiled.evaluation.confidence, eager.evaluation.confidence, rtol=1e-4)
 
 
 def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(bare_weights, evaluation_of, graphs):

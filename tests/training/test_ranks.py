@@ -35,6 +35,7 @@ def assert_same_parameters(*runs):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.process
 def test_two_ranks_equal_one_process_that_accumulates(tiny_run, tmp_path):
     """The same batches, mixed alike, and gradients that are summed in the same order: equal parameters, bit for bit."""
     tiny_task.register(num_parts=2)
@@ -50,6 +51,7 @@ def test_two_ranks_equal_one_process_that_accumulates(tiny_run, tmp_path):
     assert read_events(tmp_path / "two")[-1]["count"] == tiny_task.NUM_VAL
 
 
+@pytest.mark.process
 def test_ranks_stop_and_resume_together_bit_for_bit(tiny_run, tmp_path):
     """The second rank is asked, in the middle of an epoch; sums of the losses are each rank's own."""
     config = tiny_run(*OPTIONS, run="whole")
@@ -67,6 +69,7 @@ def test_ranks_stop_and_resume_together_bit_for_bit(tiny_run, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.process
 def test_a_run_resumes_with_another_number_of_ranks(tiny_run, tmp_path, capsys):
     """From 2 to 1 that accumulates, and back: the same samples in the same steps, so equal parameters here as well."""
     assert train_on_ranks(tiny_run(*OPTIONS, run="whole"), tmp_path, 2)[0].code == 0
@@ -95,6 +98,7 @@ def test_a_run_resumes_with_another_number_of_ranks(tiny_run, tmp_path, capsys):
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.process
 def test_a_step_is_skipped_on_all_ranks_for_the_loss_of_one(tiny_run, tmp_path):
     faults = [Fault(0, 5, loss_factor=torch.nan), Fault(1, 3, gradient_factor=torch.inf)]  # of the second rank
     config = tiny_run(*OPTIONS, "train.max_skipped_steps=2", "log.every_steps=6", run="two")
@@ -111,6 +115,7 @@ def test_a_step_is_skipped_on_all_ranks_for_the_loss_of_one(tiny_run, tmp_path):
     assert "rank 1: loss or gradient not finite at step 8" in ended[0].text
 
 
+@pytest.mark.process
 def test_bad_samples_are_each_ranks_own(tiny_run, tmp_path, capsys):
     bad = set(range(0, 103, 20))
     options = (*OPTIONS, "data.on_error=substitute", f"data.max_errors={len(bad)}")
@@ -130,6 +135,7 @@ def test_bad_samples_are_each_ranks_own(tiny_run, tmp_path, capsys):
     assert capsys.readouterr().err.count("; replaced by ") == len(bad - known)
 
 
+@pytest.mark.process
 def test_three_ranks_see_each_val_sample_once(tiny_run, tmp_path):
     """40 samples in 5 batches: the third rank has one batch less than the others."""
     ended = train_on_ranks(tiny_run("train.batch_size=8", "train.epochs=1", "train.warmup_epochs=0"), tmp_path, 3)
@@ -139,6 +145,7 @@ def test_three_ranks_see_each_val_sample_once(tiny_run, tmp_path):
     assert load_checkpoint(newest_checkpoint(tmp_path / "run"))["circumstances"]["ranks"] == 3
 
 
+@pytest.mark.process
 def test_a_run_folder_that_is_not_shared_is_noticed(tiny_run, tmp_path):
     """Ranks that would resume from different steps stop instead."""
     here, empty = tmp_path / "here", tmp_path / "empty"

@@ -116,6 +116,7 @@ def wait_for(condition):
     raise TimeoutError
 
 
+@pytest.mark.process
 def test_tensorboards_server_shows_numbers_pictures_and_configuration(shown):
     with tensorboard(shown.run / "tensorboard") as ask:
         tags = wait_for(lambda: ask("images/tags"))["."]
@@ -317,6 +318,7 @@ def test_a_run_that_is_set_aside_takes_its_names_along(tmp_path):
     assert {path.name for path in aside.iterdir()} == {"checkpoints", "wandb", "trackers.json"}
 
 
+@pytest.mark.process
 def test_none_of_them_is_imported_unasked():
     script = "import resnest_imagenet.training.train, sys; print({'tensorboard', 'wandb', 'mlflow'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
