@@ -25,6 +25,7 @@ from resnest_imagenet.data.transforms import MEAN, STD, ERandomCrop, EvalTransfo
 from resnest_imagenet.errors import ConfigError, DataError
 
 LOADERS = ["dali", "torchvision"]
+pytestmark = pytest.mark.slow  # loaders start workers, and DALI takes seconds to import
 TRAIN = TrainTransform(48, seed=5)
 
 

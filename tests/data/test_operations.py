@@ -29,6 +29,7 @@ def make_pictures():
 
 
 @pytest.mark.parametrize("op", [op for op in Op if op != Op.IDENTITY], ids=lambda op: op.name)
+@pytest.mark.slow
 def test_dali_does_what_pillow_does(op):
     from parity import compare_operation  # late: it imports DALI and torchvision
 
@@ -46,6 +47,7 @@ def test_dali_does_what_pillow_does(op):
         assert apart.mean < 0.01 and apart.largest <= 1
 
 
+@pytest.mark.slow
 def test_the_parity_tool_measures_every_operation_with_the_policies_values():
     from parity import VALUES
 
@@ -85,6 +87,7 @@ def find_nearest(outcome, ours, image):
     ("name", "stock"),
     [("autoaugment", "AutoAugment"), ("randaugment", "RandAugment"), ("trivialaugment", "TrivialAugmentWide")],
 )
+@pytest.mark.slow
 def test_stock_policies_are_torchvisions(name, stock):
     """All that torchvision's does to an image is among ours, as often."""
     from torchvision.transforms import v2
