@@ -228,6 +228,7 @@ def test_loads_any_file_of_the_network(layout, last, tmp_path):
         assert torch.equal(value, model.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_refuses_a_file_that_is_not_all_of_the_network(tmp_path):
     model, backbone = build_pair(out_features=["layer2"])
     state = model.state_dict()
