@@ -1,5 +1,6 @@
 """The recipes and experiments: complete, sourced, and true to the tables they come from."""
 
+import functools
 import re
 from typing import get_args
 
@@ -17,6 +18,7 @@ EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experimen
 RECIPES = {path.stem: path.read_text() for path in (find_conf() / "recipe").glob("*.yaml")}
 
 
+@functools.cache
 def compose_train(*overrides):
     return compose_config("train", TrainConfig, "data.root=/imagenet", *overrides)
 
@@ -26,6 +28,7 @@ def test_every_published_network_has_an_experiment_of_its_name():
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"demo"}))
+@pytest.mark.slow
 def test_an_experiment_trains_its_model_and_says_how(name):
     config = compose_train(f"+experiment={name}")
     assert config.model.name == name
@@ -48,6 +51,7 @@ BEHIND = {"resnet": "torchvision_v1", "resnext": "sknet", "seresnext": "sknet", 
 
 
 @pytest.mark.parametrize("row", PAPER, ids=lambda row: row.name)
+@pytest.mark.slow
 def test_a_row_has_the_recipe_behind_its_number(row):
     family = re.match("[a-z]+", row.model)[0]
     expected = "bag_of_tricks" if row.model.endswith("d") and family == "resnet" else BEHIND.get(family, "resnest")
@@ -56,6 +60,7 @@ def test_a_row_has_the_recipe_behind_its_number(row):
 
 
 @pytest.mark.parametrize("recipe", ["resnest", "torchvision_v1"])
+@pytest.mark.slow
 def test_one_recipe_for_all_models_is_one_override(recipe):
     runs = [compose_train(f"+experiment={name}", f"recipe={recipe}").train for name in EXPERIMENTS.keys() - {"demo"}]
     assert runs

@@ -69,6 +69,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(
     ("page", "words"), ALL, ids=lambda value: value.name if isinstance(value, Path) else " ".join(value)
 )
+@pytest.mark.slow
 def test_a_command_composes(page, words, monkeypatch):
     name, arguments = to_script(words)
     if name is None:
@@ -138,6 +139,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in list_anchors(there), f"{target}#{anchor}"
 
 
+@pytest.mark.slow
 def test_the_rows_of_table_3_are_what_the_experiments_say():
     text = (ROOT / "docs/table3.md").read_text()
     for row in PAPER:
@@ -161,6 +163,7 @@ SHRUNK = {
 WORKERS = ("train", "eval", "predict", "explain", "compare")
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = 0

@@ -171,6 +171,7 @@ def test_a_registered_network_is_one_of_the_zoos(registry, tmp_path):
     assert torch.equal(other.model.conv.weight, model.model.conv.weight)
 
 
+@pytest.mark.slow
 def test_what_a_registered_network_costs(registry):
     register_model("net", Net, head=HEAD)
     parameters = 3 + 3 * 4 * 9 + 4 + 4 * 1000
@@ -211,6 +212,7 @@ def test_a_builder_gets_the_options_that_it_names(registry):
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_network_that_cannot_be_built_is_one_line(registry, build, options, message):
     register_model("net", build, head=HEAD)
     with pytest.raises(ConfigError, match=message) as caught:

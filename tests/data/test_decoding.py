@@ -16,7 +16,7 @@ from PIL import Image
 
 from resnest_imagenet.data.decoding import MAX_SIDE, BadImage, Fault, decode, decode_by_pillow, find_fault, is_ordinary
 
-MUTATIONS = 2000
+MUTATIONS = 1000
 # It smooths what a damaged progressive JPEG lacks in another way (4 of 8,000 mutations).
 HAS_OLD_LIBJPEG = tuple(map(int, version("torchvision").split(".")[:2])) < (0, 28)
 RNG = np.random.default_rng(0)

@@ -115,6 +115,7 @@ def test_the_official_release():
     }
 
 
+@pytest.mark.slow
 def test_unpacks_every_image_to_its_class_and_then_has_nothing_to_do(archives, tmp_path):
     out, release = tmp_path / "a/new/out", release_of(archives)
     assert prepare_images(archives, out, verify=True, release=release)

@@ -21,6 +21,7 @@ from resnest_imagenet.data.webdataset import read_shards, write_shards
 from resnest_imagenet.errors import DataError, LoadingError
 
 LOADERS = ["dali", "torchvision"]
+pytestmark = pytest.mark.slow  # loaders start workers, and DALI takes seconds to import
 TRAIN = TrainTransform(32, seed=4)
 BAD = (4, 15, 16, 30, 44)  # two neighbours of different classes, the last one
 USED = {4: 5, 15: 17, 16: 17, 30: 31, 44: 0}

@@ -24,6 +24,7 @@ BACKBONE = {"features_only": True, "out_features": ("layer1",)}
         ("skresnext50_32x4d", 64, {}, 2),
     ],
 )
+@pytest.mark.slow
 def test_the_smallest_batch(name, crop, options, smallest):
     with torch.device("meta"):
         model = build_model(name, **options)
@@ -49,6 +50,7 @@ def test_a_step_with_one_image_and_frozen_norms():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.slow
 def test_a_network_is_left_as_it_is():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     assert smallest_batch(model, 32) == 1
@@ -56,6 +58,7 @@ def test_a_network_is_left_as_it_is():
     assert model[1].num_batches_tracked == 0
 
 
+@pytest.mark.slow
 def test_the_line():
     require_batch("resnet50", 1, 64)
     require_batch("resnest50", 2, 32)

@@ -78,6 +78,7 @@ def open_program(path):
         ("torch_export", "resnest14_half.pt2", open_program, "crop 64"),
     ],
 )
+@pytest.mark.slow
 def test_a_graph_computes_what_the_network_does(
     form, file, open_graph, kind, model, checkpoint, tmp_path, monkeypatch, capfd
 ):
@@ -122,6 +123,7 @@ def substitute(monkeypatch, network):
     monkeypatch.setattr(graphs, "_load_onnx", lambda _: network)
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_not_written(model, checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "out.onnx"
     out.write_text("old")

@@ -151,6 +151,7 @@ def test_training_checkpoints_of_other_projects_are_read(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.slow
 def test_what_is_not_read_is_named_with_the_way_out(model, tmp_path):
     torch.save({"model": model.state_dict(), "hook": torch.nn.ReLU()}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"it holds torch.nn.modules.activation.ReLU, .* its state dict alone"):
@@ -236,6 +237,7 @@ def test_a_missing_key_is_named_as_in_its_file(model, save, tmp_path):
         restore_network(read_weights(save(broken)), NAME)
 
 
+@pytest.mark.slow
 def test_another_network_is_told_which_would_fit(model, save):
     weights = read_weights(save(model.state_dict()))
     with pytest.raises(CheckpointError, match=r"conv1.0.weight has shape .* resnest14; they fit model=resnest14_half$"):
@@ -246,6 +248,7 @@ def test_another_network_is_told_which_would_fit(model, save):
         restore_network(weights, "resnest14_hal")
 
 
+@pytest.mark.slow
 def test_networks_of_the_same_shapes_are_both_named(save):
     """The place of the pool is not in the weights: a wrong choice would load, and compute something else."""
     weights = read_weights(save(build_model("resnest50", 3).state_dict()))
@@ -253,6 +256,7 @@ def test_networks_of_the_same_shapes_are_both_named(save):
         restore_network(weights, None)
 
 
+@pytest.mark.slow
 def test_published_weights_know_their_network_and_classes(save, monkeypatch):
     path = Path(save(build_model(NAME, 1000).state_dict()))
     monkeypatch.setattr("resnest_imagenet.weights.load.fetch", lambda source: (path, NAME))
@@ -318,6 +322,7 @@ def test_an_export_says_which_numbers_its_outputs_are():
         assert describe_weights(Weights("x", {}, classes=classes), NAME) == words
 
 
+@pytest.mark.slow
 def test_export_refuses_what_it_cannot_do(model, save, tmp_path):
     source = save(model.state_dict())
     with pytest.raises(ConfigError, match="out=.*out.pt does not end in .pth"):

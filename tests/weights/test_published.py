@@ -311,6 +311,7 @@ def test_timm_without_file_is_one_line(server, hub, monkeypatch, trouble, said):
     assert server.url + HUB_FILE in line and "HF_HOME" in line and "ckpt=FILE model=resnest50" in line
 
 
+@pytest.mark.slow
 def test_every_network_of_timms_is_found_or_refused():
     """All pretrained names of our networks: ImageNet's normalisation and three channels, or refused."""
     import timm
