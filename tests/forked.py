@@ -72,7 +72,7 @@ def train_on_ranks(
 def _start_server() -> Any:
     """Return what makes processes: a process of its own, without threads, imports torch once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the first optimiser imports it
+    context.set_forkserver_preload(["faults.preload", __name__])  # the first that asks decides: for all tests
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     context.Process(target=int).start()

@@ -35,6 +35,8 @@ RICH += ("train.ema_decay=0.9", "train.policy=resnest", "train.jitter=0.4", "tra
 TINY = ("train.task=tiny",)  # as many samples and steps, of numbers: see tests/tiny_task.py
 PACE = 0.02  # seconds of a step that something is to come between
 LOADERS = ("dali", "torchvision")
+# torchrun that has imported what its ranks need, and forks them.
+FORKING_TORCHRUN = "import faults.preload, torch.distributed.run; torch.distributed.run.main()"
 CLOCK = ("time", "images_per_s", "data_wait")
 
 
@@ -140,7 +142,8 @@ def _child(
 ) -> None:
     """Be one of the project's commands: what a new process of it does, without the seconds of importing torch."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where this was started by nohup
-    os.environ.update(environment)
+    os.environ.update({**ONE_THREAD, **environment})
+    torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of what it starts itself, as in a process from a shell
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -251,7 +254,9 @@ class Torchrun:
         attempts = json.dumps([faults, faults_of_restart])
         self.log = place.log_of(run)
         self.mark = f"{os.getpid()}-{run}"
-        launcher = ["-m", "torch.distributed.run", *(("--run-path", "--start-method=fork") if place.fast else ())]
+        launcher = ["-m", "torch.distributed.run"]
+        if place.fast:
+            launcher = ["-c", FORKING_TORCHRUN, "--run-path", "--start-method=fork"]
         launcher += ["--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}"]
         environment = {**find_tests(), **ONE_THREAD, "FAULTS": attempts, "FAULT_TEST": self.mark}

@@ -1,6 +1,7 @@
 """What a trainer imports: in the server from which the trainers of the fault test are forked."""
 
 import hydra  # noqa: F401
+import torch._dynamo  # the first optimiser imports it
 import torch.utils.tensorboard  # noqa: F401
 import torchvision  # noqa: F401
 
