@@ -184,9 +184,7 @@ def test_looks_are_a_function_of_seed_epoch_and_sample():
     for name in ("before", "after", "offset"):
         np.testing.assert_array_equal(getattr(augmentation.draw(1, 2, [7]), name)[0], getattr(appearance, name)[7])
     for other in (augmentation.draw(2, 2, [7]), augmentation.draw(1, 3, [7]), augmentation.draw(1, 2, [6])):
-        assert (other.offset[0] != appearance.offset[7]).all() and (
-            other.after[0, :, 1] != appearance.after[7, :, 1]
-        ).all()
+        assert (other.offset[0] != appearance.offset[7]).all() and (other.after[0, :, 1] != appearance.after[7, :, 1]).all()
 
 
 def test_a_shift_moves_all_channels_alike():

@@ -76,7 +76,9 @@ def test_a_run_resumes_wherever_it_was_stopped(tiny_run, inject, tmp_path, monke
     assert names == ["best.pt", "step-000000009.pt", "step-000000012.pt"]
 
 
-@pytest.mark.parametrize(("optimizer", "steps"), [("sgd", (1, 4, 5, 6, 7, 11)), ("adamw", (1, 7)), ("lamb", (1, 7))])
+@pytest.mark.parametrize(
+    ("optimizer", "steps"), [("sgd", (1, 4, 5, 6, 7, 11)), ("adamw", (1, 7)), ("lamb", (1, 7))]
+)
 def test_a_run_resumes_after_any_step(optimizer, steps, tiny_run, tmp_path):
     options = (*OPTIONS, f"train.optimizer={optimizer}", "checkpoint.every_steps=1", "checkpoint.keep=99")
     options += ("train.clip_norm=0.5", "train.head_lr_factor=10")
@@ -322,9 +324,7 @@ def test_other_loss_terms_than_a_checkpoint_has_do_not_stop_a_run(tiny_run, inje
     config = tiny_run(*OPTIONS)
     inject(Fault(0, 3, ask_to_stop))
     saved = stop(config)[1]
-    save_checkpoint(
-        {**saved, "loss_sums": [{"loss": saved["loss_sums"][0]["loss"]}]}, newest_checkpoint(tmp_path / "run")
-    )
+    save_checkpoint({**saved, "loss_sums": [{"loss": saved["loss_sums"][0]["loss"]}]}, newest_checkpoint(tmp_path / "run"))
     inject()
     train(config)
     assert read_events(tmp_path / "run")[0].keys() >= {"loss", "cross_entropy", "size"}

@@ -38,9 +38,7 @@ def test_refusals_before_training(small_run, tmp_path):
 
 
 def test_a_run_of_an_unknown_task_is_refused_in_one_line(tiny_run):
-    with pytest.raises(
-        ConfigError, match=r"^unknown train.task 'tinny'; did you mean 'tiny'\? \(classification, tiny\)$"
-    ):
+    with pytest.raises(ConfigError, match=r"^unknown train.task 'tinny'; did you mean 'tiny'\? \(classification, tiny\)$"):
         tiny_run("train.task=tinny")
     config = tiny_run()
     config = config.model_copy(update={"train": config.train.model_copy(update={"task": "tinny"})})
