@@ -35,8 +35,6 @@ RICH += ("train.ema_decay=0.9", "train.policy=resnest", "train.jitter=0.4", "tra
 TINY = ("train.task=tiny",)  # as many samples and steps, of numbers: see tests/tiny_task.py
 PACE = 0.02  # seconds of a step that something is to come between
 LOADERS = ("dali", "torchvision")
-# torchrun that has imported what its ranks need, and forks them.
-FORKING_TORCHRUN = "import faults.preload, torch.distributed.run; torch.distributed.run.main()"
 CLOCK = ("time", "images_per_s", "data_wait")
 
 
@@ -256,7 +254,7 @@ class Torchrun:
         self.mark = f"{os.getpid()}-{run}"
         launcher = ["-m", "torch.distributed.run"]
         if place.fast:
-            launcher = ["-c", FORKING_TORCHRUN, "--run-path", "--start-method=fork"]
+            launcher += ["--run-path", "--start-method=fork"]  # its ranks have torch imported
         launcher += ["--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}"]
         environment = {**find_tests(), **ONE_THREAD, "FAULTS": attempts, "FAULT_TEST": self.mark}
