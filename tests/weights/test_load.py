@@ -171,7 +171,7 @@ def run_of(state, num_classes):
     return {"model": state, "ema": None, "config": config, "classes": ["x"] * num_classes, "epoch": 1}
 
 
-# What is done to the official file, and what the line must say.
+# What is done to the official file, and what the line must say: the first of them builds every network once.
 FAULTS = [
     (lambda s: without(s, "layer4.0.conv2.fc1.bias"), "layer4.0.conv2.fc1.bias is missing: not the weights of"),
     (lambda s: without(s, "fc.bias"), "fc.weight and fc.bias do not belong together"),
@@ -224,12 +224,14 @@ def test_a_checkpoint_of_another_task_is_refused_in_one_line(has_classes, model,
 
 
 @pytest.mark.parametrize(("damage", "message"), FAULTS)
+@pytest.mark.slow
 def test_what_does_not_fit_is_named(damage, message, model, save):
     with pytest.raises(CheckpointError, match=message) as caught:
         restore_network(read_weights(save(damage(model.state_dict()))), NAME)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_missing_key_is_named_as_in_its_file(model, save, tmp_path):
     export(save(model.state_dict()), tmp_path / "mm.pth", layout="mmpretrain")
     broken = without(load_checkpoint(tmp_path / "mm.pth"), "backbone.stem.2.bn.bias")

@@ -1,5 +1,6 @@
 """Weights from any file into a network: everything fits, or one line says what does not."""
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -255,8 +256,7 @@ def _advise(weights: Weights) -> str:
 
 def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
     """Return what does not fit, or None, and the tensors by the network's own key names."""
-    with torch.device("meta"):
-        expected = build_model(name).state_dict()
+    expected = _list_expected(name) if name in ARCHITECTURES else _build_expected(name)
     classifier = _list_classifier(name, expected)
     names = _list_names(name, expected, weights)
     unused = dict(weights.tensors)
@@ -284,6 +284,15 @@ def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
     if len(heads) > 1 or (heads and not set(classifier) <= matched.keys()):
         return f"{' and '.join(classifier)} do not belong together", {}
     return None, matched
+
+
+def _build_expected(name: str) -> dict[str, Tensor]:
+    """Return a network's tensors without their numbers."""
+    with torch.device("meta"):
+        return build_model(name).state_dict()
+
+
+_list_expected = functools.cache(_build_expected)  # of what cannot be registered as another network meanwhile
 
 
 def _list_classifier(name: str, keys: Iterable[str]) -> list[str]:
