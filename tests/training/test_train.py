@@ -310,7 +310,7 @@ def test_accumulated_gradients_are_the_mean_over_the_whole_batch(tiny_run):
     weights = []
     for batch_size in (16, 8):
         config = tiny_run(f"train.batch_size={batch_size}", "train.global_batch=16", "train.warmup_epochs=0")
-        task, plan, device = prepare(config)
+        task, plan, _ = prepare(config)
         plan = StepPlan(**{**vars(plan), "steps_per_epoch": 1})
         loader = task.build_loader(task.plan_batches(plan.accumulation, ALONE), ALONE)
         torch.manual_seed(0)
