@@ -143,6 +143,16 @@ def move_damaged(path: Path) -> Path:
     return aside
 
 
+def make_way(path: Path) -> None:
+    """Give another name to what is in the place of a file and is none, with a line on stderr.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    if path.exists() and not path.is_file():
+        print(f"WARNING: {path}: not a file: moved to {move_damaged(path).name}", file=sys.stderr, flush=True)
+
+
 def synchronise(folder: Path) -> None:
     """Write the names in a folder to the disk: what was renamed or removed."""
     try:

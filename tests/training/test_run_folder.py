@@ -101,7 +101,7 @@ TRAINED, EVALUATED = (f'{{"event": "{kind}", "epoch": 1, "step": 6, "time": 0}}\
         ('{"state": "running", "saved_step": 3}', {"checkpoints/best.pt": ""}, True),
         ('{"state": "finished", "saved_step": 3}', {"notes.txt": ""}, False),  # all of the run was removed
         # Killed before the first checkpoint, or while it was written: best.pt comes first.
-        ('{"state": "running", "saved_step": null}', {"metrics.jsonl": EVALUATED, "predictions.csv": ""}, False),
+        ('{"state": "running", "saved_step": null}', {"metrics.jsonl": EVALUATED}, False),
         ('{"state": "running", "saved_step": null}', {"metrics.jsonl": EVALUATED, "checkpoints/best.pt": ""}, False),
         # Of an earlier version, which does not tell.
         ('{"state": "running"}', {"metrics.jsonl": TRAINED, "config.yaml": ""}, False),

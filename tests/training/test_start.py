@@ -135,7 +135,8 @@ def test_a_run_is_extended_when_asked_for_whatever_became_of_its_metrics(tiny_ru
     good = (run / "metrics.jsonl").read_bytes()
     bad = [bytes(20), b'{"event": "train", "epoch": 0\xff}', b'{"event": "tra' + good.splitlines()[-1]]
     (run / "metrics.jsonl").write_bytes(b"\n".join([*good.splitlines()[:-1], *bad, b'{"cut']))
-    (run / "predictions.csv").mkdir()
+    (run / "answers.csv").unlink()
+    (run / "answers.csv").mkdir()
     extended = tiny_run(*ONE_EPOCH, *two, "checkpoint.on_mismatch=extend", "checkpoint.every_steps=4")
     assert f"from {first}, extended from 1 epochs" in describe_run(extended)
     capsys.readouterr()
@@ -147,7 +148,7 @@ def test_a_run_is_extended_when_asked_for_whatever_became_of_its_metrics(tiny_ru
     assert "metrics.jsonl: damaged lines moved to metrics.jsonl.damaged: 3\n" in printed.err
     assert (run / "metrics.jsonl").read_bytes().startswith(good)
     assert (run / "metrics.jsonl.damaged").read_bytes().splitlines() == bad
-    assert (run / "predictions.csv.damaged").is_dir()
+    assert (run / "answers.csv.damaged").is_dir()
     assert whole["history"] == [{"epochs": 1, "until_step": 6}]
     rates = [plan_steps(103, config.train, 1).learning_rate for config in (tiny_run(*ONE_EPOCH), extended)]
     lrs = [event["lr"] for event in read_events(run) if event["event"] == "train"]

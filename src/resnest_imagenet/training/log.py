@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from resnest_imagenet.evaluation.events import Event, parse_events
 from resnest_imagenet.evaluation.score import Score
-from resnest_imagenet.files import DAMAGED, replacing, storing, synchronise_file
+from resnest_imagenet.files import DAMAGED, make_way, replacing, storing, synchronise_file
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.losses import TOTAL
@@ -169,6 +169,7 @@ class RunLog:
         files = {"files": list(score.files)} if is_best and score.files else {}
         self._write("eval", state, {"metric": self._metric, **score.values, **files})
         for name, encode in score.files.items() if is_best else ():
+            make_way(self._folder / name)
             with replacing(self._folder / name) as file:
                 file.write(encode())
         for name, draw in score.pictures.items() if self._trackers else ():

@@ -130,8 +130,6 @@ class Saver:
             same_ranks = len(lists) == self.ranks.world_size
             bad = lists[self.ranks.rank] if same_ranks else itertools.chain.from_iterable(lists)
             loader.substitution.bad.update(bad)
-            if state.step < self.plan.total_steps:  # in a run that is extended the epoch that was its last may be short
-                state.epoch = min(state.epoch, state.step // self.plan.steps_per_epoch)
             is_finished = is_over(self.run, saved, self.plan)
             changes = self._describe_changes(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -45,6 +45,17 @@ class StepPlan:
         """Return how many steps of the run are done when an epoch, counted from 0, ends."""
         return min((epoch + 1) * self.steps_per_epoch, self.total_steps)
 
+    def find_epoch(self, step: int, epoch: int) -> int:
+        """Return the epoch in which a run resumes.
+
+        Where it is extended, that which was its last may have been shorter than it is now.
+
+        Args:
+            step: steps done.
+            epoch: epochs done.
+        """
+        return min(epoch, step // self.steps_per_epoch) if step < self.total_steps else epoch
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0 over the run.
 

@@ -65,6 +65,7 @@ def train(config: TrainConfig) -> TrainingState:
         with RunLog(run.path, plan, task, state, is_main, trackers) as log, Health(state, recipe) as health:
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
             request.wait_for_step()
+            state.epoch = plan.find_epoch(state.step, state.epoch)
             with control.saving_before_leaving(state, loader):
                 while state.epoch < plan.epochs:
                     train_epoch(state, network, task, loader, plan, control)
