@@ -45,17 +45,10 @@ def write_as_before(saved):
 KEYS = {"model", "ema", "ema_updates", "optimizer", "scaler", "step", "epoch", "best_top1", "skipped", "loss_sums"}
 KEYS |= {"steps_summed", "bad_images", "history", "identity", "circumstances", "config", "classes"}
 OPTIONS = """
-<<<<<<< HEAD
     antialias crop cropping cutmix_alpha decay_all dropblock dropout ema_decay epochs erasing global_batch
     init init_from interpolation jitter label_smoothing lighting lr_per_256 min_crop_area mixup_alpha
     mixup_partner mixup_per_sample momentum nesterov pixel_shift policy precision schedule step_epochs
     step_factor warmup_epochs weight_decay zero_gamma
-=======
-    antialias crop cropping cutmix_alpha decay_all dropblock dropout ema_decay epochs erasing global_batch init
-    init_from interpolation jitter label_smoothing lighting lr_per_256 min_crop_area mixup_alpha
-    momentum nesterov pixel_shift policy precision schedule step_epochs step_factor warmup_epochs weight_decay
-    zero_gamma mixup_partner mixup_per_sample
->>>>>>> tests
 """
 
 
