@@ -79,7 +79,7 @@ class PairsRecipe(Recipe):
 @pytest.fixture
 def compose_pairs(tmp_path, monkeypatch):
     """Compose a run of another package's task, whose values stand in a folder of its own."""
-    monkeypatch.setattr(extensions, "tasks", lambda: {"pairs": SimpleNamespace(recipe=PairsRecipe)})
+    monkeypatch.setattr(extensions, "tasks", lambda installed=True: {"pairs": SimpleNamespace(recipe=PairsRecipe)})
     head = "# @package _global_\n"
     (tmp_path / "task").mkdir()
     (tmp_path / "task/pairs.yaml").write_text(f"{head}train:\n  task: pairs\n  distance: 3\neval:\n  pairs: 9\n")

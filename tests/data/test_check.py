@@ -19,6 +19,8 @@ from resnest_imagenet.data.check import FAULTS, NOTES, check_images, format_repo
 from resnest_imagenet.data.examine import KNOWN_CMYK, Finding, examine_files
 from resnest_imagenet.errors import DataError
 
+pytestmark = pytest.mark.process  # files are read and examined in processes
+
 SYNSETS = ["n01440764", "n01443537", "n01484850"]
 
 

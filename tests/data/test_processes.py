@@ -16,6 +16,8 @@ from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.transforms import EvalTransform
 
+pytestmark = pytest.mark.process  # files are read and examined in processes
+
 FORK = multiprocessing.get_context("fork")
 
 

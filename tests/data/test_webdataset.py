@@ -22,6 +22,8 @@ from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import name_members, read_shards, write_shards
 from resnest_imagenet.errors import DataError, LoadingError
 
+pytestmark = pytest.mark.process  # files are read and examined in processes
+
 LOADERS = ["dali", "torchvision"]
 PARTS = {"data.train_dir": "train", "data.val_dir": "val"}
 
