@@ -44,6 +44,7 @@ def compare(*options):
     return compare_networks(compose_config("compare", CompareConfig, *OPTIONS, *options))
 
 
+@pytest.mark.process
 def test_images_that_cannot_be_used_are_skipped(checkpoints, demo_images, tmp_path, capfd):
     for label, name, content in (("ring", "b.jpg", b"<html>"), ("disk", "a.jpg", b""), ("disk", ".hidden.jpg", b"")):
         (tmp_path / label).mkdir(exist_ok=True)
@@ -64,6 +65,7 @@ def test_images_that_cannot_be_used_are_skipped(checkpoints, demo_images, tmp_pa
     assert captured.err == f"{tmp_path}: 1 hidden files or folders are skipped (the first: disk/.hidden.jpg)\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["data.root={}", "images={}/val"])
 def test_counts_as_an_evaluation_does(checkpoints, demo_images, evaluation_of, tmp_path, place):
     outputs = (f"csv={tmp_path}/out.csv", f"page={tmp_path}/out.html")

@@ -127,6 +127,7 @@ def test_the_recorded_attention_is_that_of_the_formula(radix, cardinality, imple
     assert not any("_weigh" in vars(m) for m in model.modules() if isinstance(m, SplitAttention))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_what_is_drawn_is_what_the_network_sees_and_says(checkpoint, demo_images, tmp_path, monkeypatch, loader):
@@ -202,6 +203,7 @@ def test_the_command_writes_pictures_and_names_bad_images(checkpoint, demo_image
     Image.open(out / "attention.png").verify()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_peer_has_maps_and_no_attention(demo_images, tmp_path):
     path = tmp_path / "bare.pth"

@@ -89,6 +89,7 @@ def test_names_of_the_outputs(classes, known, num_outputs, names):
     assert name_outputs(classes, known, num_outputs) == names
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_numbered_folders_are_the_outputs_for_every_command(tmp_path, image, evaluation_of, small_run, capsys):
     make_tree(tmp_path, image, *(f"{part}/{number}/1.JPEG" for part in ("train", "val") for number in NUMBERS))
@@ -119,6 +120,7 @@ def test_numbered_folders_are_the_outputs_for_every_command(tmp_path, image, eva
     assert task.classes[2] == "2" and "its classifier too" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_classifier_comes_along_in_another_order(tmp_path, image, small_run):
     """A run on shards that were written with their classes in text order, from bare weights."""
     make_tree(tmp_path, image, *(f"{part}/{number}/1.JPEG" for part in ("train", "val") for number in NUMBERS))
@@ -132,6 +134,7 @@ def test_a_classifier_comes_along_in_another_order(tmp_path, image, small_run):
     assert task.classes[bias.argmax()] == "2" and bias.argmax() == 4
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_run_with_its_classes_in_text_order_is_not_relabelled(tmp_path, image, small_run, monkeypatch):
     """A run of a version that ordered the numbers as text, too."""
@@ -189,6 +192,7 @@ def numbered_shards(image, tmp_path_factory):
     return root
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_numbered_shards_are_labelled_as_the_outputs_are(tmp_path, evaluation_of, numbered_shards):
     """ImageNet's numbers, in the synsets' order, for bare weights."""

@@ -84,6 +84,7 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
     assert evaluate_checkpoint(bare) == [result]
 
 
+@pytest.mark.process
 def test_networks_that_see_images_otherwise_are_compared_each_by_its_own(demo_images, tmp_path):
     torch.manual_seed(0)
     state = build_model("resnest14_half", 10).state_dict()

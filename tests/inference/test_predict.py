@@ -35,6 +35,7 @@ def predict(*options):
     return predict_images(compose_config("predict", PredictConfig, *OPTIONS, *options))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_predicts_what_the_network_says(checkpoint, demo_images, tmp_path, loader):
     for suffix in ("json", "csv"):
@@ -61,6 +62,7 @@ def test_predicts_what_the_network_says(checkpoint, demo_images, tmp_path, loade
     assert [p.rank for p in predictions[:3]] == [1, 2, 3]
 
 
+@pytest.mark.process
 def test_imagenets_classes_have_names(demo_images, tmp_path):
     path = tmp_path / "bare.pth"
     torch.save(build_model("resnest14_half").state_dict(), path)
@@ -70,6 +72,7 @@ def test_imagenets_classes_have_names(demo_images, tmp_path):
     assert "goldfish, Carassius auratus (n01443537)" in format_predictions(predictions)
 
 
+@pytest.mark.process
 def test_bad_images_are_named_and_skipped(checkpoint, demo_images, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     os.mkfifo(tmp_path / "pipe\x1b[31m.jpg")

@@ -60,6 +60,7 @@ def page(folders, recipes, tmp_path_factory):
     return out
 
 
+@pytest.mark.process
 def test_a_run_is_read_as_it_was(folders, recipes):
     a, b, c = (read_run(folder, recipes) for folder in folders)
     assert (a.model, c.model, a.status["state"], a.steps_per_epoch) == (
@@ -79,6 +80,7 @@ def test_a_run_is_read_as_it_was(folders, recipes):
     assert list_differences([a, b, c]) == [("seed", [0, 1]), ("train.mixup_alpha", [0.0, 0.2])]
 
 
+@pytest.mark.process
 def test_the_page_says_what_was_measured(page, folders, recipes):
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", text) and "<script" not in text
@@ -159,6 +161,7 @@ def test_confusions_and_calibration_by_hand():
     assert calibration_error(said, bins=10) == pytest.approx((0.55 + 4 * (0.94 - 0.5)) / 5)
 
 
+@pytest.mark.process
 def test_refusals(tmp_path, recipes, folders):
     with pytest.raises(ConfigError, match="runs=.*nowhere: no such folder"):
         read_run(tmp_path / "nowhere", recipes)
