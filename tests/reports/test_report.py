@@ -280,6 +280,7 @@ def call(monkeypatch, capsys, *words):
     return capsys.readouterr()
 
 
+@pytest.mark.process
 def test_folders_come_bare_and_have_any_name(folders, tmp_path, monkeypatch, capsys):
     out = tmp_path / "r.html"
     odd = tmp_path / "lr=0.1, it's $x & <b>"
@@ -289,6 +290,7 @@ def test_folders_come_bare_and_have_any_name(folders, tmp_path, monkeypatch, cap
     assert "<b>" not in text and html.escape(str(odd)) in text
 
 
+@pytest.mark.process
 def test_a_pattern_leaves_out_what_is_no_run(folders, tmp_path, monkeypatch, capsys):
     shutil.copytree(folders[1], tmp_path / "b")
     (tmp_path / "empty").mkdir()

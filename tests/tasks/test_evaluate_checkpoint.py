@@ -82,6 +82,7 @@ def overflowing_weights(tmp_path):
     return tmp_path / "overflow.pth"
 
 
+@pytest.mark.process
 def test_every_command_names_the_first_image(overflowing_weights, evaluation_of, demo_images, tmp_path):
     first = re.escape(str(next((demo_images / "val").rglob("checker_0_00000.JPEG"))))
     line = f"^{first}: its logits are not finite in fp32, like those of "
