@@ -4,6 +4,7 @@ A configuration is composed by Hydra, then checked against these classes; what p
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
@@ -357,8 +358,10 @@ def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     """Return a schema as it is for each task; where it is of no training, itself."""
     if not issubclass(schema, TrainConfig):
         return [schema]
-    recipes = [*RECIPES.values(), *(task.recipe for task in extensions.tasks().values())]
-    return [_specialise(schema, recipe) for recipe in recipes]
+    outside: list[type[Recipe]] = []
+    with suppress(ConfigError):  # a package that fails is named where its task is asked for
+        outside = [task.recipe for task in extensions.tasks().values()]
+    return [_specialise(schema, recipe) for recipe in (*RECIPES.values(), *outside)]
 
 
 def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:

@@ -67,7 +67,7 @@ class Recipe(Options):
         _check_pair("warmup_epochs", self.warmup_epochs, "warmup_steps", self.warmup_steps)
         if self.clip_norm is not None and self.clip_value is not None:
             raise ValueError(f"give either train.clip_norm={self.clip_norm} or train.clip_value={self.clip_value}")
-        if self.nesterov and self.momentum == 0:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov=true needs train.momentum > 0")
         self._check_schedule()
         return self

@@ -29,8 +29,8 @@ class Task(Protocol):
     Attributes:
         config: the run's, with what the data decides filled in, such as the number of classes.
         classes: names, in the order of the network's outputs.
-        metric: the value of a `Score` that chooses best.pt; higher is better.
-        head: names of the modules that are trained at `train.head_lr_factor` times the rate.
+        metric: the value of a `Score` that chooses best.pt: in percent, 0 to 100, higher is better.
+        head: names of the modules that are trained at `train.head_lr_factor` times the rate; () where there is none.
         train_set: the training images.
         val_set: those of the evaluation.
     """
@@ -45,6 +45,8 @@ class Task(Protocol):
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
         """Return what must not change when a run is resumed: plain values by the option's name, and digests of data.
 
+        "classes" is a list of names; entries about the data are named as `tasks.digests.describe_images` names them.
+
         Args:
             ranks: who takes part: all do.
             tick: called from time to time while files are read.
@@ -58,7 +60,10 @@ class Task(Protocol):
         """
 
     def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
-        """Build the network on a device; a new run starts from `train.init_from`, where it is set."""
+        """Build the network on a device; a new run starts from `train.init_from`, where it is set.
+
+        `loss` is then about the network that was built last.
+        """
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
         """Plan this rank's share of the training set, in `num_batches` batches per epoch over all ranks."""
@@ -71,6 +76,8 @@ class Task(Protocol):
 
     def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
         """Return the loss of one batch: scalars by name, the same names for every batch, whose sum is minimised.
+
+        The names stand in metrics.jsonl beside "loss", which is the sum, "lr", "images_per_s" and "data_wait".
 
         Args:
             network: that of `build_model`, wrapped.

@@ -20,7 +20,6 @@ from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import prepare
 from resnest_imagenet.training.upgrade import upgrade_checkpoint
-from resnest_imagenet.weights.load import match_tensors, read_weights
 
 
 def describe_run(config: TrainConfig) -> str:
@@ -38,7 +37,7 @@ def describe_run(config: TrainConfig) -> str:
     batches = task.plan_batches(plan.steps_per_epoch * plan.accumulation * world_size, ranks)
     lines = {
         **task.describe(ranks, batches),
-        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in each of {plan.epochs} epochs; of "
+        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in an epoch, {plan.epochs} epochs; of "
         f"{plan.global_batch} images, {config.train.batch_size} x {world_size} ranks x {plan.accumulation} passes",
         "learning rate": _describe_learning_rate(config.train.schedule, plan),
         **_describe_storage(task, device, run.path),
@@ -69,7 +68,7 @@ def _describe_storage(task: Task, device: torch.device, run: Path) -> dict[str, 
     memory = checkpoint + parameters + task.count_kept_bytes()
     return {
         "memory": f"{memory / 1e9:.1f} GB per rank for weights, their average, "
-        f"momentum, gradients and activations; more in the backward pass{_describe_free_memory(device)}",
+        f"optimiser, gradients and activations; more in the backward pass{_describe_free_memory(device)}",
         "checkpoints": f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
         f"{options.keep} and the best stay",
         "disk": f"{needed / 1e9:.2f} GB for them in {run}, {free / 1e9:,.1f} GB free"
@@ -92,7 +91,7 @@ def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.de
     if newest is None:
         if config.train.init_from is None:
             return f"from scratch in {run.path}"
-        match_tensors(read_weights(config.train.init_from), config.model.name)
+        task.build_model(True, torch.device("cpu"))  # reads them, and refuses what does not fit
         return f"from scratch in {run.path}, with the weights of {config.train.init_from}"
     if is_over(run, saved, plan):
         return f"finished: best {describe_best(task.metric, saved['best'])}, nothing to do"

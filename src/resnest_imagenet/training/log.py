@@ -84,9 +84,7 @@ class RunLog:
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
             losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
             self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
-            for event in dropped:  # of a network that was the best, and will be again: no checkpoint has it
-                for name in event.get("files", []):
-                    (folder / name).unlink(missing_ok=True)
+            _remove_files(folder, dropped)
             self._trackers = open_trackers(folder, task.config, task.metric, state.step, events)
             for tracker in self._trackers:
                 ending.push(partial(_close, tracker))
@@ -110,6 +108,7 @@ class RunLog:
 
     def start_epoch(self, state: TrainingState) -> None:
         """Show a new bar, on a terminal."""
+        self._bar.close()
         if self._is_main:
             # disable=None: no bar where stderr is no terminal; there `training` prints plain lines.
             self._bar = tqdm(
@@ -168,14 +167,21 @@ class RunLog:
         self._bar.close()
         files = {"files": list(score.files)} if is_best and score.files else {}
         self._write("eval", state, {"metric": self._metric, **score.values, **files})
+        if files:
+            self.synchronise()  # a file is of the network of the last evaluation that names it
         for name, encode in score.files.items() if is_best else ():
             make_way(self._folder / name)
             with replacing(self._folder / name) as file:
                 file.write(encode())
         for name, draw in score.pictures.items() if self._trackers else ():
             self._show(f"eval/{name}", state.step, draw())
-        loss = "" if self._loss is None else f"loss {self._loss:.3f}, "
-        print(f"{self._name_epoch(state.epoch - 1)}: {loss}{score.text}", flush=True)
+        print(f"{self._name_epoch(state.epoch - 1)}: {self._describe_loss()}{score.text}", flush=True)
+
+    def epoch(self, state: TrainingState) -> None:
+        """Show that an epoch has ended which is not evaluated; `state` counts it already."""
+        if self._is_main:
+            self._bar.close()
+            print(f"{self._name_epoch(state.epoch - 1)}: {self._describe_loss()}not evaluated", flush=True)
 
     def skipped(self, verdict: Verdict) -> None:
         """Show and write that a step was not applied."""
@@ -191,6 +197,7 @@ class RunLog:
                 synchronise_file(self._metrics.fileno(), self._folder / "metrics.jsonl")
 
     def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
+        assert not values.keys() & {"event", "epoch", "step", "time"}, f"names of the event's own: {sorted(values)}"
         line = {"event": event, "epoch": when.epoch, "step": when.step, **values, "time": time.time()}
         with storing(self._folder):
             self._metrics.write(json.dumps(line) + "\n")
@@ -200,6 +207,9 @@ class RunLog:
     def _show(self, name: str, step: int, pixels: np.ndarray) -> None:
         for tracker in self._trackers:
             tracker.image(name, step, pixels)
+
+    def _describe_loss(self) -> str:
+        return "" if self._loss is None else f"loss {self._loss:.3f}, "
 
     def _name_epoch(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{self._plan.epochs}"
@@ -216,6 +226,15 @@ def _close(
 ) -> None:
     """Tell a tracker how the run ended."""
     tracker.close(error)
+
+
+def _remove_files(folder: Path, dropped: list[Event]) -> None:
+    """Remove what describes networks that no checkpoint has; a run that resumes writes it again."""
+    for event in dropped:
+        names = event.get("files")
+        for name in names if isinstance(names, list) else ():
+            if isinstance(name, str) and Path(name).name == name:  # metrics.jsonl may be damaged
+                (folder / name).unlink(missing_ok=True)
 
 
 def _keep_events(path: Path, state: TrainingState) -> tuple[list[Event], list[Event]]:

@@ -1,6 +1,7 @@
 """One epoch of a run: its steps, and the evaluation after them."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import broadcast_buffers
-from resnest_imagenet.errors import LoadingError, StorageError
+from resnest_imagenet.errors import LoadingError, NonFiniteError, StorageError
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, LOADING
@@ -99,16 +100,21 @@ def end_epoch(
     """Evaluate after an epoch's steps where that is due, report and save; arguments as in `train_epoch`.
 
     Raises:
+        NonFiniteError: the metric is not finite; on all ranks.
         StopAgreed: in the middle of the evaluation, which is made again when the run is resumed; on all ranks.
     """
     epoch, is_best = state.epoch + 1, False
     if epoch % task.config.eval.every_epochs == 0 or epoch == plan.epochs:
         broadcast_buffers(state.evaluated_model)
         score = evaluate(state.evaluated_model, partial(control.before_eval_batch, state.epoch, len(loader.plan)))
-        is_best = state.end_epoch(score.values[task.metric])
+        value = float(score.values[task.metric])  # plain, as a checkpoint holds
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{task.metric}={value} after epoch {epoch}: the evaluation is not finite")
+        is_best = state.end_epoch(value)
         control.log.evaluation(state, score, is_best)
     else:
         state.end_epoch(None)
+        control.log.epoch(state)
     control.save(state, loader, is_best)
 
 

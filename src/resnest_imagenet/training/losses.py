@@ -16,11 +16,12 @@ def divide_loss(parts: Mapping[str, Tensor], accumulation: int) -> dict[str, Ten
     """Return a batch's share of a step's loss: the sum as `TOTAL`, and the parts where there are several.
 
     Args:
-        parts: scalars by name.
+        parts: scalars by name; none is named as the total.
         accumulation: batches in a step.
     """
     shares = {name: part / accumulation for name, part in parts.items()}
     total = reduce(torch.add, shares.values())
+    assert TOTAL not in shares, f"a part of a loss is named {TOTAL}, as their sum is"
     return {TOTAL: total, **(shares if len(shares) > 1 else {})}
 
 

@@ -25,17 +25,19 @@ def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ())
         Groups with "params", "weight_decay" and "lr_factor".
 
     Raises:
-        ConfigError: a factor for a model without a head.
+        ConfigError: a factor for a model without a head, or a model of which nothing is trained.
     """
-    if recipe.head_lr_factor != 1 and not head:
-        raise ConfigError(f"train.head_lr_factor={recipe.head_lr_factor}: train.task={recipe.task} has no head for it")
+    require_head(recipe, head)
     biases = {id(bias) for bias in _find_biases(model)} if recipe.decay_biases else set()
     factors = {id(p): recipe.head_lr_factor for name in head for p in model.get_submodule(name).parameters()}
     # A fixed number of groups: without a factor those of earlier versions, whose checkpoints have these.
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {
         (factor, decays): [] for factor in dict.fromkeys((1.0, recipe.head_lr_factor)) for decays in (True, False)
     }
-    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(f"train.task={recipe.task}: no parameter of the network is trained: all are frozen")
+    for parameter in trained:
         decays = parameter.ndim > 1 or id(parameter) in biases
         groups[factors.get(id(parameter), 1.0), decays].append(parameter)
     decay = {True: recipe.weight_decay, False: recipe.weight_decay if recipe.decay_all else 0.0}
@@ -43,6 +45,12 @@ def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ())
         {"params": parameters, "weight_decay": decay[decays], "lr_factor": factor}
         for (factor, decays), parameters in groups.items()
     ]
+
+
+def require_head(recipe: Recipe, head: Sequence[str]) -> None:
+    """Raise a ConfigError for a rate of its own where there is no head."""
+    if recipe.head_lr_factor != 1 and not head:
+        raise ConfigError(f"train.head_lr_factor={recipe.head_lr_factor}: train.task={recipe.task} has no head for it")
 
 
 def _find_biases(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -108,8 +116,8 @@ def complete_state(optimizer: torch.optim.Optimizer) -> None:
 def clip_gradients(optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
     """Clip the gradients by norm (Pascanu et al. 2013) or value, as the recipe asks; the host does not wait.
 
-    Before `take_step`, when they are summed over the ranks and unscaled. Where they are not finite they are not so
-    afterwards either: that step is skipped.
+    Before `take_step`, when they are summed over the ranks, unscaled, and it is decided whether the step is skipped. A
+    norm above 1e19 is infinite in float32: gradients of that size become 0.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if recipe.clip_norm is not None:

@@ -137,9 +137,11 @@ def _count_warmup(recipe: Recipe, steps_per_epoch: int, reductions: tuple[int, .
     steps = recipe.warmup_steps
     if steps is None:
         steps = round((recipe.warmup_epochs or 0) * steps_per_epoch)
-    if steps > total_steps:
-        raise ConfigError(f"train.{option}={getattr(recipe, option)} outlasts the run, of {total_steps} steps")
-    if reductions and steps > reductions[0]:
+    if steps >= total_steps:
+        raise ConfigError(
+            f"train.{option}={getattr(recipe, option)} must be less than the run, which has {total_steps} steps"
+        )
+    if reductions and steps >= reductions[0]:
         change = "train.step_epochs" if recipe.schedule == "step" else "train.milestones"
         raise ConfigError(
             f"train.{option}={getattr(recipe, option)} outlasts the first of {change}, at step {reductions[0]}"

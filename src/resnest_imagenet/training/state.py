@@ -26,7 +26,8 @@ class TrainingState:
         best: highest value of the task's metric in an evaluation so far, in percent; -1 before the first.
         skipped: steps that were not applied because a loss or gradient was not finite, as far as that was read.
         losses: of this rank's steps since the last report.
-        history: for each time the run was extended {"epochs": how many it had before, "until_step": when that was}.
+        history: for each time the run was extended {"epochs" or "steps": how many it had before, "until_step": when
+            that was}.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> None:
@@ -55,7 +56,7 @@ class TrainingState:
         return self.model if self.ema is None else self.ema.module
 
     def end_epoch(self, value: float | None) -> bool:
-        """Count an epoch, and say whether its evaluation is the best so far.
+        """Count an epoch, and return whether its evaluation is the best so far.
 
         Args:
             value: of the task's metric; None: the epoch was not evaluated.

@@ -15,6 +15,7 @@ from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import end_epoch, train_epoch
 from resnest_imagenet.training.memory import require_memory
+from resnest_imagenet.training.optimizer import require_head
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.saving import Saver
 from resnest_imagenet.training.schedule import StepPlan, count_accumulation, plan_steps
@@ -85,5 +86,6 @@ def prepare(config: TrainConfig) -> tuple[Task, StepPlan, torch.device]:
     count_accumulation(config.train, world_size)
     device = distributed.choose_device(config.device)
     task = open_task(config)
+    require_head(config.train, task.head)
     require_memory(task, device)
     return task, plan_steps(len(task.train_set), config.train, world_size), device
