@@ -1,5 +1,6 @@
 """The base of every schema, and the types they share."""
 
+import json
 import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -35,6 +36,13 @@ def as_path(value: Any) -> Any:
 
 IS_PATH = BeforeValidator(as_path)
 Place = Annotated[str, IS_PATH]  # of files and folders
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is typed on a command line."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
 
 
 class Options(BaseModel):

@@ -26,7 +26,7 @@ class Recipe(Options):
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions  # what `eval` has in a run of this task
 
     task: str  # what is trained
-    recipe: str  # its name: what a result says it was trained with
+    recipe: str  # its name: results stand under it
     epochs: Positive | None  # either: the length of the run, and the unit of `milestones`
     steps: Positive | None  # or; the last epoch may then be shorter
     batch_size: Positive  # images per rank and forward pass; a network may need more (models/batch.py)

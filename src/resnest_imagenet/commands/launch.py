@@ -23,6 +23,7 @@ from resnest_imagenet.errors import (
     printable,
     suggest,
 )
+from resnest_imagenet.options import format_value
 from resnest_imagenet.recipe import RENAMED
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
 def _explain_validation(error: "ValidationError", schema: type[Options]) -> ConfigError:
     """Turn the first error into a line; an old name before all, of which a missing option may be the consequence."""
     errors = error.errors()
-    options = [".".join(str(part) for part in each["loc"]) for each in errors]
+    options = [".".join(str(part) for part in detail["loc"]) for detail in errors]
     renamed = next((option for option in options if _new_name(option)), None)
     if renamed is not None:
         return _explain_unknown(renamed, schema)
@@ -157,11 +158,11 @@ def _explain_validation(error: "ValidationError", schema: type[Options]) -> Conf
         return ConfigError(_say_unset(option))
     if first["type"] == "value_error":  # a rule between options, in its own words
         return ConfigError(str(first["ctx"]["error"]))
-    return ConfigError(f"{option}={first['input']}: {first['msg'].lower()}")
+    return ConfigError(f"{option}={format_value(first['input'])}: {first['msg'].lower()}")
 
 
 def _explain_unknown(option: str, schema: type[Options]) -> ConfigError:
-    """Say what an option is called now, or what is the nearest to it."""
+    """Return a line with today's name of an option, or the nearest one."""
     if new := _new_name(option):
         return ConfigError(f"{option} is now {new}: write {new}=...")
     return ConfigError(f"unknown option {option}{suggest(option, option_names(schema) + _list_groups())}")
@@ -195,7 +196,7 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
 
 
 def _explain_override(option: str, schema: type[Options]) -> ConfigError:
-    """Say why an option cannot be set on the command line."""
+    """Return a line about an option that cannot be set on the command line."""
     if option in _list_groups():
         return ConfigError(f"{option} is added, not overridden: write +{option}=...")
     if option in option_names(schema):  # of a group of which nothing is chosen
@@ -244,7 +245,7 @@ def _leave(error: UserError | Stopped) -> NoReturn:
 def _check_sweep(name: str) -> None:
     """Refuse a sweep that cannot be one."""
     try:
-        if launched_as()[2] > 1:
+        if launched_as().world_size > 1:
             raise ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun")
     except ConfigError as error:
         _leave(error)

@@ -12,7 +12,7 @@ def run(config: TrainConfig) -> float:
         from resnest_imagenet.training.dry_run import describe_run
 
         plan = describe_run(config)
-        if launched_as()[0] == 0:
+        if launched_as().rank == 0:
             print("\n".join(map(printable, plan.splitlines())))
         return float("nan")  # to a sweeper
     from resnest_imagenet.training.train import train

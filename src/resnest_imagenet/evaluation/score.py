@@ -12,8 +12,8 @@ class Score:
     """The result of one evaluation, the same on every rank.
 
     Attributes:
-        values: plain numbers and text by name, as one line of metrics.jsonl has them beside "event", "epoch", "step" and
-            "time"; trackers plot those that are floats, in percent.
+        values: plain numbers and text by name, a line of metrics.jsonl beside its "event", "epoch", "step" and "time";
+            trackers plot those that are floats, in percent.
         text: the same for people, in one line.
         pictures: for the trackers, by name: each function draws one, uint8 (H, W, 3).
         files: of the run folder, by name, that describe the best network: each function returns the content.

@@ -1,4 +1,4 @@
-"""What tells the images of one data set from those of another: digests of names, labels, sizes and content."""
+"""By what the images of two data sets are told apart: digests of names, labels, sizes and content."""
 
 import hashlib
 from collections.abc import Callable, Mapping

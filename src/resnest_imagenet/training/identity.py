@@ -8,11 +8,12 @@ from resnest_imagenet.compute import name_device
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.options import format_value
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.run_folder import list_versions
 from resnest_imagenet.training.schedule import StepPlan
 
-# What an identity has of each part of the data; where one differs, those after it tell nothing new.
+# What an identity has of each part of the data; where one differs, those after it differ too.
 _OF_IMAGES = ("images", "labels", "sizes", "content")
 # Options of a recipe that may change: the number of ranks, and with it the batch, as long as the global batch stays;
 # and what leaves the run as it is.
@@ -69,7 +70,7 @@ def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[st
         if name == "classes":
             differences[name] = _compare_classes(old, value)
         elif not is_of_images(name):
-            differences[name] = f"{name}={old}, not {value}"
+            differences[name] = f"{name}={format_value(old)}, not {format_value(value)}"
         elif name in before and not any(is_of_images(other, name.partition(" ")[0]) for other in differences):
             differences[name] = _compare_images(name, str(old), value)
     return differences

@@ -220,7 +220,7 @@ def find_problem(
 
 
 def read_length(identity: dict[str, Any]) -> tuple[str, int]:
-    """Return how long the run of an identity is to be, with the option that says so; 0: it does not tell."""
+    """Return the option that has the length of an identity's run, and the length; 0: it has none."""
     for option in LENGTHS:
         if type(identity.get(option)) is int:
             return option, identity[option]
@@ -228,7 +228,7 @@ def read_length(identity: dict[str, Any]) -> tuple[str, int]:
 
 
 def is_over(run: RunFolder, saved: dict[str, Any], plan: StepPlan) -> bool:
-    """Say whether the run of a checkpoint has finished, and its status says so."""
+    """Return whether the run of a checkpoint has finished, by its counters and by its status."""
     is_done = saved["epoch"] >= plan.epochs and saved["step"] >= plan.total_steps
     return is_done and run.read_status().get("state") == "finished"
 

@@ -139,11 +139,11 @@ def _count_warmup(recipe: Recipe, steps_per_epoch: int, reductions: tuple[int, .
         steps = round((recipe.warmup_epochs or 0) * steps_per_epoch)
     if steps >= total_steps:
         raise ConfigError(
-            f"train.{option}={getattr(recipe, option)} must be less than the run, which has {total_steps} steps"
+            f"train.{option}={getattr(recipe, option)} must be less than the {total_steps} steps of the run"
         )
     if reductions and steps >= reductions[0]:
         change = "train.step_epochs" if recipe.schedule == "step" else "train.milestones"
         raise ConfigError(
-            f"train.{option}={getattr(recipe, option)} outlasts the first of {change}, at step {reductions[0]}"
+            f"train.{option}={getattr(recipe, option)} must end before the first of {change}, at step {reductions[0]}"
         )
     return steps
