@@ -103,7 +103,7 @@ class CheckpointOptions(Options):
 
     every_steps: Positive
     keep: Annotated[int, Field(ge=2)]  # the newest may be damaged
-    on_mismatch: Literal["refuse", "set_aside", "extend"]  # run_dir holds another run, or this with fewer epochs
+    on_mismatch: Literal["refuse", "set_aside", "extend"]  # run_dir holds another run, or this one shorter
 
 
 class LogOptions(Options):

@@ -52,7 +52,7 @@ class Ranks:
 
 
 class Launch(NamedTuple):
-    """What torchrun says of this process: see `Ranks`."""
+    """A process as torchrun has started it: see `Ranks`."""
 
     rank: int = 0
     local_rank: int = 0
@@ -60,7 +60,7 @@ class Launch(NamedTuple):
 
 
 def launched_as() -> Launch:
-    """Return what torchrun says of this process; without torchrun, the first and only rank.
+    """Return this process's place among the ranks of torchrun; without torchrun, the first and only one.
 
     Raises:
         ConfigError: only some of torchrun's variables are set, or they make no sense.

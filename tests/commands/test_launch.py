@@ -110,7 +110,7 @@ STEPS += ("train.warmup_steps=100",)
             "unknown train.task 'clasification'; did you mean 'classification'?",
         ),
         (["data.root=/x", "train.task=other"], "unknown train.task 'other' (classification)"),
-        (["data.root=/x", "train.task=null"], "train.task=None: input should be a valid string"),
+        (["data.root=/x", "train.task=null"], "train.task=null: input should be a valid string"),
         (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
         (["task=other"], "unknown task 'other' (classification)"),
         (

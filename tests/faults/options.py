@@ -32,7 +32,7 @@ train checkpoint.on_mismatch=ignore -> checkpoint.on_mismatch=ignore: input shou
 train timeout_second=60 -> did you mean 'timeout_seconds'?
 train timeout_seconds=0 -> timeout_seconds=0: input should be greater than 0
 train timeout_seconds=long -> timeout_seconds=long: input should be a valid number
-train timeout_seconds=null -> timeout_seconds=None: input should be a valid number
+train timeout_seconds=null -> timeout_seconds=null: input should be a valid number
 train train.max_skiped_steps=1 -> did you mean 'train.max_skipped_steps'?
 train max_skipped_steps=1 -> did you mean 'train.max_skipped_steps'?
 train train.max_skipped_steps=-1 -> train.max_skipped_steps=-1: input should be greater than or equal to 0

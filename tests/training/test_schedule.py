@@ -159,18 +159,21 @@ def test_the_schedules_are_torchs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("train.epochs=2", "train.milestones=[1]"), r"train.warmup_steps=1000 outlasts the run, of 200 steps"),
+        (
+            ("train.epochs=2", "train.milestones=[1]"),
+            r"train.warmup_steps=1000 must be less than the 200 steps of the run",
+        ),
         (
             ("train.epochs=20", "train.milestones=[9]"),
-            r"train.warmup_steps=1000 outlasts the first of train.milestones, at step 900",
+            r"train.warmup_steps=1000 must end before the first of train.milestones, at step 900",
         ),
         (
             ("train.epochs=20", "train.schedule=step", "train.step_epochs=9"),
-            r"train.warmup_steps=1000 outlasts the first of train.step_epochs, at step 900",
+            r"train.warmup_steps=1000 must end before the first of train.step_epochs, at step 900",
         ),
         (
             ("train.epochs=null", "train.steps=100", "train.milestones=[50]", "train.warmup_steps=null"),
-            r"train.warmup_epochs=2.0 outlasts the run, of 100 steps",
+            r"train.warmup_epochs=2.0 must be less than the 100 steps of the run",
         ),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_run_on_shards_is_the_run_on_the_folder_and_resumes(
     folder, sharded = (load_checkpoint(newest_checkpoint(run)) for run in runs)
     assert_equal(folder["model"], sharded["model"])
     assert folder["classes"] == sharded["classes"]
-    with pytest.raises(CheckpointError, match="was trained with data.shuffle_shards=None, not 2"):
+    with pytest.raises(CheckpointError, match="was trained with data.shuffle_shards=null, not 2"):
         train(small_run(*options, *shards, "data.shuffle_shards=2", run="shards"))
     (result,) = evaluate_checkpoint(evaluation_of(newest_checkpoint(runs[1]), *shards, f"loader={loader}"))
     assert (result.top1, result.count) == (read_events(runs[0])[-1]["top1"], 40)
@@ -251,7 +251,7 @@ def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run
     assert f"starting from {source}, with a new classifier of 10 classes" in capsys.readouterr().out
     source.unlink()
     assert train(small_run(*options)).step == 1
-    with pytest.raises(CheckpointError, match="trained with train.init_from=.*imagenet.safetensors, not None"):
+    with pytest.raises(CheckpointError, match="trained with train.init_from=.*imagenet.safetensors, not null"):
         train(small_run(*others))
 
     again = small_run(*options, f"train.init_from={tmp_path}/run/checkpoints/best.pt", run="again")

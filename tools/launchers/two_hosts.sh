@@ -104,7 +104,7 @@ sleep 6
 cable up
 await 60 says a "^epoch"
 claim $? "the cable is pulled for 6 s: the run stands, and goes on after $(since "$start")"
-! says a "going on" && ! says b "going on"
+! says a "resuming after" && ! says b "resuming after"
 claim $? "nobody has started again for that"
 
 await 60 is_amid_epoch

@@ -67,7 +67,7 @@ class RunFolder:
     rank-*.trace       where each rank is: left by those that a signal has ended at once (`Trace`)
     suspects.txt       the images that such a rank was at
     *.damaged          what was not what it should be
-    earlier-<number>/  a run that was set aside: all that was here but the lock
+    earlier-<number>/  a run that was set aside: all that was here but the lock, traces and earlier runs
     """
 
     def __init__(self, path: str, keep: int, is_main: bool) -> None:

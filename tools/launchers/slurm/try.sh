@@ -4,7 +4,7 @@
 #   apt-get install slurmctld slurmd slurm-client munge; tools/launchers/slurm/try.sh
 # One line per claim; 0: all hold, 1: one does not, 77: cannot run here.
 set -uo pipefail
-cd "$(dirname "$0")/../.." || exit
+cd "$(dirname "$0")/../../.." || exit
 PATH=$PWD/.venv/bin:/usr/sbin:$PATH
 missing=$(for tool in munged slurmctld slurmd sbatch resnest-train torchrun; do
   command -v $tool >/dev/null || echo -n " $tool"
