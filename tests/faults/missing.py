@@ -43,7 +43,7 @@ def _read_damaged_metrics(place: Place, whole: Path) -> int:
     lines = metrics.read_bytes().splitlines(keepends=True)
     damages = [bytes(4096) + b"\n", b"\xff\xfe\n", b"<html>\n", lines[0][:30] + lines[0]]
     metrics.write_bytes(b"".join([*damages, *lines[1:]]))
-    predictions = run / ("answers.csv" if place.fast else "predictions.csv")  # TinyTask's
+    predictions = run / ("answers.csv" if place.is_tiny else "predictions.csv")  # TinyTask's
     predictions.mkdir()
     (run / "trackers.json").write_bytes(bytes(100))
     trainer = Trainer(place, run, *OPTIONS)
