@@ -5,6 +5,7 @@ can be called and has no underscore in front is an entry: other names are module
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import typing
@@ -35,7 +36,9 @@ Raises:
 
 
 def _make_entry(name: str) -> typing.Callable[..., typing.Any]:
-    def entry(pretrained: bool | str = False, num_classes: int = 1000, **options: typing.Any) -> typing.Any:
+    def entry(
+        pretrained: bool | str | os.PathLike[str] = False, num_classes: int = 1000, **options: typing.Any
+    ) -> typing.Any:
         model = zoo.build_model(name, num_classes, **options)
         if pretrained:
             _load(model, name, pretrained, num_classes)
@@ -47,7 +50,7 @@ def _make_entry(name: str) -> typing.Callable[..., typing.Any]:
     return entry
 
 
-def _load(model: typing.Any, name: str, pretrained: bool | str, num_classes: int) -> None:
+def _load(model: typing.Any, name: str, pretrained: bool | str | os.PathLike[str], num_classes: int) -> None:
     # Late: torch.hub says which dependencies are missing after it has read this file.
     from resnest_imagenet.weights.load import load_backbone, read_weights, start_from
 

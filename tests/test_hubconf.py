@@ -109,11 +109,12 @@ def test_pretrained(torch_home, server):
     torch.save({"model": model.state_dict(), "config": config, "classes": list("abcde"), "epoch": 1}, folder / "run.pt")
     script = f"""
 torch.hub.list(*clone, **options)  # from now on the package is found
+import pathlib
 from resnest_imagenet.weights import published
 published.MIRRORS = ({url!r},)
 published.OFFICIAL["resnest14_half"] = {sha256!r}
 load = lambda name, **more: torch.hub.load(*clone, name, **options, **more)
-for more in ({{"pretrained": True}}, {{"pretrained": {str(folder / "own.pth")!r}}}):
+for more in ({{"pretrained": True}}, {{"pretrained": pathlib.Path({str(folder / "own.pth")!r})}}):
     for outputs in (5, 3):
         model = load("resnest14_half", num_classes=outputs, **more)
         print(model.layer1[0].conv1.weight.sum().item(), model.fc.weight.sum().item())

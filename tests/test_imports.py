@@ -30,7 +30,7 @@ MEASURING = LEAVES | {
 MAY_IMPORT = {
     "errors": set(),
     "randomness": set(),
-    "compute": set(),
+    "compute": {"errors"},
     "options": set(),
     "recipe": {"options"},
     "extensions": {"errors"},

@@ -2,18 +2,27 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import resnest_imagenet
+from conftest import LAUNCHED
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.inference.compare import format_comparison
 from resnest_imagenet.inference.describe import describe_input
+from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.reports.info import describe_networks
 from resnest_imagenet.weights.export import export_weights
+from resnest_imagenet.weights.graphs import export_graph
 from resnest_imagenet.weights.hub import export_folder
+from resnest_imagenet.weights.load import read_weights
 
 NAME = "resnest14_half"
 
@@ -58,6 +67,113 @@ def test_evaluate_and_compare(checkpoint, demo_images):
     assert comparison.is_right.sum(1).tolist() == right and comparison.skipped == ()
 
 
+ASKING = (resnest_imagenet.predict, resnest_imagenet.evaluate, resnest_imagenet.compare, resnest_imagenet.explain)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"precision": "float16"}, "precision='float16': input should be 'fp32', 'bf16' or 'fp16'"),
+        ({"loader": "pil"}, "loader='pil': input should be 'auto', 'dali' or 'torchvision'"),
+        ({"batch_size": 0}, "batch_size=0: input should be greater than or equal to 1"),
+        ({"batch_size": True}, "batch_size=True: input should be a valid integer"),
+        ({"workers": -1}, "workers=-1: input should be greater than or equal to 0"),
+        ({"top": 0}, "top=0: input should be greater than or equal to 1"),
+    ],
+)
+def test_an_argument_that_is_not_valid_is_refused_before_anything_is_read(argument, message):
+    functions = [function for function in ASKING if argument.keys() <= signature(function).parameters.keys()]
+    assert len(functions) == (2 if "top" in argument else 4)
+    for function in functions:
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            function("no/such.pt", "nowhere", **argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"crop": 0}, "crop=0: input should be greater than or equal to 32"),
+        ({"crop": [64, 31]}, "crop=31: input should be greater than or equal to 32"),
+        ({"crop": 64.0}, "crop=64.0: input should be a valid integer"),
+        ({"crop": ()}, r"crop=\[\]: list should have at least 1 item after validation, not 0"),
+        ({"weights": "emma"}, "weights='emma': auto, model and ema are valid"),
+        ({"protocol": {"order": "xx"}}, "protocol.order='xx': input should be 'own', 'resize_crop' or 'crop_resize'"),
+        ({"protocol": {"ratio": 2}}, "protocol.ratio=2: input should be less than or equal to 1"),
+        (
+            {"protocol": {"rato": 1}},
+            r"unknown protocol.rato; did you mean 'ratio'\? \(order, ratio, interpolation, antialias\)",
+        ),
+        ({"protocol": "paper"}, "protocol='paper': input should be a valid dictionary or instance of .*"),
+        ({"device": "mps"}, r"device='mps': auto, cpu and cuda are valid, and torch.device\(...\) of a CPU or of CUDA"),
+        ({"device": "cuda:0"}, "device='cuda:0': auto, cpu and cuda are valid, and .*"),
+        ({"device": torch.device("mps")}, "device=mps: only a CPU or a CUDA device is valid"),
+        ({"device": torch.device("cuda:99")}, "device=cuda:99: torch sees [0-9]+ CUDA devices"),
+    ],
+)
+def test_how_a_network_is_opened_is_checked_before_it_is_read(argument, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        resnest_imagenet.open_classifier("no/such.pt", **argument)
+
+
+def test_describe_input_refuses_what_open_classifier_does(checkpoint):
+    with pytest.raises(ConfigError, match="^crop=16: input should be greater than or equal to 32$"):
+        describe_input(read_weights(checkpoint), NAME, 16)
+
+
+def test_integers_and_floats_of_numpy_are_taken(checkpoint, demo_images):
+    crops, protocol = np.array([32, 64]), {"ratio": np.float64(1.0), "order": "own"}
+    classifier = resnest_imagenet.open_classifier(checkpoint, crop=crops, protocol=protocol, device="cpu")
+    assert [transform.crop for transform in classifier.transforms] == [32, 64] and classifier.transform.ratio == 1.0
+    assert resnest_imagenet.open_classifier(checkpoint, crop=np.int64(64)).transform.crop == 64
+    fast = FAST | {"batch_size": np.int64(16)}
+    predictions, _ = resnest_imagenet.predict(classifier, demo_images / "val/disk", np.int64(1), **fast)
+    assert len(predictions) == 4
+
+
+def test_a_precision_that_is_not_valid_is_computed_in_none():
+    for latency in (False, True):
+        with pytest.raises(ConfigError, match="^precision='float16': fp32, bf16, fp16 are valid$"):
+            describe_networks([NAME], 32, 2, precision="float16", latency=latency, device="cpu", rounds=1)
+
+
+def test_what_is_no_network_and_no_folder_is_refused_in_one_line(checkpoint, demo_images):
+    module, val = resnest_imagenet.build_model(NAME, 10), demo_images / "val"
+    for function in ASKING:
+        with pytest.raises(
+            ConfigError, match=r"^the network is a ResNeSt: give what open_classifier\(...\) returns, or"
+        ):
+            function(module, val)
+    with pytest.raises(ConfigError, match="^the network is a ResNeSt: "):
+        resnest_imagenet.compare([checkpoint, module], val)
+    for function in (resnest_imagenet.evaluate, resnest_imagenet.compare):
+        with pytest.raises(ConfigError, match="^images is a list: give the path of a folder that has one folder per"):
+            function(checkpoint, [val / "disk", val / "ring"])
+
+
+def test_one_network_is_compared_as_a_list_of_one(checkpoint, demo_images):
+    classifier = resnest_imagenet.open_classifier(checkpoint)
+    comparisons = [
+        resnest_imagenet.compare(network, demo_images / "val", **FAST)
+        for network in (classifier, checkpoint, str(checkpoint), (checkpoint,))
+    ]
+    assert [len(comparison.names) for comparison in comparisons] == [1] * 4
+    assert all(comparison.is_right.tolist() == comparisons[0].is_right.tolist() for comparison in comparisons)
+    assert len(comparisons[0].disagreements) == 0 and "average" in format_comparison(comparisons[0])
+    with pytest.raises(ConfigError, match="^networks is empty: give one network or several$"):
+        resnest_imagenet.compare([], "nowhere")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_tells_what_is_skipped(rank, tmp_path, monkeypatch, capsys):
+    (tmp_path / "val/disk").mkdir(parents=True)
+    for name in ("disk/a.jpg", "beside.jpg"):
+        (tmp_path / "val" / name).touch()
+    for name, value in (LAUNCHED | {"RANK": str(rank)}).items():
+        monkeypatch.setenv(name, value)
+    assert len(list_classified_images(tmp_path / "val")) == 1
+    assert ("images beside the class folders are skipped" in capsys.readouterr().err) == (rank == 0)
+
+
 def test_a_compiled_evaluation_leaves_the_callers_network_as_it_is(checkpoint, demo_images, graphs):
     classifier = resnest_imagenet.open_classifier(checkpoint, device="cpu")
     resnest_imagenet.evaluate(classifier, demo_images / "val", compile_network=True, **FAST)
@@ -74,11 +190,33 @@ def test_explain(checkpoint, demo_images):
         resnest_imagenet.explain(checkpoint, demo_images / "val/ring", target="rign")
 
 
+def test_explain_takes_a_layer_with_maps_and_changes_no_network(checkpoint, demo_images):
+    classifier = resnest_imagenet.open_classifier(checkpoint)
+    assert not any(parameter.requires_grad for parameter in classifier.module.parameters())
+    for layer in ("", "fc"):
+        with pytest.raises(
+            ConfigError, match=f"^layer='{layer}': it has no maps, as layer4 has: logits come out of it$"
+        ):
+            resnest_imagenet.explain(classifier, demo_images / "val/ring", layer=layer)
+    with pytest.raises(ConfigError, match=f"^layer=layer5: {NAME} has no layer of that name$"):
+        resnest_imagenet.explain(classifier, demo_images / "val/ring", layer="layer5")
+    own = replace(classifier, module=classifier.module.requires_grad_(True))
+    next(iter(resnest_imagenet.explain(own, demo_images / "val/ring", **FAST)))
+    assert all(parameter.requires_grad for parameter in own.module.parameters())
+
+
 def test_export(checkpoint, tmp_path, monkeypatch):
+    """Of a path, as `checkpoint` is, or of its name."""
     monkeypatch.chdir(tmp_path)
-    line = export_weights(str(checkpoint), layout="mmpretrain", form="pth")
-    assert line.startswith(f"wrote {NAME}-mmpretrain.pth: {NAME}, ")
-    export_folder(str(checkpoint), describe_input, "hub")
+    assert isinstance(checkpoint, Path)
+    lines = [export_weights(source, layout="mmpretrain", form="pth") for source in (checkpoint, str(checkpoint))]
+    assert lines[0].startswith(f"wrote {NAME}-mmpretrain.pth: {NAME}, ") and lines[0] == lines[1]
+    assert export_graph(checkpoint, describe_input, Path("a.pt2"), form="torch_export").startswith("wrote a.pt2: ")
+    backbone = resnest_imagenet.build_model(NAME, features_only=True)
+    resnest_imagenet.load_backbone(backbone, NAME, checkpoint)
+    assert torch.equal(backbone.conv1[0].weight, read_weights(checkpoint).tensors["conv1.0.weight"])
+    assert read_weights(checkpoint).source == str(checkpoint)
+    export_folder(checkpoint, describe_input, Path("hub"))
     assert "resize" not in (tmp_path / "hub/config.json").read_text()
     assert '"input_size": [' in (tmp_path / "hub/config.json").read_text()
 

@@ -95,23 +95,42 @@ def _is_launched() -> bool:
     return bool(get("RANK") or get("LOCAL_RANK") or get("WORLD_SIZE", "") not in ("", "1"))
 
 
-def choose_device(name: str) -> "torch.device":
-    """Return this rank's device: auto takes CUDA where there is one.
+def choose_device(device: "str | torch.device") -> "torch.device":
+    """Return this rank's device.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" (this rank's), or torch's own of a CPU or of CUDA.
 
     Raises:
-        ConfigError: for cuda where there is none, or none left for this rank.
+        ConfigError: another one, or cuda where there is none, or none left for this rank.
     """
     import torch
 
+    if isinstance(device, torch.device):
+        return _require_device(device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device!r}: auto, cpu and cuda are valid, and torch.device(...) of a CPU or of CUDA")
     # Not torch.accelerator: it says cuda on a CUDA build without a GPU.
-    if name != "cpu" and torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         _, local_rank, _ = launched_as()
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"more ranks than the {torch.cuda.device_count()} CUDA devices: lower --nproc-per-node")
         return torch.device("cuda", local_rank)
-    if name == "cuda":
+    if device == "cuda":
         raise ConfigError("device=cuda: torch sees no CUDA device; device=auto takes the CPU then")
     return torch.device("cpu")
+
+
+def _require_device(device: "torch.device") -> "torch.device":
+    """Return a device of torch's, or raise a ConfigError unless it is the CPU or a CUDA device that is there."""
+    import torch
+
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device}: only a CPU or a CUDA device is valid")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device={device}: torch sees {count} CUDA devices")
+    return device
 
 
 @contextmanager

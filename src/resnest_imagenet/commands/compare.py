@@ -52,16 +52,12 @@ def compare_networks(config: CompareConfig) -> "Comparison":
 
 
 def _list_images(config: CompareConfig) -> "ImageFolder":
-    from resnest_imagenet.data.folder import read_image_folder
-    from resnest_imagenet.data.source import print_notes
-    from resnest_imagenet.inference.images import list_classified_images
+    from resnest_imagenet.inference.images import list_classified_images, list_part
 
     if config.images is not None:
         return list_classified_images(config.images)
     assert config.data.root is not None
-    images = read_image_folder(config.data.root, config.data.val_dir, "data.val_dir")
-    print_notes(images)
-    return images
+    return list_part(config.data.root, config.data.val_dir, "data.val_dir")
 
 
 def main() -> None:

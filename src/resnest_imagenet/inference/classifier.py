@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import choose_device, launched_as
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import require_finite
+from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.imagenet_classes import class_words
 from resnest_imagenet.models.zoo import count_outputs, usual_crop
@@ -73,23 +75,36 @@ def open_classifier(
             interpolation, antialias.
         device: where it computes: "auto", "cpu", "cuda", or torch's own.
 
+    Returns:
+        The network, whose parameters need no gradients.
+
     Raises:
-        UserError: the weights cannot be read or do not fit, or there is no such device.
+        UserError: the weights cannot be read or do not fit, an argument is not valid, or there is no such device.
     """
-    place_on = device if isinstance(device, torch.device) else choose_device(device)
-    loaded = read_weights(fspath(source), weights)
+    asked = check_arguments(crop=crop, protocol=protocol)
+    place_on = choose_device(device)
+    loaded = read_weights(source, weights)
     network, name = restore_network(loaded, model)
-    crops = [crop] if isinstance(crop, int) else crop
-    transforms = choose_transforms(loaded, name, crops, protocol or {})
+    transforms = choose_transforms(loaded, name, asked.crop, asked.changes)
     outputs = count_outputs(network, name)
     classes = list_classes(loaded.classes, outputs) or [str(output) for output in range(outputs)]
-    module = place(fold_batch_norms(network), place_on)
+    module = place(fold_batch_norms(network).requires_grad_(False), place_on)
     return Classifier(replace(loaded, tensors={}), name, tuple(classes), tuple(transforms), module)
 
 
 def take_classifier(network: Classifier | str | PathLike[str]) -> Classifier:
-    """Return the network that a library function was given; one that is named is opened."""
-    return network if isinstance(network, Classifier) else open_classifier(network)
+    """Return the network that a library function was given; one that is named is opened.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(network, Classifier):
+        return network
+    if not isinstance(network, str | PathLike):
+        raise ConfigError(
+            f"the network is a {type(network).__name__}: give what open_classifier(...) returns, or a checkpoint's path"
+        )
+    return open_classifier(network)
 
 
 def choose_transforms(

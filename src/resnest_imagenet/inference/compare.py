@@ -17,11 +17,12 @@ from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
-from resnest_imagenet.errors import DataError, printable
+from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
+from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
 
 
@@ -60,7 +61,7 @@ class Comparison:
 
 
 def compare(
-    networks: Sequence[Classifier | str | PathLike[str]],
+    networks: Sequence[Classifier | str | PathLike[str]] | Classifier | str | PathLike[str],
     images: ImageFolder | str | PathLike[str],
     *,
     batch_size: int = 64,
@@ -71,7 +72,7 @@ def compare(
     """Compare networks on the same images; images that cannot be used are skipped.
 
     Args:
-        networks: each of `open_classifier`, or a source that it takes.
+        networks: one or several, each of `open_classifier`, or a source that it takes.
         images: a folder with one folder per true class, named as the networks' classes are or in words.
         batch_size: images at a time.
         precision: fp32, bf16 or fp16.
@@ -80,15 +81,20 @@ def compare(
 
     Raises:
         DataError: no image can be used.
+        ConfigError: no network, or an argument that is not valid.
         UserError: for what else a user can cause, as one line.
     """
+    asked = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    several = networks if isinstance(networks, Sequence) and not isinstance(networks, str) else [networks]
+    if not several:
+        raise ConfigError("networks is empty: give one network or several")
     listed = images if isinstance(images, ImageFolder) else list_classified_images(images)
-    classifiers = [take_classifier(network) for network in networks]
+    classifiers = [take_classifier(network) for network in several]
     usable, skipped = split_unreadable(listed)
     if not len(usable):
         raise DataError(skipped[0])
     judgements = [_Judgement(classifier, usable) for classifier in classifiers]
-    plan = plan_evaluation(len(usable), batch_size, 0, 1)
+    plan = plan_evaluation(len(usable), asked.batch_size, 0, 1)
     # Networks that see images alike share the decoded ones.
     groups: dict[tuple[object, object], list[_Judgement]] = {}
     for judgement in judgements:
@@ -98,7 +104,7 @@ def compare(
     with tqdm(total=total, unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
         for group in groups.values():
             alike = [judgement.classifier for judgement in group]
-            batches = build_loader(loader, usable, plan, alike[0].transform, alike[0].device, workers)
+            batches = build_loader(asked.loader, usable, plan, alike[0].transform, alike[0].device, asked.workers)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):
                     judgement.add(probabilities)

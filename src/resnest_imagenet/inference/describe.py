@@ -5,6 +5,7 @@ from typing import Any
 
 from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.inference.classifier import choose_transforms
+from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.weights.card import ImageInput
 from resnest_imagenet.weights.load import Weights
 
@@ -19,8 +20,12 @@ def describe_input(
         name: of the network.
         crop: side of the images in pixels; None: the weights' own.
         protocol: what is to differ from the weights' own protocol, as `EvalTransform` has it.
+
+    Raises:
+        ConfigError: crop or protocol is not valid.
     """
-    (transform,) = choose_transforms(weights, name, None if crop is None else [crop], protocol or {})
+    asked = check_arguments(crop=crop, protocol=protocol)
+    (transform,) = choose_transforms(weights, name, asked.crop, asked.changes)
     mean, std = (tuple(round(value / 255, 3) for value in values) for values in (MEAN, STD))
     return ImageInput(
         transform.crop,

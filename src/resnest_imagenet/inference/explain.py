@@ -19,8 +19,10 @@ from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.inference.classifier import Classifier, find_outputs, take_classifier
 from resnest_imagenet.inference.images import Images, list_images
+from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
 from resnest_imagenet.models.split_attention import SplitAttention
+from resnest_imagenet.models.zoo import find_head
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Explanations:
 
     def _explain(self, loader: Loader) -> Iterator[Explanation]:
         names = short_class_names(self.classifier.classes)
-        model = self.classifier.module.requires_grad_(False)  # so that the graph begins at the layer, not at the image
+        model = self.classifier.module
         done = 0
         for batch, _ in loader.batches(epoch=0):
             with torch.no_grad(), autocast(batch.device, self.precision), recording_attention(model) as attention:
@@ -159,13 +161,27 @@ def explain(
         UserError: for what a user can cause, as one line.
     """
     require_captum()
+    asked = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     listed = list_images(images)
     classifier = take_classifier(network)
     if layer not in dict(classifier.module.named_modules()):
         raise ConfigError(f"layer={layer}: {classifier.name} has no layer of that name")
+    if layer in ("", find_head(classifier.name)):
+        raise ConfigError(f"layer={layer!r}: it has no maps, as layer4 has: logits come out of it")
     output = None if target is None else find_class(str(target), classifier.classes)
     usable, skipped = split_unreadable(listed)
-    return Explanations(classifier, usable, tuple(skipped), top, output, layer, batch_size, precision, loader, workers)
+    return Explanations(
+        classifier,
+        usable,
+        tuple(skipped),
+        asked.top,
+        output,
+        layer,
+        asked.batch_size,
+        asked.precision,
+        asked.loader,
+        asked.workers,
+    )
 
 
 def require_captum() -> None:
@@ -183,7 +199,7 @@ def map_evidence(model: nn.Module, layer: str, images: Tensor, classes: Tensor) 
     earlier layers the gradients differ between the places: the maps are finer, but rougher evidence.
 
     Args:
-        model: a network in evaluation mode, whose parameters need no gradients.
+        model: a network in evaluation mode; its parameters need no gradients, so that the graph begins at the layer.
         layer: the name of a module.
         images: normalised (B, 3, H, W).
         classes: int64 (B,), one for each image.

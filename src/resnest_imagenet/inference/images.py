@@ -12,6 +12,7 @@ from resnest_imagenet.data.folder import ImageFolder, find_images, read_image_fo
 from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.data.source import print_notes
 from resnest_imagenet.distributed import choose_device, launched_as
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.zoo import require_model
 
@@ -40,10 +41,21 @@ def list_classified_images(folder: str | PathLike[str]) -> ImageFolder:
 
     Raises:
         DataError: no such folder, no classes, or one without images.
+        ConfigError: what is given is no path.
     """
+    if not isinstance(folder, str | PathLike):
+        raise ConfigError(
+            f"images is a {type(folder).__name__}: give the path of a folder that has one folder per true class"
+        )
     path = Path(folder).absolute()
-    listed = read_image_folder(str(path.parent), path.name, "images")
-    print_notes(listed)
+    return list_part(str(path.parent), path.name, "images")
+
+
+def list_part(root: str, name: str, option: str) -> ImageFolder:
+    """List the images of one part of a data set, as `read_image_folder`; rank 0 names on stderr what is skipped."""
+    listed = read_image_folder(root, name, option)
+    if launched_as().rank == 0:
+        print_notes(listed)
     return listed
 
 

@@ -17,6 +17,7 @@ from resnest_imagenet.errors import printable
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
 from resnest_imagenet.inference.images import Images, list_images
+from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.imagenet_classes import class_words
 
 
@@ -66,19 +67,20 @@ def predict(
     Raises:
         UserError: for what a user can cause, as one line.
     """
+    asked = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     listed = list_images(images)
     classifier = take_classifier(network)
     usable, skipped = split_unreadable(listed)
     predictions: list[Prediction] = []
     if not len(usable):
         return predictions, skipped
-    plan = plan_evaluation(len(usable), batch_size, 0, 1)
-    batches = build_loader(loader, usable, plan, classifier.transform, classifier.device, workers)
+    plan = plan_evaluation(len(usable), asked.batch_size, 0, 1)
+    batches = build_loader(asked.loader, usable, plan, classifier.transform, classifier.device, asked.workers)
     done = 0
     with tqdm(total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
         for (probabilities,) in compute_probabilities([classifier], batches, precision, usable.name):
             files = [usable.name(index) for index in range(done, done + len(probabilities))]
-            predictions += _rank_classes(classifier.classes, files, probabilities, top)
+            predictions += _rank_classes(classifier.classes, files, probabilities, asked.top)
             done += len(files)
             progress.update(len(files))
     return predictions, skipped

@@ -20,6 +20,7 @@ from resnest_imagenet.files import replacing
 from resnest_imagenet.inference.classifier import Classifier, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
+from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.supervision import EVALUATING, supervise
 
 
@@ -92,16 +93,20 @@ def evaluate(
         DataError: an image cannot be decoded, or no output stands for a class.
         UserError: for what else a user can cause, as one line.
     """
+    asked = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     listed = images if isinstance(images, ImageSource) else list_classified_images(images)
     classifier = take_classifier(network)
     known, num_outputs = classifier.weights.classes, len(classifier.classes)
     labelled = label_images(listed, known, num_outputs, classifier.source)
-    module = _compile(classifier.module, batch_size) if compile_network else classifier.module
+    module = _compile(classifier.module, asked.batch_size) if compile_network else classifier.module
     transforms = classifier.transforms
     with distributed.join(classifier.device) as ranks, supervise(ranks) as watch:
-        plan = plan_evaluation(len(labelled), batch_size, ranks.rank, ranks.world_size)
+        plan = plan_evaluation(len(labelled), asked.batch_size, ranks.rank, ranks.world_size)
         # All before the first is used: what one of them refuses is known at once.
-        loaders = [build_loader(loader, labelled, plan, transform, ranks.device, workers) for transform in transforms]
+        loaders = [
+            build_loader(asked.loader, labelled, plan, transform, ranks.device, asked.workers)
+            for transform in transforms
+        ]
         evaluations: list[Evaluation] = []
 
         def before_batch(batch: int, is_everywhere: bool) -> None:

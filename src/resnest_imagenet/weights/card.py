@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from os import PathLike
 
 from torch import nn
 
@@ -77,7 +78,7 @@ class Card:
 
 
 def open_network(
-    source: str, describe: DescribeInput, model: str | None = None, weights: str = "auto"
+    source: str | PathLike[str], describe: DescribeInput, model: str | None = None, weights: str = "auto"
 ) -> tuple[nn.Module, Weights, Card]:
     """Read a network to be exported, on the CPU and in evaluation mode.
 

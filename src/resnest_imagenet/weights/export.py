@@ -1,6 +1,7 @@
 """Weights out of a checkpoint, for other programs."""
 
 import hashlib
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from resnest_imagenet.weights.load import Weights, match_tensors, read_weights
 
 
 def export_weights(
-    source: str,
-    out: str | Path | None = None,
+    source: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
     *,
     model: str | None = None,
     weights: str = "auto",
@@ -48,7 +49,7 @@ def export_weights(
     return f"wrote {file}: {describe_weights(loaded, name)}, {len(content)} tensors, SHA-256 {digest(file)}"
 
 
-def choose_file(source: str, out: str | Path | None, default: str) -> Path:
+def choose_file(source: str | PathLike[str], out: str | PathLike[str] | None, default: str) -> Path:
     """Return the file to write, of the default's suffix.
 
     Args:
@@ -69,7 +70,7 @@ def choose_file(source: str, out: str | Path | None, default: str) -> Path:
     return file
 
 
-def require_other(source: str, out: str | Path, file: Path) -> None:
+def require_other(source: str | PathLike[str], out: str | PathLike[str], file: Path) -> None:
     """Raise a ConfigError where a file to be written is the source itself.
 
     Args:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
-from pathlib import Path
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ Run = Callable[[Tensor], Tensor]
 
 
 def export_graph(
-    source: str,
+    source: str | PathLike[str],
     describe: DescribeInput,
-    out: str | Path | None = None,
+    out: str | PathLike[str] | None = None,
     *,
     model: str | None = None,
     weights: str = "auto",

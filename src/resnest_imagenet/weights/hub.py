@@ -1,6 +1,7 @@
 """A network as a folder for the Hugging Face hub, which timm loads."""
 
 import json
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ In resnest-imagenet: `resnest-eval ckpt=FOLDER/model.safetensors model={model} d
 
 
 def export_folder(
-    source: str,
+    source: str | PathLike[str],
     describe: DescribeInput,
-    out: str | Path | None = None,
+    out: str | PathLike[str] | None = None,
     *,
     model: str | None = None,
     weights: str = "auto",
@@ -71,7 +72,7 @@ def export_folder(
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in (
-        (readme, _write_readme(card, source, _read_accuracy(loaded))),
+        (readme, _write_readme(card, loaded.source, _read_accuracy(loaded))),
         (settings, json.dumps(described, indent=2, ensure_ascii=False) + "\n"),
     ):
         with replacing(path) as opened:

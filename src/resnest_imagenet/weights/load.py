@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Weights:
     protocol: ProtocolOptions | None = None
 
 
-def read_weights(source: str, choice: str = "auto") -> Weights:
+def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
     """Read the weights of a network.
 
     Args:
@@ -71,8 +72,11 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
     Raises:
         CheckpointError: missing, unreadable, damaged, not a state dict, not with a name for each output, or of a run of
             another task.
-        ConfigError: for an unknown published name, or a moving average that is not there.
+        ConfigError: for an unknown published name or choice, or a moving average that is not there.
     """
+    if choice not in ("auto", "model", "ema"):
+        raise ConfigError(f"weights={choice!r}: auto, model and ema are valid")
+    source = fspath(source)
     # Not a file, and like no path: a published name, or a misspelt one.
     is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
     path, model = fetch(source) if is_published else (Path(source), None)
@@ -203,7 +207,7 @@ def start_from(model: nn.Module, name: str, classes: list[str], weights: Weights
     return same
 
 
-def load_backbone(backbone: nn.Module, name: str, source: str, choice: str = "auto") -> None:
+def load_backbone(backbone: nn.Module, name: str, source: str | PathLike[str], choice: str = "auto") -> None:
     """Load weights into a network of `build_model(name, features_only=True)`; the classifier, if any, is left out.
 
     Args:
