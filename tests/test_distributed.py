@@ -185,3 +185,22 @@ def test_a_rank_that_never_comes_is_named_and_a_signal_ends_the_wait(launched):
         with pytest.raises(Stopped), StopRequest(speaks=False), join(CPU, 60):
             pass
         assert time.monotonic() - started < 3
+
+
+JOIN_TWICE = """
+import torch
+from resnest_imagenet.distributed import gather, join
+for value in (1, 10):
+    with join(torch.device("cpu"), 20) as ranks:
+        print(gather(value + ranks.rank, ranks))
+"""
+
+
+@pytest.mark.process
+def test_ranks_join_a_second_time(tmp_path):
+    """As in a script under torchrun that calls `evaluate` twice."""
+    (tmp_path / "join_twice.py").write_text(JOIN_TWICE)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = run_module("join_twice", ranks=2, env={"PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["[1, 2]", "[1, 2]", "[10, 11]", "[10, 11]"]

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.models.cost import count_cost, count_kept, count_stages
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.zoo import usual_crop
+from resnest_imagenet.weights.export import export_weights
 from resnest_imagenet.weights.load import read_weights, restore_network, start_from
 
 DOCS = Path(__file__).parents[1] / "docs/extending.md"
@@ -101,39 +103,53 @@ def test_a_package_trains_resumes_evaluates_predicts_and_exports(installed, list
 
 ASK_BOTH = """
 import sys
-from resnest_imagenet import build_model
+import hubconf
+from resnest_imagenet import build_model, list_models
 build_model("resnest14_half", 2)
-print("built", flush=True)
-sys.argv = ["resnest-train", "model.name=tinynet", "data.root=/x"]
+print(*sorted({"resnest50", "tinynet", "othernet"} & set(list_models())), callable(hubconf.resnest50), flush=True)
+sys.argv = ["resnest-train", "data.root=/x", *sys.argv[1:]]
 from resnest_imagenet.commands.train import main
 main()
 """
+FAILURE = "package broken: its entry point all = broken_code:register failed: ZeroDivisionError: division by zero "
+FAILURE += "(broken_code.py, line 2)"
 
 
-@pytest.mark.process
-def test_a_package_that_fails_is_one_line_that_names_it(installed, tmp_path):
-    """Without a traceback; networks of this project do not ask it, those of other packages do."""
+@pytest.fixture
+def broken(tmp_path):
+    """A package that fails to register."""
     (tmp_path / "broken-1.dist-info").mkdir()
     (tmp_path / "broken-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
     (tmp_path / "broken-1.dist-info/entry_points.txt").write_text("[resnest_imagenet]\nall = broken_code:register\n")
     (tmp_path / "broken_code.py").write_text("def register():\n    return 1 / 0\n")
-    environment = {**os.environ, **with_packages(installed, tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", ASK_BOTH], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert (result.returncode, result.stdout) == (2, "built\n")
-    (line,) = result.stderr.splitlines()
-    assert line.endswith(
-        "package broken: its entry point all = broken_code:register failed: ZeroDivisionError: division by zero "
-        "(broken_code.py, line 2)"
-    )
+    return tmp_path
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("option", "code", "message"),
+    [
+        ("model.name=othernet", 2, f"unknown model 'othernet', and {FAILURE}"),
+        ("model.name=tinynet", 3, "data.root=/x: no such folder"),
+        ("+experiment=demo", 3, "data.root=/x: no such folder"),
+    ],
+)
+def test_a_package_that_fails_is_one_line_that_names_it(option, code, message, installed, broken):
+    """Without a traceback; what is there works as without the package, and what is not may be the package's."""
+    environment = {**os.environ, **with_packages(installed, broken, DOCS.parents[1])}
+    command = [sys.executable, "-c", ASK_BOTH, option]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=broken)
+    assert (result.returncode, result.stdout) == (code, "resnest50 tinynet True\n"), result.stderr
+    warning, line = result.stderr.splitlines()
+    assert warning == f"WARNING: {FAILURE}"
+    assert line.startswith("resnest-train: ") and message in line
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """An empty registry, which is as it was after the test."""
-    for name in ("_models", "_sources", "_tasks"):
-        monkeypatch.setattr(extensions, name, {})
+    for name in ("models", "sources", "tasks"):
+        monkeypatch.setattr(getattr(extensions, name), "_entries", {})
 
 
 class Net(nn.Module):
@@ -169,6 +185,16 @@ def test_a_registered_network_is_one_of_the_zoos(registry, tmp_path):
     assert not start_from(other, "net", list("abcde"), weights)
     assert torch.equal(other.get_parameter(f"{HEAD}.weight"), own)
     assert torch.equal(other.model.conv.weight, model.model.conv.weight)
+
+
+def test_a_registered_network_is_exported_as_it_is(registry, tmp_path):
+    register_model("net", Net, head=HEAD)
+    source = str(tmp_path / "net.pth")
+    torch.save(build_model("net", 7).state_dict(), source)
+    assert "official" in export_weights(source, tmp_path / "official.pth", model="net", form="pth")
+    for layout in ("timm", "mmpretrain", "detectron2"):
+        with pytest.raises(ConfigError, match=f"layout={layout} is known for .* and {source} holds a net"):
+            export_weights(source, tmp_path / "other.pth", model="net", layout=layout, form="pth")
 
 
 @pytest.mark.slow
@@ -223,12 +249,40 @@ def test_a_network_that_cannot_be_built_is_one_line(registry, build, options, me
 
 def test_names_that_are_taken(registry):
     register_model("net", Net, head=HEAD)
-    register_model("net", with_options, head=HEAD)  # the same module: a cell that is run again
-    with pytest.raises(ConfigError, match="model 'net' is registered twice: by module test_extensions and by module"):
-        register_model("net", nn.Linear)
-    register_model("resnest50", Net, head=HEAD)
-    with pytest.raises(ConfigError, match="module test_extensions registers 'resnest50', which this project has"):
-        build_model("resnest50")
+    register_model("net", type("Net", (Net,), {"__qualname__": "Net"}), head=HEAD)  # a cell that is run again
+    by_net = r"model 'net' is registered twice: by module test_extensions \(test_extensions.Net\) and by module "
+    with pytest.raises(ConfigError, match=by_net + r"test_extensions \(test_extensions.with_options\)"):
+        register_model("net", with_options)
+    with pytest.raises(ConfigError, match=by_net + r"torch.nn.modules.linear \(torch.nn.modules.linear.Linear\)"):
+        register_model("net", partial(nn.Linear, 2))
+    register_model("partial", partial(Net, width=3))
+    register_model("partial", partial(Net, width=5))
+    with pytest.raises(ConfigError, match="model 'partial' is registered twice: by module test_ext"):
+        register_model("partial", partial(with_options, dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (lambda: register_model("resnest50", Net), "registers model 'resnest50', which this project has itself"),
+        (lambda: register_source("folder", open_source), "registers data source 'folder', which this project has"),
+        (lambda: register_task("classification", dict, int), "registers task 'classification', which this project has"),
+    ],
+)
+def test_names_of_the_project_are_refused(register, message, registry):
+    with pytest.raises(ConfigError, match=message):
+        register()
+    assert len(build_model("resnest14_half", 2).fc.weight) == 2
+
+
+def test_a_name_that_is_reserved_later_is_the_projects(capsys):
+    registry = extensions.Registry("model")
+    for name in ("net", "own"):
+        registry.register(name, extensions.Source(open_source, function="code.open", origin="package code"))
+    registry.reserve({"own"})
+    assert (registry.read().keys(), registry.find("own")) == ({"net"}, None)
+    line = "WARNING: package code registers model 'own', which this project has itself: choose another name\n"
+    assert capsys.readouterr().err == line
 
 
 def test_dropblock_refuses_a_network_without_its_places(registry):
@@ -253,4 +307,4 @@ def test_sources(registry, demo_images):
 
 def test_tasks(registry):
     register_task("counting", dict, int)
-    assert (extensions.tasks()["counting"].open, extensions.tasks()["counting"].recipe) == (dict, int)
+    assert (extensions.tasks.read()["counting"].open, extensions.tasks.read()["counting"].recipe) == (dict, int)

@@ -39,6 +39,12 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+def test_only_functions_and_submodules_are_listed():
+    listed = set(dir(resnest_imagenet))
+    assert set(resnest_imagenet.__all__) | {"errors", "weights"} <= listed
+    assert not listed & {"Any", "TYPE_CHECKING", "import_module", "modules"}
+
+
 FAST = {"loader": "torchvision", "workers": 0, "batch_size": 16}
 
 

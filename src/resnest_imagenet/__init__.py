@@ -1,6 +1,7 @@
 """ResNeSt (Split-Attention Networks, arXiv 2004.08955): networks, training and evaluation."""
 
 from importlib import import_module
+from sys import modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,4 +51,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    submodules = (name for name in globals() if f"{__name__}.{name}" in modules)
+    return sorted({*__all__, *submodules})

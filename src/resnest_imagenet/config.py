@@ -4,7 +4,6 @@ A configuration is composed by Hydra, then checked against these classes; what p
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
@@ -339,6 +338,7 @@ class ShardDataConfig(Options):
 
 
 RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}  # by task; other packages may add some
+extensions.tasks.reserve(RECIPES)
 
 
 def find_outside_task(name: str) -> extensions.Task | None:
@@ -347,9 +347,9 @@ def find_outside_task(name: str) -> extensions.Task | None:
     Raises:
         ConfigError: there is no such task.
     """
-    outside = extensions.find(extensions.tasks, name, RECIPES)
+    outside = extensions.tasks.find(name)
     if outside is None and name not in RECIPES:
-        valid = [*RECIPES, *extensions.tasks()]
+        valid = [*RECIPES, *extensions.tasks.read()]
         raise ConfigError(f"unknown train.task {name!r}{suggest(name, valid)} ({', '.join(valid)})")
     return outside
 
@@ -358,9 +358,7 @@ def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     """Return a schema as it is for each task; where it is of no training, itself."""
     if not issubclass(schema, TrainConfig):
         return [schema]
-    outside: list[type[Recipe]] = []
-    with suppress(ConfigError):  # a package that fails is named where its task is asked for
-        outside = [task.recipe for task in extensions.tasks().values()]
+    outside = [task.recipe for task in extensions.tasks.read().values()]
     return [_specialise(schema, recipe) for recipe in (*RECIPES.values(), *outside)]
 
 

@@ -3,6 +3,7 @@
 torch is imported where it is used: the commands ask for their rank before they import it.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them all
+_joins = itertools.count()  # of this process
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def _meet(rank: int, world_size: int, timeout: float) -> "Store":
 
     torchrun's own store outlives a restart, and the keys of the dead attempt confuse the next one: on a node alone
     every attempt has its own prefix. Nodes count their restarts apart: there torchrun must make a store for each.
+    A process that joins a second time finds its first keys in either store: every join has its own prefix.
     """
     import torch.distributed as dist
 
@@ -203,6 +206,7 @@ def _meet(rank: int, world_size: int, timeout: float) -> "Store":
     store = _do_within(2 * timeout, connect, f"cannot {'listen' if is_server else 'meet the other ranks'} {where}")
     if shares_store:
         store = dist.PrefixStore(f"attempt {get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(f"join {next(_joins)}", store)
     _wait_for_ranks(store, rank, world_size, timeout)
     return store
 

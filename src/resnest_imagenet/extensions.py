@@ -4,16 +4,18 @@ A package that is installed beside this one names, under the entry-point group `
 arguments that registers what it brings; it is called once in each process, when a name is first looked for.
 """
 
+import sys
 import traceback
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from resnest_imagenet.errors import ConfigError, UserError, explain_runtime, first_line, printable
+from resnest_imagenet.errors import ConfigError, UserError, explain_runtime, first_line, printable, suggest
 
 GROUP = "resnest_imagenet"
 
@@ -23,9 +25,11 @@ class Entry:
     """What was registered under one name.
 
     Attributes:
+        function: full name of the function.
         origin: who has registered it, in words: the package, or the module of the function.
     """
 
+    function: str = field(kw_only=True)
     origin: str = field(kw_only=True)
 
 
@@ -69,10 +73,69 @@ class Task(Entry):
 
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
-_models: dict[str, Model] = {}
-_sources: dict[str, Source] = {}
-_tasks: dict[str, Task] = {}
-_loaded: set[str] = set()  # groups whose entry points were called
+
+
+class Registry(Generic[AnyEntry]):
+    """What was registered of one kind."""
+
+    def __init__(self, what: str) -> None:
+        """Begin without entries.
+
+        Args:
+            what: the kind, for messages.
+        """
+        self._what = what
+        self._own: Collection[str] = ()
+        self._entries: dict[str, AnyEntry] = {}
+
+    def reserve(self, names: Collection[str]) -> None:
+        """Keep names for the project's own; what was registered under one of them before is dropped, with a warning."""
+        self._own = names
+        for name in [name for name in self._entries if name in names]:
+            _warn(self._refuse_own(name, self._entries.pop(name)))
+
+    def register(self, name: str, entry: AnyEntry) -> None:
+        """Add an entry; the same function again, of a notebook's cell or a module imported again, replaces its own.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if name in self._own:
+            raise ConfigError(self._refuse_own(name, entry))
+        before = self._entries.get(name, entry)
+        if before.function != entry.function:
+            who = " and ".join(f"by {taker.origin} ({taker.function})" for taker in (before, entry))
+            raise ConfigError(f"{self._what} {name!r} is registered twice: {who}")
+        self._entries[name] = entry
+
+    def read(self) -> Mapping[str, AnyEntry]:
+        """Return what was registered, by name, also by installed packages; one that fails is a warning, once."""
+        _ask_packages()
+        return MappingProxyType(self._entries)
+
+    def find(self, name: str) -> AnyEntry | None:
+        """Return what was registered under a name, or None.
+
+        Installed packages are asked only for names that are not the project's own.
+
+        Raises:
+            ConfigError: nobody has registered it, and a package fails to register: it may be that one's.
+        """
+        if name in self._own:
+            return None
+        failures = _ask_packages()
+        if name not in self._entries and failures:
+            advice = suggest(name, [*self._own, *self._entries]) or ","
+            raise ConfigError(f"unknown {self._what} {name!r}{advice} and {'; '.join(failures)}")
+        return self._entries.get(name)
+
+    def _refuse_own(self, name: str, entry: AnyEntry) -> str:
+        return f"{entry.origin} registers {self._what} {name!r}, which this project has itself: choose another name"
+
+
+models = Registry[Model]("model")
+sources = Registry[Source]("data source")
+tasks = Registry[Task]("task")
 _loading: list[str] = []  # the package whose entry point is being called
 
 
@@ -90,7 +153,7 @@ def register_model(name: str, build: Callable[..., Any], *, head: str = "fc", cr
     Raises:
         ConfigError: the name is taken.
     """
-    _register(_models, "model", name, Model(build, head, crop, origin=_name_origin(build)))
+    models.register(name, Model(build, head, crop, **_describe(build)))
 
 
 def register_source(kind: str, open_source: Callable[[str, str, str], Any]) -> None:
@@ -104,7 +167,7 @@ def register_source(kind: str, open_source: Callable[[str, str, str], Any]) -> N
     Raises:
         ConfigError: the name is taken.
     """
-    _register(_sources, "data source", kind, Source(open_source, origin=_name_origin(open_source)))
+    sources.register(kind, Source(open_source, **_describe(open_source)))
 
 
 def register_task(name: str, open_task: Callable[[Any], Any], recipe: type) -> None:
@@ -118,54 +181,7 @@ def register_task(name: str, open_task: Callable[[Any], Any], recipe: type) -> N
     Raises:
         ConfigError: the name is taken.
     """
-    _register(_tasks, "task", name, Task(open_task, recipe, origin=_name_origin(open_task)))
-
-
-def models(installed: bool = True) -> Mapping[str, Model]:
-    """Return the networks that were registered, by name.
-
-    Args:
-        installed: installed packages register theirs before; otherwise those that have not, have not.
-
-    Raises:
-        ConfigError: names a package that fails to register.
-    """
-    if installed:
-        _load_packages()
-    return MappingProxyType(_models)
-
-
-def sources(installed: bool = True) -> Mapping[str, Source]:
-    """Return the data sources that were registered, by kind; otherwise as `models`."""
-    if installed:
-        _load_packages()
-    return MappingProxyType(_sources)
-
-
-def tasks(installed: bool = True) -> Mapping[str, Task]:
-    """Return the tasks that were registered, by name; otherwise as `models`."""
-    if installed:
-        _load_packages()
-    return MappingProxyType(_tasks)
-
-
-def find(entries: Callable[[bool], Mapping[str, AnyEntry]], name: str, own: Container[str]) -> AnyEntry | None:
-    """Return what was registered under a name, or None.
-
-    Installed packages are asked for names only that are not the project's own: one that fails harms nothing else.
-
-    Args:
-        entries: `models`, `sources` or `tasks`.
-        name: looked for.
-        own: names of the project's own.
-
-    Raises:
-        ConfigError: the name is the project's own, and was registered all the same; or a package fails to register.
-    """
-    entry = entries(name not in own).get(name)
-    if entry is not None and name in own:
-        raise ConfigError(f"{entry.origin} registers {name!r}, which this project has itself: choose another name")
-    return entry
+    tasks.register(name, Task(open_task, recipe, **_describe(open_task)))
 
 
 @contextmanager
@@ -184,34 +200,42 @@ def naming(what: str) -> Iterator[None]:
     except Exception as error:
         if explain_runtime(error):
             raise
-        frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith("<frozen")]
-        place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = [frame for frame in frames if not frame.filename.startswith("<frozen")][-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
         text = printable(first_line(error))
         raise ConfigError(f"{what} failed: {type(error).__name__}: {text} ({place})") from error
 
 
-def _register(entries: dict[str, AnyEntry], what: str, name: str, entry: AnyEntry) -> None:
-    before = entries.get(name)
-    # A notebook's cell, or a module that is imported again, replaces its own.
-    if before is not None and before.origin != entry.origin:
-        raise ConfigError(f"{what} {name!r} is registered twice: by {before.origin} and by {entry.origin}")
-    entries[name] = entry
+def _describe(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the attributes of an `Entry`."""
+    function = function.func if isinstance(function, partial) else function
+    module = getattr(function, "__module__", type(function).__module__)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return {"function": f"{module}.{name}", "origin": _loading[-1] if _loading else f"module {module}"}
 
 
-def _name_origin(function: Callable[..., Any]) -> str:
-    return _loading[-1] if _loading else f"module {getattr(function, '__module__', type(function).__module__)}"
+def _ask_packages() -> Sequence[str]:
+    """Let each package register, once in a process; return a line for each that fails."""
+    return () if _loading else _call_entry_points()  # a package may look up a name while it registers
 
 
-def _load_packages() -> None:
-    """Call each entry point once; where one fails, all are called again at the next look."""
-    if GROUP in _loaded or _loading:  # a package may look up a name while it registers
-        return
+@cache
+def _call_entry_points() -> Sequence[str]:
+    failures = []
     for entry_point in entry_points(group=GROUP):
-        package = entry_point.dist.name if entry_point.dist else entry_point.module
-        _loading.append(f"package {package}")
+        package = f"package {entry_point.dist.name if entry_point.dist else entry_point.module}"
+        _loading.append(package)
         try:
-            with naming(f"package {package}: its entry point {entry_point.name} = {entry_point.value}"):
+            with naming(f"{package}: its entry point {entry_point.name} = {entry_point.value}"):
                 entry_point.load()()
+        except UserError as error:
+            failures.append(str(error))
+            _warn(failures[-1])
         finally:
             _loading.pop()
-    _loaded.add(GROUP)
+    return failures
+
+
+def _warn(line: str) -> None:
+    print(f"WARNING: {printable(line)}", file=sys.stderr, flush=True)

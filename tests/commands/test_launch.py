@@ -410,9 +410,10 @@ def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as archive:
         archive.extractall(site)
     inside = site / "resnest_imagenet" / "conf"
+    assert (inside.parent / "py.typed").is_file()
     assert list_files(inside) == list_files(find_conf())
     helps, _, _, conf = ask_for_help(tmp_path, "train", "data", PYTHONPATH=str(site))
-    assert all("\n  resnest-" in text for text in helps.values())
+    assert all(f"resnest-{name} " in text for name, text in helps.items())
     assert conf == str(inside)
 
 

@@ -220,6 +220,22 @@ def test_a_damaged_run_folder_is_a_line(name, content, tmp_path, recipes):
         read_run(tmp_path, recipes)
 
 
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([("train", 4, 0), ("train", 6, 0), ("train", 8, 1), ("train", 12, 1), ("train", 15, 2), ("eval", 15, 3)], 6),
+        ([("train", 4, 0), ("train", 6, 0), ("train", 8, 1)], 6),
+        ([("train", 4, 0)], 1),  # in the first epoch
+        ([("eval", 12, 2)], 6),
+    ],
+)
+def test_steps_of_an_epoch_where_not_every_epoch_is_evaluated(places, expected, tmp_path, recipes):
+    by_kind = {"train": STEP, "eval": EVALUATION}
+    events = [by_kind[kind] | {"step": step, "epoch": epoch} for kind, step, epoch in places]
+    write_run(tmp_path, **{"metrics.jsonl": events})
+    assert read_run(tmp_path, recipes).steps_per_epoch == expected
+
+
 def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes):
     """Its evaluations have neither top1 nor crop nor protocol."""
     for name, number in (("seg", 2), ("other", 3)):

@@ -149,6 +149,7 @@ def test_two_results_of_a_row_are_both_shown(tmp_path):
 
 
 TRAINING = {"recipe": "resnest", "epochs": 270, "ema_decay": 0.999}
+OF_STEPS = TRAINING | {"epochs": None, "steps": 1000}
 
 
 @pytest.mark.parametrize(
@@ -162,12 +163,23 @@ TRAINING = {"recipe": "resnest", "epochs": 270, "ema_decay": 0.999}
             {"training": {**TRAINING, "recipe": "mine"}, "epoch": 270, "is_average": True},
             "mine (no recipe of this project)",
         ),
+        ({"training": OF_STEPS, "epoch": 9, "is_average": True}, "resnest, steps=1000, ema_decay=0.999"),
     ],
 )
 def test_a_result_says_what_was_evaluated(changes, recipe, tmp_path):
     (tmp_path / "a.json").write_text(make_results(**changes))
-    measured, _ = read_measured([f"{tmp_path}/a.json"], {"resnest": {"epochs": 270, "ema_decay": None}})
+    measured, _ = read_measured([f"{tmp_path}/a.json"], {"resnest": {"epochs": 270, "steps": None, "ema_decay": None}})
     assert [one.recipe for one in measured] == [recipe]
+
+
+@pytest.mark.parametrize(("step", "length"), [(150, ", after 150 of 1000 steps"), (1000, "")])
+def test_how_far_a_run_of_steps_was(step, length, tmp_path):
+    event = {"event": "eval", "epoch": 2, "step": step, "crop": 224, "top1": 1.0, "count": 2, "protocol": "p"}
+    config = {"model": {"name": "resnest50", "num_classes": 10}, "train": OF_STEPS}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(event))
+    measured, _ = read_measured([str(tmp_path)], {"resnest": {"epochs": 270, "steps": None, "ema_decay": 0.999}})
+    assert [result.recipe for result in measured] == [f"resnest, steps=1000{length}"]
 
 
 @pytest.mark.slow

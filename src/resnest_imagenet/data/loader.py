@@ -42,6 +42,7 @@ class Loader(Protocol):
 
 
 _KINDS = {"folder": read_image_folder, "webdataset": read_shards}
+extensions.sources.reserve(_KINDS)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -63,11 +64,11 @@ def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
         DataError: nothing there, or nothing that can be used.
         ConfigError: an unknown kind, or a registered one that fails.
     """
-    outside = extensions.find(extensions.sources, kind, _KINDS)
+    outside = extensions.sources.find(kind)
     if outside is None and kind in _KINDS:
         return _KINDS[kind](root, name, option)
     if outside is None:
-        valid = [*_KINDS, *extensions.sources()]
+        valid = [*_KINDS, *extensions.sources.read()]
         raise ConfigError(f"unknown data.kind={kind}{suggest(kind, valid)} ({', '.join(valid)})")
     who = f"data.kind={kind} of {outside.origin}"
     with extensions.naming(who):

@@ -9,7 +9,7 @@ from typing import Any
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_file
 
-TOP1 = "top1"  # what evaluations of versions are chosen by that name no metric
+TOP1 = "top1"  # of evaluations that name no metric: those of earlier versions
 MAX_DRAWN = 1e40  # more than float32 holds, and less than breaks a chart's axis
 
 Event = dict[str, Any]  # "event": its kind; and what that has

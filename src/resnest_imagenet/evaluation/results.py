@@ -159,7 +159,7 @@ def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measur
         if content.training is None:
             recipe = f"weights {content.ckpt}"
         else:
-            recipe = _describe(content.training, recipes, content.epoch or 0)
+            recipe = _describe(content.training, recipes, content.epoch or 0, None)
             # Where there is a moving average, it is what a reader expects.
             if content.training.get("ema_decay") is not None and not content.is_average:
                 recipe += ", not the moving average"
@@ -194,7 +194,7 @@ def _measure_run(
     config: dict[str, Any], evaluation: dict[str, Any], recipes: dict[str, dict[str, Any]], source: str
 ) -> Measured:
     require_numbers(evaluation, ("crop", "count"))
-    recipe = _describe(config["train"], recipes, evaluation["epoch"])
+    recipe = _describe(config["train"], recipes, evaluation["epoch"], evaluation.get("step"))
     model, num_classes, protocol = config["model"]["name"], config["model"]["num_classes"], evaluation["protocol"]
     if not (isinstance(model, str) and isinstance(num_classes, int) and isinstance(protocol, str)):
         raise TypeError(f"{model}, {num_classes}, {protocol}")
@@ -202,11 +202,31 @@ def _measure_run(
     return Measured(model, crop, evaluation[TOP1], count, num_classes, recipe, protocol, source)
 
 
-def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int) -> str:
-    """Name the recipe, the values that a run set otherwise, and how far it was."""
+def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int, step: int | None) -> str:
+    """Name the recipe, the values that a run set otherwise, and how far it was.
+
+    Args:
+        training: the options of the training.
+        recipes: the values of each recipe by its name.
+        epoch: epochs done.
+        step: steps done; None where they are not known.
+
+    Raises:
+        LookupError, TypeError: these are no options of a training.
+    """
     training = upgrade_recipe(training)
-    name, length = training["recipe"], training["epochs"]
+    name, epochs, steps = training["recipe"], training["epochs"], training.get("steps")
+    if epochs is None and steps is None:
+        raise TypeError("a run without a length")
     published = recipes.get(name, {})
-    changed = [f"{key}={training.get(key)}" for key, value in published.items() if training.get(key) != value]
-    unfinished = [f"after {epoch} epochs"] if length is not None and epoch < length else []
+    changed = [
+        f"{key}={training.get(key)}"
+        for key, value in published.items()
+        if training.get(key) != value and not (key in ("epochs", "steps") and training.get(key) is None)  # one is given
+    ]
+    unfinished = []
+    if steps is not None and step is not None and step < steps:
+        unfinished = [f"after {step} of {steps} steps"]
+    elif epochs is not None and epoch < epochs:
+        unfinished = [f"after {epoch} epochs"]
     return ", ".join([name if published else f"{name} (no recipe of this project)", *changed, *unfinished])

@@ -70,6 +70,7 @@ ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     "skresnext50_32x4d": PeerSpec("skresnext50_32x4d"),
     "skresnext101_32x4d": PeerSpec("resnet", _SKNET101),
 }
+extensions.models.reserve(ARCHITECTURES)
 
 # Side of the images that the published weights are tested on, in pixels; of all others 224 (the paper's section 5.1 and
 # table 3, the official repository).
@@ -90,18 +91,18 @@ TIMM_RESNESTS: dict[str, str] = {
 
 def list_models() -> list[str]:
     """Return the names that `build_model` takes, sorted."""
-    return sorted({*ARCHITECTURES, *extensions.models()})
+    return sorted({*ARCHITECTURES, *extensions.models.read()})
 
 
 def usual_crop(name: str) -> int:
     """Return the side of the images that a network is usually tested on, in pixels."""
-    outside = _find_outside(name)
+    outside = extensions.models.find(name)
     return outside.crop if outside else _TEST_CROPS.get(name, 224)
 
 
 def find_head(name: str) -> str:
     """Return the name of a network's classifier, a module with a weight; fc of a network that is not known."""
-    outside = _find_outside(name)
+    outside = extensions.models.find(name)
     return outside.head if outside else "fc"
 
 
@@ -112,7 +113,7 @@ def count_outputs(model: nn.Module, name: str) -> int:
 
 def require_model(name: str) -> None:
     """Raise a ConfigError, with the nearest name, unless `build_model` knows the name."""
-    if name not in ARCHITECTURES and _find_outside(name) is None:
+    if name not in ARCHITECTURES and extensions.models.find(name) is None:
         raise ConfigError(f"unknown model {name!r}{suggest(name, list_models())}")
 
 
@@ -154,7 +155,7 @@ def build_model(
             registered network that does not take an option, or fails.
     """
     require_model(name)
-    outside = _find_outside(name)
+    outside = extensions.models.find(name)
     if outside is not None:
         options = {"dropout": dropout, "output_stride": output_stride, "split_attention": split_attention}
         model = _build_outside(name, outside, num_classes, options, {"zero_gamma": zero_gamma, "init": init})
@@ -191,11 +192,6 @@ def _build_peer(spec: PeerSpec, num_classes: int, dropout: float, zero_gamma: bo
     from timm import create_model
 
     return create_model(spec.timm_name, **arguments)
-
-
-def _find_outside(name: str) -> extensions.Model | None:
-    """Return the registered network of a name, if there is one."""
-    return extensions.find(extensions.models, name, ARCHITECTURES)
 
 
 def _build_outside(

@@ -51,7 +51,13 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float:
-        """From the first evaluation; 1 before there is one: then steps stand for epochs."""
+        """From the last report of the first epoch, else the first evaluation; 1 without: then steps stand for epochs.
+
+        A run's last epoch may be shorter, and the first evaluation may come after it.
+        """
+        first_epoch = [event["step"] for event in self.steps if event.get("epoch") == 0]
+        if first_epoch and (self.evaluations or len(first_epoch) < len(self.steps)):  # it has ended
+            return max(first_epoch)
         return next((event["step"] / event["epoch"] for event in self.evaluations), 1)
 
 

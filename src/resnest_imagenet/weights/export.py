@@ -41,6 +41,8 @@ def export_weights(
     name, tensors = match_tensors(loaded, model)
     if layout in ("mmpretrain", "detectron2") and not isinstance(ARCHITECTURES.get(name), ResNeStSpec):
         raise ConfigError(f"layout={layout} is known for ResNeSts, and {source} holds a {name}")
+    if layout != "official" and name not in ARCHITECTURES:
+        raise ConfigError(f"layout={layout} is known for this project's networks, and {source} holds a {name}")
     file = choose_file(source, out, f"{name}-{layout}.{form}")
     renamed = {rename(key, layout): value for key, value in tensors.items()}
     # Contiguous, whatever layout training used, and no views of larger memory.
