@@ -222,9 +222,19 @@ def encode_answers(images: ImageSource, answers: np.ndarray) -> bytes:
     return text.getvalue().encode()
 
 
+_variant: Callable[[TrainConfig], TinyTask] = TinyTask
+
+
+def open_variant(config: TrainConfig) -> TinyTask:
+    """Open the variant that was registered last."""
+    return _variant(config)
+
+
 def register(build: Callable[..., TinyTask] = TinyTask, **options: Any) -> None:
     """Register the task, or a variant of it, with options of `TinyTask`."""
-    register_task("tiny", partial(build, **options), ClassificationRecipe)
+    global _variant  # noqa: PLW0603 - a name stands for one function
+    _variant = partial(build, **options)
+    register_task("tiny", open_variant, ClassificationRecipe)
 
 
 if __name__ == "__main__":
