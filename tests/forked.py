@@ -64,7 +64,7 @@ def train_on_ranks(
         processes.append(_start_server().Process(target=_train, args=arguments, daemon=True))
         processes[-1].start()
     for process in processes:
-        process.join(60)
+        process.join(240)
     return [Ended(process.exitcode, file.read_text()) for process, file in zip(processes, files, strict=True)]
 
 
