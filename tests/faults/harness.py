@@ -148,7 +148,7 @@ def _child(
         os.dup2(file.fileno(), 2)
     sys.argv = [f"resnest-{command}", *arguments]
     inject.install(faults)
-    if is_fast and command == "train":
+    if is_fast and command == "train" and tuple(arguments[: len(SMALL)]) == SMALL:
         num_common = len(SMALL) + (TINY[0] in arguments)
         composing.compose_early(tuple(arguments[:num_common]), arguments)
     importlib.import_module(f"resnest_imagenet.commands.{command}").main()

@@ -40,7 +40,7 @@ train train.max_skipped_steps=1.5 -> train.max_skipped_steps=1.5: input should b
 train epochs=3 -> did you mean 'train.epochs'?
 train ++train.batchsize=32 -> did you mean 'train.batch_size'?
 train train.label_smoothing=1 -> train.label_smoothing=1: input should be less than 1
-train train.schedule=cosin -> train.schedule=cosin: input should be 'cosine' or 'step'
+train train.schedule=cosin -> train.schedule=cosin: input should be 'cosine', 'step', 'milestones' or 'poly'
 train train.policy=resnst -> train.policy=resnst: input should be 'resnest', 'resnest_torch', 'autoaugment'
 train train.ema_decay=high -> train.ema_decay=high: input should be a valid number
 train loader.worker=4 -> did you mean 'loader.workers'?
