@@ -18,6 +18,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 LEAVES = {"errors", "randomness", "files", "extensions"}
 MEASURING = LEAVES | {
     "config",
+    "options",
     "recipe",
     "checkpoint",
     "distributed",
@@ -48,7 +49,19 @@ MAY_IMPORT = {
     "tasks": MEASURING | {"evaluation", "inference"},
     "training": MEASURING | {"evaluation", "inference", "tasks"},
     "commands": LEAVES
-    | {"recipe", "config", "distributed", "weights", "data", "evaluation", "inference", "reports", "tasks", "training"},
+    | {
+        "options",
+        "recipe",
+        "config",
+        "distributed",
+        "weights",
+        "data",
+        "evaluation",
+        "inference",
+        "reports",
+        "tasks",
+        "training",
+    },
     "__init__": {"extensions", "models", "weights", "inference", "tasks"},
 }
 # Packages that one place only may know.
