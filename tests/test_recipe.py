@@ -1,6 +1,5 @@
 """The recipe of a task, and what becomes of recipes that earlier versions wrote."""
 
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -9,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from conftest import compose_config
 from resnest_imagenet import extensions
 from resnest_imagenet.commands.launch import check_config, find_conf
-from resnest_imagenet.config import PreviewDataConfig, TrainConfig, option_names
+from resnest_imagenet.config import RECIPES, PreviewDataConfig, TrainConfig, option_names
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.options import Positive
 from resnest_imagenet.recipe import (
@@ -79,7 +78,9 @@ class PairsRecipe(Recipe):
 @pytest.fixture
 def compose_pairs(tmp_path, monkeypatch):
     """Compose a run of another package's task, whose values stand in a folder of its own."""
-    monkeypatch.setattr(extensions, "tasks", lambda installed=True: {"pairs": SimpleNamespace(recipe=PairsRecipe)})
+    monkeypatch.setattr(extensions, "tasks", extensions.Registry("task"))
+    extensions.tasks.reserve(RECIPES)
+    extensions.register_task("pairs", print, PairsRecipe)
     head = "# @package _global_\n"
     (tmp_path / "task").mkdir()
     (tmp_path / "task/pairs.yaml").write_text(f"{head}train:\n  task: pairs\n  distance: 3\neval:\n  pairs: 9\n")

@@ -14,7 +14,6 @@ from resnest_imagenet.evaluation.predictions import encode_predictions, read_pre
 from resnest_imagenet.evaluation.results import Measured
 from resnest_imagenet.inference import compare, predict
 from resnest_imagenet.inference.compare import Comparison
-from resnest_imagenet.reports import explain_pictures
 from resnest_imagenet.reports.table3 import format_table
 
 
@@ -58,6 +57,8 @@ def test_names_are_no_formulas(demo_images, tmp_path):
 
 
 def test_no_table_has_formulas(tmp_path):
+    from resnest_imagenet.reports import explain_pictures  # late: it imports matplotlib
+
     name = "=1+1"
     predictions = [predict.Prediction(name, 1, name, "-x", 0.5)]
     images = ImageFolder(Path(name), (name,), np.array([b"1.jpg"]), np.zeros(1, dtype=np.int64))

@@ -27,7 +27,6 @@ from resnest_imagenet.inference.explain import (
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import SplitAttention
-from resnest_imagenet.reports import explain_pictures
 
 OPTIONS = ("device=cpu", "crop=64", "loader.workers=1", "batch_size=3")
 
@@ -277,6 +276,8 @@ def test_a_target_is_a_name_a_number_or_words():
 
 
 def test_pictures_have_names_of_their_own():
+    from resnest_imagenet.reports import explain_pictures
+
     assert explain_pictures.name_pictures(["/p/a/x.jpg", "/p/b/x.jpg", "/p/b/x.png"]) == [
         "a/x.jpg.png",
         "b/x.jpg.png",

@@ -24,13 +24,18 @@ from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.evaluation.results import read_measured
-from resnest_imagenet.reports.report import render_report, write_report
 from resnest_imagenet.reports.runs import Run, find_runs, list_differences, read_run
 from resnest_imagenet.reports.table3 import PAPER
 from resnest_imagenet.training.train import train
 
 CHARTS = ["Training loss", "Accuracy after each epoch", "Learning rate", "Throughput", "Wait for data", "Calibration"]
 CHARTS += ["Accuracy by class", "Accuracy against computation"]
+
+
+def render_report(*arguments):
+    from resnest_imagenet.reports import report  # late: it imports torchvision
+
+    return report.render_report(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,8 @@ def folders(demo_images, tmp_path_factory):
 def page(folders, recipes, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "report.html"
     runs, _ = find_runs(list(map(str, folders)), recipes)
+    from resnest_imagenet.reports.report import write_report  # late: it imports torchvision
+
     write_report(runs, out, latency=False, device="cpu")
     return out
 

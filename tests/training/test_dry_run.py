@@ -21,7 +21,7 @@ def test_the_plan_is_what_the_run_does(tiny_run, tmp_path):
     plan = parse(describe_run(config))
     assert not (tmp_path / "run").exists()
     assert plan["data"] == "103 training and 40 val samples"
-    assert plan["steps"] == "12, 6 in each of 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
+    assert plan["steps"] == "12, 6 in an epoch, 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
     assert plan["start"] == f"from scratch in {tmp_path / 'run'}"
     state = train(config)
     assert state.step == 12
@@ -43,7 +43,7 @@ def test_a_shorter_last_epoch_is_in_the_plan(tiny_run):
     plan = parse(
         describe_run(tiny_run("train.epochs=null", "train.steps=10", "train.batch_size=8", "train.warmup_epochs=0"))
     )
-    assert plan["steps"] == "10, 12 in each of 1 epochs; of 8 images, 8 x 1 ranks x 1 passes"
+    assert plan["steps"] == "10, 12 in an epoch, 1 epochs; of 8 images, 8 x 1 ranks x 1 passes"
 
 
 def test_classification_describes_its_network_its_images_and_a_first_batch(small_run):
