@@ -6,7 +6,6 @@ from PIL import Image
 
 from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.evaluation.accuracy import Evaluation
-from resnest_imagenet.evaluation.charts import paint_confusions
 from resnest_imagenet.tasks.pictures import draw_confusions, draw_samples
 
 
@@ -41,6 +40,8 @@ def test_more_classes_share_cells_and_any_name_can_be_drawn():
 
 def test_cells_have_the_share_of_the_true_class():
     from matplotlib.figure import Figure
+
+    from resnest_imagenet.evaluation.charts import paint_confusions  # late: it imports matplotlib
 
     confusions = np.array([[3, 1, 0], [0, 0, 2], [0, 0, 0]])
     axes = Figure().add_subplot()

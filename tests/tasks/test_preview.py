@@ -11,12 +11,13 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.tasks.classification import build_train_transform
-from resnest_imagenet.tasks.preview import CAPTION, MARGIN, write_preview
 
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])
 def test_the_sheet_shows_what_the_run_will_see(name, demo_images, tmp_path):
     """The first, the middle and the last image: their pixels in the second epoch of a run of the same seed."""
+    from resnest_imagenet.tasks.preview import CAPTION, MARGIN, write_preview  # late: it imports torchvision
+
     out = tmp_path / "new" / "sheet.png"
     options = (f"data.root={demo_images}", f"out={out}", "images=3", "epochs=2", "train.crop=40", "seed=5")
     config = compose_config("data_preview", PreviewDataConfig, *options, f"loader={name}", "loader.workers=1")
@@ -38,6 +39,8 @@ def test_the_sheet_shows_what_the_run_will_see(name, demo_images, tmp_path):
 
 
 def test_a_bad_image_is_named(tmp_path):
+    from resnest_imagenet.tasks.preview import write_preview  # late: it imports torchvision
+
     (tmp_path / "train" / "x").mkdir(parents=True)
     (tmp_path / "train" / "x" / "0.jpg").write_text("<html>")
     config = compose_config("data_preview", PreviewDataConfig, f"data.root={tmp_path}", f"out={tmp_path / 'sheet.png'}")
