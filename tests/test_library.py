@@ -24,6 +24,8 @@ from resnest_imagenet.weights.graphs import export_graph
 from resnest_imagenet.weights.hub import export_folder
 from resnest_imagenet.weights.load import read_weights
 
+pytestmark = pytest.mark.process  # images are examined in processes
+
 NAME = "resnest14_half"
 
 

@@ -290,6 +290,7 @@ def test_prepare_without_archives_has_exit_code_3(tmp_path, monkeypatch, capsys)
     assert (code, lines) == (3, [f"resnest-data: {tmp_path / 'ILSVRC2012_devkit_t12.tar.gz'}: no such archive"])
 
 
+@pytest.mark.process
 def test_shards_of_one_part_and_of_none(demo_images, tmp_path, monkeypatch, capsys):
     options = ["shard", f"data.root={demo_images}", "data.train_dir=null", f"out={tmp_path / 'out'}"]
     assert call(data, options, monkeypatch, capsys)[0] == 0

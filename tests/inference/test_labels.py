@@ -202,6 +202,7 @@ def test_numbered_shards_are_labelled_as_the_outputs_are(tmp_path, evaluation_of
     assert (result.correct1, result.correct5, result.count) == (1, 5, 1000)
 
 
+@pytest.mark.process
 def test_numbers_and_names_of_classes_meet_by_position(tmp_path, image, numbered_shards):
     imagenet = imagenet_synsets()
     shards = read_shards(str(numbered_shards), "val", "data.val_dir")

@@ -14,6 +14,7 @@ from resnest_imagenet.tasks.classification import build_train_transform
 
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])
+@pytest.mark.process
 def test_the_sheet_shows_what_the_run_will_see(name, demo_images, tmp_path):
     """The first, the middle and the last image: their pixels in the second epoch of a run of the same seed."""
     from resnest_imagenet.tasks.preview import CAPTION, MARGIN, write_preview  # late: it imports torchvision
