@@ -177,6 +177,7 @@ def test_a_change_of_the_data_is_noticed_and_said_in_words(identify, tmp_path):
     assert compare(older)[0] == "classes unknown -> 2" and compare({**before, **older})[0] == "class 1 dog -> wolf"
 
 
+@pytest.mark.process
 def test_labels_of_shards_are_compared(identify, demo_images, tmp_path):
     write_shards(str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "s", 30, False)
     before = {"identity": identify("webdataset", tmp_path / "s")}

@@ -181,6 +181,7 @@ def read_wandb(path):
             record = b""
 
 
+@pytest.mark.process
 def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_run(shown):
     files = sorted(shown.run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
@@ -292,6 +293,7 @@ def test_no_step_waits_for_a_tracker_and_its_failure_is_said_once(monkeypatch, c
     assert capsys.readouterr().err == "WARNING: mlflow lacks what metrics.jsonl has: OSError: gone\n"
 
 
+@pytest.mark.process
 def test_a_tracker_that_is_not_installed_is_one_line_before_any_data_is_read(small_run, tmp_path, monkeypatch):
     # W&B makes such a folder wherever it runs: to Python a package.
     (tmp_path / "elsewhere/wandb").mkdir(parents=True)

@@ -185,6 +185,7 @@ def test_bad_images_end_a_run_or_are_replaced_as_asked(small_run, demo_images, t
         train(small_run(*options, "data.on_error=substitute", "data.max_errors=2"))
 
 
+@pytest.mark.process
 def test_shuffling_by_shards_reaches_the_plan(small_run, demo_images, tmp_path):
     write_shards(str(demo_images), BOTH_PARTS, tmp_path / "shards", 30, shuffle=False)
     config = small_run("data=webdataset", f"data.root={tmp_path / 'shards'}", "data.shuffle_shards=2")
