@@ -7,9 +7,11 @@ READY := $(VENV)/.ready
 # Idle OpenMP threads sleep: 20 times faster where processes share cores.
 export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
+# A process with tests on each core, which has its torch on one thread (tests/conftest.py).
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault-test lint bench growth bench-gpu bench-data lock clean
+.PHONY: help setup demo test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -31,11 +33,14 @@ demo: $(READY) ## make the demo images, train on them and evaluate: a few minute
 	@echo "  its curves   $(BIN)/tensorboard --logdir runs/demo/tensorboard"
 	@echo "  next         $(BIN)/resnest-train --help, and README.md"
 
-test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY) ## run the tests, on at most 4 CPU cores
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-quick: $(READY) ## run those that start no process and take no time, for the inner loop
+	$(BIN)/python -m pytest --quick $(PARALLEL)
 
 fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
-	PYTHONPATH=tools $(BIN)/python -m fault_test
+	PYTHONPATH=tests $(BIN)/python -m faults
 
 lint: $(READY) ## check style, format and types
 	$(BIN)/ruff check .
@@ -43,19 +48,19 @@ lint: $(READY) ## check style, format and types
 	$(BIN)/mypy
 
 bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes
-	$(BIN)/python tools/bench.py --compile --out docs/performance.json
-	$(BIN)/python tools/bench.py --report docs/performance.json > docs/performance.md
+	$(BIN)/python tools/benchmarks/bench.py --compile --out docs/performance.json
+	$(BIN)/python tools/benchmarks/bench.py --report docs/performance.json > docs/performance.md
 
 growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
-	$(BIN)/python tools/growth.py --out docs/growth.json
-	$(BIN)/python tools/growth.py --report docs/growth.json > docs/growth.md
+	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json
+	$(BIN)/python tools/benchmarks/growth.py --report docs/growth.json > docs/growth.md
 
 bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which needs torch, timm and this project
-	PYTHONPATH=src $(PYTHON) tools/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \
+	PYTHONPATH=src $(PYTHON) tools/benchmarks/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \
 	  --out docs/performance_gpu.json
 
 bench-data: $(READY) ## compare the loaders with torchvision's and DALI's own: IMAGES=DIR, with DIR/<class>/<image>
-	$(BIN)/python tools/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))
+	$(BIN)/python tools/benchmarks/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))
 
 lock: $(READY) ## renew constraints.txt
 	$(BIN)/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --python-version 3.10 \

@@ -5,6 +5,7 @@ can be called and has no underscore in front is an entry: other names are module
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import typing
@@ -12,7 +13,7 @@ import typing
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "src"))
 
 from resnest_imagenet import errors
-from resnest_imagenet.models import zoo
+from resnest_imagenet.models import features, zoo
 from resnest_imagenet.weights import published
 
 dependencies = ["torch", "timm", "safetensors", "filelock"]
@@ -35,7 +36,9 @@ Raises:
 
 
 def _make_entry(name: str) -> typing.Callable[..., typing.Any]:
-    def entry(pretrained: bool | str = False, num_classes: int = 1000, **options: typing.Any) -> typing.Any:
+    def entry(
+        pretrained: bool | str | os.PathLike[str] = False, num_classes: int = 1000, **options: typing.Any
+    ) -> typing.Any:
         model = zoo.build_model(name, num_classes, **options)
         if pretrained:
             _load(model, name, pretrained, num_classes)
@@ -47,14 +50,14 @@ def _make_entry(name: str) -> typing.Callable[..., typing.Any]:
     return entry
 
 
-def _load(model: typing.Any, name: str, pretrained: bool | str, num_classes: int) -> None:
+def _load(model: typing.Any, name: str, pretrained: bool | str | os.PathLike[str], num_classes: int) -> None:
     # Late: torch.hub says which dependencies are missing after it has read this file.
     from resnest_imagenet.weights.load import load_backbone, read_weights, start_from
 
     if pretrained is True and name not in published.OFFICIAL:
         raise errors.ConfigError(f"there are no official weights of {name}: give pretrained='timm:NAME' or a file")
     source = f"official:{name}" if pretrained is True else pretrained
-    if not hasattr(model, "fc"):  # features_only=True
+    if isinstance(model, features.Backbone):
         load_backbone(model, name, source)
         return
     weights = read_weights(source)

@@ -2,16 +2,24 @@ import os
 
 # Before torch: idle OpenMP threads sleep, 20 times faster where processes share cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes with tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing.process
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
+
+import tiny_task
+from faulty_task import Fault, open_with
 
 # Before Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():
@@ -21,11 +29,48 @@ from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.training import run_folder
+from resnest_imagenet.training import train as train_module
+from resnest_imagenet.training.stopping import SIGNALS
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
 # What torchrun tells the first of two ranks.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+# Seconds each to import: a test imports them itself.
+HEAVY = {"torchvision", "timm", "matplotlib", "scipy", "nvidia.dali", "torch._dynamo", "wandb", "mlflow"}
+collected_with: set[str] = set()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="skip what starts a process or is marked slow")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take what starts a process, and what is slow, out of the quick tier."""
+    collected_with.update(HEAVY & sys.modules.keys())
+    if config.getoption("quick"):
+        dropped = [item for item in items if item.get_closest_marker("process") or item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session):
+    """Fail what starts a process in the quick tier."""
+    with pytest.MonkeyPatch.context() as patch:
+        if session.config.getoption("quick"):
+            patch.setattr(subprocess.Popen, "__init__", _refuse_process)
+            patch.setattr(multiprocessing.process.BaseProcess, "start", _refuse_process)
+            patch.setattr(os, "fork", _refuse_process)
+            patch.setattr(run_folder, "_git_commit", lambda: None)  # it asks git
+        return (yield)
+
+
+def _refuse_process(*args: object, **options: object) -> None:
+    raise AssertionError("a test of the quick tier starts a process: mark it with @pytest.mark.process")
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +104,37 @@ def small_run(demo_images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_values() -> DictConfig:
+    """The values of a run of TinyTask: 12 steps of 16 samples in two epochs; composed once, which takes longer."""
+    tiny_task.register()
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return compose("train", [*SMALL, "train.task=tiny", "data.root=unused", "log.trackers=[]"])
+
+
+@pytest.fixture
+def tiny_run(tiny_values: DictConfig, tmp_path: Path) -> Iterator[Callable[..., TrainConfig]]:
+    """Make the configuration of a run of TinyTask in a folder of its own."""
+
+    def make(*overrides: str, run: str = "run") -> TrainConfig:
+        changes = OmegaConf.from_dotlist([f"run_dir={tmp_path / run}", *overrides])
+        return check_config(OmegaConf.merge(tiny_values, changes), TrainConfig)
+
+    tiny_task.register()
+    yield make
+    tiny_task.register()  # without the options that a test has given it
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give all runs from here on these faults, and no others."""
+
+    def give(*faults: Fault) -> None:
+        monkeypatch.setattr(train_module, "open_task", open_with(*faults))
+
+    return give
+
+
 @pytest.fixture
 def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
     """Make the configuration of an evaluation on the demo's val images."""
@@ -68,6 +144,15 @@ def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
         return compose_config("eval", EvalConfig, *places, "device=cpu", "crop=32", "loader.workers=1", *overrides)
 
     return make
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Give back the signals that a stopped run leaves ignored: its process would have ended."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -87,7 +172,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch):
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """Return the checkpoint that a run would go on from."""
+    """Return the checkpoint that a run would resume from."""
     return max((run / "checkpoints").glob("step-*.pt"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import compose_config
 from resnest_imagenet.commands import launch
 from resnest_imagenet.config import Options, TrainConfig, option_names
-from resnest_imagenet.evaluation.table3 import PAPER
+from resnest_imagenet.reports.table3 import PAPER
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,7 +51,7 @@ def to_script(words):
         module = words.index("-m") + 1
         return MODULES[words[module]], words[module + 1 :]
     for place, word in enumerate(words):
-        if word == "tools/slurm/train.sbatch":
+        if word == "tools/launchers/slurm/train.sbatch":
             return "resnest-train", words[place + 1 :]
         if word in SCRIPTS:  # in a container too
             return word, words[place + 1 :]
@@ -69,6 +69,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(
     ("page", "words"), ALL, ids=lambda value: value.name if isinstance(value, Path) else " ".join(value)
 )
+@pytest.mark.slow
 def test_a_command_composes(page, words, monkeypatch):
     name, arguments = to_script(words)
     if name is None:
@@ -138,6 +139,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in list_anchors(there), f"{target}#{anchor}"
 
 
+@pytest.mark.slow
 def test_the_rows_of_table_3_are_what_the_experiments_say():
     text = (ROOT / "docs/table3.md").read_text()
     for row in PAPER:
@@ -161,6 +163,7 @@ SHRUNK = {
 WORKERS = ("train", "eval", "predict", "explain", "compare")
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = 0
@@ -178,3 +181,12 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     text = TUTORIAL.read_text()
     for path in re.findall(r"^- `([^`]+)`: ", text, re.MULTILINE):  # what the tutorial says one has at the end
         assert (tmp_path / path).exists(), path
+
+
+def test_the_readmes_tree_has_every_file():
+    tree = (ROOT / "README.md").read_text().partition("## The tree\n")[2].partition("Imports run one way")[0]
+    commands = {
+        path.name for path in (ROOT / "src/resnest_imagenet/commands").iterdir()
+    }  # as the line of its folder says
+    files = {path.name for path in (ROOT / "src/resnest_imagenet").rglob("*.py")} - commands
+    assert not files - set(re.findall(r"\w+\.py", tree))

@@ -1,18 +1,30 @@
 """A small part of each entry of the fault test: `make fault-test` does them in full."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
-from fault_test.__main__ import CATALOGUE
-from fault_test.harness import Place
+
+from faults.__main__ import CATALOGUE, make_place
+from faults.harness import Place
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    _ = Place(folder / "first", fast=True).data  # made once
+    return folder
+
+
+@pytest.fixture
+def place(folder: Path, number: int) -> Iterator[Place]:
+    place = make_place(number, True, folder)
+    yield place
+    place.end_children()
 
 
 @pytest.mark.parametrize("number", CATALOGUE)
-def test_a_claim_holds(number, folder, request):
-    place = Place(folder / str(number), fast=True)
-    place.folder.mkdir()
-    request.addfinalizer(place.end_children)
+def test_a_claim_holds(number: int, place: Place) -> None:
     assert CATALOGUE[number](place)

@@ -57,6 +57,7 @@ def test_nothing_of_others_is_touched(tmp_path):
     write(tmp_path / ("n" * 255), b"")  # no longer name is possible
 
 
+@pytest.mark.process
 def test_only_what_a_killed_writer_has_left_is_removed(tmp_path):
     left = "import os, sys\nfrom pathlib import Path\nfrom resnest_imagenet.files import replacing\n"
     left += "with replacing(Path(sys.argv[1])): os._exit(9)"
@@ -70,6 +71,7 @@ def test_only_what_a_killed_writer_has_left_is_removed(tmp_path):
     assert gone.name.startswith(".best.pt.") and len(before) == 5
 
 
+@pytest.mark.process
 def test_devices_and_pipes_are_written_to(tmp_path):
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)

@@ -54,6 +54,7 @@ def run_isolated(script, torch_home):
     return result.stdout.splitlines()
 
 
+@pytest.mark.process
 def test_every_network_is_an_entry_and_nothing_else_is(torch_home):
     script = """
 print(*torch.hub.list(*clone, **options))
@@ -66,6 +67,7 @@ print(torch.hub.help(*clone, "resnest50", trust_repo=True, skip_validation=True)
     assert 'pretrained: True for the authors\' weights; or "timm:NAME" or a file.' in text
 
 
+@pytest.mark.process
 def test_networks_from_a_clone_and_from_a_folder(torch_home):
     script = f"""
 for repository, source in ((*clone, "github"), ({str(REPOSITORY)!r}, "local")):
@@ -93,6 +95,7 @@ def server(tmp_path):
     thread.join()
 
 
+@pytest.mark.process
 def test_pretrained(torch_home, server):
     folder, url = server
     model = build_model("resnest14_half", 5)
@@ -106,11 +109,12 @@ def test_pretrained(torch_home, server):
     torch.save({"model": model.state_dict(), "config": config, "classes": list("abcde"), "epoch": 1}, folder / "run.pt")
     script = f"""
 torch.hub.list(*clone, **options)  # from now on the package is found
+import pathlib
 from resnest_imagenet.weights import published
 published.MIRRORS = ({url!r},)
 published.OFFICIAL["resnest14_half"] = {sha256!r}
 load = lambda name, **more: torch.hub.load(*clone, name, **options, **more)
-for more in ({{"pretrained": True}}, {{"pretrained": {str(folder / "own.pth")!r}}}):
+for more in ({{"pretrained": True}}, {{"pretrained": pathlib.Path({str(folder / "own.pth")!r})}}):
     for outputs in (5, 3):
         model = load("resnest14_half", num_classes=outputs, **more)
         print(model.layer1[0].conv1.weight.sum().item(), model.fc.weight.sum().item())
@@ -133,6 +137,7 @@ for name, choice in (("resnest14", True), ("resnest14", "oficial:resnest14")):
     assert misspelt.startswith("unknown weights 'oficial:resnest14'")
 
 
+@pytest.mark.process
 def test_missing_dependencies_are_torch_hubs_line(torch_home):
     script = """
 sys.modules.update(dict.fromkeys(["timm", "safetensors"]))  # importing them now fails

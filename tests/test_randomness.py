@@ -11,7 +11,7 @@ def test_rows_are_the_streams_of_their_numbers():
 
 
 def test_streams_differ_in_each_part_of_their_name():
-    names = [(1, Purpose.CROP, 2, 3), (2, Purpose.CROP, 2, 3), (1, Purpose.LOOK, 2, 3), (1, Purpose.CROP, 3, 3)]
+    names = [(1, Purpose.CROP, 2, 3), (2, Purpose.CROP, 2, 3), (1, Purpose.APPEARANCE, 2, 3), (1, Purpose.CROP, 3, 3)]
     names.append((1, Purpose.CROP, 2, 4))
     first = [stream(*name).random() for name in names]
     assert len(set(first)) == len(names)

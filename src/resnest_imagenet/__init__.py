@@ -1,17 +1,55 @@
 """ResNeSt (Split-Attention Networks, arXiv 2004.08955): networks, training and evaluation."""
 
+from importlib import import_module
+from sys import modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resnest_imagenet.extensions import register_model, register_source, register_task
+    from resnest_imagenet.inference.classifier import open_classifier
+    from resnest_imagenet.inference.compare import compare
+    from resnest_imagenet.inference.explain import explain
+    from resnest_imagenet.inference.predict import predict
     from resnest_imagenet.models.zoo import build_model, list_models
+    from resnest_imagenet.tasks.evaluate_checkpoint import evaluate
+    from resnest_imagenet.weights.load import load_backbone
 
-__all__ = ["build_model", "list_models"]
+__all__ = [
+    "build_model",
+    "compare",
+    "evaluate",
+    "explain",
+    "list_models",
+    "load_backbone",
+    "open_classifier",
+    "predict",
+    "register_model",
+    "register_source",
+    "register_task",
+]
+
+_MODULES = {
+    "build_model": "models.zoo",
+    "compare": "inference.compare",
+    "evaluate": "tasks.evaluate_checkpoint",
+    "explain": "inference.explain",
+    "list_models": "models.zoo",
+    "load_backbone": "weights.load",
+    "open_classifier": "inference.classifier",
+    "predict": "inference.predict",
+    "register_model": "extensions",
+    "register_source": "extensions",
+    "register_task": "extensions",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch is imported when a model is asked for: the commands answer --help before that.
-    if name in __all__:
-        from resnest_imagenet.models import zoo
-
-        return getattr(zoo, name)
+    # torch is imported when a function is asked for: the commands answer --help before that.
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    submodules = (name for name in globals() if f"{__name__}.{name}" in modules)
+    return sorted({*__all__, *submodules})

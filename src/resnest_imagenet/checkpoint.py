@@ -129,7 +129,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedCheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
     is_of_run = _is_zip(data) and "identity" in content
-    if is_of_run and not has_digest and launched_as()[0] == 0:
+    if is_of_run and not has_digest and launched_as().rank == 0:
         print(f"{path}: has no digest, only its checksums were checked", file=sys.stderr, flush=True)
     return content
 

@@ -6,7 +6,9 @@ import platform
 import torch
 from torch import nn
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from resnest_imagenet.errors import ConfigError
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -15,8 +17,14 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context of fp32 (off), bf16 or fp16 on a device."""
-    return torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES)
+    """Return the autocast context of fp32 (off), bf16 or fp16 on a device.
+
+    Raises:
+        ConfigError: another precision.
+    """
+    if precision not in _DTYPES:
+        raise ConfigError(f"precision={precision!r}: {', '.join(_DTYPES)} are valid")
+    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
 
 def keep_freed_memory() -> None:

@@ -3,48 +3,31 @@
 A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
 """
 
-import os
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import cache
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, WrapValidator, create_model, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-# Five halvings need 32 pixels.
-Crop = Annotated[int, Field(ge=32)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["fp32", "bf16", "fp16"]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+from resnest_imagenet import extensions
+from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.options import (
+    IS_PATH,
+    Crop,
+    Device,
+    Options,
+    Place,
+    Positive,
+    Precision,
+    Seed,
+    as_list,
+    as_path,
+    keep_own,
+)
+from resnest_imagenet.recipe import ClassificationRecipe, EvalOptions, Recipe
 
-
-def _as_list(value: Any) -> Any:
-    """Take crop=224 for crop=[224]."""
-    return value if isinstance(value, list) else [value]
-
-
-def _keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """Take "own" as it is, whatever the type is: a union would put the names of its types into an error's option."""
-    return value if value == "own" else validate(value)
-
-
-def _as_path(value: Any) -> Any:
-    """Take run_dir=20240501, which is a number to Hydra, for text, and ~ for the home folder."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-_IS_PATH = BeforeValidator(_as_path)
-Place = Annotated[str, _IS_PATH]  # of files and folders
-
-
-class Options(BaseModel):
-    """Base: no unknown keys, no silent conversions, no changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+Schema = TypeVar("Schema", bound=Options)
 
 
 class NetworkOptions(Options):
@@ -64,7 +47,7 @@ class ModelOptions(NetworkOptions):
 class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
-    kind: Literal["folder", "webdataset"]
+    kind: str  # folder, webdataset, or a registered one
     root: Place
     train_dir: Place
     val_dir: Place
@@ -77,7 +60,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
-        if self.shuffle_shards is not None and self.kind != "webdataset":
+        if self.shuffle_shards is not None and self.kind == "folder":
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
         return self
 
@@ -89,66 +72,6 @@ class LoaderOptions(Options):
     workers: Annotated[int, Field(ge=0)] | None  # per rank; null: this process's cores, at most 8
 
 
-class RecipeOptions(Options):
-    """How to train; conf/recipe/ has the published recipes and the source of each value."""
-
-    recipe: str  # its name: what a result says it was trained with
-    epochs: Positive
-    batch_size: Annotated[int, Field(ge=2)]  # images per rank and forward pass; split attention needs 2
-    global_batch: Positive | None  # images per step; null: batch_size * ranks
-    crop: Crop
-    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share; ERandomCrop's own is .1
-    cropping: Literal["random_resized", "erandom"]
-    antialias: bool  # of the crop's resize
-    interpolation: Literal["bilinear", "bicubic"]  # of the same
-    # Operations on the whole image, before the crop; null: none.
-    policy: Literal["resnest", "resnest_torch", "autoaugment", "randaugment", "trivialaugment", "rotation"] | None
-    jitter: Share  # brightness, contrast and saturation, each by up to this factor
-    lighting: Annotated[float, Field(ge=0)]  # standard deviation of the weights of the principal colours
-    pixel_shift: Annotated[float, Field(ge=0, le=255)]  # bound of what is added to all pixels of an image, of 255
-    erasing: Share  # probability of a random rectangle of mean colour in an image
-    schedule: Literal["cosine", "step"]
-    step_epochs: Positive | None  # schedule=step: the learning rate is multiplied by step_factor every so many epochs
-    step_factor: Annotated[float, Field(gt=0, lt=1)]
-    lr_per_256: Annotated[float, Field(gt=0)]  # peak learning rate for 256 images per step, scaled linearly
-    warmup_epochs: Annotated[float, Field(ge=0)]
-    momentum: Fraction
-    nesterov: bool
-    weight_decay: Annotated[float, Field(ge=0)]
-    decay_all: bool  # biases and BN weights too; otherwise convolution and fc weights only
-    label_smoothing: Fraction
-    mixup_alpha: Annotated[float, Field(ge=0)]  # 0: no mixup
-    cutmix_alpha: Annotated[float, Field(ge=0)]  # 0: no CutMix; with mixup, half of the batches have either
-    mixup_per_sample: bool  # a weight for each image, otherwise one per batch, as CutMix always has
-    mixup_partner: Literal["reversed", "permuted"]  # of the image, in its batch; CutMix's too
-    dropout: Fraction  # before fc
-    dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
-    init: Literal["fan_in", "fan_out"]
-    # Weights to start from, with a new classifier where the classes are others.
-    init_from: Annotated[str, Field(min_length=1), _IS_PATH] | None
-    zero_gamma: bool
-    ema_decay: Fraction | None  # per step; null: no moving average
-    precision: Precision
-    compile: bool
-    max_skipped_steps: Annotated[
-        int, Field(ge=0)
-    ]  # with a loss or gradient that is not finite; 0: the first ends the run
-
-    @model_validator(mode="after")
-    def _check(self) -> "RecipeOptions":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"train.warmup_epochs={self.warmup_epochs} leaves nothing of train.epochs={self.epochs}")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("train.nesterov=true needs train.momentum > 0")
-        if self.schedule == "step" and self.step_epochs is None:
-            raise ValueError("train.schedule=step needs train.step_epochs=...")
-        if self.schedule == "step" and self.warmup_epochs >= (self.step_epochs or 0):
-            raise ValueError(
-                f"train.warmup_epochs={self.warmup_epochs} outlasts the first train.step_epochs={self.step_epochs}"
-            )
-        return self
-
-
 class ProtocolOptions(Options):
     """How images are brought to the crop in evaluation; conf/protocol/ has the named protocols and their sources."""
 
@@ -158,7 +81,7 @@ class ProtocolOptions(Options):
     antialias: bool
 
 
-_Own = WrapValidator(_keep_own)
+_Own = WrapValidator(keep_own)
 
 
 class OwnProtocolOptions(Options):
@@ -174,38 +97,32 @@ class OwnProtocolOptions(Options):
         return {option: value for option, value in self if value != "own"}
 
 
-class EvalOptions(Options):
-    """The evaluation after each epoch."""
-
-    crop: Crop
-
-
 class CheckpointOptions(Options):
     """When to save, and what to do with what is there; a signal and the end of an epoch save too."""
 
     every_steps: Positive
     keep: Annotated[int, Field(ge=2)]  # the newest may be damaged
-    on_mismatch: Literal["refuse", "set_aside", "extend"]  # run_dir holds another run, or this with fewer epochs
+    on_mismatch: Literal["refuse", "set_aside", "extend"]  # run_dir holds another run, or this one shorter
 
 
 class LogOptions(Options):
     """How often to report, and where besides the run folder's own files."""
 
     every_steps: Positive
-    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(_as_list)]
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)]
 
 
 class TrainConfig(Options):
     """resnest-train."""
 
-    run_dir: Annotated[str, Field(min_length=1), _IS_PATH]
+    run_dir: Annotated[str, Field(min_length=1), IS_PATH]
     seed: Seed
     device: Device
     model: ModelOptions
     data: DataOptions
     loader: LoaderOptions
-    train: RecipeOptions
-    eval: EvalOptions
+    train: Recipe  # of the task: see `choose_schema`
+    eval: EvalOptions  # the same
     protocol: ProtocolOptions
     checkpoint: CheckpointOptions
     log: LogOptions
@@ -227,7 +144,7 @@ class EvalConfig(Options):
     ckpt: Place
     weights: Literal["auto", "model", "ema"]
     # null: the checkpoint's own
-    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_list)] | None
+    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(as_list)] | None
     batch_size: Positive
     precision: Precision
     compile: bool
@@ -265,7 +182,7 @@ class PredictConfig(InferenceConfig):
 
     ckpt: Place
     model: NetworkOptions | None
-    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
     top: Positive
     out: Place | None
 
@@ -275,7 +192,7 @@ class ExplainConfig(InferenceConfig):
 
     ckpt: Place
     model: NetworkOptions | None
-    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # files, folders, patterns
+    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
     out: Place
     top: Positive
     target: str | int | None
@@ -317,7 +234,7 @@ class CompareConfig(InferenceConfig):
 class ReportConfig(Options):
     """resnest-report."""
 
-    runs: Annotated[list[Place], Field(min_length=1), BeforeValidator(_as_list)]  # run folders, or patterns
+    runs: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # run folders, or patterns
     out: Place
     crop: Literal[224, 320]
     latency: bool
@@ -347,9 +264,9 @@ class InfoConfig(Options):
     """resnest-info."""
 
     model: NetworkOptions | None
-    models: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)] | None  # several, in place of model
+    models: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)] | None  # several, in place of model
     crop: Crop
-    batch_size: Annotated[int, Field(ge=2)]  # split attention trains with 2 or more
+    batch_size: Positive
     precision: Precision
     device: Device
     latency: bool
@@ -366,7 +283,7 @@ class InfoConfig(Options):
 class Table3Config(Options):
     """resnest-table3."""
 
-    results: Annotated[list[Place], BeforeValidator(_as_list)]
+    results: Annotated[list[Place], BeforeValidator(as_list)]
     format: Literal["markdown", "json", "csv"]
 
 
@@ -420,23 +337,84 @@ class ShardDataConfig(Options):
     shuffle: bool
 
 
+RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}  # by task; other packages may add some
+extensions.tasks.reserve(RECIPES)
+
+
+def find_outside_task(name: str) -> extensions.Task | None:
+    """Return the task of another package, or None for one of `RECIPES`.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    outside = extensions.tasks.find(name)
+    if outside is None and name not in RECIPES:
+        valid = [*RECIPES, *extensions.tasks.read()]
+        raise ConfigError(f"unknown train.task {name!r}{suggest(name, valid)} ({', '.join(valid)})")
+    return outside
+
+
+def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
+    """Return a schema as it is for each task; where it is of no training, itself."""
+    if not issubclass(schema, TrainConfig):
+        return [schema]
+    outside = [task.recipe for task in extensions.tasks.read().values()]
+    return [_specialise(schema, recipe) for recipe in (*RECIPES.values(), *outside)]
+
+
+def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:
+    """Return a schema with the options of the task that is chosen in `values`.
+
+    A schema for each task, and not a union of recipes in one: so an error names the option as it is typed.
+
+    Args:
+        schema: of a command.
+        values: what is to be checked against it; `train.task` is read.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    recipe = values.get("train")
+    task = recipe.get("task") if isinstance(recipe, Mapping) else None
+    if not issubclass(schema, TrainConfig) or not isinstance(task, str):
+        return schema
+    outside = find_outside_task(task)
+    return _specialise(schema, RECIPES[task] if outside is None else outside.recipe)
+
+
+@cache
+def _specialise(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:
+    parts: dict[str, Any] = {"train": (recipe, ...), "eval": (recipe.EVAL_OPTIONS, ...)}
+    return create_model(schema.__name__, __base__=schema, __doc__=schema.__doc__, **parts)
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options by their dotted names, as on a command line."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def option_names(schema: type[Options], prefix: str = "") -> list[str]:
-    """Return every option of a schema and its parts, dotted."""
-    names = []
-    for name, field in schema.model_fields.items():
-        names.append(prefix + name)
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(part, type) and issubclass(part, Options):
-                names += option_names(part, f"{prefix}{name}.")
-    return names
+    """Return every option of a schema and its parts, dotted; of every task."""
+    names: dict[str, None] = {}
+    for variant in list_schemas(schema):
+        for name, field in variant.model_fields.items():
+            names[prefix + name] = None
+            for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                if isinstance(part, type) and issubclass(part, Options):
+                    names |= dict.fromkeys(option_names(part, f"{prefix}{name}."))
+    return list(names)
 
 
 def list_places(schema: type[Options], prefix: str = "") -> dict[str, bool]:
-    """Return the options of a schema that are files or folders, dotted, and whether each takes a list of them."""
+    """Return the options that are files or folders, as `option_names`, and whether each takes a list of them."""
     places = {}
-    for name, field in schema.model_fields.items():
-        if _as_path.__name__ in repr((field.annotation, field.metadata)):
-            places[prefix + name] = "list[" in repr(field.annotation)
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
-            places |= list_places(field.annotation, f"{prefix}{name}.")
+    for variant in list_schemas(schema):
+        for name, field in variant.model_fields.items():
+            if as_path.__name__ in repr((field.annotation, field.metadata)):
+                places[prefix + name] = "list[" in repr(field.annotation)
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
+                places |= list_places(field.annotation, f"{prefix}{name}.")
     return places

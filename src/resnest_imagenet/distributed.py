@@ -3,6 +3,7 @@
 torch is imported where it is used: the commands ask for their rank before they import it.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from resnest_imagenet.errors import ConfigError, DistributedError, first_line
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them all
+_joins = itertools.count()  # of this process
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,22 @@ class Ranks:
         return self.rank == 0
 
 
-def launched_as() -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) as torchrun set them, or (0, 0, 1).
+class Launch(NamedTuple):
+    """A process as torchrun has started it: see `Ranks`."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def launched_as() -> Launch:
+    """Return this process's place among the ranks of torchrun; without torchrun, the first and only one.
 
     Raises:
         ConfigError: only some of torchrun's variables are set, or they make no sense.
     """
     if not _is_launched():
-        return 0, 0, 1
+        return Launch()
     unset = [name for name in _VARIABLES if not os.environ.get(name)]
     if unset:
         given = [name for name in _VARIABLES[:3] if os.environ.get(name)]
@@ -72,7 +82,7 @@ def launched_as() -> tuple[int, int, int]:
     rank, local_rank, world_size, _ = map(int, values.values())
     if rank >= world_size:
         raise ConfigError(f"RANK={rank} must be less than WORLD_SIZE={world_size}: torchrun sets both")
-    return rank, local_rank, world_size
+    return Launch(rank, local_rank, world_size)
 
 
 def count_local_ranks() -> int:
@@ -87,23 +97,42 @@ def _is_launched() -> bool:
     return bool(get("RANK") or get("LOCAL_RANK") or get("WORLD_SIZE", "") not in ("", "1"))
 
 
-def choose_device(name: str) -> "torch.device":
-    """Return this rank's device: auto takes CUDA where there is one.
+def choose_device(device: "str | torch.device") -> "torch.device":
+    """Return this rank's device.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu", "cuda" (this rank's), or torch's own of a CPU or of CUDA.
 
     Raises:
-        ConfigError: for cuda where there is none, or none left for this rank.
+        ConfigError: another one, or cuda where there is none, or none left for this rank.
     """
     import torch
 
+    if isinstance(device, torch.device):
+        return _require_device(device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device!r}: auto, cpu and cuda are valid, and torch.device(...) of a CPU or of CUDA")
     # Not torch.accelerator: it says cuda on a CUDA build without a GPU.
-    if name != "cpu" and torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         _, local_rank, _ = launched_as()
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"more ranks than the {torch.cuda.device_count()} CUDA devices: lower --nproc-per-node")
         return torch.device("cuda", local_rank)
-    if name == "cuda":
+    if device == "cuda":
         raise ConfigError("device=cuda: torch sees no CUDA device; device=auto takes the CPU then")
     return torch.device("cpu")
+
+
+def _require_device(device: "torch.device") -> "torch.device":
+    """Return a device of torch's, or raise a ConfigError unless it is the CPU or a CUDA device that is there."""
+    import torch
+
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device}: only a CPU or a CUDA device is valid")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device={device}: torch sees {count} CUDA devices")
+    return device
 
 
 @contextmanager
@@ -153,6 +182,7 @@ def _meet(rank: int, world_size: int, timeout: float) -> "Store":
 
     torchrun's own store outlives a restart, and the keys of the dead attempt confuse the next one: on a node alone
     every attempt has its own prefix. Nodes count their restarts apart: there torchrun must make a store for each.
+    A process that joins a second time finds its first keys in either store: every join has its own prefix.
     """
     import torch.distributed as dist
 
@@ -176,6 +206,7 @@ def _meet(rank: int, world_size: int, timeout: float) -> "Store":
     store = _do_within(2 * timeout, connect, f"cannot {'listen' if is_server else 'meet the other ranks'} {where}")
     if shares_store:
         store = dist.PrefixStore(f"attempt {get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(f"join {next(_joins)}", store)
     _wait_for_ranks(store, rank, world_size, timeout)
     return store
 
@@ -309,6 +340,11 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     values = [None] * ranks.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def barrier(ranks: Ranks) -> None:
+    """Return when all ranks have come here."""
+    gather(0, ranks)
 
 
 def broadcast_buffers(model: "nn.Module") -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import re
 import secrets
@@ -9,14 +10,16 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 from filelock import FileLock
 
-from resnest_imagenet.errors import ConfigError, StorageError
+from resnest_imagenet.errors import ConfigError, StorageError, UserError
+
+Content = TypeVar("Content")
 
 TEMPORARY = ".tmp"  # the suffix of a file that is not whole yet
 DAMAGED = ".damaged"  # the suffix of what is not what was written
@@ -140,6 +143,16 @@ def move_damaged(path: Path) -> Path:
     return aside
 
 
+def make_way(path: Path) -> None:
+    """Give another name to what is in the place of a file and is none, with a line on stderr.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    if path.exists() and not path.is_file():
+        print(f"WARNING: {path}: not a file: moved to {move_damaged(path).name}", file=sys.stderr, flush=True)
+
+
 def synchronise(folder: Path) -> None:
     """Write the names in a folder to the disk: what was renamed or removed."""
     try:
@@ -256,3 +269,42 @@ def require_writable(path: Path, option: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"{option}={path}: cannot be written ({error.strerror})") from error
+
+
+def require_file(path: Path) -> None:
+    """Raise a ConfigError for what is there and no file: a pipe or a device would be read without end."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: not a file")
+
+
+def read_matching(
+    patterns: Iterable[str | os.PathLike[str]], read: Callable[[Path], Content]
+) -> tuple[list[Content], list[str]]:
+    """Read what paths and patterns name, each path once.
+
+    Args:
+        patterns: paths, or patterns such as "runs/*".
+        read: returns the content of a path.
+
+    Returns:
+        The contents, in order, and a line for each path that a pattern matches and that cannot be read.
+
+    Raises:
+        UserError: what `read` raises for a path that is named itself.
+    """
+    contents: list[Content] = []
+    skipped: list[str] = []
+    seen: set[str] = set()
+    for pattern in [os.fspath(pattern) for pattern in patterns]:
+        is_path = os.path.exists(pattern) or not glob.has_magic(pattern)
+        for name in [pattern] if is_path else sorted(glob.glob(pattern)):
+            if os.path.abspath(name) in seen:
+                continue
+            seen.add(os.path.abspath(name))
+            try:
+                contents.append(read(Path(name)))
+            except UserError as error:
+                if is_path:
+                    raise
+                skipped.append(str(error))
+    return contents, skipped

@@ -5,6 +5,7 @@ Nothing has to be remembered for an exact resumption, and neither the number of 
 
 import enum
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,7 +17,7 @@ class Purpose(enum.IntEnum):
     CROP = 1  # and flip of one sample
     MIXING = 2  # of one batch
     MODEL = 3  # dropout and the like, in one batch
-    LOOK = 4  # of one sample: policy, colours
+    APPEARANCE = 4  # of one sample: policy, colours
     ERASING = 5  # in the images of one batch
 
 
@@ -31,6 +32,31 @@ def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.rando
     """
     # Philox is counter-based: the two upper counter words choose the stream, the lower two count within it.
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, number, epoch]))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in one batch.
+
+    Attributes:
+        seed: the run's.
+        epoch: counted from 0.
+        number: of the batch in the epoch, over all ranks.
+    """
+
+    seed: int
+    epoch: int
+    number: int
+
+    def stream(self, purpose: Purpose) -> np.random.Generator:
+        """Return the generator of one decision about the batch."""
+        return stream(self.seed, purpose, self.epoch, self.number)
+
+    def seed_torch(self) -> None:
+        """Seed torch's own generators, for dropout, DropBlock and the choice of proposals."""
+        import torch
+
+        torch.manual_seed(int(self.stream(Purpose.MODEL).integers(2**63)))
 
 
 def uniform_rows(seed: int, purpose: Purpose, epoch: int, numbers: Iterable[int], count: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from resnest_imagenet.commands import info
 from resnest_imagenet.evaluation.latency import WARM_UP, measure_latency
 from resnest_imagenet.models.cost import count_cost
 
-SMALL = ("crop=64", "batch_size=2", "rounds=1", "device=cpu")
+SMALL = ("crop=32", "batch_size=2", "rounds=1", "device=cpu")
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -29,23 +29,25 @@ def call(monkeypatch, capsys, *arguments):
     return code, printed.out, printed.err.strip().splitlines()
 
 
+@pytest.mark.slow
 def test_json(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "models=[resnest14_half,resnet50]", "format=json", *SMALL)
     assert code == 0
     report = json.loads(out)
-    assert (report["crop"], report["batch_size"], report["precision"]) == (64, 2, "fp32")
+    assert (report["crop"], report["batch_size"], report["precision"]) == (32, 2, "fp32")
     assert report["device"].endswith("threads")
     assert [each["model"] for each in report["networks"]] == ["resnest14_half", "resnet50"]
     for each in report["networks"]:
-        parameters, multiply_adds = count_cost(each["model"], 64)
+        parameters, multiply_adds = count_cost(each["model"], 32)
         assert sum(stage["parameters"] for stage in each["stages"]) == parameters
         assert sum(stage["multiply_adds"] for stage in each["stages"]) == multiply_adds
         uses = each["training_bytes"]
         assert uses["parameters"] == uses["gradients"] == uses["momentum"] == 4 * parameters
-        assert uses["kept"] > 2 * 4 * 3 * 64 * 64  # the images are but a part
+        assert uses["kept"] > 2 * 4 * 3 * 32 * 32  # the images are but a part
         assert each["seconds"].keys() == {"1", "2"} and min(each["seconds"].values()) > 0
 
 
+@pytest.mark.slow
 def test_text(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "model=resnest50", "latency=false", "batch_size=2")
     lines = out.splitlines()
@@ -63,7 +65,10 @@ def test_text(monkeypatch, capsys):
         (("model=resnest50", "models=[resnet50]"), "give either model=NAME or models=[A,B]"),
         (("models=[resnet50,resnest_50]",), "unknown model 'resnest_50'; did you mean 'resnest50'?"),
         (("model=resnest_50",), "unknown model 'resnest_50'; did you mean 'resnest50'? "),
-        (("model=resnest50", "batch_size=1"), "batch_size=1: input should be greater than or equal to 2"),
+        (
+            ("model=resnest50", "batch_size=1"),
+            "batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
+        ),
     ],
 )
 def test_refusals(arguments, message, monkeypatch, capsys):

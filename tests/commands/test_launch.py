@@ -1,5 +1,6 @@
 """The commands as a user calls them: what is refused, in which words, with which exit code."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from conftest import ALONE, compose_config, run_module
+from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import explain_composition, find_conf, quote_place
 from resnest_imagenet.config import (
@@ -45,6 +46,11 @@ def call(command, arguments, monkeypatch, capsys):
     return code, lines
 
 
+# Of 900 steps, the first 100 of a warm-up.
+STEPS = ("data.root=/x", "train.epochs=null", "train.steps=900", "train.dropblock=0", "train.warmup_epochs=null")
+STEPS += ("train.warmup_steps=100",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,10 +68,13 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
         (["data.root=/x", "train.epochs=abc"], "train.epochs=abc: input should be a valid integer"),
         (["data.root=/x", "train.epochs=1.5"], "train.epochs=1.5: input should be a valid integer"),
-        (["data.root=/x", "train.epochs=true"], "train.epochs=True: input should be a valid integer"),
+        (["data.root=/x", "train.epochs=true"], "train.epochs=true: input should be a valid integer"),
         (["data.root=/x", "train.nesterov=3"], "train.nesterov=3: input should be a valid boolean"),
         (["data.root=/x", "train.epochs=0"], "train.epochs=0: input should be greater than or equal to 1"),
-        (["data.root=/x", "train.batch_size=1"], "train.batch_size=1: input should be greater than or equal to 2"),
+        (
+            ["data.root=/x", "train.batch_size=1"],
+            "train.batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
+        ),
         (["data.root=/x", "train.momentum=1"], "train.momentum=1: input should be less than 1"),
         (["data.root=/x", "train.precision=fp8"], "train.precision=fp8: input should be 'fp32', 'bf16' or 'fp16'"),
         (["data.root=/x", "train.crop=[224]"], "train.crop=[224]: input should be a valid integer"),
@@ -81,15 +90,68 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
         (["model.name=a=b"], "cannot read model.name=a=b: quote it for the shell and for Hydra: 'model.name=\"a=b\"'"),
         (["data.root"], "cannot read data.root: write option=value"),
-        (["data.root=/x", "train.lr_per_256=inf"], "train.lr_per_256=inf: input should be a finite number"),
+        (["data.root=/x", "train.lr=inf"], "train.lr=inf: input should be a finite number"),
         (["model=null"], "a group cannot be null: write group=NAME"),
-        (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 leaves nothing of train.epochs=270"),
+        (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 must be less than train.epochs=270"),
         (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
         (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
-        (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts the first train.step_epochs=30"),
+        (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts train.step_epochs=30"),
         (["data.root=/x", "train.init_from="], "train.init_from=: string should have at least 1 character"),
         (["data.root=/x", "data.shuffle_shards=4"], "data.shuffle_shards=4 needs data=webdataset"),
         (["data.root=/x", "train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
+        (["train.lr_per_256=0.1"], "train.lr_per_256 is now train.lr: write train.lr=..."),
+        (["data.root=/x", "+train.lr_per_256=0.1"], "train.lr_per_256 is now train.lr: write train.lr=..."),
+        (
+            ["data.root=/x", "~train.lr", "+train.lr_per_256=0.1"],
+            "train.lr_per_256 is now train.lr: write train.lr=...",
+        ),
+        (
+            ["data.root=/x", "train.task=clasification"],
+            "unknown train.task 'clasification'; did you mean 'classification'?",
+        ),
+        (["data.root=/x", "train.task=other"], "unknown train.task 'other'"),
+        (["data.root=/x", "train.task=null"], "train.task=null: input should be a valid string"),
+        (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
+        (["task=other"], "unknown task 'other' (classification)"),
+        (
+            ["data.root=/x", "data.kind=folders"],
+            "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
+        ),
+        (["data.root=/x", "train.epochs=null"], "give train.epochs=... or train.steps=..."),
+        (["data.root=/x", "train.steps=9"], "train.epochs=270 and train.steps=9: set one of them to null"),
+        (["data.root=/x", "train.warmup_epochs=null"], "give train.warmup_epochs=... or train.warmup_steps=..."),
+        (
+            ["data.root=/x", "train.warmup_steps=9"],
+            "train.warmup_epochs=5.0 and train.warmup_steps=9: set one of them to null",
+        ),
+        (
+            ["data.root=/x", "train.steps=9", "train.epochs=null"],
+            "train.dropblock=0.1 rises by epoch: give train.epochs=..., not train.steps",
+        ),
+        (
+            [*STEPS, "train.steps=900", "train.warmup_steps=900"],
+            "train.warmup_steps=900 must be less than train.steps=900",
+        ),
+        ([*STEPS, "train.schedule=milestones"], "train.schedule=milestones needs train.milestones=[...]"),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=[80,60]"],
+            "train.milestones=[80, 60] must rise",
+        ),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=[600,900]"],
+            "train.milestones=[600, 900] must be less than train.steps=900",
+        ),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=100"],
+            "train.warmup_steps=100 outlasts train.milestones=[100]",
+        ),
+        (
+            ["data.root=/x", "train.clip_norm=1", "train.clip_value=2"],
+            "give either train.clip_norm=1.0 or train.clip_value=2.0",
+        ),
+        (["data.root=/x", "train.betas=[0.9]"], "train.betas=[0.9]: list should have at least 2 items"),
+        (["data.root=/x", "train.optimizer=adam"], "train.optimizer=adam: input should be 'sgd', 'adamw' or 'lamb'"),
+        (["data.root=/x", "eval.every_epochs=0"], "eval.every_epochs=0: input should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
@@ -190,6 +252,7 @@ def test_numbers_and_the_home_folder_in_places():
     assert quote_place("out=null", list_places(PredictConfig)) == "out=null"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shell", [shell for shell in ("bash", "dash", "zsh") if shutil.which(shell)])
 def test_the_advice_to_quote_works_when_it_is_typed(shell):
     for word, value in (("model.name=größe", "größe"), ("model.name=a=b", "a=b"), ("model.name=it's", "it's")):
@@ -227,6 +290,7 @@ def test_prepare_without_archives_has_exit_code_3(tmp_path, monkeypatch, capsys)
     assert (code, lines) == (3, [f"resnest-data: {tmp_path / 'ILSVRC2012_devkit_t12.tar.gz'}: no such archive"])
 
 
+@pytest.mark.process
 def test_shards_of_one_part_and_of_none(demo_images, tmp_path, monkeypatch, capsys):
     options = ["shard", f"data.root={demo_images}", "data.train_dir=null", f"out={tmp_path / 'out'}"]
     assert call(data, options, monkeypatch, capsys)[0] == 0
@@ -304,43 +368,61 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
     assert sorted(list_keys(composed)) == sorted(option_names(schema))
 
 
+# Runs each command with --help, as python -m does: prints the help and what is then imported that takes long.
+HELP = """
+import contextlib, io, json, runpy, sys
+helps, imported = {}, {}
+for name in sys.argv[1:]:
+    sys.argv = ["resnest-" + name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        runpy.run_module("resnest_imagenet.commands." + name, run_name="__main__")
+    helps[name] = text.getvalue()
+    imported[name] = sorted({"torch", "timm", "torchvision", "nvidia.dali", "matplotlib", "captum"} & set(sys.modules))
+from resnest_imagenet.commands.launch import find_conf
+print(json.dumps([helps, imported, "hydra" in sys.modules, str(find_conf())]))
+"""
 COMMANDS = ["train", "evaluate", "predict", "compare", "explain", "report", "export", "info", "table3"]
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_help_needs_no_torch_and_lists_examples_and_choices(module, tmp_path):
-    """--help answers at once because torch is not imported: the interpreter says what was. From any folder."""
-    profiled = {"PYTHONPROFILEIMPORTTIME": "1"}
-    result = run_module(f"resnest_imagenet.commands.{module}", "--help", cwd=tmp_path, env=profiled)
-    assert result.returncode == 0
-    assert result.stdout.count("\n  resnest-") + result.stdout.count("\n  torchrun") in (2, 3)
-    assert "resnest50_fast_2s1x64d" in result.stdout or module in ("table3", "compare", "report")
-    if module == "train":
-        assert "experiment: demo, resnest101, resnest101_fast" in result.stdout
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "hydra" in imported
-    assert not imported & {"torch", "timm", "torchvision", "nvidia.dali"}
+def ask_for_help(folder, *names, **environment):
+    """Call the commands with --help in a new process, in a folder; return what `HELP` prints."""
+    command = [sys.executable, "-c", HELP, *names]
+    environment = {**os.environ, **environment}
+    return json.loads(subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True).stdout)
 
 
-def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path):
-    project = find_conf().parent
-    built = run_module("hatchling", "build", "--target", "wheel", "--directory", str(tmp_path), cwd=project)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.mark.process
+def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
+    """--help answers at once because torch is not imported. From any folder."""
+    helps, imported, has_hydra, _ = ask_for_help(tmp_path, *COMMANDS)
+    assert has_hydra and imported == {name: [] for name in COMMANDS}
+    for name, text in helps.items():
+        assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
+        assert "resnest50_fast_2s1x64d" in text or name in ("table3", "compare", "report"), name
+    assert "experiment: demo, resnest101, resnest101_fast" in helps["train"]
+
+
+@pytest.mark.process
+def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
+    from hatchling.build import build_wheel
+
+    monkeypatch.chdir(find_conf().parent)
     site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as archive:
         archive.extractall(site)
-    for command in (*COMMANDS, "data"):
-        result = run_module(
-            f"resnest_imagenet.commands.{command}", "--help", cwd=tmp_path, env={"PYTHONPATH": str(site)}
-        )
-        assert result.returncode == 0, result.stderr
-    where = run_module(
-        "resnest_imagenet.commands.data", "demo", "--info", "searchpath", cwd=tmp_path, env={"PYTHONPATH": str(site)}
-    )
-    assert str(site / "resnest_imagenet" / "conf") in where.stdout
+    inside = site / "resnest_imagenet" / "conf"
+    assert (inside.parent / "py.typed").is_file()
+    assert list_files(inside) == list_files(find_conf())
+    helps, _, _, conf = ask_for_help(tmp_path, "train", "data", PYTHONPATH=str(site))
+    assert all(f"resnest-{name} " in text for name, text in helps.items())
+    assert conf == str(inside)
 
 
+def list_files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("device", "code", "line"),
     [(None, 141, ""), ("/dev/full", 6, "data: the output cannot be written (No space left on device)\n")],

@@ -19,6 +19,8 @@ from resnest_imagenet.data.check import FAULTS, NOTES, check_images, format_repo
 from resnest_imagenet.data.examine import KNOWN_CMYK, Finding, examine_files
 from resnest_imagenet.errors import DataError
 
+pytestmark = pytest.mark.process  # files are read and examined in processes
+
 SYNSETS = ["n01440764", "n01443537", "n01484850"]
 
 
@@ -228,6 +230,7 @@ def test_a_flat_val_folder_is_one_fault(tmp_path):
     assert find(tmp_path) == [("no class folders", "val", "6 images in it; they belong in val/<class>/")]
 
 
+@pytest.mark.process
 def test_a_missing_root_and_a_report_that_cannot_be_written_are_one_line(tmp_path):
     with pytest.raises(DataError, match="^data.root=/nowhere: no such folder$"):
         check_images("/nowhere", "train", "val")
@@ -259,6 +262,7 @@ def deadly(monkeypatch):
     monkeypatch.setattr(examine, "find_fault", find_fault)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_file_that_kills_its_process_is_found_among_the_others(workers, deadly, tmp_path):
     paths = [f"{number:03d}.JPEG" for number in range(100)]
@@ -271,6 +275,7 @@ def test_a_file_that_kills_its_process_is_found_among_the_others(workers, deadly
     assert [finding for result in results for finding in result.findings] == expected
 
 
+@pytest.mark.process
 def test_a_process_that_dies_of_something_else_is_no_file_s_fault(deadly, tmp_path, monkeypatch):
     def find_fault(encoded, real=examine.find_fault):
         if not (tmp_path / "killed").exists():
@@ -285,6 +290,7 @@ def test_a_process_that_dies_of_something_else_is_no_file_s_fault(deadly, tmp_pa
     assert result.findings == ()
 
 
+@pytest.mark.process
 def test_crashes_without_end_are_one_line(deadly, tmp_path):
     make_sound(tmp_path)
     for number in range(12):

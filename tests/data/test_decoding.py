@@ -7,18 +7,18 @@ import struct
 import subprocess
 import sys
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torchvision
 from PIL import Image
 
 from resnest_imagenet.data.decoding import MAX_SIDE, BadImage, Fault, decode, decode_by_pillow, find_fault, is_ordinary
 
-MUTATIONS = 2000
+MUTATIONS = 1000
 # It smooths what a damaged progressive JPEG lacks in another way (4 of 8,000 mutations).
-HAS_OLD_LIBJPEG = tuple(map(int, torchvision.__version__.split(".")[:2])) < (0, 28)
+HAS_OLD_LIBJPEG = tuple(map(int, version("torchvision").split(".")[:2])) < (0, 28)
 RNG = np.random.default_rng(0)
 COARSE = Image.fromarray(RNG.integers(0, 256, (6, 6, 3), dtype=np.uint8))
 RGB = Image.fromarray(
@@ -240,11 +240,13 @@ def judge(encoded, of_dali):
     return fault
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [*SOUND, *ODD])
 def test_sound_and_odd_files_are_one_picture_for_all(kind, of_dali):
     assert judge({**SOUND, **ODD}[kind], of_dali) is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_files_are_faults_for_all(kind, of_dali):
     encoded, kind_of_fault, detail = BAD[kind]
@@ -271,6 +273,7 @@ def test_ordinary_are_plain_jpegs_and_pngs():
     }
 
 
+@pytest.mark.process
 def test_mutated_files_are_the_same_for_all(mutated, of_dali):
     """No exception but a fault, no signal, and what the check passes is the same picture for both loaders."""
     faults = [judge(encoded, of_dali) for encoded in mutated]
@@ -280,6 +283,7 @@ def test_mutated_files_are_the_same_for_all(mutated, of_dali):
     assert any(damaged_but_ordinary)  # what only DALI's decoder can refuse
 
 
+@pytest.mark.process
 def test_one_bad_file_in_a_large_batch_is_named_or_replaced(passes, of_dali):
     for ((root, kind, _, max_errors), bad), answer in zip(passes, of_dali[1], strict=True):
         if max_errors:

@@ -34,6 +34,7 @@ def test_is_deterministic_by_seed_and_differs_between_parts(tmp_path):
     assert all(path.read_bytes() != first[path.name] for path in (tmp_path / "a/val").rglob("*.JPEG"))
 
 
+@pytest.mark.slow
 def test_mean_colour_says_nothing_about_the_class(tmp_path):
     """A nearest-class-mean rule on the mean colour stays at chance, 10 %."""
     write_demo_images(tmp_path / "demo", 0, train_per_class=40, val_per_class=20)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from scipy.io import savemat
 
 from resnest_imagenet.data import prepare
 from resnest_imagenet.data.prepare import DEVKIT, GROUND_TRUTH, ILSVRC2012, META, TRAIN, VAL, Release, prepare_images
@@ -37,6 +36,8 @@ def write_tar(path, members):
 
 def make_meta(synsets=SYNSETS):
     """Return a meta.mat of the official structure: a struct array, the inner nodes after the classes."""
+    from scipy.io import savemat
+
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     table = np.zeros(
         (len(synsets) + len(INNER_NODES), 1), dtype=[(name, object) for name in [*fields, "num_train_images"]]
@@ -114,6 +115,7 @@ def test_the_official_release():
     }
 
 
+@pytest.mark.slow
 def test_unpacks_every_image_to_its_class_and_then_has_nothing_to_do(archives, tmp_path):
     out, release = tmp_path / "a/new/out", release_of(archives)
     assert prepare_images(archives, out, verify=True, release=release)
@@ -187,6 +189,7 @@ print(moments, amid)
 """
 
 
+@pytest.mark.process
 def test_a_kill_at_any_moment_costs_no_finished_class_and_leaves_no_cut_image(archives, tmp_path):
     environment = {**os.environ, "TESTS": str(Path(__file__).parent)}
     command = [sys.executable, "-c", KILL_EVERYWHERE, str(archives), str(tmp_path / "outs")]
@@ -317,17 +320,17 @@ def test_train_and_val_of_other_classes(archives, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("make_members", "message"),
     [
-        (list_devkit()[:2], "lacks ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"),
-        (list_devkit(b"not MATLAB's" * 99), "not the official devkit"),
-        (list_devkit(truth=[1, 2000]), r"not the official devkit \(2000\)"),
-        (list_devkit(truth=["x"]), "not the official devkit"),
-        (list_devkit(truth=TRUTH[:7]), "'ILSVRC2012_val_00000008.JPEG' has no label"),
+        (lambda: list_devkit()[:2], "lacks ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"),
+        (lambda: list_devkit(b"not MATLAB's" * 99), "not the official devkit"),
+        (lambda: list_devkit(truth=[1, 2000]), r"not the official devkit \(2000\)"),
+        (lambda: list_devkit(truth=["x"]), "not the official devkit"),
+        (lambda: list_devkit(truth=TRUTH[:7]), "'ILSVRC2012_val_00000008.JPEG' has no label"),
     ],
 )
-def test_a_devkit_that_is_none(members, message, archives, tmp_path):
-    write_tar(archives / DEVKIT, members)
+def test_a_devkit_that_is_none(make_members, message, archives, tmp_path):
+    write_tar(archives / DEVKIT, make_members())
     with pytest.raises(DataError, match=message):
         prepare_images(archives, tmp_path / "out", verify=False, release=release_of(archives))
 

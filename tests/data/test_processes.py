@@ -16,6 +16,8 @@ from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.transforms import EvalTransform
 
+pytestmark = pytest.mark.process  # files are read and examined in processes
+
 FORK = multiprocessing.get_context("fork")
 
 
@@ -46,6 +48,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("work", [check, scan, load])
 def test_no_worker_outlives_its_parent(work, tmp_path):
     make_tree(tmp_path, "train/a/1.jpg", "train/a/2.jpg")

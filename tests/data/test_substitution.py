@@ -13,16 +13,15 @@ from PIL import Image
 
 from conftest import CPU
 from resnest_imagenet.data import reading
-from resnest_imagenet.data.dali import _Inputs
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
-from resnest_imagenet.data.torchvision import _explain_failure
 from resnest_imagenet.data.transforms import STD, RandomResizedCrop, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards, write_shards
 from resnest_imagenet.errors import DataError, LoadingError
 
 LOADERS = ["dali", "torchvision"]
+pytestmark = pytest.mark.slow  # loaders start workers, and DALI takes seconds to import
 TRAIN = TrainTransform(32, seed=4)
 BAD = (4, 15, 16, 30, 44)  # two neighbours of different classes, the last one
 USED = {4: 5, 15: 17, 16: 17, 30: 31, 44: 0}
@@ -205,11 +204,15 @@ def test_a_worker_that_is_killed_is_one_line_with_the_way_out(sound):
     ],
 )
 def test_what_torch_says_of_short_resources_has_a_way_out(text, way_out):
+    from resnest_imagenet.data.torchvision import _explain_failure
+
     assert way_out in str(_explain_failure(RuntimeError(text)))
     assert _explain_failure(RuntimeError("another")) is None
 
 
 def test_any_other_failure_of_dali_stays_what_it_is(sound, monkeypatch):
+    from resnest_imagenet.data.dali import _Inputs
+
     def fail(inputs):
         raise RuntimeError("out of memory")
 

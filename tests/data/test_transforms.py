@@ -1,10 +1,10 @@
+import functools
 import itertools
 import math
 
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.transforms import v2
 
 from conftest import compose_config
 from resnest_imagenet.commands.launch import find_conf
@@ -115,13 +115,19 @@ PROTOCOLS = {
 }
 
 
+@functools.cache
+def compose_protocol(name):
+    """Return the options of a protocol in training's configuration, and what evaluation's changes."""
+    choice = [] if name == "paper" else [f"protocol={name}"]
+    training = compose_config("train", TrainConfig, *choice, "data.root=x").protocol.model_dump()
+    return training, compose_config("eval", EvalConfig, *choice, "ckpt=x", "data.root=x").protocol.list_changes()
+
+
 @pytest.mark.parametrize(("name", "crop"), PROTOCOLS)
 def test_the_shipped_protocols_in_words(name, crop):
     """Composed as either command does; the paper's is the default of training and in the class."""
-    choice = [] if name == "paper" else [f"protocol={name}"]
-    training = compose_config("train", TrainConfig, *choice, "data.root=x").protocol.model_dump()
-    evaluation = compose_config("eval", EvalConfig, *choice, "ckpt=x", "data.root=x").protocol.list_changes()
-    assert evaluation == (training if choice else {})  # the default is the checkpoint's own
+    training, evaluation = compose_protocol(name)
+    assert evaluation == ({} if name == "paper" else training)  # the default is the checkpoint's own
     for options in (training, evaluation):
         transform = EvalTransform(crop, **options)
         assert transform.protocol == PROTOCOLS[name, crop]
@@ -177,7 +183,10 @@ def test_a_square_of_next_to_nothing_is_a_pixel():
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (333, 500), (224, 225), (500, 501), (100, 701)])
 @pytest.mark.parametrize("ratio", [0.875, 1.0])
+@pytest.mark.slow
 def test_evaluation_windows_are_torchvisions(size, ratio):
+    from torchvision.transforms import v2
+
     transform = EvalTransform(224, ratio=ratio)
     marked = Image.fromarray(np.arange(size[0] * size[1], dtype=np.int32).reshape(size))
     resized = v2.functional.resize(marked, [round(224 / ratio)], v2.InterpolationMode.NEAREST)

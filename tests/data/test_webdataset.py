@@ -22,6 +22,8 @@ from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import name_members, read_shards, write_shards
 from resnest_imagenet.errors import DataError, LoadingError
 
+pytestmark = pytest.mark.process  # files are read and examined in processes
+
 LOADERS = ["dali", "torchvision"]
 PARTS = {"data.train_dir": "train", "data.val_dir": "val"}
 
@@ -109,6 +111,7 @@ def test_names_of_all_kinds_survive(tmp_path):
 
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("transform", [TrainTransform(40, seed=3), EvalTransform(40)])
+@pytest.mark.slow
 def test_loaders_deliver_the_same_from_shards_and_folder(name, transform, shards, demo_images):
     """The same pixels and labels, whatever the number of ranks and workers."""
     folder = read_image_folder(str(demo_images), "train", "x")
@@ -129,6 +132,7 @@ def test_loaders_deliver_the_same_from_shards_and_folder(name, transform, shards
 
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.slow
 def test_an_evaluation_sees_each_image_once(name, world_size, shards):
     images = read_shards(str(shards), "train", "x")
     labels = []
@@ -139,6 +143,7 @@ def test_an_evaluation_sees_each_image_once(name, world_size, shards):
 
 
 @pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.slow
 def test_a_shard_that_is_cut_or_gone_meanwhile_is_named(name, shards, tmp_path):
     copy_shards(shards / "train", tmp_path / "train")
     images = read_shards(str(tmp_path), "train", "x")
@@ -153,6 +158,7 @@ def test_a_shard_that_is_cut_or_gone_meanwhile_is_named(name, shards, tmp_path):
         list(loader.batches(0))
 
 
+@pytest.mark.slow
 def test_a_damaged_image_is_named(tmp_path):
     write_tar(tmp_path / "val/0.tar", {"a.jpg": jpeg(), "a.cls": b"0", "b.jpg": b"<html>", "b.cls": b"1"})
     images = read_shards(str(tmp_path), "val", "x")

@@ -9,12 +9,12 @@ import pytest
 
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.evaluation import compare, explain, predict
-from resnest_imagenet.evaluation.compare import Comparison
-from resnest_imagenet.evaluation.counting import Evaluation
-from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
+from resnest_imagenet.evaluation.accuracy import Evaluation
+from resnest_imagenet.evaluation.predictions import encode_predictions, read_predictions
 from resnest_imagenet.evaluation.results import Measured
-from resnest_imagenet.evaluation.table3 import format_table
+from resnest_imagenet.inference import compare, predict
+from resnest_imagenet.inference.compare import Comparison
+from resnest_imagenet.reports.table3 import format_table
 
 
 def test_written_and_read_back(demo_images, tmp_path):
@@ -27,7 +27,7 @@ def test_written_and_read_back(demo_images, tmp_path):
         predicted = rng.integers(0, 9, len(images))  # the tenth class is never predicted, but true
         confidence, truth = rng.random((2, len(images)))
         said.append((protocol, Evaluation(images.labels, predicted, rng.random(len(images)) < 0.5, confidence, truth)))
-    write_predictions(tmp_path / "predictions.csv", images, said)
+    (tmp_path / "predictions.csv").write_bytes(encode_predictions(images, said))
     back = read_predictions(tmp_path / "predictions.csv")
     for (protocol, written), read in zip(said, back, strict=True):
         assert (read.protocol, read.classes) == (protocol, images.classes)
@@ -47,7 +47,7 @@ def test_names_are_no_formulas(demo_images, tmp_path):
     images = read_image_folder(str(tmp_path), "val", "data.val_dir")
     sure = np.ones(len(images))
     evaluation = Evaluation(images.labels, np.roll(images.labels, 1), sure > 0, sure, sure)
-    write_predictions(tmp_path / "predictions.csv", images, [("p", evaluation)])
+    (tmp_path / "predictions.csv").write_bytes(encode_predictions(images, [("p", evaluation)]))
     with open(tmp_path / "predictions.csv", newline="") as file:
         cells = [cell for row in csv.reader(file) for cell in row]
     assert not [cell for cell in cells if re.match(r"[=+\-@\t\r]", cell)] and "'-2+3" in cells and "plain" in cells
@@ -57,6 +57,8 @@ def test_names_are_no_formulas(demo_images, tmp_path):
 
 
 def test_no_table_has_formulas(tmp_path):
+    from resnest_imagenet.reports import explain_pictures  # late: it imports matplotlib
+
     name = "=1+1"
     predictions = [predict.Prediction(name, 1, name, "-x", 0.5)]
     images = ImageFolder(Path(name), (name,), np.array([b"1.jpg"]), np.zeros(1, dtype=np.int64))
@@ -67,9 +69,9 @@ def test_no_table_has_formulas(tmp_path):
     counted |= {"row": "ResNeSt-50", "model": "resnest50", "top1_paper": {224: 81.13}}
     attention = {"layer1.0": np.zeros((1, 2, 4), dtype=np.float32)}
     for text in (
-        predict._encode(predictions, ".csv"),
+        predict.encode_predictions(predictions, ".csv"),
         compare.encode_csv(compared),
-        explain.encode_csv([name], attention),
+        explain_pictures.encode_csv([name], attention),
         format_table([{**counted, "measured": [vars(measured)]}], "csv"),
     ):
         cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]

@@ -17,6 +17,7 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["resnest50", "resnest50_fast_4s2x40d", "seresnext50_32x4d", "skresnext50_32x4d"])
+@pytest.mark.slow
 def test_the_stages_sum_to_the_totals(name):
     stages = count_stages(name, 224)
     assert [stage.stage for stage in stages] == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
@@ -44,6 +45,7 @@ def count_convolved(name):
     return total
 
 
+@pytest.mark.slow
 def test_stages_by_hand():
     stem, layer1, layer2, layer3, layer4, head = count_stages("resnest50", 224)
     weights, channels = 9 * (3 * 32 + 32 * 32 + 32 * 64), 32 + 32 + 64
@@ -57,6 +59,7 @@ def test_stages_by_hand():
 
 
 @pytest.mark.parametrize(("name", "published"), [("resnet50", 11.1), ("resnet101", 16.2), ("resnext50_32x4d", 14.4)])
+@pytest.mark.slow
 def test_activations_are_those_published(name, published):
     """In millions, by pycls' model zoo."""
     assert sum(stage.activations for stage in count_stages(name, 224)) / 1e6 == pytest.approx(published, abs=0.06)
@@ -64,6 +67,7 @@ def test_activations_are_those_published(name, published):
 
 @pytest.mark.parametrize("name", ["resnest14_half", "resnest50_fast_4s2x40d", "skresnext50_32x4d"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.005)])
+@pytest.mark.slow
 def test_what_is_kept_is_what_a_step_keeps(name, precision, tolerance):
     """In bf16 the real pass keeps the means of batch norms, some kilobytes, in float32, the one in name in bf16."""
     model = place(build_model(name), CPU)
@@ -83,6 +87,7 @@ def test_what_is_kept_is_what_a_step_keeps(name, precision, tolerance):
     assert counted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=tolerance)
 
 
+@pytest.mark.slow
 def test_what_is_kept_grows_with_the_batch():
     at_2, at_4 = (count_kept("resnest14_half", 64, batch_size) for batch_size in (2, 4))
     assert at_4 == pytest.approx(2 * at_2, rel=0.01)

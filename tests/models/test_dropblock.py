@@ -67,6 +67,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("name", "places"), PLACES.items())
+@pytest.mark.slow
 def test_three_places_in_each_block_of_the_last_two_layers(name, places, monkeypatch):
     with torch.device("meta"):
         model = build_model(name)
@@ -99,6 +100,7 @@ def test_it_acts_in_training_and_leaves_the_state_dict_alone():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_network_follows_the_probability():
     """The number changes with every epoch: the graph must not be compiled anew for each."""
     block = nn.Sequential()

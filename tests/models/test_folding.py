@@ -11,7 +11,9 @@ from resnest_imagenet.models.zoo import build_model, list_models
 NAMES = [name for name in list_models() if not any(depth in name for depth in ("101", "200", "269"))]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name == "resnest14_half" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_gives_the_same_logits(name):
     torch.manual_seed(0)
     model = build_model(name, 10, zero_gamma=False).double().eval()
@@ -22,7 +24,7 @@ def test_gives_the_same_logits(name):
             nn.init.uniform_(module.bias, -0.1, 0.1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     folded = fold_batch_norms(model)
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         expected = model(images)
         torch.testing.assert_close(folded(images), expected, rtol=0, atol=1e-7 * expected.abs().max().item())

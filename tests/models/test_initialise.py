@@ -10,7 +10,7 @@ FANS = {
 }
 
 
-@pytest.mark.parametrize("name", FANS)
+@pytest.mark.parametrize("name", ["resnest14", pytest.param("resnext50_32x4d", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("init", ["fan_in", "fan_out"])
 def test_weights_are_normal_with_two_over_the_fan(name, init):
     torch.manual_seed(0)
@@ -25,6 +25,7 @@ def test_weights_are_normal_with_two_over_the_fan(name, init):
     assert (model.fc.bias.count_nonzero() == 0) == (init == "fan_in")
 
 
+@pytest.mark.slow
 def test_zero_gamma_outlives_the_initialisation():
     assert build_model("resnest14").layer1[0].bn3.weight.count_nonzero() == 0
     assert build_model("resnet50").layer1[0].bn3.weight.count_nonzero() == 0

@@ -55,6 +55,7 @@ def test_is_a_product_where_that_is_faster(side, low_precision, trains, is_produ
     assert operators == ({"aten.mm"} if is_product else {"aten.convolution"})
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_a_convolution():
     ours, _ = build_pair()
     x = torch.randn(3, 8, 5, 6).contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,6 @@
 """The family against timm's implementation with the same weights, and what timm does differently."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -20,14 +19,18 @@ def randomise_statistics(model: nn.Module) -> None:
             nn.init.uniform_(module.bias, -0.1, 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "twin"), TIMM_RESNESTS.items())
 def test_logits_equal_timms(name, twin):
+    import timm
+
     torch.manual_seed(0)
     theirs = timm.create_model(twin).double().eval()
     randomise_statistics(theirs)
-    ours = build_model(name).double().eval()
-    ours.load_state_dict(theirs.state_dict())  # strict: the official key names
-    images = torch.randn(2, 3, 97, 130, dtype=torch.float64)  # odd sizes show the pools' ceil modes
+    with torch.device("meta"):
+        ours = build_model(name).eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)  # strict: the official key names
+    images = torch.randn(2, 3, 33, 66, dtype=torch.float64)  # odd sizes, in every stage, show the pools' ceil modes
     with torch.no_grad():
         expected = theirs(images)
         difference = (ours(images) - expected).abs().max() / expected.abs().max()
@@ -35,15 +38,18 @@ def test_logits_equal_timms(name, twin):
     assert difference < 1e-9
 
 
-@pytest.mark.parametrize(("output_stride", "size"), [(32, 4), (16, 8), (8, 16)])
+@pytest.mark.parametrize(("output_stride", "size"), [(32, 2), (16, 4), (8, 8)])
 def test_output_stride(output_stride, size):
-    model = build_model("resnest14", output_stride=output_stride).eval()
+    model = build_model("resnest14_half", output_stride=output_stride).eval()
     with torch.no_grad():
-        assert model.forward_features(torch.randn(1, 3, 128, 128)).shape == (1, 2048, size, size)
+        assert model.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 1024, size, size)
 
 
+@pytest.mark.slow
 def test_dilated_semantics_are_the_official_ones():
     """timm drops the stride-1 average pool of layer3 and 4 and pools the shortcut 2x2; mended, the two are equal."""
+    import timm
+
     torch.manual_seed(0)
     ours = build_model("resnest26", output_stride=8).double().eval()
     theirs = timm.create_model("resnest26d", output_stride=8).double().eval()

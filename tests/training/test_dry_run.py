@@ -2,9 +2,13 @@ import re
 
 import pytest
 
-from conftest import newest_checkpoint, run_module
+from conftest import ALONE, CPU, LAUNCHED, newest_checkpoint
+from resnest_imagenet.checkpoint import save_checkpoint
+from resnest_imagenet.commands.train import run as run_command
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training.dry_run import count_checkpoint_bytes, describe_run
+from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import train
 
 
@@ -12,22 +16,21 @@ def parse(plan):
     return {line[:14].strip(): line[15:] for line in plan.splitlines()}
 
 
-def test_the_plan_is_what_the_run_does(small_run, tmp_path):
-    config = small_run("loader=torchvision")
+def test_the_plan_is_what_the_run_does(tiny_run, tmp_path):
+    config = tiny_run()
     plan = parse(describe_run(config))
     assert not (tmp_path / "run").exists()
-    assert plan["data"].startswith("103 training and 40 val images")
-    assert plan["loader"].startswith("torchvision: a first batch (16, 3, 32, 32) on cpu")
-    assert plan["steps"] == "12, 6 in each of 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
+    assert plan["data"] == "103 training and 40 val samples"
+    assert plan["steps"] == "12, 6 in an epoch, 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
     assert plan["start"] == f"from scratch in {tmp_path / 'run'}"
     state = train(config)
     assert state.step == 12
-    assert parse(describe_run(config))["start"] == f"finished: best top-1 {state.best_top1:.2f} %, nothing to do"
-    other = ("loader=torchvision", "seed=3", "train.momentum=0.8")
+    assert parse(describe_run(config))["start"] == f"finished: best accuracy {state.best:.2f} %, nothing to do"
+    other = ("seed=3", "train.momentum=0.8")
     differences = r"was trained with train\.momentum=0\.9, not 0\.8; seed=0, not 3"
     with pytest.raises(CheckpointError, match=differences):
-        describe_run(small_run(*other))
-    aside = parse(describe_run(small_run(*other, "checkpoint.on_mismatch=set_aside")))["start"]
+        describe_run(tiny_run(*other))
+    aside = parse(describe_run(tiny_run(*other, "checkpoint.on_mismatch=set_aside")))["start"]
     assert re.search(f"^from scratch: .*{differences}, and is set aside$", aside)
     (tmp_path / "run/earlier-1.moving").mkdir()  # as a process leaves it that is killed while it sets the run aside
     assert parse(describe_run(config))["start"] == f"from scratch in {tmp_path / 'run'}"
@@ -36,12 +39,30 @@ def test_the_plan_is_what_the_run_does(small_run, tmp_path):
     assert parse(describe_run(config))["start"].startswith("from the one before the newest: ")
 
 
+def test_a_shorter_last_epoch_is_in_the_plan(tiny_run):
+    plan = parse(
+        describe_run(tiny_run("train.epochs=null", "train.steps=10", "train.batch_size=8", "train.warmup_epochs=0"))
+    )
+    assert plan["steps"] == "10, 12 in an epoch, 1 epochs; of 8 images, 8 x 1 ranks x 1 passes"
+
+
+def test_classification_describes_its_network_its_images_and_a_first_batch(small_run):
+    plan = parse(describe_run(small_run("loader=torchvision", "loader.workers=0")))
+    assert plan["network"].startswith("resnest14_half, 10 classes (with 1000: ")
+    assert plan["data"].startswith("103 training and 40 val images in ")
+    assert plan["loader"].startswith("torchvision: a first batch (16, 3, 32, 32) on cpu, after ")
+    assert plan["evaluation"] == "short side 37 bilinear, centre crop 32"
+    assert plan["start"].startswith("from scratch in ")
+
+
 @pytest.mark.parametrize("option", ["train.ema_decay=null", "train.ema_decay=0.9"])
-def test_a_checkpoint_is_as_large_as_said(small_run, tmp_path, option):
-    config = small_run("loader=torchvision", "train.epochs=1", "train.warmup_epochs=0", option, "model.num_classes=10")
-    train(config)
-    size = newest_checkpoint(tmp_path / "run").stat().st_size
-    assert count_checkpoint_bytes(config) == pytest.approx(size, rel=0.01)
+def test_a_checkpoint_is_as_large_as_the_plan_tells(small_run, tmp_path, option):
+    task = open_task(small_run(option))
+    state = TrainingState(task.build_model(True, CPU), task.config.train, task.head)
+    save_checkpoint(state.state_dict(ALONE), tmp_path / "a.pt")
+    size, parameters = count_checkpoint_bytes(task)
+    assert size == pytest.approx((tmp_path / "a.pt").stat().st_size, rel=0.01)
+    assert parameters == sum(parameter.nbytes for parameter in state.model.parameters())
 
 
 def test_it_refuses_what_the_run_would(small_run, tmp_path):
@@ -55,14 +76,15 @@ def test_it_refuses_what_the_run_would(small_run, tmp_path):
         (f"run_dir={tmp_path}/file/x", ConfigError, "cannot be written"),
     ):
         with pytest.raises(error, match=words):
-            describe_run(small_run(option))
+            describe_run(small_run("loader=torchvision", "loader.workers=0", option))
 
 
-def test_two_ranks(demo_images, tmp_path):
-    words = ["+experiment=demo", "device=cpu", f"data.root={demo_images}", "train.crop=32", "train.batch_size=16"]
-    words += ["loader=torchvision", "loader.workers=1", "dry_run=true"]
-    done = run_module("resnest_imagenet.commands.train", *words, ranks=2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (steps,) = re.findall(r"^steps .*$", done.stdout, re.MULTILINE)  # of one rank
+def test_of_two_ranks_the_first_prints_and_none_writes(tiny_run, tmp_path, monkeypatch, capsys):
+    """As torchrun would start them: they do not meet."""
+    for rank in (0, 1):
+        for name, value in {**LAUNCHED, "RANK": str(rank), "LOCAL_RANK": str(rank)}.items():
+            monkeypatch.setenv(name, value)
+        run_command(tiny_run("dry_run=true"))
+    (steps,) = re.findall(r"^steps .*$", capsys.readouterr().out, re.MULTILINE)  # of one rank
     assert steps.endswith("of 32 images, 16 x 2 ranks x 1 passes")
     assert list(tmp_path.iterdir()) == []

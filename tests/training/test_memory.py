@@ -5,6 +5,8 @@ import torch
 
 from conftest import CPU, LAUNCHED
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.models.cost import count_kept
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training import memory
 from resnest_imagenet.training.memory import count_free_bytes, require_memory
 
@@ -62,29 +64,27 @@ def test_this_machine_says_what_is_free(tmp_path):
 
 
 def test_a_step_that_cannot_fit_is_refused_with_what_would(small_run, monkeypatch, capsys):
-    config = small_run("train.batch_size=64")
-    kept = memory.count_kept(config.model.name, 32, 64)
+    task = open_task(small_run("train.batch_size=64"))
+    kept = count_kept("resnest14_half", 32, 64)
     free = 0
     monkeypatch.setattr(memory, "count_free_bytes", lambda: free)
     free = int(kept * 0.8)
-    message = (
-        r"^train.batch_size=64 of resnest14_half at 32 pixels needs .* GB or more for 1 rank .*train.batch_size=32 fits"
-    )
+    message = r"^train.batch_size=64 of resnest14_half needs .* GB or more for 1 rank .*train.batch_size=32 fits"
     with pytest.raises(ConfigError, match=message):
-        require_memory(config, CPU)
+        require_memory(task, CPU)
     with monkeypatch.context() as launched:
         for name, value in {**LAUNCHED, "LOCAL_WORLD_SIZE": "4"}.items():
             launched.setenv(name, value)
         with pytest.raises(ConfigError, match=r"for 4 ranks on this machine, .*: train.batch_size=8 fits"):
-            require_memory(config, CPU)
+            require_memory(task, CPU)
         launched.setenv("RANK", "1")
         launched.setenv("LOCAL_RANK", "1")
-        require_memory(config, CPU)  # the first rank of the machine has said it
+        require_memory(task, CPU)  # the first rank of the machine has said it
     free = int(kept * 1.2)
-    require_memory(config, CPU)
-    assert capsys.readouterr().err.startswith("WARNING: train.batch_size=64 of resnest14_half at 32 pixels needs ")
+    require_memory(task, CPU)
+    assert capsys.readouterr().err.startswith("WARNING: train.batch_size=64 of resnest14_half needs ")
     free = int(kept * 2)
-    require_memory(config, CPU)
+    require_memory(task, CPU)
     free = 0
-    require_memory(config, torch.device("cuda"))
+    require_memory(task, torch.device("cuda"))
     assert capsys.readouterr().err == ""

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from conftest import ALONE
-from resnest_imagenet.data.loader import open_source
 from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.tasks.choice import open_task
+from resnest_imagenet.training.identity import compare_identity, describe_identity
 from resnest_imagenet.training.run_folder import RunFolder
-from resnest_imagenet.training.saving import compare_identity, describe_identity
 from resnest_imagenet.training.schedule import plan_steps
 
 
@@ -101,7 +101,7 @@ TRAINED, EVALUATED = (f'{{"event": "{kind}", "epoch": 1, "step": 6, "time": 0}}\
         ('{"state": "running", "saved_step": 3}', {"checkpoints/best.pt": ""}, True),
         ('{"state": "finished", "saved_step": 3}', {"notes.txt": ""}, False),  # all of the run was removed
         # Killed before the first checkpoint, or while it was written: best.pt comes first.
-        ('{"state": "running", "saved_step": null}', {"metrics.jsonl": EVALUATED, "predictions.csv": ""}, False),
+        ('{"state": "running", "saved_step": null}', {"metrics.jsonl": EVALUATED}, False),
         ('{"state": "running", "saved_step": null}', {"metrics.jsonl": EVALUATED, "checkpoints/best.pt": ""}, False),
         # Of an earlier version, which does not tell.
         ('{"state": "running"}', {"metrics.jsonl": TRAINED, "config.yaml": ""}, False),
@@ -136,12 +136,13 @@ def identify(small_run):
     """Return what a run on some data is known by."""
     configs = {digest: small_run(f"data.digest={digest}") for digest in ("names", "sizes", "content")}
 
-    def identify(kind, root, digest="sizes"):
+    def identify(kind, root, digest="sizes", **protocol):
         config = configs[digest]
-        config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": "weights.pth"})})
-        train_set, val_set = (open_source(kind, str(root), part, "x") for part in ("train", "val"))
-        plan = plan_steps(103, config.train, 1)
-        return describe_identity(config, plan, train_set, val_set, "a protocol", ALONE)
+        recipe = config.train.model_copy(update={"init_from": "weights.pth"})
+        data = config.data.model_copy(update={"kind": kind, "root": str(root)})
+        changes = {"train": recipe, "data": data, "protocol": config.protocol.model_copy(update=protocol)}
+        task = open_task(config.model_copy(update=changes))
+        return describe_identity(task, plan_steps(103, recipe, 1), ALONE)
 
     return identify
 
@@ -176,6 +177,7 @@ def test_a_change_of_the_data_is_noticed_and_said_in_words(identify, tmp_path):
     assert compare(older)[0] == "classes unknown -> 2" and compare({**before, **older})[0] == "class 1 dog -> wolf"
 
 
+@pytest.mark.process
 def test_labels_of_shards_are_compared(identify, demo_images, tmp_path):
     write_shards(str(demo_images), {"data.train_dir": "train", "data.val_dir": "val"}, tmp_path / "s", 30, False)
     before = {"identity": identify("webdataset", tmp_path / "s")}
@@ -189,6 +191,14 @@ def test_labels_of_shards_are_compared(identify, demo_images, tmp_path):
     np.savez(index, **{**listing, "labels": listing["labels"][::-1]})
     changes = compare_identity(before, identify("webdataset", tmp_path / "s"))
     assert list(changes.values()) == ["the classes in another order", "val images of other labels"]
+
+
+def test_another_protocol_is_another_run(identify, demo_images):
+    """The best accuracy so far would be compared with one of another protocol."""
+    before = {"identity": identify("folder", demo_images)}
+    changes = compare_identity(before, identify("folder", demo_images, ratio=1.0))
+    lines = ("short side 37 bilinear, centre crop 32", "short side 32 bilinear, centre crop 32")
+    assert list(changes.values()) == ["evaluation={}, not {}".format(*lines)]
 
 
 def test_init_from_is_the_same_however_it_is_spelled(identify, demo_images, tmp_path, monkeypatch):

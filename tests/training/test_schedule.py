@@ -1,11 +1,13 @@
 import math
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import MultiStepLR, PolynomialLR
 
 from conftest import compose_config
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.training.schedule import dropblock_probability, plan_steps
+from resnest_imagenet.training.schedule import plan_steps
 
 IMAGENET = 1_281_167
 
@@ -56,11 +58,6 @@ def test_the_peak_is_reached_after_the_warm_up():
     assert (plan.global_batch, plan.accumulation, plan.learning_rate(780)) == (8192, 1, 3.2)
 
 
-def test_dropblock_rises_linearly_to_the_last_epoch():
-    recipe = recipe_of("recipe=resnest")
-    assert [dropblock_probability(recipe, epoch) for epoch in (0, 134, 269)] == pytest.approx([0.1 / 270, 0.05, 0.1])
-
-
 @pytest.mark.parametrize(("world_size", "accumulation"), [(64, 1), (8, 8), (1, 64)])
 def test_fewer_gpus_accumulate_to_the_same_steps(world_size, accumulation):
     recipe = recipe_of("+experiment=resnest50")
@@ -92,3 +89,97 @@ def test_a_set_smaller_than_a_step():
             recipe = recipe.model_copy(update={"global_batch": None})
         with pytest.raises(DataError, match=f"63 training images do not fill a step of 64: lower {option}$"):
             plan_steps(63, recipe, world_size=1)
+
+
+# 16 images a step on 8 ranks; 117,266 images make 7329 steps an epoch.
+DETECTION = ("train.dropblock=0", "train.batch_size=2", "train.global_batch=16", "train.lr=0.02")
+DETECTION += ("train.reference_batch=16", "train.schedule=milestones", "train.warmup_epochs=null")
+DETECTION += ("train.warmup_steps=1000", "train.warmup_start=0.001")
+COCO = 117_266
+
+
+def test_the_1x_schedule_of_detectron2():
+    """0.02 for 16 images, 1000 steps of warm-up from 0.001 of it, a tenth at 60,000 and 80,000 of 90,000 steps."""
+    recipe = recipe_of(*DETECTION, "train.epochs=null", "train.steps=90000", "train.milestones=[60000,80000]")
+    plan = plan_steps(COCO, recipe, world_size=8)
+    assert (plan.total_steps, plan.steps_per_epoch, plan.epochs) == (90_000, 7329, 13)
+    assert (plan.end_of_epoch(11), plan.end_of_epoch(12)) == (12 * 7329, 90_000)  # the last epoch is shorter
+    expected = {0: 2e-5, 500: 0.02 * 0.5005, 999: 0.02 * (0.001 + 0.999 * 0.999), 1000: 0.02, 59_999: 0.02}
+    expected |= {60_000: 0.002, 79_999: 0.002, 80_000: 2e-4, 89_999: 2e-4}
+    assert {step: plan.learning_rate(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+    # Half the ranks' images: half the rate.
+    half = plan_steps(COCO, recipe.model_copy(update={"global_batch": 8}), world_size=4)
+    assert half.peak_lr == 0.01
+
+
+def test_the_1x_schedule_in_epochs():
+    """torchvision's references: epochs 8 and 11 of 12."""
+    recipe = recipe_of(*DETECTION, "train.epochs=12", "train.milestones=[8,11]")
+    plan = plan_steps(COCO, recipe, world_size=8)
+    edges = [8 * 7329 - 1, 8 * 7329, 11 * 7329 - 1, 11 * 7329, 12 * 7329 - 1]
+    assert plan.total_steps == 12 * 7329
+    assert [plan.learning_rate(step) for step in edges] == pytest.approx([0.02, 0.002, 0.002, 2e-4, 2e-4])
+
+
+def test_the_poly_schedule_of_deeplab():
+    """0.01 * (1 - step / steps) ** 0.9, for 16 images, without a warm-up; ADE20K's 20,210 images, 120 epochs."""
+    options = ("train.dropblock=0", "train.schedule=poly", "train.lr=0.01", "train.reference_batch=16")
+    options += ("train.batch_size=2", "train.global_batch=16", "train.warmup_epochs=0", "train.epochs=120")
+    plan = plan_steps(20_210, recipe_of(*options), world_size=8)
+    steps = 120 * 1263
+    assert plan.total_steps == steps
+    at = [0, 1, steps // 2, steps - 1]
+    expected = [0.01 * (1 - step / steps) ** 0.9 for step in at]
+    assert [plan.learning_rate(step) for step in at] == pytest.approx(expected, rel=1e-12)
+    plan = plan_steps(20_210, recipe_of(*options, "train.warmup_epochs=1", "train.poly_power=2"), world_size=8)
+    assert [plan.learning_rate(step) for step in (1263, 1263 + (steps - 1263) // 2)] == pytest.approx(
+        [0.01, 0.0025], rel=1e-4
+    )  # of an odd number of steps
+
+
+def test_the_schedules_are_torchs():
+    """Step for step those of torch.optim.lr_scheduler: linear warm-up, milestones, polynomial."""
+    schedulers = {
+        "milestones": lambda optimizer: MultiStepLR(optimizer, [30, 45]),
+        "poly": lambda optimizer: PolynomialLR(optimizer, 60, power=0.9),
+    }
+    for name, make in schedulers.items():
+        options = ("train.dropblock=0", "train.epochs=null", "train.steps=60", f"train.schedule={name}")
+        options += ("train.milestones=[30,45]", "train.lr=0.5", "train.batch_size=256", "train.global_batch=null")
+        plan = plan_steps(2560, recipe_of(*options, "train.warmup_epochs=null", "train.warmup_steps=0"), world_size=1)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        scheduler, rates = make(optimizer), []
+        for _ in range(60):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert [plan.learning_rate(step) for step in range(60)] == pytest.approx(rates, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("train.epochs=2", "train.milestones=[1]"),
+            r"train.warmup_steps=1000 must be less than the 200 steps of the run",
+        ),
+        (
+            ("train.epochs=20", "train.milestones=[9]"),
+            r"train.warmup_steps=1000 must end before the first of train.milestones, at step 900",
+        ),
+        (
+            ("train.epochs=20", "train.schedule=step", "train.step_epochs=9"),
+            r"train.warmup_steps=1000 must end before the first of train.step_epochs, at step 900",
+        ),
+        (
+            ("train.epochs=null", "train.steps=100", "train.milestones=[50]", "train.warmup_steps=null"),
+            r"train.warmup_epochs=2.0 must be less than the 100 steps of the run",
+        ),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_rest(options, message):
+    if "train.warmup_steps=null" in options:
+        options += ("train.warmup_epochs=2",)
+    recipe = recipe_of(*DETECTION, *options)
+    with pytest.raises(ConfigError, match=message):
+        plan_steps(1600, recipe, world_size=8)

@@ -39,6 +39,7 @@ def start(folder, plan, sets, capsys):
     return capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_what_a_signal_has_ended_is_named_once_with_its_images(sets, tmp_path, capsys):
     train_set = sets[0]
     leave(tmp_path, make_plan(sets, rank=1), (4, 2, LOADING))
@@ -58,6 +59,7 @@ def test_what_a_signal_has_ended_is_named_once_with_its_images(sets, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["suspects.txt"]
 
 
+@pytest.mark.process
 def test_in_an_evaluation_they_are_the_val_images(sets, tmp_path, capsys):
     plan = make_plan(sets)
     for rank in (0, 1):
@@ -68,11 +70,13 @@ def test_in_an_evaluation_they_are_the_val_images(sets, tmp_path, capsys):
     assert sets[1].name(first[0]) in line
 
 
+@pytest.mark.process
 def test_of_other_data_there_are_no_names(sets, tmp_path, capsys):
     leave(tmp_path, make_plan(sets[::-1]), (0, 0, LOADING))
     assert start(tmp_path, make_plan(sets), sets, capsys).endswith("waiting for data in batch 1 of epoch 1\n")
 
 
+@pytest.mark.process
 def test_torchrun_reads_the_place_unless_it_was_told_of_a_cause(sets, tmp_path, monkeypatch):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))

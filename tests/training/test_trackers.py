@@ -16,24 +16,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import wandb
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import SMALL, compose_config
+import tiny_task
+from conftest import ALONE, SMALL, compose_config
+from faulty_task import Fault, open_with
 from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.errors import ConfigError, Stopped
-from resnest_imagenet.training import loop as loop_module
 from resnest_imagenet.training import trackers as trackers_module
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.trackers import open_trackers, require_trackers
 from resnest_imagenet.training.train import train
+from run_files import read_events, without_clock
 
-
-def read_events(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+TINY = (*SMALL, "train.task=tiny", "data.root=unused")
 
 
 def points_of(events, event, name):
@@ -44,30 +41,22 @@ def points_of(events, event, name):
 def forget_wandb():
     """Each test has an environment of its own, and wandb reads it once."""
     yield
-    wandb.teardown()
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()
 
 
 @pytest.fixture(scope="module")
-def shown(demo_images, tmp_path_factory):
-    """A run with all trackers that dies after step 10 of 12, goes on after step 6, and ends; and the same with none."""
+def shown(tmp_path_factory):
+    """A run with all trackers that dies after step 10 of 12, resumes after step 6, and ends; and the same with none."""
     place = tmp_path_factory.mktemp("shown")
-    batches = []
-    real_loss, real_wrap = loop_module.compute_loss, train_module._wrap
+    tiny_task.register()
 
-    def interrupt(*args):
-        if args[-2:] == (1, 4):
-            raise KeyboardInterrupt
-        return real_loss(*args)
-
-    def wrap(*args):
-        network = real_wrap(*args)
-        network.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].clone()))
-        return network
+    def interrupt():
+        raise KeyboardInterrupt
 
     def run(name, trackers, *more):
-        options = (f"data.root={demo_images}", f"run_dir=runs/{name}", "loader=torchvision", "log.every_steps=3")
-        options += ("train.cutmix_alpha=1.0", "train.erasing=0.5", "train.dropout=0.2", f"log.trackers={trackers}")
-        return train(compose_config("train", TrainConfig, *SMALL, *options, *more))
+        options = (f"run_dir=runs/{name}", "log.every_steps=3", "train.cutmix_alpha=1.0", "train.dropout=0.2")
+        return train(compose_config("train", TrainConfig, *TINY, *options, f"log.trackers={trackers}", *more))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -77,23 +66,20 @@ def shown(demo_images, tmp_path_factory):
         patch.setenv("MLFLOW_EXPERIMENT_NAME", "an experiment")
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         run("without", "[]")
-        patch.setattr(loop_module, "compute_loss", interrupt)
-        patch.setattr(train_module, "_wrap", wrap)
+        patch.setattr(train_module, "open_task", open_with(Fault(1, 4, interrupt)))
         with pytest.raises(KeyboardInterrupt):
             run("with", "[tensorboard,wandb,mlflow]")
         died = read_events(place / "runs/with")
-        patch.setattr(loop_module, "compute_loss", real_loss)
+        patch.setattr(train_module, "open_task", open_with())
         run("with", "[tensorboard,wandb,mlflow]", "timeout_seconds=500")
     events = read_events(place / "runs/with")
-    return SimpleNamespace(place=place, run=place / "runs/with", events=events, died=died, first_batch=batches[0])
+    task = tiny_task.TinyTask(compose_config("train", TrainConfig, *TINY))
+    (first_batch, _) = next(task.build_loader(task.plan_batches(6, ALONE), ALONE).batches(0))
+    return SimpleNamespace(place=place, run=place / "runs/with", events=events, died=died, first_batch=first_batch)
 
 
 def test_a_run_is_the_same_whatever_shows_it(shown):
-    clock = ("time", "images_per_s", "data_wait")
-    with_all, with_none = (
-        [{k: v for k, v in e.items() if k not in clock} for e in events]
-        for events in (shown.events, read_events(shown.place / "runs/without"))
-    )
+    with_all, with_none = without_clock(shown.events), without_clock(read_events(shown.place / "runs/without"))
     assert with_all == with_none and len(with_all) == 6
     assert shown.died[-1]["step"] == 9  # a point that the trackers get twice
     # Nothing beside MLflow's own files is left where the command ran.
@@ -130,11 +116,12 @@ def wait_for(condition):
     raise TimeoutError
 
 
+@pytest.mark.process
 def test_tensorboards_server_shows_numbers_pictures_and_configuration(shown):
     with tensorboard(shown.run / "tensorboard") as ask:
         tags = wait_for(lambda: ask("images/tags"))["."]
-        assert tags.keys() == {"train/samples", "eval/confusions"}
-        for event, name in (("train", "loss"), ("train", "lr"), ("eval", "top1")):
+        assert tags.keys() == {"train/samples", "eval/answers"}
+        for event, name in (("train", "loss"), ("train", "lr"), ("eval", "accuracy")):
             points = ask("scalars/scalars", run=".", tag=f"{event}/{name}")
             expected = [(step, pytest.approx(value)) for step, value in points_of(shown.events, event, name)]
             assert [(step, value) for _, step, value in points] == expected
@@ -145,33 +132,28 @@ def test_tensorboards_server_shows_numbers_pictures_and_configuration(shown):
                 content = ask("images/individualImage", **dict(urllib.parse.parse_qsl(sample["query"])))
                 pictures[tag, sample["step"]] = np.array(Image.open(io.BytesIO(content)))
         # The picture of step 6 is the first process's; of each process there are samples.
-        assert pictures.keys() == {("eval/confusions", step) for step in (6, 12)} | {
+        assert pictures.keys() == {("eval/answers", step) for step in (6, 12)} | {
             ("train/samples", step) for step in (0, 6)
         }
-        # Sixteen images in a square, as they came into the network: erased and mixed.
-        sheet = pictures["train/samples", 0]
-        assert sheet.shape == (4 * 36, 4 * 36, 3)
-        for number, image in enumerate(shown.first_batch.permute(0, 2, 3, 1).numpy()):
-            top, left = number // 4 * 36 + 2, number % 4 * 36 + 2
-            pixels = (image * STD + MEAN).round().clip(0, 255)
-            np.testing.assert_allclose(sheet[top : top + 32, left : left + 32], pixels, atol=1)
-        assert len(np.unique(pictures["eval/confusions", 12], axis=0)) > 50
+        np.testing.assert_array_equal(pictures["train/samples", 0], tiny_task.draw_numbers(shown.first_batch))
 
         (text,) = ask("text/text", run=".", tag="config/text_summary")
         assert "<pre><code>run_dir: runs/with\nseed: 0\n" in text["text"] and "dropout: 0.2" in text["text"]
 
 
-def test_tensorboard_keeps_the_pictures_that_a_run_goes_on_from(tmp_path):
+def test_tensorboard_keeps_the_pictures_that_a_run_resumes_from(tmp_path):
     (tmp_path / "config.yaml").touch()
-    config = compose_config("train", TrainConfig, *SMALL, "data.root=/nowhere")
-    for goes_on_from in (0, 10, 5):
-        (tracker,) = open_trackers(tmp_path, config, goes_on_from, [])
+    config = compose_config("train", TrainConfig, *TINY)
+    for resumes_from in (0, 10, 5):
+        (tracker,) = open_trackers(tmp_path, config, "accuracy", resumes_from, [])
         for step in (5, 10, 15):
-            if step > goes_on_from:
-                tracker.image("picture", step, np.full((2, 3, 3), goes_on_from, np.uint8))
+            if step > resumes_from:
+                tracker.image("picture", step, np.full((2, 3, 3), resumes_from, np.uint8))
         tracker.close(None)
         (file,) = (tmp_path / "tensorboard").iterdir()
         file.write_bytes(file.read_bytes()[:-10])  # as of a process that was killed amid writing step 15
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     images = events.Images("picture")
@@ -199,6 +181,7 @@ def read_wandb(path):
             record = b""
 
 
+@pytest.mark.process
 def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_run(shown):
     files = sorted(shown.run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
@@ -211,7 +194,7 @@ def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_ru
                 run = record.run
                 assert (run.run_id, run.display_name, run.project) == (name, "runs/with", "a-project")
                 config = {each.key: json.loads(each.value_json) for each in run.config.update}
-                assert config["train"]["cutmix_alpha"] == 1.0 and config["model"]["num_classes"] == 10
+                assert config["train"]["cutmix_alpha"] == 1.0 and config["model"]["num_classes"] == 2
             if record.HasField("metric"):
                 metrics.append((record.metric.glob_name, record.metric.step_metric))
             if record.HasField("history"):
@@ -222,10 +205,12 @@ def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_ru
     sent = [(e["step"], e["train/loss"]) for e in history if "train/loss" in e]
     expected = points_of(shown.died, "train", "loss") + points_of(shown.events, "train", "loss")[2:]
     assert sent == expected and [step for step, _ in sent] == [3, 6, 9, 9, 12]
-    assert [(e["step"], e["eval/top1"]) for e in history if "eval/top1" in e] == points_of(shown.events, "eval", "top1")
+    assert [(e["step"], e["eval/accuracy"]) for e in history if "eval/accuracy" in e] == points_of(
+        shown.events, "eval", "accuracy"
+    )
     pictures = [(key, e["step"]) for e in history for key in e if key.endswith("/path")]
     assert pictures == [
-        ("train/samples/path", 0), ("eval/confusions/path", 6), ("train/samples/path", 6), ("eval/confusions/path", 12)
+        ("train/samples/path", 0), ("eval/answers/path", 6), ("train/samples/path", 6), ("eval/answers/path", 12)
     ]  # fmt: skip
     assert len(list(shown.run.glob("wandb/offline-run-*/files/media/images/*/*.png"))) == 4
     assert metrics == [("*", "step")] * 2 and exits == [1, 0]
@@ -242,18 +227,18 @@ def test_mlflow_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_r
     name = run.info.run_id
     assert json.loads((shown.run / "trackers.json").read_text())["mlflow"] == name
     assert (run.info.run_name, run.info.status) == ("runs/with", "FINISHED")
-    assert run.data.params["train.cutmix_alpha"] == "1.0" and run.data.params["model.num_classes"] == "10"
+    assert run.data.params["train.cutmix_alpha"] == "1.0" and run.data.params["model.num_classes"] == "2"
     assert len(run.data.params) > 60 and run.data.params["timeout_seconds"] == "600.0"  # when it began
     history = [(m.step, m.value) for m in client.get_metric_history(name, "train/loss")]
     assert history == points_of(shown.died, "train", "loss") + points_of(shown.events, "train", "loss")[2:]
-    first = client.get_metric_history(name, "eval/top1")[0]
+    first = client.get_metric_history(name, "eval/accuracy")[0]
     assert first.timestamp == int(1000 * shown.events[2]["time"])
     assert Path(client.download_artifacts(name, "config.yaml")).read_text() == (shown.run / "config.yaml").read_text()
     pictures = sorted(file.path for file in client.list_artifacts(name, "images") if file.path.endswith(".png"))
     assert [re.match(r"images/(.*?)\+timestamp", path)[1] for path in pictures] == [
-        "eval~confusions+step+12", "eval~confusions+step+6", "train~samples+step+0", "train~samples+step+6"
+        "eval~answers+step+12", "eval~answers+step+6", "train~samples+step+0", "train~samples+step+6"
     ]  # fmt: skip
-    assert Image.open(client.download_artifacts(name, pictures[2])).size == (144, 144)
+    assert Image.open(client.download_artifacts(name, pictures[2])).size == (tiny_task.WIDTH, 16)
 
 
 def test_a_tracker_that_comes_later_gets_what_it_missed(shown, monkeypatch):
@@ -263,8 +248,8 @@ def test_a_tracker_that_comes_later_gets_what_it_missed(shown, monkeypatch):
     uri = f"sqlite:///{shown.place}/later.db"
     monkeypatch.chdir(shown.place)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    config = compose_config("train", TrainConfig, *SMALL, "data.root=/nowhere", "log.trackers=mlflow")
-    (tracker,) = open_trackers(shown.place / "runs/without", config, 12, shown.events)
+    config = compose_config("train", TrainConfig, *TINY, "log.trackers=mlflow")
+    (tracker,) = open_trackers(shown.place / "runs/without", config, "accuracy", 12, shown.events)
     tracker.close(Stopped("as asked"))
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs(["0"])
@@ -273,12 +258,12 @@ def test_a_tracker_that_comes_later_gets_what_it_missed(shown, monkeypatch):
     assert history == points_of(shown.events, "train", "loss")
 
 
-def test_servers_that_cannot_be_reached_end_no_run(small_run, tmp_path, monkeypatch, capsys):
+def test_servers_that_cannot_be_reached_end_no_run(tiny_run, tmp_path, monkeypatch, capsys):
     for name, value in {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
         monkeypatch.setenv(name, value)
     for name, value in {"BASE_URL": "http://127.0.0.1:9", "API_KEY": "0" * 40, "INIT_TIMEOUT": "2"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    train(small_run("train.epochs=1", "train.warmup_epochs=0", "log.trackers=[wandb,mlflow]"))
+    train(tiny_run("train.epochs=1", "train.warmup_epochs=0", "log.trackers=[wandb,mlflow]"))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING: ")]
     assert [line[: line.index(":", 9)] for line in lines] == [
         "WARNING: wandb lacks what metrics.jsonl has",
@@ -308,6 +293,7 @@ def test_no_step_waits_for_a_tracker_and_its_failure_is_said_once(monkeypatch, c
     assert capsys.readouterr().err == "WARNING: mlflow lacks what metrics.jsonl has: OSError: gone\n"
 
 
+@pytest.mark.process
 def test_a_tracker_that_is_not_installed_is_one_line_before_any_data_is_read(small_run, tmp_path, monkeypatch):
     # W&B makes such a folder wherever it runs: to Python a package.
     (tmp_path / "elsewhere/wandb").mkdir(parents=True)
@@ -334,6 +320,7 @@ def test_a_run_that_is_set_aside_takes_its_names_along(tmp_path):
     assert {path.name for path in aside.iterdir()} == {"checkpoints", "wandb", "trackers.json"}
 
 
+@pytest.mark.process
 def test_none_of_them_is_imported_unasked():
     script = "import resnest_imagenet.training.train, sys; print({'tensorboard', 'wandb', 'mlflow'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -5,8 +5,6 @@ import json
 import re
 import sys
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.weights import card, graphs
 
 NAME = "resnest14_half"
@@ -50,6 +48,9 @@ def export(checkpoint, *overrides):
 
 
 def open_onnx(path):
+    import onnx
+    import onnxruntime
+
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=True)
     assert [(each.domain, each.version) for each in graph.opset_import] == [("", 18)]
@@ -77,6 +78,7 @@ def open_program(path):
         ("torch_export", "resnest14_half.pt2", open_program, "crop 64"),
     ],
 )
+@pytest.mark.slow
 def test_a_graph_computes_what_the_network_does(
     form, file, open_graph, kind, model, checkpoint, tmp_path, monkeypatch, capfd
 ):
@@ -107,12 +109,10 @@ def test_a_graph_computes_what_the_network_does(
 
 
 def test_classes_are_imagenets_of_1000_outputs_and_else_unknown(tmp_path):
-    for outputs, classes in ((1000, tuple(list_imagenet_classes())), (7, None)):
+    for outputs, classes in ((1000, tuple(imagenet_synsets())), (7, None)):
         save_checkpoint(build_model(NAME, outputs).state_dict(), tmp_path / "bare.pth")
-        arguments = (f"ckpt={tmp_path}/bare.pth", f"model={NAME}", "format=onnx")
-        config = compose_config("export", ExportConfig, *arguments)
         images = card.ImageInput(224, 0.875, "bilinear", "resize_crop", True, "", (0.0,), (1.0,))
-        _, _, found = card.open_network(config, lambda weights, name, images=images: images)
+        _, _, found = card.open_network(f"{tmp_path}/bare.pth", lambda weights, name, images=images: images, NAME)
         assert found.classes == classes
         assert ("classes" in found.to_metadata()) == (classes is not None)
 
@@ -123,6 +123,7 @@ def substitute(monkeypatch, network):
     monkeypatch.setattr(graphs, "_load_onnx", lambda _: network)
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_not_written(model, checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "out.onnx"
     out.write_text("old")

@@ -3,17 +3,17 @@
 import json
 
 import pytest
-import timm
 import torch
 from huggingface_hub import constants
 
 from conftest import compose_config
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.commands.export import describe_input, run
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.evaluate_checkpoint import evaluate_checkpoint
+from resnest_imagenet.inference.describe import describe_input
 from resnest_imagenet.weights import hub
 from resnest_imagenet.weights.card import Card
 from resnest_imagenet.weights.hub import describe_for_timm
@@ -50,7 +50,7 @@ def assert_same_logits(one, other, side=64):
 
 def describe_default(name):
     """Return the input of bare weights."""
-    return describe_input(compose_config("export", ExportConfig, "ckpt=x"), Weights("x", {}), name)
+    return describe_input(Weights("x", {}), name)
 
 
 def describe(name, num_classes, device):
@@ -61,7 +61,10 @@ def describe(name, num_classes, device):
 
 
 @pytest.mark.parametrize("name", list_models())
+@pytest.mark.slow
 def test_timm_builds_every_network(name, tmp_path):
+    import timm
+
     model, described = describe(name, 7, "meta")
     (tmp_path / "config.json").write_text(json.dumps(described))
     with torch.device("meta"):
@@ -75,7 +78,10 @@ def test_timm_builds_every_network(name, tmp_path):
 
 # The place of the pool and the sigmoid of radix 1 are in no shape.
 @pytest.mark.parametrize("name", ["resnest50_fast_2s1x64d", "resnest50_fast_1s2x40d", "skresnext101_32x4d"])
+@pytest.mark.slow
 def test_what_timm_has_no_name_for_computes_the_same(name, tmp_path):
+    import timm
+
     torch.manual_seed(0)
     model, described = describe(name, 7, "cpu")
     (tmp_path / "config.json").write_text(json.dumps(described))
@@ -83,10 +89,13 @@ def test_what_timm_has_no_name_for_computes_the_same(name, tmp_path):
     theirs.load_state_dict(model.state_dict())
     for part in (model, theirs):  # logits that do not explode
         torch.nn.init.normal_(part.fc.weight, std=1e-4, generator=torch.Generator().manual_seed(0))
-    assert_same_logits(model, theirs)
+    assert_same_logits(model, theirs, 32)
 
 
+@pytest.mark.slow
 def test_timm_and_this_project_load_the_folder(model, tmp_path, evaluation_of, capsys):
+    import timm
+
     out = tmp_path / "new/net"
     export(save_run(model, tmp_path / "step-1.pt"), f"out={out}", "crop=64", "protocol=full")
     line = capsys.readouterr().out
@@ -107,8 +116,11 @@ def test_timm_and_this_project_load_the_folder(model, tmp_path, evaluation_of, c
     assert results == again
 
 
+@pytest.mark.slow
 def test_timm_loads_it_from_the_hub(model, tmp_path, monkeypatch):
     """The hub's cache, filled by hand, without a network."""
+    import timm
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--me--net"
     (repository / "refs").mkdir(parents=True)
@@ -117,7 +129,10 @@ def test_timm_loads_it_from_the_hub(model, tmp_path, monkeypatch):
     assert_same_logits(model, timm.create_model("hf-hub:me/net", pretrained=True, cache_dir=tmp_path))
 
 
+@pytest.mark.slow
 def test_imagenet_classes_are_timms_own_and_a_part_of_them_is_named(tmp_path):
+    import timm
+
     images = describe_default(NAME)
     tensors = build_model(NAME, 1000).state_dict()
     synsets = tuple(timm.data.ImageNetInfo("imagenet-1k").label_names())
@@ -127,12 +142,17 @@ def test_imagenet_classes_are_timms_own_and_a_part_of_them_is_named(tmp_path):
     assert described["label_descriptions"]["n01443537"].startswith("goldfish")
 
 
+@pytest.mark.slow
 def test_the_card_has_the_accuracy_where_the_checkpoint_knows_it(model, tmp_path):
+
     known = {"best_top1": 81.129, "identity": {"evaluation": "short side 256 bilinear, centre crop 224"}}
     average = {"ema": model.state_dict(), **known}
+    named = {"best": 81.129, "metric": "top1", "identity": known["identity"]}
     sentence = "- Top-1: 81.13 % of the run's evaluation images (short side 256 bilinear, centre crop 224).\n"
     for name, content, more, is_known in (
-        ("best.pt", known, (), True),
+        ("best.pt", known, (), True),  # of before checkpoints named their metric
+        ("best.pt", named, (), True),
+        ("best.pt", {**named, "metric": "calibration"}, (), False),
         ("best.pt", average, (), True),
         ("best.pt", average, ("weights=model",), False),  # the average was evaluated
         ("step-1.pt", known, (), False),  # another one's
@@ -160,6 +180,7 @@ def test_what_it_refuses(model, tmp_path):
         export(tmp_path / "model.safetensors", f"model={NAME}", f"out={tmp_path}/file")
 
 
+@pytest.mark.slow
 def test_a_second_export_replaces_the_first(model, tmp_path):
     checkpoint = save_run(model, tmp_path / "step-1.pt")
     (tmp_path / "net").mkdir()

@@ -1,5 +1,7 @@
 """Key names against the official list, and the other layouts against it."""
 
+import functools
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ LAYERS |= {"resnest14_half": (1, 1, 1, 1)}
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
+@functools.cache
 def keys_of(name):
     with torch.device("meta"):
         return list(build_model(name).state_dict())
@@ -36,6 +39,7 @@ def list_official_keys(layers):
 
 
 @pytest.mark.parametrize("name", RESNESTS)
+@pytest.mark.slow
 def test_keys_are_the_official_ones(name):
     keys = keys_of(name)
     assert sorted(keys) == list_official_keys(LAYERS.get(name, (3, 4, 6, 3)))
@@ -75,6 +79,7 @@ def test_names(official, mmpretrain, detectron2):
 
 @pytest.mark.parametrize("layout", ["official", "mmpretrain", "detectron2"])
 @pytest.mark.parametrize("name", ["resnest50", "resnest101"])
+@pytest.mark.slow
 def test_no_two_keys_get_one_name_and_the_layout_is_recognised(name, layout):
     keys = keys_of(name)
     renamed = [rename(key, layout) for key in keys if rename(key, layout)]

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 import resnest_imagenet
-from conftest import compose_config
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import export as command
-from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError
-from resnest_imagenet.models.zoo import list_imagenet_classes
+from resnest_imagenet.inference.describe import describe_input
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.weights import published
 from resnest_imagenet.weights.export import describe_weights, export_weights
+from resnest_imagenet.weights.graphs import export_graph
+from resnest_imagenet.weights.hub import export_folder
 from resnest_imagenet.weights.load import Weights, match_tensors, read_weights, restore_network, start_from
 
 NAME = "resnest14_half"
@@ -50,9 +51,8 @@ def save(tmp_path):
     return write
 
 
-def export(source, out, *overrides):
-    arguments = (f"ckpt={source}", f"out={out}", f"format={str(out).rpartition('.')[2]}", *overrides)
-    return export_weights(compose_config("export", ExportConfig, *arguments))
+def export(source, out, model=NAME, **options):
+    return export_weights(source, out, model=model, form=str(out).rpartition(".")[2], **options)
 
 
 def assert_same_logits(one, other):
@@ -66,13 +66,13 @@ def assert_same_logits(one, other):
 @pytest.mark.parametrize("layout", ["official", "timm", "mmpretrain"])
 def test_exported_weights_come_back(layout, suffix, model, save, tmp_path):
     source, out = save(model.state_dict()), tmp_path / f"new/out.{suffix}"
-    line = export(source, out, f"layout={layout}", f"model={NAME}")
+    line = export(source, out, layout=layout)
     assert re.fullmatch(rf"wrote {out}: {NAME}, \d+ tensors, SHA-256 [0-9a-f]{{64}}", line)
     restored, name = restore_network(read_weights(str(out)), NAME)
     assert name == NAME
     assert_same_logits(restored.eval(), model)
     assert all(value.is_contiguous() for value in load_checkpoint(out).values())
-    export(out, tmp_path / f"back.{suffix}", f"model={NAME}")
+    export(str(out), tmp_path / f"back.{suffix}")
     back, original = load_checkpoint(tmp_path / f"back.{suffix}"), model.state_dict()
     assert back.keys() == original.keys()
     assert all(torch.equal(back[key], original[key]) for key in original)
@@ -81,7 +81,7 @@ def test_exported_weights_come_back(layout, suffix, model, save, tmp_path):
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_detectron2_has_the_backbone_only(suffix, model, save, tmp_path):
     out = tmp_path / f"out.{suffix}"
-    export(save(model.state_dict()), out, "layout=detectron2", f"model={NAME}")
+    export(save(model.state_dict()), out, layout="detectron2")
     _, tensors = match_tensors(read_weights(str(out)), NAME)
     original = model.state_dict()
     assert tensors.keys() == original.keys() - {"fc.weight", "fc.bias"}
@@ -151,6 +151,7 @@ def test_training_checkpoints_of_other_projects_are_read(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.slow
 def test_what_is_not_read_is_named_with_the_way_out(model, tmp_path):
     torch.save({"model": model.state_dict(), "hook": torch.nn.ReLU()}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"it holds torch.nn.modules.activation.ReLU, .* its state dict alone"):
@@ -170,12 +171,12 @@ def run_of(state, num_classes):
     return {"model": state, "ema": None, "config": config, "classes": ["x"] * num_classes, "epoch": 1}
 
 
-# What is done to the official file, and what the line must say.
+# What is done to the official file, and what the line must say: the first of them builds every network once.
 FAULTS = [
     (lambda s: without(s, "layer4.0.conv2.fc1.bias"), "layer4.0.conv2.fc1.bias is missing: not the weights of"),
     (lambda s: without(s, "fc.bias"), "fc.weight and fc.bias do not belong together"),
     (lambda s: {**s, "fc.bias": torch.zeros(8)}, "fc.weight and fc.bias do not belong together"),
-    (lambda s: {**s, "extra.bias": torch.zeros(1)}, "extra.bias is one key too many: not the weights of"),
+    (lambda s: {**s, "extra.bias": torch.zeros(1)}, "unexpected key extra.bias: not the weights of"),
     (lambda s: {**s, "bn1.weight": torch.zeros(3)}, r"bn1.weight has shape \(3,\), not \(32,\)"),
     (lambda s: {**s, "fc.weight": torch.zeros(7, 5)}, r"fc.weight has shape \(7, 5\), not \(7, 1024\)"),
     (lambda s: {**s, "epoch": 3}, "epoch is no tensor: not a state dict"),
@@ -193,20 +194,52 @@ FAULTS = [
 ]
 
 
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_a_checkpoint_of_another_task_is_refused_in_one_line(has_classes, model, save, tmp_path, monkeypatch, capsys):
+    """By all that read weights: there is one reader. One that names no task is of before there were others."""
+    content = run_of(model.state_dict(), 7) | {"task": "detection", "metric": "box_ap", "best": 40.0}
+    if not has_classes:
+        del content["classes"]
+    source = save(content, "best.pt")
+    line = f"{source}: a checkpoint of task detection, not of classification: choose another, or other weights"
+    readers = (
+        lambda: read_weights(source),
+        lambda: resnest_imagenet.open_classifier(source),
+        lambda: resnest_imagenet.predict(source, source),
+        lambda: resnest_imagenet.load_backbone(build_model(NAME, features_only=True), NAME, source),
+        lambda: export(source, tmp_path / "out.pth"),
+        lambda: export_folder(source, describe_input, tmp_path / "hub"),
+        lambda: export_graph(source, describe_input, tmp_path / "out.pt2", form="torch_export"),
+    )
+    for read in readers:
+        with pytest.raises(CheckpointError, match=f"^{re.escape(line)}$"):
+            read()
+    monkeypatch.setattr("sys.argv", ["resnest-export", f"ckpt={source}", f"out={tmp_path}/out.pth"])
+    with pytest.raises(SystemExit, match="4"):
+        command.main()
+    assert capsys.readouterr().err == f"resnest-export: {line}\n"
+    for task in ({}, {"task": "classification"}):
+        weights = read_weights(save(run_of(model.state_dict(), 7) | task, "best.pt"))
+        assert weights.model == NAME
+
+
 @pytest.mark.parametrize(("damage", "message"), FAULTS)
+@pytest.mark.slow
 def test_what_does_not_fit_is_named(damage, message, model, save):
     with pytest.raises(CheckpointError, match=message) as caught:
         restore_network(read_weights(save(damage(model.state_dict()))), NAME)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_missing_key_is_named_as_in_its_file(model, save, tmp_path):
-    export(save(model.state_dict()), tmp_path / "mm.pth", "layout=mmpretrain", f"model={NAME}")
+    export(save(model.state_dict()), tmp_path / "mm.pth", layout="mmpretrain")
     broken = without(load_checkpoint(tmp_path / "mm.pth"), "backbone.stem.2.bn.bias")
     with pytest.raises(CheckpointError, match="backbone.stem.2.bn.bias is missing"):
         restore_network(read_weights(save(broken)), NAME)
 
 
+@pytest.mark.slow
 def test_another_network_is_told_which_would_fit(model, save):
     weights = read_weights(save(model.state_dict()))
     with pytest.raises(CheckpointError, match=r"conv1.0.weight has shape .* resnest14; they fit model=resnest14_half$"):
@@ -217,6 +250,7 @@ def test_another_network_is_told_which_would_fit(model, save):
         restore_network(weights, "resnest14_hal")
 
 
+@pytest.mark.slow
 def test_networks_of_the_same_shapes_are_both_named(save):
     """The place of the pool is not in the weights: a wrong choice would load, and compute something else."""
     weights = read_weights(save(build_model("resnest50", 3).state_dict()))
@@ -224,6 +258,7 @@ def test_networks_of_the_same_shapes_are_both_named(save):
         restore_network(weights, None)
 
 
+@pytest.mark.slow
 def test_published_weights_know_their_network_and_classes(save, monkeypatch):
     path = Path(save(build_model(NAME, 1000).state_dict()))
     monkeypatch.setattr("resnest_imagenet.weights.load.fetch", lambda source: (path, NAME))
@@ -234,7 +269,7 @@ def test_published_weights_know_their_network_and_classes(save, monkeypatch):
     with pytest.raises(ConfigError, match="weights=ema, but official:this holds no moving average"):
         read_weights("official:this", "ema")
     # A thousand other classes get a classifier of their own.
-    assert weights.classes == list_imagenet_classes()
+    assert weights.classes == imagenet_synsets()
     assert not start_from(build_model(NAME, 1000), NAME, [f"place{n:04}" for n in range(1000)], weights)
     assert set(published.OFFICIAL) <= set(resnest_imagenet.list_models())
 
@@ -289,26 +324,23 @@ def test_an_export_says_which_numbers_its_outputs_are():
         assert describe_weights(Weights("x", {}, classes=classes), NAME) == words
 
 
+@pytest.mark.slow
 def test_export_refuses_what_it_cannot_do(model, save, tmp_path):
     source = save(model.state_dict())
     with pytest.raises(ConfigError, match="out=.*out.pt does not end in .pth"):
-        export_weights(
-            compose_config(
-                "export", ExportConfig, f"ckpt={source}", f"model={NAME}", "format=pth", f"out={tmp_path}/out.pt"
-            )
-        )
+        export_weights(source, tmp_path / "out.pt", model=NAME, form="pth")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written"):
-        export(source, tmp_path / "file/out.pth", f"model={NAME}")
+        export(source, tmp_path / "file/out.pth")
     with pytest.raises(ConfigError, match="out=.*weights.pth is the checkpoint itself"):
-        export(source, source, f"model={NAME}")
+        export(source, source)
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(ConfigError, match="folder.pth: cannot be written .it is a folder"):
-        export(source, tmp_path / "folder.pth", f"model={NAME}")
+        export(source, tmp_path / "folder.pth")
     assert not list(tmp_path.glob("*.tmp"))
     peer = save(build_model("resnet50", 2).state_dict(), "peer.pth")
     with pytest.raises(ConfigError, match="layout=mmpretrain is known for ResNeSts, and .* holds a resnet50"):
-        export(peer, tmp_path / "out.pth", "layout=mmpretrain", "model=resnet50")
+        export(peer, tmp_path / "out.pth", "resnet50", layout="mmpretrain")
 
 
 def test_the_command(model, save, tmp_path, monkeypatch, capsys):

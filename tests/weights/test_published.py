@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from resnest_imagenet.errors import CheckpointError, ConfigError
-from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, find_by_timm_name
+from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS
 from resnest_imagenet.weights import published
 from resnest_imagenet.weights.published import MIRRORS, OFFICIAL, fetch
 
@@ -311,6 +311,7 @@ def test_timm_without_file_is_one_line(server, hub, monkeypatch, trouble, said):
     assert server.url + HUB_FILE in line and "HF_HOME" in line and "ckpt=FILE model=resnest50" in line
 
 
+@pytest.mark.slow
 def test_every_network_of_timms_is_found_or_refused():
     """All pretrained names of our networks: ImageNet's normalisation and three channels, or refused."""
     import timm
@@ -325,9 +326,9 @@ def test_every_network_of_timms_is_found_or_refused():
         expected = timm.get_pretrained_cfg(name)
         assert expected.input_size[0] == 3
         if expected.mean == IMAGENET_DEFAULT_MEAN and expected.std == IMAGENET_DEFAULT_STD:
-            assert find_by_timm_name(name) == networks[name.partition(".")[0]]
+            assert published.find_by_timm_name(name) == networks[name.partition(".")[0]]
         else:
             refused.add(name)
             with pytest.raises(ConfigError, match="need pixels of mean"):
-                find_by_timm_name(name)
+                published.find_by_timm_name(name)
     assert "resnet50d.ra4_e3600_r224_in1k" in refused

@@ -3,8 +3,8 @@
 python tools/gpu/measure.py OUT [--images DIR] [--device cuda]      (--device cpu tries the script itself)
 
 Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
-under torchrun (NCCL), a run that is stopped and resumed, resnest-eval for each loader and of odd images, tools/bench.py
-and, on photographs, tools/parity.py and tools/bench_data.py. Prints a table last and writes OUT/gpu.json.
+under torchrun (NCCL), a run that is stopped and resumed, resnest-eval for each loader and of odd images, and of
+tools/benchmarks bench.py and, on photographs, parity.py and bench_data.py. Prints a table last and writes OUT/gpu.json.
 """
 
 import argparse
@@ -200,7 +200,14 @@ def main() -> None:
     cores = str(len(os.sched_getaffinity(0)))
     bench_options = ["--device", args.device, "--workers", cores, "--out", str(out / "bench_data.json")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
-    bench = [sys.executable, str(REPOSITORY / "tools/bench.py"), "--device", args.device, "--precision", "bf16"]
+    bench = [
+        sys.executable,
+        str(REPOSITORY / "tools/benchmarks/bench.py"),
+        "--device",
+        args.device,
+        "--precision",
+        "bf16",
+    ]
     subprocess.run(
         [*bench, *size, "--out", str(out / "bench.json")],
         env=environment,
@@ -209,7 +216,7 @@ def main() -> None:
     if args.images:  # photographs: what DALI makes of them on this device, and how fast
         for tool, options in (("parity", ["--device", args.device]), ("bench_data", bench_options)):
             with (out / f"{tool}.txt").open("w") as log:
-                command = [sys.executable, str(REPOSITORY / f"tools/{tool}.py"), str(args.images), *options]
+                command = [sys.executable, str(REPOSITORY / f"tools/benchmarks/{tool}.py"), str(args.images), *options]
                 subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
             print((out / f"{tool}.txt").read_text())
     print(machine)

@@ -63,7 +63,7 @@ def shard(config: ShardDataConfig) -> None:
 
 def preview(config: PreviewDataConfig) -> None:
     """Write a contact sheet."""
-    from resnest_imagenet.training.preview import write_preview
+    from resnest_imagenet.tasks.preview import write_preview
 
     rows = write_preview(config)
     print(f"wrote {config.out}: {rows} images under recipe={config.train.recipe}, in {config.epochs} epochs")

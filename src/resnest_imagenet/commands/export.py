@@ -1,55 +1,28 @@
 """resnest-export: a checkpoint for other programs."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import ExportConfig
 
-if TYPE_CHECKING:
-    from resnest_imagenet.weights.card import ImageInput
-    from resnest_imagenet.weights.load import Weights
-
 
 def run(config: ExportConfig) -> None:
-    """Import torch only now, and export."""
+    """Export, and print the line about what was written."""
+    from resnest_imagenet.inference.describe import describe_input
     from resnest_imagenet.weights.export import export_weights
     from resnest_imagenet.weights.graphs import export_graph
     from resnest_imagenet.weights.hub import export_folder
 
-    if config.format in ("pth", "safetensors"):
-        line = export_weights(config)
+    ckpt, out, weights = config.ckpt, config.out, config.weights
+    model = config.model.name if config.model else None
+    describe = partial(describe_input, crop=config.crop, protocol=config.protocol.list_changes())
+    if config.format == "hub":
+        line = export_folder(ckpt, describe, out, model=model, weights=weights)
+    elif config.format in ("onnx", "torch_export"):
+        line = export_graph(ckpt, describe, out, model=model, weights=weights, form=config.format)
     else:
-        export = export_folder if config.format == "hub" else export_graph
-        line = export(config, partial(describe_input, config))
+        line = export_weights(ckpt, out, model=model, weights=weights, layout=config.layout, form=config.format)
     print(line)
-
-
-def describe_input(config: ExportConfig, weights: "Weights", name: str) -> "ImageInput":
-    """Return how images are brought to the crop, for the program that will do it.
-
-    Args:
-        config: what was asked for.
-        weights: of the network.
-        name: of the network.
-    """
-    from resnest_imagenet.data.transforms import MEAN, STD
-    from resnest_imagenet.evaluation.inference import choose_transforms
-    from resnest_imagenet.weights.card import ImageInput
-
-    crops = None if config.crop is None else [config.crop]
-    (transform,) = choose_transforms(weights, name, crops, config.protocol)
-    mean, std = (tuple(round(value / 255, 3) for value in values) for values in (MEAN, STD))
-    return ImageInput(
-        transform.crop,
-        transform.resolved_ratio,
-        transform.resolved_interpolation,
-        transform.order,
-        transform.antialias,
-        transform.protocol,
-        mean,
-        std,
-    )
 
 
 def main() -> None:

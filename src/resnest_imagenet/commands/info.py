@@ -6,10 +6,19 @@ from resnest_imagenet.config import InfoConfig
 
 def run(config: InfoConfig) -> None:
     """Print the costs."""
-    from resnest_imagenet.evaluation.info import describe_networks, format_costs
+    from resnest_imagenet.reports.info import describe_networks, format_costs
 
-    costs, device = describe_networks(config)
-    print(format_costs(costs, device, config))
+    models = config.models or ([config.model.name] if config.model else [])
+    report = describe_networks(
+        models,
+        config.crop,
+        config.batch_size,
+        precision=config.precision,
+        device=config.device,
+        latency=config.latency,
+        rounds=config.rounds,
+    )
+    print(format_costs(report, config.format))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from resnest_imagenet.commands.terminal import surviving_output
-from resnest_imagenet.config import Options, list_places, option_names
+from resnest_imagenet.config import Options, choose_schema, list_places, option_names
 from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
 from resnest_imagenet.errors import (
     ConfigError,
@@ -23,9 +23,12 @@ from resnest_imagenet.errors import (
     printable,
     suggest,
 )
+from resnest_imagenet.options import format_value
+from resnest_imagenet.recipe import RENAMED
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from pydantic import ValidationError
 
 Config = TypeVar("Config", bound=Options)
 
@@ -133,20 +136,42 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
         raise ConfigError(_say_unset(str(error.full_key))) from None
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from None
+    assert isinstance(values, dict)
+    schema = choose_schema(schema, values)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"unknown option {option}{suggest(option, option_names(schema) + _list_groups())}"
-            ) from None
-        if first["type"] == "missing":
-            raise ConfigError(_say_unset(option)) from None
-        if first["type"] == "value_error":  # a rule between options, in its own words
-            raise ConfigError(str(first["ctx"]["error"])) from None
-        raise ConfigError(f"{option}={first['input']}: {first['msg'].lower()}") from None
+        raise _explain_validation(error, schema) from None
+
+
+def _explain_validation(error: "ValidationError", schema: type[Options]) -> ConfigError:
+    """Turn the first error into a line; an old name before all, of which a missing option may be the consequence."""
+    errors = error.errors()
+    options = [".".join(str(part) for part in detail["loc"]) for detail in errors]
+    renamed = next((option for option in options if _new_name(option)), None)
+    if renamed is not None:
+        return _explain_unknown(renamed, schema)
+    first, option = errors[0], options[0]
+    if first["type"] == "extra_forbidden":
+        return _explain_unknown(option, schema)
+    if first["type"] == "missing":
+        return ConfigError(_say_unset(option))
+    if first["type"] == "value_error":  # a rule between options, in its own words
+        return ConfigError(str(first["ctx"]["error"]))
+    return ConfigError(f"{option}={format_value(first['input'])}: {first['msg'].lower()}")
+
+
+def _explain_unknown(option: str, schema: type[Options]) -> ConfigError:
+    """Return a line with today's name of an option, or the nearest one."""
+    if new := _new_name(option):
+        return ConfigError(f"{option} is now {new}: write {new}=...")
+    return ConfigError(f"unknown option {option}{suggest(option, option_names(schema) + _list_groups())}")
+
+
+def _new_name(option: str) -> str | None:
+    """Return today's name of an option of a recipe that had another one; None for any other."""
+    part, _, name = option.partition(".")
+    return f"train.{RENAMED[name]}" if part == "train" and name in RENAMED else None
 
 
 def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
@@ -163,20 +188,20 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
         return ConfigError(f"cannot read {error.override}: {advice}")
     overridden = re.match(r"Could not override '([^']+)'", str(error))
     if overridden:
-        option = overridden[1]
-        groups = _list_groups()
-        if option in groups:
-            return ConfigError(f"{option} is added, not overridden: write +{option}=...")
-        known = option_names(schema)
-        if option in known:  # of a group of which nothing is chosen
-            problem = f"{option} is set by its group: write {option.partition('.')[0]}=NAME"
-        else:
-            problem = f"unknown option {option}{suggest(option, known + groups)}"
-        return ConfigError(problem)
+        return _explain_override(overridden[1], schema)
     if "Config group override must be a string" in str(error):
         return ConfigError("a group cannot be null: write group=NAME (protocol=own: the checkpoint's, not in training)")
     hint = ": write a list as [a,b]" if "Ambiguous value" in str(error) else ""
     return ConfigError(first_line(error) + hint)
+
+
+def _explain_override(option: str, schema: type[Options]) -> ConfigError:
+    """Return a line about an option that cannot be set on the command line."""
+    if option in _list_groups():
+        return ConfigError(f"{option} is added, not overridden: write +{option}=...")
+    if option in option_names(schema):  # of a group of which nothing is chosen
+        return ConfigError(f"{option} is set by its group: write {option.partition('.')[0]}=NAME")
+    return _explain_unknown(option, schema)
 
 
 def report_skipped(faults: list[str]) -> None:
@@ -220,7 +245,7 @@ def _leave(error: UserError | Stopped) -> NoReturn:
 def _check_sweep(name: str) -> None:
     """Refuse a sweep that cannot be one."""
     try:
-        if launched_as()[2] > 1:
+        if launched_as().world_size > 1:
             raise ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun")
     except ConfigError as error:
         _leave(error)

@@ -3,19 +3,24 @@
 import itertools
 import os
 import sys
+from pathlib import Path
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import ReportConfig
 from resnest_imagenet.errors import printable
+from resnest_imagenet.files import require_writable
 
 
 def run(config: ReportConfig) -> None:
     """Write the page and say where."""
-    from resnest_imagenet.evaluation.report import write_report
+    from resnest_imagenet.reports.report import write_report
+    from resnest_imagenet.reports.runs import find_runs
 
-    runs, left_out = write_report(config, load_recipes())
-    for line in left_out:
+    require_writable(Path(config.out), "out")
+    runs, skipped = find_runs(config.runs, load_recipes())
+    write_report(runs, config.out, config.crop, config.latency, config.device)
+    for line in skipped:
         print(printable(f"resnest-report: skipped: {line}"), file=sys.stderr)
     print(printable(f"wrote {config.out}: {', '.join(run.name for run in runs)}"))
 

@@ -1,7 +1,7 @@
 """resnest-table3: the paper's Table 3 beside what was counted and measured here."""
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from resnest_imagenet.commands.launch import find_conf, run_command
 from resnest_imagenet.config import Table3Config
@@ -11,13 +11,13 @@ from resnest_imagenet.errors import printable
 def run(config: Table3Config) -> None:
     """Print the table."""
     from resnest_imagenet.evaluation.results import read_measured
-    from resnest_imagenet.evaluation.table3 import build_table, format_table
+    from resnest_imagenet.reports.table3 import build_table, format_table
 
-    measured, left_out = read_measured(config.results, load_recipes())
+    measured, skipped = read_measured(config.results, load_recipes())
     rows = build_table(measured)
     known = {row["model"] for row in rows}
-    left_out += [f"{one.source}: {one.model} has no row" for one in measured if one.model not in known]
-    for line in left_out:
+    skipped += [f"{result.source}: {result.model} has no row" for result in measured if result.model not in known]
+    for line in skipped:
         print(printable(f"resnest-table3: skipped: {line}"), file=sys.stderr)
     print(format_table(rows, config.format))
 
@@ -25,9 +25,11 @@ def run(config: Table3Config) -> None:
 def load_recipes() -> dict[str, dict[str, Any]]:
     """Return the training options of each recipe by its name, as they are without an experiment or overrides."""
     from hydra import compose
+    from omegaconf import OmegaConf
 
     names = [file.stem for file in (find_conf() / "recipe").glob("*.yaml")]
-    return {name: dict(compose("train", [f"recipe={name}"]).train) for name in names}
+    composed = {name: OmegaConf.to_container(compose("train", [f"recipe={name}"]).train) for name in names}
+    return cast(dict[str, dict[str, Any]], composed)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""resnest-train: train a network on a folder of images."""
+"""resnest-train: train a network."""
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import TrainConfig
@@ -6,18 +6,18 @@ from resnest_imagenet.errors import printable
 
 
 def run(config: TrainConfig) -> float:
-    """Train, and return the best top-1, which a sweeper maximises; or print what a run would do."""
+    """Train, and return the best value of the metric, which a sweeper maximises; or print what a run would do."""
     if config.dry_run:
         from resnest_imagenet.distributed import launched_as
         from resnest_imagenet.training.dry_run import describe_run
 
         plan = describe_run(config)
-        if launched_as()[0] == 0:
+        if launched_as().rank == 0:
             print("\n".join(map(printable, plan.splitlines())))
         return float("nan")  # to a sweeper
     from resnest_imagenet.training.train import train
 
-    return train(config).best_top1
+    return train(config).best
 
 
 def main() -> None:

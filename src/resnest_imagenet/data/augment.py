@@ -1,4 +1,4 @@
-"""What is drawn for the look of a training image: operations of a policy, colour jitter, lighting.
+"""What is drawn for the appearance of a training image: operations of a policy, colour jitter, lighting.
 
 Only numbers are made here, from (seed, epoch, sample). A policy is a table of rows, from which one is taken at random;
 its steps are applied in turn. `pillow_ops.py` and `dali_ops.py` apply them.
@@ -238,7 +238,7 @@ PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], 
 
 
 @dataclass(frozen=True)
-class Looks:
+class Appearance:
     """What was drawn for N images. An operation is (Op, value, x, y); x and y are uniform in 0..1.
 
     Attributes:
@@ -283,15 +283,17 @@ class Augmentation:
         """Which occur at each place of the jitter."""
         return [set(JITTER_OPS)] * len(JITTER_OPS) if self.jitter > 0 else []
 
-    def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> Looks:
-        """Draw the looks of samples of an epoch."""
+    def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> Appearance:
+        """Draw the appearance of samples of an epoch."""
         before = np.zeros((len(indices), len(self.slots_before), 4), np.float32)
         after = np.zeros((len(indices), len(self.slots_after), 4), np.float32)
         offset = np.zeros((len(indices), 3), np.float32)
         if self != NO_AUGMENTATION:
             for number, index in enumerate(indices):
-                self._draw_one(stream(seed, Purpose.LOOK, epoch, index), before[number], after[number], offset[number])
-        return Looks(before, after, offset)
+                self._draw_one(
+                    stream(seed, Purpose.APPEARANCE, epoch, index), before[number], after[number], offset[number]
+                )
+        return Appearance(before, after, offset)
 
     def _draw_one(self, rng: np.random.Generator, before: np.ndarray, after: np.ndarray, offset: np.ndarray) -> None:
         u = rng.random(1 + 4 * len(before))

@@ -234,10 +234,10 @@ class _Inputs:
         if isinstance(self.transform, EvalTransform):
             return images, labels
         mirrors, crops = self.transform.draw_crops(self._epoch, indices)
-        looks = self.transform.draw_looks(self._epoch, indices)
-        operations = np.concatenate([looks.before, looks.after], axis=1)
+        appearance = self.transform.draw_appearance(self._epoch, indices)
+        operations = np.concatenate([appearance.before, appearance.after], axis=1)
         drawn = [operations] if operations.size else []
-        return images, labels, crops, mirrors, np.array(MEAN, np.float32) - looks.offset, *drawn
+        return images, labels, crops, mirrors, np.array(MEAN, np.float32) - appearance.offset, *drawn
 
     def read(self, index: int) -> bytes:
         """Return an image as DALI decodes it.

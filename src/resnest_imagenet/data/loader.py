@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resnest_imagenet import extensions
 from resnest_imagenet.data.examine import count_cores
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import BatchPlan
@@ -15,7 +16,7 @@ from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, suggest
 
 
 class Loader(Protocol):
@@ -40,6 +41,10 @@ class Loader(Protocol):
         ...
 
 
+_KINDS = {"folder": read_image_folder, "webdataset": read_shards}
+extensions.sources.reserve(_KINDS)
+
+
 def to_pixels(images: Tensor) -> np.ndarray:
     """Return what a loader yields, normalised (B, 3, H, W), as it was before: uint8 (B, H, W, 3)."""
     values = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
@@ -50,15 +55,27 @@ def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
     """List the images of one part of a data set.
 
     Args:
-        kind: "folder" or "webdataset".
+        kind: "folder", "webdataset" or a registered one (`extensions.register_source`).
         root: the data set's folder.
         name: the part's folder within it, e.g. "train".
         option: the option that names this part, for the error message.
 
     Raises:
         DataError: nothing there, or nothing that can be used.
+        ConfigError: an unknown kind, or a registered one that fails.
     """
-    return {"folder": read_image_folder, "webdataset": read_shards}[kind](root, name, option)
+    outside = extensions.sources.find(kind)
+    if outside is None and kind in _KINDS:
+        return _KINDS[kind](root, name, option)
+    if outside is None:
+        valid = [*_KINDS, *extensions.sources.read()]
+        raise ConfigError(f"unknown data.kind={kind}{suggest(kind, valid)} ({', '.join(valid)})")
+    who = f"data.kind={kind} of {outside.origin}"
+    with extensions.naming(who):
+        images = outside.open(root, name, option)
+    if not isinstance(images, ImageSource):
+        raise ConfigError(f"{who}: it returned a {type(images).__name__}, not an ImageSource")
+    return images
 
 
 def choose_loader(name: str) -> str:

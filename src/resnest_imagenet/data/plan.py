@@ -1,7 +1,7 @@
 """Which samples each rank sees, in which order: one plan drives every loader."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,13 @@ class BatchPlan:
         shard_sizes: samples per shard, of a set that is kept in shards.
         shuffle_shards: shuffle the shards, then the samples of so many at a time, so that reading stays within these;
             0: shuffle all samples.
+        groups: (num_samples,) the group of each sample, such as portrait and landscape: all samples of a batch are of
+            one group. None: batches hold samples as they come in the order. As in torchvision's GroupedBatchSampler,
+            the order is walked through, and a batch comes when its group has enough samples. The remainders, less than
+            a batch of each group, come last: the largest is filled up with the first samples of its group, then the
+            next one, until num_samples // batch_size batches are there; what is left of the others is not seen in this
+            epoch. So the number of batches depends neither on the groups nor on the epoch, and fewer batches than
+            groups hold a sample for the second time.
     """
 
     num_samples: int
@@ -38,6 +45,12 @@ class BatchPlan:
     seed: int = 0
     shard_sizes: tuple[int, ...] = ()
     shuffle_shards: int = 0
+    groups: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.groups is not None:
+            assert self.shuffle and len(self.groups) == self.num_samples, "groups are of the samples of a training set"
+            assert self.num_batches <= self.num_samples // self.batch_size, "batches of one group are whole"
 
     def __len__(self) -> int:
         """Number of batches of this rank in an epoch."""
@@ -46,6 +59,8 @@ class BatchPlan:
     def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """Yield this rank's batches of an epoch, from its `start`-th on, as arrays of sample indices."""
         order = self._shuffle(stream(self.seed, Purpose.ORDER, epoch)) if self.shuffle else np.arange(self.num_samples)
+        if self.groups is not None:
+            order = _group(order, self.groups[order], self.batch_size, self.num_samples // self.batch_size)
         for n in range(self.rank + start * self.world_size, self.num_batches, self.world_size):
             yield order[n * self.batch_size : (n + 1) * self.batch_size]
 
@@ -56,6 +71,27 @@ class BatchPlan:
         order = rng.permutation(len(shards)).tolist()
         groups = [order[first : first + self.shuffle_shards] for first in range(0, len(order), self.shuffle_shards)]
         return np.concatenate([rng.permutation(np.concatenate([shards[i] for i in group])) for group in groups])
+
+
+def _group(order: np.ndarray, groups: np.ndarray, batch_size: int, num_batches: int) -> np.ndarray:
+    """Return an order whose batches are of one group each; see `BatchPlan.groups`.
+
+    Args:
+        order: (N,) sample indices.
+        groups: (N,) the group of each, in the same order.
+        batch_size: samples per batch.
+        num_batches: N // batch_size.
+    """
+    positions = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    whole = np.concatenate([place[: len(place) // batch_size * batch_size] for place in positions])
+    whole = whole.reshape(-1, batch_size)
+    whole = whole[np.argsort(whole[:, -1])]  # a batch comes when its last sample does
+    positions = sorted(positions, key=lambda place: len(place) % batch_size, reverse=True)
+    for place in positions[: num_batches - len(whole)]:
+        remainder = place[len(place) // batch_size * batch_size :]
+        batch = np.append(remainder, np.resize(place, batch_size - len(remainder)))  # from the first on, and again
+        whole = np.append(whole, batch[None], axis=0)
+    return order[whole.ravel()]
 
 
 def plan_evaluation(num_samples: int, batch_size: int, rank: int, world_size: int) -> BatchPlan:

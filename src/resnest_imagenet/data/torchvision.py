@@ -81,15 +81,15 @@ class _Samples(Dataset[tuple[Tensor, np.ndarray, int, int]]):
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
     """Return the crop and the offset of its colours."""
     (is_mirrored,), (draw,) = transform.draw_crops(epoch, [index])
-    looks = transform.draw_looks(epoch, [index])
-    image = _apply(looks.before[0], image)
+    appearance = transform.draw_appearance(epoch, [index])
+    image = _apply(appearance.before[0], image)
     height, width = image.shape[-2:]
     window = transform.cropping.window(height, width, draw.tolist())
     interpolation = InterpolationMode(transform.interpolation)
     crop = F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
     if is_mirrored:
         crop = F.horizontal_flip(crop)
-    return _apply(looks.after[0], crop), looks.offset[0]
+    return _apply(appearance.after[0], crop), appearance.offset[0]
 
 
 def _apply(operations: np.ndarray, image: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ The random numbers of a crop are drawn here, from (seed, epoch, sample); the loa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from resnest_imagenet.data.augment import NO_AUGMENTATION, Augmentation, Looks
+from resnest_imagenet.data.augment import NO_AUGMENTATION, Appearance, Augmentation
 from resnest_imagenet.randomness import Purpose, uniform_rows
 
 # Of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
@@ -137,7 +137,7 @@ class TrainTransform:
         u = uniform_rows(self.seed, Purpose.CROP, epoch, indices, 3 + 2 * self.cropping.attempts)
         return (u[:, 0] < self.flip).astype(np.int32), self.cropping.scale(u[:, 1:])
 
-    def draw_looks(self, epoch: int, indices: Sequence[int]) -> Looks:
+    def draw_appearance(self, epoch: int, indices: Sequence[int]) -> Appearance:
         """Draw the other variations of samples of an epoch."""
         return self.augmentation.draw(self.seed, epoch, indices)
 
@@ -160,6 +160,11 @@ class EvalTransform:
     ratio: float | None = 0.875
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     antialias: bool = True
+
+    @classmethod
+    def of(cls, crop: int, protocol: Iterable[tuple[str, Any]]) -> "EvalTransform":
+        """Return the transform of a protocol, given as pairs of option and value, such as those of its options."""
+        return cls(crop, **dict(protocol))
 
     @property
     def resolved_ratio(self) -> float:

@@ -1,1 +1,1 @@
-"""Exact accuracy under a stated protocol."""
+"""What is measured: exact accuracy under a stated protocol, mistakes, latency."""

@@ -26,7 +26,8 @@ NAMED, NUMBERED = 60, 24  # classes up to which a confusion matrix has names and
 def style_of(number: int) -> dict[str, Any]:
     """Return how the n-th of several things is drawn, for `Axes.plot`."""
     names = ("color", "linestyle", "marker")
-    return {name: each[number % len(each)] for name, each in zip(names, (_COLOURS, _STYLES, _MARKERS), strict=True)}
+    choices = zip(names, (_COLOURS, _STYLES, _MARKERS), strict=True)
+    return {name: values[number % len(values)] for name, values in choices}
 
 
 def render_chart(

@@ -45,7 +45,7 @@ def measure_latency(
                 network(images)
             _synchronise(device)
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(each[WARM_UP:]) for name, each in seconds.items()}
+    return {name: statistics.median(times[WARM_UP:]) for name, times in seconds.items()}
 
 
 def _synchronise(device: torch.device) -> None:

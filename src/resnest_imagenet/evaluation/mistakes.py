@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from resnest_imagenet.evaluation.counting import Evaluation
+from resnest_imagenet.evaluation.accuracy import Evaluation
 
 
 def count_confusions(evaluation: Evaluation, num_classes: int, cells: int | None = None) -> np.ndarray:

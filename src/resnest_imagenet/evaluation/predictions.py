@@ -1,4 +1,4 @@
-"""predictions.csv: what a network said of each image of a set, written and read back."""
+"""predictions.csv: what a network predicts for each image of a set, written and read back."""
 
 import csv
 import io
@@ -10,9 +10,8 @@ import numpy as np
 
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.cells import guard, unguard
-from resnest_imagenet.evaluation.counting import Evaluation
-from resnest_imagenet.files import replacing
 
 _COLUMNS = ("protocol", "file", "class", "predicted", "in_top5", "confidence", "true_probability")
 
@@ -34,33 +33,30 @@ class Predictions:
     evaluation: Evaluation
 
 
-def write_predictions(path: Path, images: ImageSource, evaluations: list[tuple[str, Evaluation]]) -> None:
-    """Write a row for each protocol and image.
+def encode_predictions(images: ImageSource, evaluations: list[tuple[str, Evaluation]]) -> bytes:
+    """Return the file's content: a row for each protocol and image.
 
     Args:
-        path: of the file, which is replaced.
         images: the set.
         evaluations: of the set, each with its protocol.
-
-    Raises:
-        StorageError: it cannot be written.
     """
     text = io.StringIO()
     # All names in quotes: a line break of any kind may be in one.
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(_COLUMNS)
-    for protocol, said in evaluations:
+    for protocol, evaluation in evaluations:
         for index in range(len(images)):
             file = os.path.abspath(images.name(index))  # begins with a slash
-            names = guard(images.classes[said.labels[index]]), guard(images.classes[said.predicted[index]])
-            values = (float(f"{p:.6g}") for p in (said.confidence[index], said.true_probability[index]))
-            writer.writerow((protocol, file, *names, int(said.in_top5[index]), *values))
-    with replacing(path) as target:
-        target.write(text.getvalue().encode("utf-8", errors="surrogateescape"))
+            labels = evaluation.labels[index], evaluation.predicted[index]
+            true, predicted = (guard(images.classes[label]) for label in labels)
+            shares = evaluation.confidence[index], evaluation.true_probability[index]
+            values = (float(f"{share:.6g}") for share in shares)
+            writer.writerow((protocol, file, true, predicted, int(evaluation.in_top5[index]), *values))
+    return text.getvalue().encode("utf-8", errors="surrogateescape")
 
 
 def read_predictions(path: Path) -> list[Predictions]:
-    """Read what `write_predictions` wrote, one for each protocol.
+    """Read what `encode_predictions` returned, one for each protocol.
 
     Raises:
         DataError: it is no such file.
@@ -88,5 +84,5 @@ def _name(protocol: str, columns: np.ndarray, numbers: np.ndarray) -> Prediction
     classes, positions = np.unique(names, return_inverse=True)
     labels, predicted = positions.reshape(names.shape)
     in_top5, confidence, true_probability = numbers
-    said = Evaluation(labels, predicted, in_top5.astype(bool), confidence, true_probability)
-    return Predictions(protocol, columns[1], tuple(classes.tolist()), said)
+    evaluation = Evaluation(labels, predicted, in_top5.astype(bool), confidence, true_probability)
+    return Predictions(protocol, columns[1], tuple(classes.tolist()), evaluation)

@@ -1,7 +1,5 @@
 """Accuracies that were measured: the file they are written to, and what is read back from files and run folders."""
 
-import glob
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,11 @@ from pydantic import ValidationError
 
 from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.events import parse_events
+from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events, require_numbers
+from resnest_imagenet.files import read_matching, require_file
+from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
-MAX_DRAWN = 1e40  # more than float32 holds, and less than breaks a chart's axis
 
 
 class CropResult(Options):
@@ -69,7 +68,7 @@ class Measured:
         count, num_classes: of the images it was measured on; ImageNet's are 50000 and 1000.
         recipe: what the weights were trained with, or where they come from.
         protocol: how the images were resized and cropped.
-        source: the file that says so.
+        source: the file that it is read from.
     """
 
     model: str
@@ -88,27 +87,20 @@ def read_measured(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tu
     A run folder stands for the results files in it, or without any for its last evaluation.
 
     Args:
-        patterns: paths, or patterns with * of which what is no result is left out.
+        patterns: paths, or patterns with * of which what is no result is skipped.
         recipes: the values of each recipe by its name: what a run changed is named.
 
     Returns:
-        The accuracies, and a line for everything that was left out.
+        The accuracies, and a line for everything that was skipped.
 
     Raises:
         ConfigError: for a path that is not there, or holds no results.
     """
-    found: dict[Path, list[Measured]] = {}
-    left_out = []
-    for pattern in patterns:
-        is_path = Path(pattern).exists() or not glob.has_magic(pattern)
-        for path in [Path(pattern)] if is_path else [Path(name) for name in sorted(glob.glob(pattern))]:
-            try:
-                found |= dict(_read(path, recipes))
-            except ConfigError as error:
-                if is_path:
-                    raise
-                left_out.append(str(error))
-    return [one for measured in found.values() for one in measured], left_out
+    measured: dict[Path, list[Measured]] = {}
+    contents, skipped = read_matching(patterns, lambda path: dict(_read(path, recipes)))
+    for by_file in contents:  # a file may be named, and be in a folder that is named
+        measured |= by_file
+    return [result for results in measured.values() for result in results], skipped
 
 
 def _read(path: Path, recipes: dict[str, dict[str, Any]]) -> Iterator[tuple[Path, list[Measured]]]:
@@ -161,78 +153,80 @@ def read_values(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_events(path: Path, numbers: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
-    """Return events of a metrics.jsonl; a line that was cut by the run's end is none.
-
-    Args:
-        path: of the file.
-        numbers: what each kind of event must have, by the kind; others are passed over.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
-    require_file(path)
-    try:
-        events, damaged = parse_events(path)
-        if damaged and not events:
-            raise ValueError("no event")
-        events = [event for event in events if event["event"] in numbers]
-        for event in events:
-            for name in numbers[event["event"]]:
-                value = event[name]
-                is_count = name in ("step", "epoch")  # from 1 on; a loss may be infinite
-                if type(value) not in (int, float) or (is_count and not 0 < value < math.inf):
-                    raise ValueError(f"{name}={value}")
-                if MAX_DRAWN < abs(value) < math.inf:
-                    raise ValueError(f"{name}={value}")
-        return events
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not what resnest-train writes") from error
-
-
-def require_file(path: Path) -> None:
-    """Raise a ConfigError for what is there and no file: a pipe or a device would be read without end."""
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{path}: not a file")
-
-
 def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measured]:
     try:
         content = Results.model_validate_json(path.read_bytes())
         if content.training is None:
             recipe = f"weights {content.ckpt}"
         else:
-            recipe = _describe(content.training, recipes, content.epoch or 0)
+            recipe = _describe(content.training, recipes, content.epoch or 0, None)
             # Where there is a moving average, it is what a reader expects.
             if content.training.get("ema_decay") is not None and not content.is_average:
                 recipe += ", not the moving average"
     except (OSError, ValidationError, LookupError, TypeError) as error:
         raise ConfigError(f"results={path}: not a file of resnest-eval out=...") from error
+    model, classes, source = content.model, content.num_classes, str(path)
     return [
-        Measured(content.model, r.crop, r.top1, r.count, content.num_classes, recipe, r.protocol, str(path))
-        for r in content.results
+        Measured(model, result.crop, result.top1, result.count, classes, recipe, result.protocol, source)
+        for result in content.results
     ]
+
+
+def has_accuracy(evaluation: dict[str, Any]) -> bool:
+    """Return whether an event of a run is an evaluation of a classifier, with its crop and its protocol."""
+    return name_metric(evaluation) == TOP1 and {TOP1, "crop", "count", "protocol"} <= evaluation.keys()
 
 
 def _read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Measured:
     """Return the last evaluation of a run."""
+    path = folder / "metrics.jsonl"
     try:
-        config = read_values(folder / "config.yaml")
-        last = read_events(folder / "metrics.jsonl", {"eval": ("epoch", "crop", "top1", "count")})[-1]
-        recipe = _describe(config["train"], recipes, last["epoch"])
-        model, num_classes, protocol = config["model"]["name"], config["model"]["num_classes"], last["protocol"]
-        if not (isinstance(model, str) and isinstance(num_classes, int) and isinstance(protocol, str)):
-            raise TypeError(f"{model}, {num_classes}, {protocol}")
-    except (ConfigError, LookupError, TypeError, AttributeError) as error:
+        config, last = read_values(folder / "config.yaml"), read_events(path, {"eval": ("epoch",)})[-1]
+        metric = name_metric(last)
+        if metric == TOP1:
+            return _measure_run(config, last, recipes, str(path))
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"results={folder}: not a run folder with an evaluation") from error
-    source = str(folder / "metrics.jsonl")
-    return Measured(model, last["crop"], last["top1"], last["count"], num_classes, recipe, protocol, source)
+    raise ConfigError(f"results={folder}: its evaluations are of {metric}, not of {TOP1}")
 
 
-def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int) -> str:
-    """Name the recipe, the values that a run set otherwise, and how far it was."""
-    name = training["recipe"]
+def _measure_run(
+    config: dict[str, Any], evaluation: dict[str, Any], recipes: dict[str, dict[str, Any]], source: str
+) -> Measured:
+    require_numbers(evaluation, ("crop", "count"))
+    recipe = _describe(config["train"], recipes, evaluation["epoch"], evaluation.get("step"))
+    model, num_classes, protocol = config["model"]["name"], config["model"]["num_classes"], evaluation["protocol"]
+    if not (isinstance(model, str) and isinstance(num_classes, int) and isinstance(protocol, str)):
+        raise TypeError(f"{model}, {num_classes}, {protocol}")
+    crop, count = evaluation["crop"], evaluation["count"]
+    return Measured(model, crop, evaluation[TOP1], count, num_classes, recipe, protocol, source)
+
+
+def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int, step: int | None) -> str:
+    """Name the recipe, the values that a run set otherwise, and how far it was.
+
+    Args:
+        training: the options of the training.
+        recipes: the values of each recipe by its name.
+        epoch: epochs done.
+        step: steps done; None where they are not known.
+
+    Raises:
+        LookupError, TypeError: these are no options of a training.
+    """
+    training = upgrade_recipe(training)
+    name, epochs, steps = training["recipe"], training["epochs"], training.get("steps")
+    if epochs is None and steps is None:
+        raise TypeError("a run without a length")
     published = recipes.get(name, {})
-    changed = [f"{key}={training.get(key)}" for key, value in published.items() if training.get(key) != value]
-    unfinished = [f"after {epoch} epochs"] if epoch < training["epochs"] else []
+    changed = [
+        f"{key}={training.get(key)}"
+        for key, value in published.items()
+        if training.get(key) != value and not (key in ("epochs", "steps") and training.get(key) is None)  # one is given
+    ]
+    unfinished = []
+    if steps is not None and step is not None and step < steps:
+        unfinished = [f"after {step} of {steps} steps"]
+    elif epochs is not None and epoch < epochs:
+        unfinished = [f"after {epoch} epochs"]
     return ", ".join([name if published else f"{name} (no recipe of this project)", *changed, *unfinished])

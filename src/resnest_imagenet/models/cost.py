@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnest_imagenet.models.features import STAGES
-from resnest_imagenet.models.zoo import build_model
+from resnest_imagenet.models.zoo import build_model, find_head
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class StageCost:
     """What one stage of a network costs, for one image.
 
     Attributes:
-        stage: "stem" (to the max pool), "layer1" to "layer4", or "head".
-        output: shape of its output, (channels, height, width) or (classes,).
+        stage: "stem" (to the max pool), "layer1" to "layer4", or "head"; of a network without these stages, a module
+            of it, or "other": what is in none.
+        output: shape of its output, (channels, height, width) or (classes,); () of "other".
         parameters: how many.
         multiply_adds: of convolutions and fc, and one for each activation that a BN scales and shifts: the paper's
             "FLOPs".
@@ -61,7 +62,7 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
     for path, module in model.named_modules():
 
         def see(module: nn.Module, inputs: tuple[Tensor], output: Tensor, path: str = path) -> None:
-            outputs[path] = tuple(output.shape[1:])
+            outputs[path] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
             if isinstance(module, nn.BatchNorm2d):
                 normalised[path.partition(".")[0]] += inputs[0].numel()
 
@@ -73,16 +74,31 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
     ):
         model(images)
     multiplied, convolved = (_sum_by_child(model, counter) for counter in (operations, sizes))
+    parameters: Counter[str] = Counter()
+    for path, parameter in model.named_parameters():
+        parameters[path.rpartition(".")[0].partition(".")[0]] += parameter.numel()
+    head = find_head(name)
     return [
         StageCost(
             stage,
-            outputs[parts[-1]],
-            sum(p.numel() for part in parts for p in model.get_submodule(part).parameters()),
+            outputs.get(parts[-1], ()),
+            sum(parameters[part] for part in parts),
             sum(multiplied[part] // 2 + normalised[part] for part in parts),
-            sum(convolved[part] for part in parts if part != "fc"),
+            sum(convolved[part] for part in parts if part != head),
         )
-        for stage, parts in {**STAGES, "head": ("fc",)}.items()
+        for stage, parts in _list_stages(model, head).items()
     ]
+
+
+def _list_stages(model: nn.Module, head: str) -> dict[str, tuple[str, ...]]:
+    """Return the modules of each stage; of a network that is no ResNet in its names each module is one."""
+    stages = {**STAGES, "head": (head,)}
+    parts = {part for of_stage in stages.values() for part in of_stage}
+    children = [name for name, _ in model.named_children()]
+    weighty = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    if weighty <= parts <= set(children):
+        return stages
+    return {**{name: (name,) for name in children}, "other": ("",)}
 
 
 def count_kept(name: str, crop: int, batch_size: int) -> int:
@@ -94,7 +110,7 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
     Args:
         name: one of `list_models()`, with 1000 classes.
         crop: side of the images in pixels.
-        batch_size: 2 or more.
+        batch_size: as many as `smallest_batch`, or more.
     """
     kept: set[torch.UntypedStorage] = set()
 
@@ -120,7 +136,9 @@ _OUTPUT_SIZES = dict.fromkeys((torch.ops.aten.convolution, torch.ops.aten.addmm,
 
 
 def _sum_by_child(model: nn.Module, counter: FlopCounterMode) -> Counter[str]:
-    """Return what was counted in each child of the network."""
+    """Return what was counted in each child of the network, and as "" in none of them."""
     found = counter.get_flop_counts()
     paths = {name: f"{type(model).__name__}.{name}" for name, _ in model.named_children()}
-    return Counter({name: sum(found[path].values()) for name, path in paths.items() if path in found})
+    counts = Counter({name: sum(found[path].values()) for name, path in paths.items() if path in found})
+    counts[""] = sum(found["Global"].values()) - sum(counts.values())
+    return counts

@@ -1,10 +1,13 @@
 """DropBlock (Ghiasi et al. 2018) as the Gluon recipe used it, for every network of the zoo."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from resnest_imagenet.errors import ConfigError
 
 BLOCK = 3  # side of a dropped block, in activations
 
@@ -36,17 +39,16 @@ class DropBlock:
     convolution's BN, or the selective kernel), and after the last BN, before the shortcut is added. They are forward
     hooks, so the networks and their state dicts know nothing of DropBlock. Where a ReLU follows or precedes makes no
     difference: it commutes with factors that are not negative.
+
+    Raises:
+        ConfigError: for a network without such blocks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         # A tensor: a compiled network would be compiled anew for every other number.
         self._probability = torch.zeros((), device=next(model.parameters()).device)
-        for layer in ("layer3", "layer4"):
-            for block in model.get_submodule(layer).children():
-                for number in (1, 2, 3):
-                    # Split attention and timm's selective kernel units have their BN inside: no bn of that number.
-                    unit = getattr(block, f"bn{number}" if hasattr(block, f"bn{number}") else f"conv{number}")
-                    unit.register_forward_hook(self._after)
+        for unit in _find_units(model):
+            unit.register_forward_hook(self._after)
 
     def set_probability(self, probability: float) -> None:
         """Set the probability for the coming steps."""
@@ -54,3 +56,18 @@ class DropBlock:
 
     def _after(self, unit: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return drop_blocks(output, self._probability) if unit.training else output
+
+
+def _find_units(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what DropBlock follows."""
+    for layer in ("layer3", "layer4"):
+        if not hasattr(model, layer):
+            raise ConfigError(f"train.dropblock: a {type(model).__name__} has no {layer}: set train.dropblock=0")
+        for number, block in enumerate(model.get_submodule(layer).children()):
+            for place in (1, 2, 3):
+                # Split attention and timm's selective kernel units have their BN inside: no bn of that number.
+                unit = getattr(block, f"bn{place}", None) or getattr(block, f"conv{place}", None)
+                if unit is None:
+                    where = f"{layer}.{number} of a {type(model).__name__}"
+                    raise ConfigError(f"train.dropblock: {where} has no conv{place}: set train.dropblock=0")
+                yield unit

@@ -46,7 +46,7 @@ class Backbone(nn.Module):
         names, strides, channels: of the features, in the order of `forward`.
 
     Raises:
-        ConfigError: for an unknown feature or norm, no feature, or a freeze_at out of range.
+        ConfigError: for an unknown feature or norm, no feature, a freeze_at out of range, or a network without a stage.
     """
 
     conv1: nn.Module
@@ -68,6 +68,9 @@ class Backbone(nn.Module):
         every = list(STAGES)
         self._stages = every[: 1 + max(every.index(name) for name in out_features)]
         self._freeze_at, self._norm = freeze_at, norm
+        missing = [part for name in self._stages for part in STAGES[name] if not hasattr(network, part)]
+        if missing:
+            raise ConfigError(f"a {type(network).__name__} is no backbone: it has no {missing[0]}")
         for name in self._stages:
             for part in STAGES[name]:
                 self.add_module(part, network.get_submodule(part))

@@ -1,15 +1,17 @@
-"""Every architecture by name: the ResNeSt family (ours) and the peers of the paper's Table 3 (timm's).
+"""Every architecture by name: the ResNeSt family (ours), the peers of the paper's Table 3 (timm's), and others'.
 
 Architecture numbers stand here and nowhere else; conf/model/ has the names.
 """
 
-import re
+import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
+from resnest_imagenet import extensions
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.models.features import STAGES, Backbone, Norm
 from resnest_imagenet.models.initialise import initialise
@@ -68,6 +70,7 @@ ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     "skresnext50_32x4d": PeerSpec("skresnext50_32x4d"),
     "skresnext101_32x4d": PeerSpec("resnet", _SKNET101),
 }
+extensions.models.reserve(ARCHITECTURES)
 
 # Side of the images that the published weights are tested on, in pixels; of all others 224 (the paper's section 5.1 and
 # table 3, the official repository).
@@ -88,17 +91,29 @@ TIMM_RESNESTS: dict[str, str] = {
 
 def list_models() -> list[str]:
     """Return the names that `build_model` takes, sorted."""
-    return sorted(ARCHITECTURES)
+    return sorted({*ARCHITECTURES, *extensions.models.read()})
 
 
 def usual_crop(name: str) -> int:
     """Return the side of the images that a network is usually tested on, in pixels."""
-    return _TEST_CROPS.get(name, 224)
+    outside = extensions.models.find(name)
+    return outside.crop if outside else _TEST_CROPS.get(name, 224)
+
+
+def find_head(name: str) -> str:
+    """Return the name of a network's classifier, a module with a weight; fc of a network that is not known."""
+    outside = extensions.models.find(name)
+    return outside.head if outside else "fc"
+
+
+def count_outputs(model: nn.Module, name: str) -> int:
+    """Return the width of the classifier of a network of this name."""
+    return len(model.get_parameter(f"{find_head(name)}.weight"))
 
 
 def require_model(name: str) -> None:
     """Raise a ConfigError, with the nearest name, unless `build_model` knows the name."""
-    if name not in ARCHITECTURES:
+    if name not in ARCHITECTURES and extensions.models.find(name) is None:
         raise ConfigError(f"unknown model {name!r}{suggest(name, list_models())}")
 
 
@@ -118,7 +133,8 @@ def build_model(
     """Build a network with random weights.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`. A registered network (`extensions.register_model`) has first weights of its own:
+            it gets init and zero_gamma where its builder takes them.
         num_classes: width of the classifier.
         dropout: probability before the classifier.
         zero_gamma: the weight of each block's last BN starts at 0 (Goyal et al. 2017, section 5.1).
@@ -135,17 +151,25 @@ def build_model(
         A module that maps normalised images (B, 3, H, W) to logits (B, num_classes), or a `Backbone`.
 
     Raises:
-        ConfigError: (a ValueError) for a name that is not in the table, or options of a backbone that do not fit.
+        ConfigError: (a ValueError) for a name that is not in the table, options of a backbone that do not fit, or a
+            registered network that does not take an option, or fails.
     """
     require_model(name)
-    spec = ARCHITECTURES[name]
-    if isinstance(spec, ResNeStSpec):
-        model: nn.Module = ResNeSt(spec, num_classes, dropout, zero_gamma, output_stride, split_attention)
+    outside = extensions.models.find(name)
+    if outside is not None:
+        options = {"dropout": dropout, "output_stride": output_stride, "split_attention": split_attention}
+        model = _build_outside(name, outside, num_classes, options, {"zero_gamma": zero_gamma, "init": init})
     else:
-        model = _build_peer(spec, num_classes, dropout, zero_gamma, output_stride)
-    initialise(model, init)
+        spec = ARCHITECTURES[name]
+        if isinstance(spec, ResNeStSpec):
+            model = ResNeSt(spec, num_classes, dropout, zero_gamma, output_stride, split_attention)
+        else:
+            model = _build_peer(spec, num_classes, dropout, zero_gamma, output_stride)
+        initialise(model, init)
     if features_only:
-        return Backbone(_synchronise(model) if norm == "sync" else model, out_features, output_stride, freeze_at, norm)
+        model = _synchronise(model) if norm == "sync" else model
+        with extensions.naming(f"features_only of model {name!r} of {outside.origin}") if outside else nullcontext():
+            return Backbone(model, out_features, output_stride, freeze_at, norm)
     if (tuple(out_features), freeze_at, norm) != (tuple(STAGES), 0, "bn"):
         raise ConfigError("out_features, freeze_at and norm are of a backbone: add features_only=True")
     return model
@@ -170,6 +194,38 @@ def _build_peer(spec: PeerSpec, num_classes: int, dropout: float, zero_gamma: bo
     return create_model(spec.timm_name, **arguments)
 
 
+def _build_outside(
+    name: str, outside: extensions.Model, num_classes: int, options: dict[str, Any], first_weights: dict[str, Any]
+) -> nn.Module:
+    """Build a registered network with what its builder takes.
+
+    Args:
+        name: of the network.
+        outside: what was registered.
+        num_classes: width of the classifier.
+        options: others of `build_model`, which must have their defaults where the builder does not take them.
+        first_weights: others, which need not.
+    """
+    who = f"model {name!r} of {outside.origin}"
+    defaults = inspect.signature(build_model).parameters
+    with extensions.naming(who):
+        taken = inspect.signature(outside.build).parameters
+        for option, value in options.items():
+            if option not in taken and value != defaults[option].default:
+                raise ConfigError(f"{who} takes no {option}={value}: leave it at {defaults[option].default}")
+        given = {option: value for option, value in (options | first_weights).items() if option in taken}
+        model = outside.build(num_classes=num_classes, **given)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{who}: its builder returned a {type(model).__name__}, not an nn.Module")
+    head = dict(model.named_parameters()).get(f"{outside.head}.weight")
+    if head is None or len(head) != num_classes:
+        raise ConfigError(
+            f"{who}: {outside.head}.weight is no parameter with a row for each of {num_classes} classes: "
+            "name the classifier, register_model(..., head=NAME)"
+        )
+    return model
+
+
 def _synchronise(model: nn.Module) -> nn.Module:
     if isinstance(model, ResNeSt):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -177,59 +233,3 @@ def _synchronise(model: nn.Module) -> nn.Module:
     from timm.layers import convert_sync_batchnorm
 
     return convert_sync_batchnorm(model)
-
-
-def list_imagenet_classes() -> list[str]:
-    """Return ImageNet's 1000 synset ids in the order of the labels, from timm's table."""
-    from timm.data import ImageNetInfo
-
-    return list(ImageNetInfo("imagenet-1k").label_names())
-
-
-def describe_classes(classes: Sequence[str]) -> list[str]:
-    """Return the names of classes in words: those of synsets from timm's table, of all others as they are."""
-    if not any(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return list(classes)  # without timm, which takes seconds to import
-    from timm.data import ImageNetInfo
-
-    table = ImageNetInfo("imagenet-1k")
-    known = set(table.label_names())
-    return [table.label_name_to_description(name) if name in known else name for name in classes]
-
-
-def name_classes(classes: Sequence[str]) -> list[str]:
-    """Return short names of classes: the first of the words where there are words, else the names as they are."""
-    described = zip(classes, describe_classes(classes), strict=True)
-    return [name if words == name else words.partition(",")[0] for name, words in described]
-
-
-def find_timm_test(name: str) -> tuple[int, float, str]:
-    """Return how timm tests weights of its own: crop in pixels, its ratio to the short side, and the interpolation."""
-    from timm import get_pretrained_cfg
-
-    config = get_pretrained_cfg(name)
-    size = config.test_input_size or config.input_size
-    return size[-1], config.test_crop_pct or config.crop_pct, config.interpolation
-
-
-def find_by_timm_name(name: str) -> str:
-    """Return the network of weights that timm publishes, such as resnest50 for resnest50d.in1k.
-
-    Raises:
-        ConfigError: timm has no such weights for a network of ours, or they need another normalisation than ImageNet's.
-    """
-    from timm import get_pretrained_cfg, list_pretrained
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-    networks = {theirs: ours for ours, theirs in TIMM_RESNESTS.items()}
-    networks |= {spec.timm_name: ours for ours, spec in ARCHITECTURES.items() if isinstance(spec, PeerSpec)}
-    valid = [weights for weights in list_pretrained() if weights.partition(".")[0] in networks]
-    if name not in valid:
-        raise ConfigError(f"unknown timm weights {name!r}{suggest(name, valid)}")
-    expected = get_pretrained_cfg(name)
-    # resnet50d.ra4_e3600_r224_in1k is the one in timm 1.0.31.
-    if (expected.mean, expected.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        raise ConfigError(
-            f"timm weights {name!r} need pixels of mean {expected.mean} and std {expected.std}, not ImageNet's"
-        )
-    return networks[name.partition(".")[0]]

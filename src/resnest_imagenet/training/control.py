@@ -1,9 +1,12 @@
 """What surrounds the steps of a run: the other ranks, requests to stop, saving."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from resnest_imagenet.data.loader import Loader
-from resnest_imagenet.distributed import Ranks, gather
+from resnest_imagenet.distributed import Ranks, barrier, gather
+from resnest_imagenet.errors import LoadingError, Stopped
 from resnest_imagenet.supervision import EVALUATING, SAVING, Watch
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
@@ -40,14 +43,17 @@ class Control:
     saver: Saver
     steps_between_saves: int
 
-    def settle(self, leave: int = 0) -> bool:
-        """Take note of what came of the steps, but for so many of the last ones; say whether the ranks stop.
+    def read_verdicts(self, unread: int = 0) -> bool:
+        """Read the verdicts on finished steps, and report what was skipped; return whether the ranks agree to stop.
+
+        Args:
+            unread: how many of the newest verdicts to leave for later.
 
         Raises:
             NonFiniteError: on all ranks; the steps it is about were applied nowhere.
         """
         stops = False
-        for verdict in self.health.read(leave):
+        for verdict in self.health.read_verdicts(unread):
             stops |= verdict.stops
             if verdict.is_skipped:
                 self.log.skipped(verdict)
@@ -61,15 +67,15 @@ class Control:
         """Write a checkpoint; all ranks take part.
 
         Raises:
-            NonFiniteError: what came of the last step was not known yet; nothing is written.
+            NonFiniteError: the verdict on the last step was not read yet; nothing is written.
         """
-        self.settle()
+        self.read_verdicts()
         self.watch.then(SAVING)
         self.log.synchronise()
         self.saver.save(state, loader, is_best)
 
     def before_eval_batch(self, epoch: int, first: int, batch: int, is_everywhere: bool) -> None:
-        """Go on with an evaluation, unless the ranks agree to stop.
+        """Note the progress of an evaluation, and end it where the ranks agree to stop.
 
         Args:
             epoch: epochs done.
@@ -85,3 +91,24 @@ class Control:
             return
         if any(gather(int(self.request.name is not None), self.ranks)):
             raise StopAgreed
+
+    @contextmanager
+    def saving_before_leaving(self, state: TrainingState, loader: Loader) -> Iterator[None]:
+        """Save where the ranks agree to stop, or where the storage does not return this rank's images, and leave.
+
+        Raises:
+            Stopped: the ranks have agreed.
+            LoadingError: as it came.
+        """
+        try:
+            yield
+        except StopAgreed:
+            self.request.agree()
+            self.save(state, loader)
+            barrier(self.ranks)  # none leaves before the checkpoint is written
+            raise Stopped(f"stopped after step {state.step}; the same command resumes the run") from None
+        except LoadingError:
+            # Other ranks wait for this one elsewhere: together they cannot save, and the last checkpoint stands.
+            if state.step > 0 and self.ranks.world_size == 1:
+                self.save(state, loader)
+            raise

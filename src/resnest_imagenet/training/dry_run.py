@@ -2,29 +2,24 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from resnest_imagenet import distributed
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.compute import autocast
-from resnest_imagenet.config import RecipeOptions, TrainConfig
-from resnest_imagenet.data.loader import choose_loader
-from resnest_imagenet.data.transforms import EvalTransform
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError, DamagedCheckpointError
-from resnest_imagenet.models.cost import count_cost, count_kept
-from resnest_imagenet.models.zoo import build_model
+from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.identity import describe_identity, read_identity
 from resnest_imagenet.training.memory import count_free_bytes
 from resnest_imagenet.training.run_folder import RunFolder
-from resnest_imagenet.training.saving import describe_identity, find_problem, is_over
+from resnest_imagenet.training.saving import describe_best, find_problem, is_over, read_length
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
-from resnest_imagenet.training.train import build_train_loader, prepare
-from resnest_imagenet.weights.load import match_tensors, read_weights
+from resnest_imagenet.training.train import prepare
+from resnest_imagenet.training.upgrade import upgrade_checkpoint
 
 
 def describe_run(config: TrainConfig) -> str:
@@ -35,56 +30,58 @@ def describe_run(config: TrainConfig) -> str:
     Raises:
         UserError: what would stop the run at its start.
     """
-    config, device, train_set, val_set, plan = prepare(config)
-    recipe, options = config.train, config.checkpoint
+    task, plan, device = prepare(config)
     rank, local_rank, world_size = distributed.launched_as()
-    ranks, alone = Ranks(rank, world_size, local_rank, device), Ranks(0, 1, 0, device)
-    started = time.perf_counter()
-    images, _ = next(iter(build_train_loader(config, train_set, plan, ranks).batches(epoch=0)))
-    seconds = time.perf_counter() - started
-    parameters, multiply_adds = count_cost(config.model.name, recipe.crop)
-    checkpoint = count_checkpoint_bytes(config)
-    with autocast(torch.device("cpu"), recipe.precision):
-        kept = count_kept(config.model.name, recipe.crop, recipe.batch_size)
-    run = RunFolder(config.run_dir, options.keep, is_main=False)
-    protocol = EvalTransform(config.eval.crop, **config.protocol.model_dump()).protocol
-    needed = (options.keep + 2) * checkpoint  # the best, and one that is being written
-    free = _count_free_disk(run.path)
+    ranks = Ranks(rank, world_size, local_rank, device)
+    run = RunFolder(config.run_dir, config.checkpoint.keep, is_main=False)
+    batches = task.plan_batches(plan.steps_per_epoch * plan.accumulation * world_size, ranks)
     lines = {
-        "network": f"{config.model.name}, {len(train_set.classes)} classes (with 1000: {parameters / 1e6:.2f} M "
-        f"parameters, {multiply_adds / 1e9:.2f} GFLOPs at {recipe.crop})",
-        "data": f"{len(train_set):,} training and {len(val_set):,} val images in {config.data.root}",
-        "loader": f"{choose_loader(config.loader.name)}: a first batch {tuple(images.shape)} on {images.device}, "
-        f"after {seconds:.1f} s",
-        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in each of {recipe.epochs} epochs; of "
-        f"{plan.global_batch} images, {recipe.batch_size} x {world_size} ranks x {plan.accumulation} passes",
-        "learning rate": _describe_learning_rate(recipe, plan),
-        "evaluation": f"each epoch: {protocol}",
-        "memory": f"{(checkpoint + 4 * parameters + kept) / 1e9:.1f} GB per rank for weights, their average, "
-        f"momentum, gradients and activations; more in the backward pass{_describe_free_memory(device)}",
-        "checkpoints": f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
-        f"{options.keep} and the best stay",
-        "disk": f"{needed / 1e9:.2f} GB for them in {config.run_dir}, {free / 1e9:,.1f} GB free"
-        + (": NOT ENOUGH" if needed > free else ""),
-        "start": _describe_start(run, config, describe_identity(config, plan, train_set, val_set, protocol, alone)),
+        **task.describe(ranks, batches),
+        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in an epoch, {plan.epochs} epochs; of "
+        f"{plan.global_batch} images, {config.train.batch_size} x {world_size} ranks x {plan.accumulation} passes",
+        "learning rate": _describe_learning_rate(config.train.schedule, plan),
+        **_describe_storage(task, device, run.path),
+        "start": _describe_start(run, task, plan, device),
     }
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
 
 
-def count_checkpoint_bytes(config: TrainConfig) -> int:
-    """Return what a checkpoint's tensors take: weights, their moving average and momentum. Nothing is allocated."""
-    assert config.model.num_classes is not None
+def count_checkpoint_bytes(task: Task) -> tuple[int, int]:
+    """Return the bytes of a checkpoint's tensors, and of the parameters. Nothing is allocated.
+
+    A checkpoint has the weights, their moving average and the optimiser's state.
+    """
     with torch.device("meta"):
-        state = TrainingState(build_model(config.model.name, config.model.num_classes), config.train)
+        state = TrainingState(task.build_model(False, torch.device("meta")), task.config.train, task.head)
     weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
-    momentum = sum(parameter.nbytes for parameter in state.model.parameters())
-    return weights * (1 if state.ema is None else 2) + momentum
+    parameters = sum(parameter.nbytes for parameter in state.model.parameters())
+    momentum = sum(tensor.nbytes for entry in state.optimizer.state.values() for tensor in entry.values())
+    return weights * (1 if state.ema is None else 2) + momentum, parameters
 
 
-def _describe_start(run: RunFolder, config: TrainConfig, identity: dict[str, Any]) -> str:
+def _describe_storage(task: Task, device: torch.device, run: Path) -> dict[str, str]:
+    """Return the lines about memory and the disk."""
+    options = task.config.checkpoint
+    checkpoint, parameters = count_checkpoint_bytes(task)
+    needed = (options.keep + 2) * checkpoint  # the best, and one that is being written
+    free = _count_free_disk(run)
+    memory = checkpoint + parameters + task.count_kept_bytes()
+    return {
+        "memory": f"{memory / 1e9:.1f} GB per rank for weights, their average, "
+        f"optimiser, gradients and activations; more in the backward pass{_describe_free_memory(device)}",
+        "checkpoints": f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
+        f"{options.keep} and the best stay",
+        "disk": f"{needed / 1e9:.2f} GB for them in {run}, {free / 1e9:,.1f} GB free"
+        + (": NOT ENOUGH" if needed > free else ""),
+    }
+
+
+def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.device) -> str:
+    config = task.config
+    identity = describe_identity(task, plan, Ranks(0, 1, 0, device))
     newest = None if run.is_moving() else next(iter(run.list_checkpoints()), None)
     try:
-        saved = {} if newest is None else load_checkpoint(newest)
+        saved = {} if newest is None else upgrade_checkpoint(load_checkpoint(newest))
     except DamagedCheckpointError as error:
         return f"from the one before the newest: {error}"
     remains = run.find_remains() if newest is None and not run.is_moving() else None
@@ -94,20 +91,21 @@ def _describe_start(run: RunFolder, config: TrainConfig, identity: dict[str, Any
     if newest is None:
         if config.train.init_from is None:
             return f"from scratch in {run.path}"
-        match_tensors(read_weights(config.train.init_from), config.model.name)
+        task.build_model(True, torch.device("cpu"))  # reads them, and refuses what does not fit
         return f"from scratch in {run.path}, with the weights of {config.train.init_from}"
-    if is_over(run, saved, identity):
-        return f"finished: best top-1 {saved['best_top1']:.2f} %, nothing to do"
-    before = saved["identity"]["train.epochs"]
-    return f"from {newest}" + (f", extended from {before} epochs" if before != config.train.epochs else "")
+    if is_over(run, saved, plan):
+        return f"finished: best {describe_best(task.metric, saved['best'])}, nothing to do"
+    option, before = read_length(read_identity(saved))
+    is_extended = before != identity[option]
+    return f"from {newest}" + (f", extended from {before} {option.removeprefix('train.')}" if is_extended else "")
 
 
-def _describe_learning_rate(recipe: RecipeOptions, plan: StepPlan) -> str:
-    epochs = sorted({recipe.epochs * quarter // 4 for quarter in range(4)} | {int(recipe.warmup_epochs)})
+def _describe_learning_rate(schedule: str, plan: StepPlan) -> str:
+    epochs = sorted({plan.epochs * quarter // 4 for quarter in range(4)} | {plan.warmup_steps // plan.steps_per_epoch})
     rates = [f"{plan.learning_rate(epoch * plan.steps_per_epoch):.3g}" for epoch in epochs]
     last = plan.learning_rate(plan.total_steps - 1)
     numbers = ", ".join(map(str, epochs))
-    return f"{recipe.schedule}: {', '.join(rates)} after {numbers} epochs, {last:.3g} in the last step"
+    return f"{schedule}: {', '.join(rates)} after {numbers} epochs, {last:.3g} in the last step"
 
 
 def _describe_free_memory(device: torch.device) -> str:

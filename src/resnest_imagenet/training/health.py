@@ -1,6 +1,6 @@
 """Losses and gradients that are not finite: found before a step is applied, by all ranks together, on the device.
 
-The host reads later what came of a step: a GPU whose host waits for it in every step has nothing to do meanwhile.
+The host reads the verdict on a step later: a GPU whose host waits for it in every step has nothing to do meanwhile.
 """
 
 import math
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resnest_imagenet.config import RecipeOptions
 from resnest_imagenet.distributed import Ranks, gather_on_device
 from resnest_imagenet.errors import NonFiniteError
+from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.training.state import TrainingState
 
-# What a rank says of a step, added up. The second is the same on all ranks.
+# What a rank reports of a step, added up. The second is the same on all ranks.
 UNSOUND, TOO_LARGE, STOPS = 1, 2, 4
 
 
@@ -30,7 +30,7 @@ class Verdict:
         lr: its learning rate.
         unsound: the ranks whose loss or gradient is not finite.
         is_skipped: whether it was not applied for that, or because the gradient summed over the ranks is not finite. In
-            fp16 the scaler leaves out those too, and lowers its scale: that is no fault of a step.
+            fp16 the scaler skips steps too, and lowers its scale: that is no fault of a step.
         stops: whether a rank was asked to stop.
     """
 
@@ -43,18 +43,18 @@ class Verdict:
 
 
 class Health:
-    """Finds losses and gradients that are not finite, and leaves their steps out."""
+    """Finds losses and gradients that are not finite, and skips their steps."""
 
-    def __init__(self, state: TrainingState, recipe: RecipeOptions) -> None:
+    def __init__(self, state: TrainingState, recipe: Recipe) -> None:
         self._state = state
         self._is_scaled = state.scaler.is_enabled()
         self._max_skipped = recipe.max_skipped_steps
-        self._parameters = list(state.model.parameters())
+        self._parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         self._buffers = list(state.model.buffers()) if self._max_skipped else []
         self._unread: deque[_Unread] = deque()
-        # Before the ranks' gradients are added, and so on the rank that is at fault: the first layer's gradient has
-        # come through all others.
-        self._hook = self._parameters[0].register_hook(self._look_at)
+        # The hook runs before DDP sums the gradients, so it sees this rank's only. The gradient of the first layer that
+        # is trained, after a stem that may be frozen, has passed through every other layer.
+        self._hook = self._parameters[0].register_hook(self._check_gradient)
         self.start_step()
 
     def __enter__(self) -> "Health":
@@ -65,14 +65,10 @@ class Health:
 
     def start_step(self) -> None:
         """Forget the last step."""
-        self._loss_sum = self._state.loss_sum
-        self._has_bad_gradient = torch.zeros_like(self._loss_sum, dtype=torch.bool)
+        self._state.losses.start_step()
+        self._has_bad_gradient = torch.zeros((), device=self._parameters[0].device, dtype=torch.bool)
         # A forward pass that is undone has already moved the BN statistics.
         self._before = [buffer.clone() for buffer in self._buffers]
-
-    def add_loss(self, loss: Tensor) -> None:
-        """Add one batch's share of the step's loss."""
-        self._loss_sum = self._loss_sum + loss
 
     def judge(self, lr: float, wants_to_stop: bool, ranks: Ranks) -> Tensor:
         """Agree with the other ranks about the step, and take back its loss and BN statistics where it is skipped.
@@ -86,14 +82,14 @@ class Health:
             float32 scalar on the device: 1 where its gradients, now unscaled, must not be applied, else 0.
         """
         state = self._state
-        is_bad = ~self._loss_sum.isfinite()
+        is_bad = ~state.losses.is_finite()
         state.scaler.unscale_(state.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         # The largest, which is finite where all are: a sum of squares may overflow.
         has_overflown = ~nn.utils.get_total_norm(gradients, math.inf).isfinite()
         if self._is_scaled:
-            # The scale is what is too high, unless it is below 1.
-            is_too_large = has_overflown & (state.scaler.scale(torch.ones_like(self._loss_sum)) < 1)
+            # An overflow is fp16's: the loss scale is too high, unless it is already below 1.
+            is_too_large = has_overflown & (state.scaler.scale(torch.ones((), device=is_bad.device)) < 1)
         else:
             is_too_large = has_overflown
             is_bad |= self._has_bad_gradient
@@ -101,22 +97,21 @@ class Health:
         codes = gather_on_device(code, ranks)
         self._unread.append(_send(codes, state, lr))
         is_skipped = (codes & (UNSOUND | TOO_LARGE)).any()
-        state.loss_sum = torch.where(is_skipped, state.loss_sum, self._loss_sum)
-        state.steps_summed += 1
+        state.losses.end_step(is_skipped)
         for buffer, before in zip(self._buffers, self._before, strict=True):
             torch.where(is_skipped, before, buffer, out=buffer)
         return (is_skipped | has_overflown).float()
 
-    def read(self, leave: int = 0) -> Iterator[Verdict]:
-        """Yield what was not read before, and count the steps that were skipped; waits for the device.
+    def read_verdicts(self, unread: int = 0) -> Iterator[Verdict]:
+        """Yield the verdicts that were not read before, and count the steps that were skipped; waits for the device.
 
         Args:
-            leave: so many of the last steps are not read yet.
+            unread: how many of the newest verdicts to leave for later.
 
         Raises:
             NonFiniteError: at a step that was skipped, where that is one too many.
         """
-        while len(self._unread) > leave:
+        while len(self._unread) > unread:
             verdict = self._unread.popleft().read()
             if verdict.is_skipped:
                 self._count_skipped(verdict)
@@ -124,7 +119,8 @@ class Health:
 
     def _count_skipped(self, verdict: Verdict) -> None:
         state = self._state
-        state.skipped, state.steps_summed = state.skipped + 1, state.steps_summed - 1
+        state.skipped += 1
+        state.losses.take_back()
         if state.skipped > self._max_skipped:
             who = f"rank {', '.join(map(str, verdict.unsound))}" if verdict.unsound else "the sum over the ranks"
             raise NonFiniteError(
@@ -132,7 +128,7 @@ class Health:
                 f"not applied (number {state.skipped}, train.max_skipped_steps={self._max_skipped})"
             )
 
-    def _look_at(self, gradient: Tensor) -> None:
+    def _check_gradient(self, gradient: Tensor) -> None:
         self._has_bad_gradient |= ~gradient.isfinite().all()
 
 

@@ -1,8 +1,9 @@
-"""What a run says: a progress bar or plain lines, metrics.jsonl, and what the trackers show."""
+"""The reports of a run: a progress bar or plain lines, metrics.jsonl, and what the trackers show."""
 
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,24 +12,17 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
-from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.source import ImageSource
-from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.errors import DataError
-from resnest_imagenet.evaluation.counting import Evaluation
 from resnest_imagenet.evaluation.events import Event, parse_events
-from resnest_imagenet.evaluation.predictions import read_predictions, write_predictions
-from resnest_imagenet.files import DAMAGED, replacing, storing, synchronise_file
+from resnest_imagenet.evaluation.score import Score
+from resnest_imagenet.files import DAMAGED, make_way, replacing, storing, synchronise_file
+from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.health import Verdict
-from resnest_imagenet.training.pictures import draw_confusions, draw_samples
+from resnest_imagenet.training.losses import TOTAL
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.trackers import Tracker, open_trackers, show_event
-
-SHOWN_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -36,13 +30,13 @@ class Report:
     """Some steps of training.
 
     Attributes:
-        loss: mean over the steps and ranks.
+        losses: means over the steps and ranks, by name: "loss", and its parts where there are several.
         steps: how many.
         seconds: they took.
         waited: seconds of them spent waiting for data.
     """
 
-    loss: float
+    losses: Mapping[str, float]
     steps: int
     seconds: float
     waited: float
@@ -59,7 +53,7 @@ class RunLog:
         self,
         folder: Path,
         plan: StepPlan,
-        config: TrainConfig,
+        task: Task,
         state: TrainingState,
         is_main: bool,
         ending: ExitStack,
@@ -69,28 +63,29 @@ class RunLog:
         Args:
             folder: of the run.
             plan: its steps.
-            config: its configuration.
-            state: where it begins or goes on.
+            task: what it trains for.
+            state: where it begins or resumes.
             is_main: whether this rank shows and writes.
             ending: closes the trackers when all else of the run has ended, whatever it ended with.
         """
         self._plan = plan
-        self._every_steps = config.log.every_steps
+        self._metric = task.metric
+        self._every_steps = task.config.log.every_steps
         self._is_main = is_main
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
         self._loss: float | None = None
         self._folder = folder
         self._trackers: list[Tracker] = []
-        self._samples: tuple[int, Tensor] | None = None
+        self._samples: tuple[int, Callable[[], np.ndarray]] | None = None
         if is_main:
             with storing(folder / "metrics.jsonl"):
-                events = _keep_events(folder / "metrics.jsonl", state)
+                events, dropped = _keep_events(folder / "metrics.jsonl", state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
             losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
             self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
-            _drop_other_predictions(folder / "predictions.csv", state.best_top1)
-            self._trackers = open_trackers(folder, config, state.step, events)
+            _remove_files(folder, dropped)
+            self._trackers = open_trackers(folder, task.config, task.metric, state.step, events)
             for tracker in self._trackers:
                 ending.push(partial(_close, tracker))
         self.wants_samples = bool(self._trackers)
@@ -109,14 +104,15 @@ class RunLog:
 
     def is_due(self, state: TrainingState) -> bool:
         """Say whether to report now: every so many steps and at the end of an epoch; the same on all ranks."""
-        return state.step % self._every_steps == 0 or state.step % self._plan.steps_per_epoch == 0
+        return state.step % self._every_steps == 0 or state.step == self._plan.end_of_epoch(state.epoch)
 
     def start_epoch(self, state: TrainingState) -> None:
         """Show a new bar, on a terminal."""
+        self._bar.close()
         if self._is_main:
             # disable=None: no bar where stderr is no terminal; there `training` prints plain lines.
             self._bar = tqdm(
-                total=self._plan.steps_per_epoch,
+                total=self._count_steps(state.epoch),
                 initial=state.step - state.epoch * self._plan.steps_per_epoch,
                 desc=self._name_epoch(state.epoch),
                 disable=None,
@@ -128,14 +124,14 @@ class RunLog:
         """Move the bar by one step."""
         self._bar.update()
 
-    def samples(self, state: TrainingState, images: Tensor) -> None:
-        """Keep some images of a batch that is about to be trained on, to be shown with the next report.
+    def samples(self, state: TrainingState, draw: Callable[[], np.ndarray]) -> None:
+        """Keep a picture of a batch that is about to be trained on, to be shown with the next report.
 
         Args:
             state: before its step.
-            images: (B, 3, H, W), as the network sees them; they stay on the device until then.
+            draw: returns uint8 (H, W, 3); called at the report, when the device has finished the step.
         """
-        self._samples = state.step, images[:SHOWN_SAMPLES].clone()
+        self._samples = state.step, draw
         self.wants_samples = False
 
     def training(self, state: TrainingState, lr: float, report: Report) -> None:
@@ -144,53 +140,48 @@ class RunLog:
             return
         speed = report.steps * self._plan.global_batch / report.seconds
         wait = report.waited / report.seconds
-        self._write("train", state, {"loss": report.loss, "lr": lr, "images_per_s": speed, "data_wait": wait})
+        self._write("train", state, {**report.losses, "lr": lr, "images_per_s": speed, "data_wait": wait})
         self._seconds_per_step = report.seconds / report.steps
-        self._loss = report.loss
+        self._loss = report.losses[TOTAL]
         if self._samples is not None:
-            step, images = self._samples
-            self._show("train/samples", step, draw_samples(images))
+            step, draw = self._samples
+            self._show("train/samples", step, draw())
             self._samples = None
-        end_of_epoch = (state.epoch + 1) * self._plan.steps_per_epoch
+        end_of_epoch = self._plan.end_of_epoch(state.epoch)
         # What matters most comes first: a narrow terminal cuts the end.
         line = (
             f"left {self._time(end_of_epoch - state.step)}, run {self._time(self._plan.total_steps - state.step)}, "
-            f"loss {report.loss:.3f}, lr {lr:.3g}, {speed:.0f} images/s, data wait {wait:.0%}"
+            f"loss {self._loss:.3f}, lr {lr:.3g}, {speed:.0f} images/s, data wait {wait:.0%}"
         )
         if self._bar.disable:
-            done = self._plan.steps_per_epoch - (end_of_epoch - state.step)
-            print(f"{self._name_epoch(state.epoch)} {done}/{self._plan.steps_per_epoch}, {line}", flush=True)
+            steps = self._count_steps(state.epoch)
+            done = steps - (end_of_epoch - state.step)
+            print(f"{self._name_epoch(state.epoch)} {done}/{steps}, {line}", flush=True)
         else:
             self._bar.set_postfix_str(line)
 
-    def evaluation(
-        self, state: TrainingState, evaluation: Evaluation, images: ImageSource, transform: EvalTransform
-    ) -> None:
-        """Show and write the evaluation that ended an epoch.
-
-        Args:
-            state: counts that epoch already, but this evaluation is not yet in its best accuracy.
-            evaluation: of the val images.
-            images: these.
-            transform: what was done to them.
-        """
+    def evaluation(self, state: TrainingState, score: Score, is_best: bool) -> None:
+        """Show and write the evaluation that ended an epoch, which `state` counts already."""
         if not self._is_main:
             return
         self._bar.close()
-        values = {"top1": evaluation.top1, "top5": evaluation.top5, "count": evaluation.count}
-        self._write("eval", state, {**values, "crop": transform.crop, "protocol": transform.protocol})
-        if evaluation.top1 > state.best_top1:
-            write_predictions(self._folder / "predictions.csv", images, [(transform.protocol, evaluation)])
-        epoch = self._name_epoch(state.epoch - 1)
-        if self._trackers:
-            title = f"{epoch}: top-1 {evaluation.top1:.2f} % of {evaluation.count} images"
-            self._show("eval/confusions", state.step, draw_confusions(evaluation, images.classes, title))
-        loss = "" if self._loss is None else f"loss {self._loss:.3f}, "
-        print(
-            f"{epoch}: {loss}top-1 {evaluation.top1:.2f} %, "
-            f"top-5 {evaluation.top5:.2f} % of {evaluation.count} images ({transform.protocol})",
-            flush=True,
-        )
+        files = {"files": list(score.files)} if is_best and score.files else {}
+        self._write("eval", state, {"metric": self._metric, **score.values, **files})
+        if files:
+            self.synchronise()  # a file is of the network of the last evaluation that names it
+        for name, encode in score.files.items() if is_best else ():
+            make_way(self._folder / name)
+            with replacing(self._folder / name) as file:
+                file.write(encode())
+        for name, draw in score.pictures.items() if self._trackers else ():
+            self._show(f"eval/{name}", state.step, draw())
+        print(f"{self._name_epoch(state.epoch - 1)}: {self._describe_loss()}{score.text}", flush=True)
+
+    def epoch(self, state: TrainingState) -> None:
+        """Show that an epoch has ended which is not evaluated; `state` counts it already."""
+        if self._is_main:
+            self._bar.close()
+            print(f"{self._name_epoch(state.epoch - 1)}: {self._describe_loss()}not evaluated", flush=True)
 
     def skipped(self, verdict: Verdict) -> None:
         """Show and write that a step was not applied."""
@@ -206,6 +197,7 @@ class RunLog:
                 synchronise_file(self._metrics.fileno(), self._folder / "metrics.jsonl")
 
     def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
+        assert not values.keys() & {"event", "epoch", "step", "time"}, f"names of the event's own: {sorted(values)}"
         line = {"event": event, "epoch": when.epoch, "step": when.step, **values, "time": time.time()}
         with storing(self._folder):
             self._metrics.write(json.dumps(line) + "\n")
@@ -216,8 +208,14 @@ class RunLog:
         for tracker in self._trackers:
             tracker.image(name, step, pixels)
 
+    def _describe_loss(self) -> str:
+        return "" if self._loss is None else f"loss {self._loss:.3f}, "
+
     def _name_epoch(self, epoch: int) -> str:
-        return f"epoch {epoch + 1}/{self._plan.total_steps // self._plan.steps_per_epoch}"
+        return f"epoch {epoch + 1}/{self._plan.epochs}"
+
+    def _count_steps(self, epoch: int) -> int:
+        return self._plan.end_of_epoch(epoch) - epoch * self._plan.steps_per_epoch
 
     def _time(self, steps: int) -> str:
         return tqdm.format_interval(steps * self._seconds_per_step)
@@ -230,22 +228,22 @@ def _close(
     tracker.close(error)
 
 
-def _drop_other_predictions(path: Path, best_top1: float) -> None:
-    """Remove predictions that are not those of the best network: a run may die between writing one and the other."""
-    if not path.exists():
-        return
-    try:
-        is_of_best = [said.evaluation.top1 for said in read_predictions(path)] == [best_top1]
-    except DataError:
-        is_of_best = False
-    if not is_of_best:
-        path.unlink()
+def _remove_files(folder: Path, dropped: list[Event]) -> None:
+    """Remove what describes networks that no checkpoint has; a run that resumes writes it again."""
+    for event in dropped:
+        names = event.get("files")
+        for name in names if isinstance(names, list) else ():
+            if isinstance(name, str) and Path(name).name == name:  # metrics.jsonl may be damaged
+                (folder / name).unlink(missing_ok=True)
 
 
-def _keep_events(path: Path, state: TrainingState) -> list[Event]:
-    """Drop the events after a state, which come again, and return the others; damaged lines go to a file of their own.
+def _keep_events(path: Path, state: TrainingState) -> tuple[list[Event], list[Event]]:
+    """Drop the events after a state, which come again; damaged lines go to a file of their own.
 
     A line that is cut is dropped too: it was written after the last checkpoint.
+
+    Returns:
+        The events that are kept, and those that are dropped.
     """
     events, damaged = parse_events(path)
     damaged += [json.dumps(event).encode() for event in events if not _is_whole(event)]
@@ -254,12 +252,12 @@ def _keep_events(path: Path, state: TrainingState) -> list[Event]:
         with open(aside, "ab") as file:
             file.writelines(line + b"\n" for line in damaged)
         print(f"WARNING: {path}: damaged lines moved to {aside.name}: {len(damaged)}", file=sys.stderr, flush=True)
-    # An evaluation counts as one epoch more than the steps before it, at the same step.
-    whole = filter(_is_whole, events)
+    # An evaluation is written at the step of the epoch's last report, but with the next epoch's number.
+    whole = list(filter(_is_whole, events))
     kept = {json.dumps(event) + "\n": event for event in whole if _is_before(event, state)}
     with replacing(path) as file:
         file.writelines(line.encode() for line in kept)
-    return list(kept.values())
+    return list(kept.values()), [event for event in whole if not _is_before(event, state)]
 
 
 def _is_whole(event: Event) -> bool:
@@ -270,4 +268,4 @@ def _is_whole(event: Event) -> bool:
 
 
 def _is_before(event: Event, state: TrainingState) -> bool:
-    return event["step"] <= state.step and event["epoch"] <= state.epoch
+    return (event["step"], event["epoch"]) <= (state.step, state.epoch)

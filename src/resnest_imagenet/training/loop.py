@@ -1,57 +1,42 @@
-"""One epoch of training."""
+"""One epoch of a run: its steps, and the evaluation after them."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnest_imagenet.compute import autocast
-from resnest_imagenet.config import RecipeOptions
 from resnest_imagenet.data.loader import Loader
-from resnest_imagenet.distributed import Ranks, sum_over_ranks
-from resnest_imagenet.errors import LoadingError, StorageError
-from resnest_imagenet.randomness import Purpose, stream
+from resnest_imagenet.distributed import broadcast_buffers
+from resnest_imagenet.errors import LoadingError, NonFiniteError, StorageError
+from resnest_imagenet.randomness import Draws
+from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.supervision import AGREEING, BACKWARD, FORWARD, LOADING
+from resnest_imagenet.tasks.task import Evaluate, Task
 from resnest_imagenet.training.control import Control, StopAgreed
 from resnest_imagenet.training.log import Report
-from resnest_imagenet.training.mixing import (
-    Mixing,
-    draw_cutmix,
-    draw_mixup,
-    erase_rectangles,
-    one_hot,
-    smoothed_cross_entropy,
-)
-from resnest_imagenet.training.optimizer import take_step
+from resnest_imagenet.training.losses import TOTAL, divide_loss
+from resnest_imagenet.training.optimizer import clip_gradients, take_step
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
-Batch = tuple[Tensor, Tensor]
-
 
 def train_epoch(
-    state: TrainingState,
-    network: nn.Module,
-    loader: Loader,
-    plan: StepPlan,
-    recipe: RecipeOptions,
-    seed: int,
-    control: Control,
+    state: TrainingState, network: nn.Module, task: Task, loader: Loader, plan: StepPlan, control: Control
 ) -> None:
     """Take the remaining steps of the epoch; `state` moves along.
 
     Args:
         state: what is trained.
         network: `state.model`, wrapped for this run: distributed, compiled.
+        task: what it is trained for.
         loader: this rank's training batches, `plan.accumulation` for each step.
         plan: the steps.
-        recipe: how to train.
-        seed: of mixing, dropout and DropBlock.
         control: what surrounds the steps.
 
     Raises:
@@ -60,127 +45,112 @@ def train_epoch(
         StopAgreed: after the step in which a rank was asked, or after the next; on all ranks after the same one.
         LoadingError: on this rank, after a whole step; in the middle of one it is a StorageError.
     """
-    ranks, health, log = control.ranks, control.health, control.log
+    ranks, log, watch = control.ranks, control.log, control.watch
     network.train()
     log.start_epoch(state)
     clock = _Clock()
     start = (state.step - state.epoch * plan.steps_per_epoch) * plan.accumulation
-    batches = clock.timing(_mark_steps(loader.batches(state.epoch, start), plan.accumulation))
-    control.watch.at(state.epoch, start, LOADING)
-    for index, (images, labels) in enumerate(batches, start):
-        control.watch.at(state.epoch, index, FORWARD)
-        # The number of the batch over all ranks: what is drawn for it depends on nothing else.
-        number = index * ranks.world_size + ranks.rank
+    watch.at(state.epoch, start, LOADING)
+    for index, batch in enumerate(clock.timing(_load_steps(loader, plan, state, start)), start):
+        watch.at(state.epoch, index, FORWARD)
+        # Numbered over all ranks: what is drawn for a batch depends on nothing else.
+        draws = Draws(task.config.seed, state.epoch, index * ranks.world_size + ranks.rank)
         ends_step = (index + 1) % plan.accumulation == 0
         if log.wants_samples:
-            log.samples(state, erase_and_mix(images.clone(), recipe, seed, state.epoch, number)[0])
+            log.samples(state, task.show(batch, draws))
         with nullcontext() if ends_step else _keep_gradients_local(network):
-            loss = compute_loss(network, images, labels, recipe, seed, state.epoch, number) / plan.accumulation
-            control.watch.then(BACKWARD)
-            state.scaler.scale(loss).backward()
-        health.add_loss(loss.detach())
+            draws.seed_torch()
+            losses = divide_loss(task.loss(network, batch, draws), plan.accumulation)
+            watch.then(BACKWARD)
+            state.scaler.scale(losses[TOTAL]).backward()
+        state.losses.add(losses)
         if ends_step:
-            control.watch.then(AGREEING)
-            lr = plan.learning_rate(state.step)
-            left_out = health.judge(lr, control.request.name is not None, ranks)
-            _apply_gradients(state, lr, left_out)
-            state.step += 1
-            clock.count_step()
-            # The host waits for the step before this one, with which a GPU is done when this one has come to it, and
-            # for this one only where it is about to be reported or saved.
-            waits = log.is_due(state) or control.is_save_due(state)
-            stops = control.settle(leave=0 if waits else 1)
-            if log.is_due(state) and state.steps_summed:
-                log.training(state, lr, _report(state, clock, ranks))
-            log.advance()
-            health.start_step()
-            if stops:
-                raise StopAgreed
-            if control.is_save_due(state):
-                control.save(state, loader)
-        control.watch.at(state.epoch, index + 1, LOADING)
+            _end_step(state, task, loader, plan, control, clock)
+        watch.at(state.epoch, index + 1, LOADING)
 
 
-def _mark_steps(batches: Iterable[Batch], accumulation: int) -> Iterator[Batch]:
-    """Pass the batches of whole steps on; a LoadingError in the middle of a step is a plain StorageError."""
-    iterator = iter(batches)
+def _end_step(
+    state: TrainingState, task: Task, loader: Loader, plan: StepPlan, control: Control, clock: "_Clock"
+) -> None:
+    """Apply a step unless the ranks agree to skip it; report, save or stop where it is time to."""
+    health, log = control.health, control.log
+    control.watch.then(AGREEING)
+    lr = plan.learning_rate(state.step)
+    skips = health.judge(lr, control.request.name is not None, control.ranks)
+    _apply_gradients(state, task.config.train, lr, skips)
+    state.step += 1
+    clock.count_step()
+    # Read the verdict on the step before: by now a GPU has finished that one, so the host does not wait. Read this
+    # step's only before a report or a checkpoint.
+    is_needed = log.is_due(state) or control.is_save_due(state)
+    stops = control.read_verdicts(unread=0 if is_needed else 1)
+    if log.is_due(state) and state.losses.num_steps:
+        log.training(state, lr, Report(state.losses.read(control.ranks), *clock.read()))
+    log.advance()
+    health.start_step()
+    if stops:
+        raise StopAgreed
+    if control.is_save_due(state):
+        control.save(state, loader)
+
+
+def end_epoch(
+    state: TrainingState, task: Task, loader: Loader, plan: StepPlan, evaluate: Evaluate, control: Control
+) -> None:
+    """Evaluate after an epoch's steps where that is due, report and save; arguments as in `train_epoch`.
+
+    Raises:
+        NonFiniteError: the metric is not finite; on all ranks.
+        StopAgreed: in the middle of the evaluation, which is made again when the run is resumed; on all ranks.
+    """
+    epoch, is_best = state.epoch + 1, False
+    if epoch % task.config.eval.every_epochs == 0 or epoch == plan.epochs:
+        broadcast_buffers(state.evaluated_model)
+        score = evaluate(state.evaluated_model, partial(control.before_eval_batch, state.epoch, len(loader.plan)))
+        value = float(score.values[task.metric])  # plain, as a checkpoint holds
+        if not math.isfinite(value):
+            raise NonFiniteError(f"{task.metric}={value} after epoch {epoch}: the evaluation is not finite")
+        is_best = state.end_epoch(value)
+        control.log.evaluation(state, score, is_best)
+    else:
+        state.end_epoch(None)
+        control.log.epoch(state)
+    control.save(state, loader, is_best)
+
+
+def _load_steps(loader: Loader, plan: StepPlan, state: TrainingState, start: int) -> Iterator[Any]:
+    """Yield this rank's batches of the steps that are left of an epoch, from its `start`-th on.
+
+    A LoadingError in the middle of a step becomes a StorageError: BN statistics have moved, and nothing is whole that
+    could be saved.
+    """
+    is_shorter = plan.end_of_epoch(state.epoch) < (state.epoch + 1) * plan.steps_per_epoch
+    num_batches = (plan.total_steps - state.step) * plan.accumulation if is_shorter else None
+    batches = itertools.islice(loader.batches(state.epoch, start), num_batches)
     for number in itertools.count():
         try:
-            batch = next(iterator)
+            batch = next(batches)
         except StopIteration:
             return
         except LoadingError as error:
-            if number % accumulation:  # BN statistics have moved: nothing there is whole, and could be saved
+            if number % plan.accumulation:
                 raise StorageError(str(error)) from error
             raise
         yield batch
 
 
-def compute_loss(
-    network: nn.Module, images: Tensor, labels: Tensor, recipe: RecipeOptions, seed: int, epoch: int, number: int
-) -> Tensor:
-    """Return the loss of one batch: mixed, forwarded under autocast, against smoothed targets.
-
-    Args:
-        network: maps (B, 3, H, W) to logits (B, K).
-        images: (B, 3, H, W), normalised; may be changed in place.
-        labels: int64 (B,).
-        recipe: how to train.
-        seed: the run's; with the next two it determines mixing, dropout and DropBlock.
-        epoch: counted from 0.
-        number: of the batch in the epoch, over all ranks.
-    """
-    images, mixing = erase_and_mix(images, recipe, seed, epoch, number)
-    torch.manual_seed(int(stream(seed, Purpose.MODEL, epoch, number).integers(2**63)))
-    with autocast(images.device, recipe.precision):
-        logits = network(images)
-    targets = labels if mixing is None else mixing.mix_targets(one_hot(labels, logits.shape[1]))
-    return smoothed_cross_entropy(logits, targets, recipe.label_smoothing)
-
-
-def erase_and_mix(
-    images: Tensor, recipe: RecipeOptions, seed: int, epoch: int, number: int
-) -> tuple[Tensor, Mixing | None]:
-    """Return what the network sees of a batch, and what was mixed; see `compute_loss`."""
-    if recipe.erasing > 0:
-        erase_rectangles(images, recipe.erasing, stream(seed, Purpose.ERASING, epoch, number))
-    mixing = _draw_mixing(recipe, images, stream(seed, Purpose.MIXING, epoch, number))
-    return images if mixing is None else mixing.mix_images(images), mixing
-
-
-def _draw_mixing(recipe: RecipeOptions, images: Tensor, rng: np.random.Generator) -> Mixing | None:
-    """Draw mixup or CutMix; where a recipe has both, either with probability 1/2."""
-    mixup, cutmix = recipe.mixup_alpha > 0, recipe.cutmix_alpha > 0
-    if mixup and cutmix:
-        mixup = rng.random() < 0.5
-    batch, size = len(images), images.shape[-1]
-    if mixup:
-        kind = (recipe.mixup_alpha, recipe.mixup_per_sample, recipe.mixup_partner)
-        return draw_mixup(*kind, batch, rng, images.device)
-    if cutmix:
-        return draw_cutmix(recipe.cutmix_alpha, recipe.mixup_partner, batch, size, rng, images.device)
-    return None
-
-
-def _apply_gradients(state: TrainingState, lr: float, left_out: Tensor) -> None:
-    """Take one optimiser step, unless `left_out`, a scalar on the device, is 1; fp16's scale moves either way."""
-    take_step(state.optimizer, lr, left_out)
+def _apply_gradients(state: TrainingState, recipe: Recipe, lr: float, skips: Tensor) -> None:
+    """Take one optimiser step, unless `skips`, a scalar on the device, is 1; fp16's scale moves either way."""
+    clip_gradients(state.optimizer, recipe)
+    take_step(state.optimizer, lr, skips)
     state.scaler.update()
     if state.ema is not None:
-        state.ema.update(left_out == 0)
+        state.ema.update(skips == 0)
 
 
 def _keep_gradients_local(network: nn.Module) -> AbstractContextManager[None]:
     """Leave the reduction over ranks to the last batch of a step."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
-
-
-def _report(state: TrainingState, clock: "_Clock", ranks: Ranks) -> Report:
-    """Return the means over the steps and ranks since the last report, and start anew."""
-    loss = float(sum_over_ranks(state.loss_sum)) / (state.steps_summed * ranks.world_size)
-    state.loss_sum.zero_()
-    state.steps_summed = 0
-    return Report(loss, *clock.read())
 
 
 class _Clock:
@@ -194,7 +164,7 @@ class _Clock:
         self._waited = 0.0
         self._started = time.perf_counter()
 
-    def timing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def timing(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Pass the batches on and sum the time spent waiting for them."""
         iterator = iter(batches)
         while True:
@@ -212,7 +182,7 @@ class _Clock:
         self._steps += 1
 
     def read(self) -> tuple[int, float, float]:
-        """Return the steps, the seconds they took and those spent waiting for data, and start anew."""
+        """Return the steps, the seconds they took and those spent waiting for data, and start again."""
         read = self._steps, time.perf_counter() - self._started, self._waited
         self._restart()
         return read

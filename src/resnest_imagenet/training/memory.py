@@ -6,19 +6,16 @@ from pathlib import Path
 import torch
 
 from resnest_imagenet import distributed
-from resnest_imagenet.compute import autocast
-from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.models.cost import count_kept
+from resnest_imagenet.tasks.task import Task
 
-_BYTES_PER_PIXEL = 10_000  # more than any network keeps of a pixel of its input; resnest269 7,500, resnest50 2,100
 # Files of a control group: its limit, its use, and what stands before the names in memory.stat.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _VERSION_2 = ("memory.max", "memory.current", "")
 _SURE, _LIKELY = 0.9, 1.5  # of what is kept: what a step surely takes, and what it takes at its peak
 
 
-def require_memory(config: TrainConfig, device: torch.device) -> None:
+def require_memory(task: Task, device: torch.device) -> None:
     """Compare what the steps of this node's ranks need with what is free; warn where it is close.
 
     Seconds, and only where a step may come near to what is free. A GPU's own error says as much.
@@ -26,28 +23,27 @@ def require_memory(config: TrainConfig, device: torch.device) -> None:
     Raises:
         ConfigError: it cannot fit.
     """
-    if distributed.launched_as()[1] > 0:  # the first rank of a node counts for all of it: one verdict, one line
+    if distributed.launched_as().local_rank > 0:  # the first rank of a node counts for all of it: one verdict, one line
         return
-    recipe, num_ranks = config.train, distributed.count_local_ranks()
+    batch_size, num_ranks = task.config.train.batch_size, distributed.count_local_ranks()
     free = None if device.type == "cuda" else count_free_bytes()
-    if free is None or num_ranks * recipe.batch_size * recipe.crop**2 * _BYTES_PER_PIXEL < free:
+    if free is None:
         return
-    with autocast(device, recipe.precision):
-        kept = num_ranks * count_kept(config.model.name, recipe.crop, recipe.batch_size)
+    kept = num_ranks * task.count_kept_bytes(enough=free / num_ranks / _LIKELY)
     if _LIKELY * kept < free:
         return
     is_sure = _SURE * kept > free
-    sizes = [size for size in range(2, recipe.batch_size) if recipe.batch_size % size == 0]
-    fitting = [size for size in sizes if _LIKELY * kept * size / recipe.batch_size < free]
+    sizes = [size for size in range(2, batch_size) if batch_size % size == 0]
+    fitting = [size for size in sizes if _LIKELY * kept * size / batch_size < free]
     hint = f": train.batch_size={fitting[-1]} fits, and train.global_batch keeps the step as it is" if fitting else ""
     line = (
-        f"train.batch_size={recipe.batch_size} of {config.model.name} at {recipe.crop} pixels needs "
+        f"train.batch_size={batch_size} of {task.config.model.name} needs "
         f"{(_SURE if is_sure else _LIKELY) * kept / 1e9:.1f} GB {'or more ' * is_sure}for {num_ranks} rank"
         f"{'s' * (num_ranks > 1)} on this machine, of which {free / 1e9:.1f} GB are free{hint}"
     )
     if is_sure:
         raise ConfigError(line)
-    if distributed.launched_as()[0] == 0:
+    if distributed.launched_as().rank == 0:
         print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 

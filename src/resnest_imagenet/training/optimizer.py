@@ -1,56 +1,148 @@
-"""The optimiser, its steps, and what decays in it."""
+"""The optimiser: which parameters train how, gradients that are clipped, and steps that may be skipped."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from resnest_imagenet.config import RecipeOptions
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.recipe import Recipe
 
 
-def group_parameters(model: nn.Module, weight_decay: float, decay_all: bool = False) -> list[dict]:
-    """Split parameters: convolution and fc weights decay, biases and BN weights only with `decay_all` (section 4.2).
+def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> list[dict]:
+    """Split parameters by weight decay: first what decays, then the rest; the same once more for the head.
 
-    Biases and BN weights are exactly the vectors: a rule by name misses some of them.
+    Convolution and fc weights decay; with `decay_biases` their biases too (detectron2: all but norms), with `decay_all`
+    everything (torchvision). Weights are exactly the parameters of more than one dimension (section 4.2 of the paper):
+    a rule by name misses some of them.
+
+    Args:
+        model: its parameters without a gradient are in no group.
+        recipe: weight decay, and `head_lr_factor`; at 1 the head is in the groups of the rest.
+        head: names of the modules of the head.
+
+    Returns:
+        Groups with "params", "weight_decay" and "lr_factor".
+
+    Raises:
+        ConfigError: a factor for a model without a head, or a model of which nothing is trained.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    require_head(recipe, head)
+    biases = {id(bias) for bias in _find_biases(model)} if recipe.decay_biases else set()
+    factors = {id(p): recipe.head_lr_factor for name in head for p in model.get_submodule(name).parameters()}
+    # A fixed number of groups: without a factor those of earlier versions, whose checkpoints have these.
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {
+        (factor, decays): [] for factor in dict.fromkeys((1.0, recipe.head_lr_factor)) for decays in (True, False)
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(f"train.task={recipe.task}: no parameter of the network is trained: all are frozen")
+    for parameter in trained:
+        decays = parameter.ndim > 1 or id(parameter) in biases
+        groups[factors.get(id(parameter), 1.0), decays].append(parameter)
+    decay = {True: recipe.weight_decay, False: recipe.weight_decay if recipe.decay_all else 0.0}
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": weight_decay if decay_all else 0.0},
+        {"params": parameters, "weight_decay": decay[decays], "lr_factor": factor}
+        for (factor, decays), parameters in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, recipe: RecipeOptions) -> torch.optim.Optimizer:
-    """Build SGD over the model's parameter groups; `take_step` sets the learning rate."""
-    groups = group_parameters(model, recipe.weight_decay, recipe.decay_all)
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+def require_head(recipe: Recipe, head: Sequence[str]) -> None:
+    """Raise a ConfigError for a rate of its own where there is no head."""
+    if recipe.head_lr_factor != 1 and not head:
+        raise ConfigError(f"train.head_lr_factor={recipe.head_lr_factor}: train.task={recipe.task} has no head for it")
+
+
+def _find_biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the biases beside weights of more than one dimension: those of norms are not among them."""
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(bias, nn.Parameter):
+            yield bias
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> torch.optim.Optimizer:
+    """Build the recipe's optimiser over the model's parameter groups; `take_step` sets the learning rate.
+
+    SGD and AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) are torch's fused kernels. LAMB (You et al. 2020,
+    arXiv 1904.00962) is timm's, without its own clipping: `clip_gradients` does that, where the recipe asks for it.
+
+    Args:
+        model: what is trained.
+        recipe: how.
+        head: names of the modules whose parameters train at `recipe.head_lr_factor` times the rate.
+
+    Raises:
+        ConfigError: `train.head_lr_factor` for a model without a head.
+    """
+    groups = group_parameters(model, recipe, head)
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+    else:
+        beta1, beta2 = recipe.betas
+        if recipe.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=recipe.eps, fused=True)
+        else:
+            from timm.optim import Lamb
+
+            optimizer = Lamb(groups, lr=0.0, betas=(beta1, beta2), eps=recipe.eps, max_grad_norm=None)
     complete_state(optimizer)
     return optimizer
 
 
 def complete_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimiser ready to have any step left out on the device, which only the fused kernel can.
+    """Make the state ready for a first step that is skipped on the device, which only the fused kernels can.
 
-    The momentum is there before the first step, which would leave it undefined where it is left out, and in the memory
-    layout of its parameter, which the kernel takes for granted on a CPU.
+    To be called too after `load_state_dict`, of this version's state or an earlier one's. What the first step would
+    allocate is there before it, else it would be undefined where that step is skipped; and it is in the memory layout
+    of its parameter, which the kernels take for granted on a CPU.
     """
     for group in optimizer.param_groups:
-        group["fused"] = True  # not so in checkpoints of earlier versions
-        for parameter in group["params"] if group["momentum"] else []:
-            saved = optimizer.state[parameter].get("momentum_buffer")
-            momentum = torch.zeros_like(parameter)
-            optimizer.state[parameter]["momentum_buffer"] = momentum if saved is None else momentum.copy_(saved)
+        group.setdefault("lr_factor", 1.0)  # earlier versions have none
+        names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+        if isinstance(optimizer, torch.optim.SGD):
+            group["fused"] = True  # not so in checkpoints of earlier versions
+            names = ("momentum_buffer",) if group["momentum"] else ()
+        for parameter in group["params"] if names else []:
+            state = optimizer.state[parameter]
+            if isinstance(optimizer, torch.optim.AdamW) and "step" not in state:
+                state["step"] = torch.zeros((), device=parameter.device)
+            for name in names:
+                saved, complete = state.get(name), torch.zeros_like(parameter)
+                state[name] = complete if saved is None else complete.copy_(saved)
 
 
-def take_step(optimizer: torch.optim.Optimizer, lr: float, left_out: Tensor) -> None:
+def clip_gradients(optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+    """Clip the gradients by norm (Pascanu et al. 2013) or value, as the recipe asks; the host does not wait.
+
+    Before `take_step`, when they are summed over the ranks, unscaled, and it is decided whether the step is skipped. A
+    norm above 1e19 is infinite in float32: gradients of that size become 0.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+    if recipe.clip_value is not None:
+        nn.utils.clip_grad_value_(parameters, recipe.clip_value)
+
+
+def take_step(optimizer: torch.optim.Optimizer, lr: float, skips: Tensor) -> None:
     """Take one step, and forget the gradients.
+
+    A fused kernel reads `skips` on the device. LAMB has none: for it the host waits for `skips` before each step.
 
     Args:
         optimizer: of `build_optimizer`.
-        lr: learning rate.
-        left_out: float32 scalar on the device: 1 leaves weights and momentum as they are, whatever the gradients.
+        lr: learning rate, of groups whose factor is 1.
+        skips: float32 scalar on the device: 1 leaves weights and state as they are, whatever the gradients.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    # What a GradScaler sets for such an optimiser; it is not asked to, because it knows of gradients only.
-    optimizer.grad_scale, optimizer.found_inf = None, left_out  # type: ignore[attr-defined]
-    optimizer.step()
+        group["lr"] = lr * group["lr_factor"]
+    if optimizer.defaults.get("fused"):
+        # GradScaler.step would set these; we set them, because it looks at gradients only, and a step may be skipped
+        # for its loss.
+        optimizer.grad_scale, optimizer.found_inf = None, skips  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skips.item():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)

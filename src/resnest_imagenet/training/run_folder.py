@@ -29,11 +29,20 @@ from resnest_imagenet.errors import (
     explain_runtime,
 )
 from resnest_imagenet.evaluation.events import parse_events
-from resnest_imagenet.files import DAMAGED, move_damaged, owned, remove_temporary, replacing, storing, synchronise
+from resnest_imagenet.files import (
+    DAMAGED,
+    make_way,
+    move_damaged,
+    owned,
+    remove_temporary,
+    replacing,
+    storing,
+    synchronise,
+)
 
 _FILES = (
     *("config.yaml", "environment.json", "status.json", "failed_start.json"),
-    *("metrics.jsonl", "predictions.csv", "trackers.json"),
+    *("metrics.jsonl", "trackers.json"),
 )
 _MOVING = ".moving"  # the suffix of earlier-<number> until all of that run is in it
 # When a run is set aside: what is of this start's processes, and what was set aside before.
@@ -49,7 +58,7 @@ class RunFolder:
     status.json        {"state": "running" | "finished" | "stopped" | "failed", "saved_step": ..., "exit_code": ...}
     failed_start.json  how the last start ended, if it ended before it was clear that it is of the run in this folder
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
-    predictions.csv    what the best network so far said of each image of the evaluation
+    predictions.csv    what the best network so far predicts for each image of the evaluation (a task's `Score.files`)
     tensorboard/       the same as event files, with pictures
     wandb/             the same for W&B, where log.trackers has it
     trackers.json      by which names W&B and MLflow know the run
@@ -58,7 +67,7 @@ class RunFolder:
     rank-*.trace       where each rank is: left by those that a signal has ended at once (`Trace`)
     suspects.txt       the images that such a rank was at
     *.damaged          what was not what it should be
-    earlier-<number>/  a run that was set aside: all that was here but the lock
+    earlier-<number>/  a run that was set aside: all that was here but the lock, traces and earlier runs
     """
 
     def __init__(self, path: str, keep: int, is_main: bool) -> None:
@@ -118,12 +127,11 @@ class RunFolder:
         with storing(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             remove_temporary(self.checkpoints, ("best.pt", "step-*.pt"))
-            remove_temporary(self.path, _FILES)
+            remove_temporary(self.path, ("*",))
             for path in self._damaged:
                 move_damaged(path)
-        for path in (self.path / name for name in _FILES):
-            if path.exists() and not path.is_file():
-                print(f"WARNING: {path}: not a file: moved to {move_damaged(path).name}", file=sys.stderr, flush=True)
+        for name in _FILES:
+            make_way(self.path / name)
         self._saved_step = saved_step
         self._own_status()
         with replacing(self.path / "config.yaml") as file:
@@ -163,16 +171,16 @@ class RunFolder:
 
     def _holds_run(self) -> bool:
         """Say whether a run has begun here, which status.json is about."""
-        names = ("config.yaml", "metrics.jsonl", "predictions.csv", "checkpoints/best.pt")
+        names = ("config.yaml", "metrics.jsonl", "checkpoints/best.pt")
         return any((self.path / name).exists() for name in names) or bool(self.list_checkpoints())
 
     def find_remains(self) -> str | None:
         """Return what shows that the run in this folder had a checkpoint, in words, where it has left more than that.
 
-        A run that died before its first checkpoint leaves events, and may leave best.pt and predictions: these are
-        written first. So status.json says whether there was one; where it does not, they count.
+        A run that died before its first checkpoint leaves events, and may leave best.pt, which is written first. So
+        status.json says whether there was one; where it does not, they count.
         """
-        left = [name for name in ("checkpoints/best.pt", "predictions.csv") if (self.path / name).exists()]
+        left = ["checkpoints/best.pt"] if (self.checkpoints / "best.pt").exists() else []
         with storing(self.path / "metrics.jsonl"):
             events, damaged = parse_events(self.path / "metrics.jsonl")
         if not (left or events or damaged):

@@ -1,32 +1,29 @@
-"""What a checkpoint of a run holds, and whether a run may go on from one."""
+"""What a checkpoint of a run holds, and whether a run may resume from one."""
 
-import hashlib
 import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.compute import name_device
-from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.decoding import BadImage
-from resnest_imagenet.data.loader import Loader, choose_loader
-from resnest_imagenet.data.source import ImageSource
-from resnest_imagenet.distributed import Ranks, gather, gather_objects
+from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.distributed import Ranks, barrier, gather_objects
 from resnest_imagenet.errors import CheckpointError, is_out_of_memory, printable
-from resnest_imagenet.training.run_folder import RunFolder, list_versions
+from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.identity import (
+    compare_identity,
+    describe_circumstances,
+    describe_identity,
+    is_of_images,
+    read_identity,
+)
+from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.upgrade import upgrade_checkpoint
 
-# What an identity has of each part of the data; where one differs, those after it tell nothing new.
-_OF_IMAGES = ("images", "labels", "sizes", "content")
-_LOOKING_THREADS, _LOOKED_AT = 32, 256  # each waits for its own answer of a file server; and is given so many files
+LENGTHS = ("train.epochs", "train.steps")  # the options of which a run has one
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,39 @@ class Saver:
     Attributes:
         run: the folder.
         ranks: who takes part; rank 0 writes, and chooses what is read.
-        identity: what must not change when a run goes on, by option name.
+        plan: the steps of the run.
+        metric: that chooses the best network.
+        identity: what must not change when a run is resumed, by option name.
         circumstances: what may change, but then the result is no longer the same bit for bit.
-        description: what readers of a checkpoint need besides: configuration and class names.
+        description: what readers of a checkpoint need besides: task, configuration and class names.
     """
 
     run: RunFolder
     ranks: Ranks
+    plan: StepPlan
+    metric: str
     identity: dict[str, Any]
     circumstances: dict[str, Any]
     description: dict[str, Any]
+
+    @staticmethod
+    def of(run: RunFolder, ranks: Ranks, task: Task, plan: StepPlan, tick: Callable[[], None]) -> "Saver":
+        """Describe a run; all ranks take part. `tick` is called from time to time while files are read."""
+        config = task.config
+        return Saver(
+            run,
+            ranks,
+            plan,
+            task.metric,
+            identity=describe_identity(task, plan, ranks, tick),
+            circumstances=describe_circumstances(config, ranks),
+            description={
+                "task": config.train.task,
+                "metric": task.metric,
+                "config": config.model_dump(),
+                "classes": list(task.classes),
+            },
+        )
 
     def save(self, state: TrainingState, loader: Loader, is_best: bool) -> None:
         """Write a checkpoint; all ranks take part.
@@ -69,8 +89,8 @@ class Saver:
         """Return the newest checkpoint that is whole, the same on all ranks; None for a new run.
 
         Args:
-            on_mismatch: what to do where it is of another run: "refuse", "set_aside", or "extend" if that has fewer
-                epochs and is the same otherwise.
+            on_mismatch: what to do where it is of another run: "refuse", "set_aside", or "extend" if that is shorter
+                and is the same otherwise.
 
         Raises:
             CheckpointError: of another run, or none that is whole, or gone, or not there on all ranks.
@@ -86,17 +106,17 @@ class Saver:
             path = self.run.checkpoints / name
             if not path.exists():
                 raise CheckpointError(f"{path}: not there: run_dir={self.run.path} is not shared by all ranks")
-            saved = saved or load_checkpoint(path)
+            saved = upgrade_checkpoint(saved or load_checkpoint(path))
         problem = find_problem(self.run, path, saved, remains, self.identity, on_mismatch)
         if problem is None:
             return saved or None
-        gather(0, self.ranks)  # all have read it
+        barrier(self.ranks)  # all have read it
         if self.ranks.is_main:
             print(printable(f"{problem}: moved to {self.run.set_aside()}, starting from scratch"), flush=True)
         return None
 
     def restore(self, state: TrainingState, loader: Loader, saved: dict[str, Any]) -> bool:
-        """Take over what `find` returned, and say what keeps the run from being the same bit for bit.
+        """Take over what `find` returned, and print what keeps the run from being the same bit for bit.
 
         Returns:
             Whether the run is finished, and nothing is left to do.
@@ -110,31 +130,37 @@ class Saver:
             same_ranks = len(lists) == self.ranks.world_size
             bad = lists[self.ranks.rank] if same_ranks else itertools.chain.from_iterable(lists)
             loader.substitution.bad.update(bad)
-            is_finished, before = is_over(self.run, saved, self.identity), _count_epochs(saved)
+            is_finished = is_over(self.run, saved, self.plan)
             changes = self._describe_changes(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            raise CheckpointError(f"{self.run.checkpoints}: not of this version, or not a run's") from error
+            raise CheckpointError(
+                f"{self.run.checkpoints}: not checkpoints of a run, or of another version of resnest-imagenet: choose "
+                "another run_dir"
+            ) from error
         # Not above: where another rank is lost, that is no fault of the checkpoint.
         is_finished = gather_objects(is_finished, self.ranks)[0]
         if is_finished:
-            lines = [f"finished: best top-1 {state.best_top1:.2f} %, nothing to do"]
+            lines = [f"finished: best {describe_best(self.metric, state.best)}, nothing to do"]
         else:
             lines = [f"resuming after step {state.step}, {state.epoch} epochs done", *changes]
         if self.ranks.is_main:
             print(*lines, sep="\n", flush=True)
-        if before != self.identity["train.epochs"]:
-            state.history.append({"epochs": before, "until_step": state.step})
+        before = read_length(read_identity(saved))
+        if before != read_length(self.identity):
+            state.history.append({before[0].removeprefix("train."): before[1], "until_step": state.step})
         return is_finished
 
     def _describe_changes(self, saved: dict[str, Any]) -> list[str]:
         """Return a line for each thing that is not as it was when a checkpoint was written, or may not be."""
         lines = []
-        before, now = _count_epochs(saved), self.identity["train.epochs"]
+        option, before = read_length(read_identity(saved))
+        now = self.identity[option]
         if before != now:
-            lines.append(f"extended from {before} to {now} epochs: from here on the schedule is that of {now} epochs")
-        unknown = [name for name in self.identity if _is_of_images(name) and name not in saved["identity"]]
+            unit = option.removeprefix("train.")
+            lines.append(f"extended from {before} to {now} {unit}: from here on the schedule is that of {now} {unit}")
+        unknown = [name for name in self.identity if is_of_images(name) and name not in saved["identity"]]
         if unknown:
             lines.append(f"not compared, as the checkpoint does not tell them: {', '.join(unknown)}")
         circumstances = saved["circumstances"]
@@ -144,7 +170,9 @@ class Saver:
             if circumstances.get(name) != value
         ]
         if changed:
-            lines.append(f"the images left of the epoch are seen once each, but not bit for bit: {', '.join(changed)}")
+            lines.append(
+                f"no longer bit for bit, but each remaining image of the epoch is still seen once: {', '.join(changed)}"
+            )
         return lines
 
 
@@ -177,180 +205,34 @@ def find_problem(
         ways.insert(0, "put them back")
     else:
         differences = compare_identity(saved, identity)
-        is_longer = [*differences] == ["train.epochs"] and 0 < _count_epochs(saved) < identity["train.epochs"]
+        option, length = read_length(read_identity(saved))
+        is_longer = [*differences] == [option] and 0 < length < (identity[option] or 0)
         if not differences or (is_longer and on_mismatch == "extend"):
             return None
         problem = f"{newest} was trained with {'; '.join(differences.values())}"
         if is_longer:
             ways.insert(1, "checkpoint.on_mismatch=extend to train this one longer")
         elif on_mismatch == "extend":
-            problem += " (on_mismatch=extend is for more epochs, and for nothing else)"
+            problem += " (on_mismatch=extend is for more epochs or steps, and for nothing else)"
     if on_mismatch == "set_aside":
         return problem
     raise CheckpointError(f"{problem}: {', '.join(ways[:-1])}, or {ways[-1]}")
 
 
-def is_over(run: RunFolder, saved: dict[str, Any], identity: dict[str, Any]) -> bool:
-    """Say whether the run of a checkpoint has finished, and has said so."""
-    return saved["epoch"] >= identity["train.epochs"] and run.read_status().get("state") == "finished"
+def read_length(identity: dict[str, Any]) -> tuple[str, int]:
+    """Return the option that has the length of an identity's run, and the length; 0: it has none."""
+    for option in LENGTHS:
+        if type(identity.get(option)) is int:
+            return option, identity[option]
+    return LENGTHS[0], 0
 
 
-def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
-    """Return how the run of a checkpoint differs from another, in words by what differs.
-
-    Of the data only that is compared which the checkpoint tells.
-    """
-    before = {"classes": saved.get("classes"), **_read_identity(saved)}
-    differences: dict[str, str] = {}
-    for name, value in identity.items():
-        old = _locate(before.get(name)) if name == "train.init_from" else before.get(name)
-        if old == value:
-            continue
-        if name == "classes":
-            differences[name] = _compare_classes(old, value)
-        elif not _is_of_images(name):
-            differences[name] = f"{name}={old}, not {value}"
-        elif name in before and not any(_is_of_images(other, name.partition(" ")[0]) for other in differences):
-            differences[name] = _compare_images(name, str(old), value)
-    return differences
+def is_over(run: RunFolder, saved: dict[str, Any], plan: StepPlan) -> bool:
+    """Return whether the run of a checkpoint has finished, by its counters and by its status."""
+    is_done = saved["epoch"] >= plan.epochs and saved["step"] >= plan.total_steps
+    return is_done and run.read_status().get("state") == "finished"
 
 
-def _read_identity(saved: dict[str, Any]) -> dict[str, Any]:
-    identity = saved.get("identity")
-    return identity if isinstance(identity, dict) else {}
-
-
-def _count_epochs(saved: dict[str, Any]) -> int:
-    """Return how many epochs the run of a checkpoint was to have; 0: it does not tell."""
-    epochs = _read_identity(saved).get("train.epochs")
-    return epochs if isinstance(epochs, int) else 0
-
-
-def _is_of_images(name: str, part: str | None = None) -> bool:
-    """Say whether an entry of an identity is about the images, of one part of the data set where that is given."""
-    of, _, what = name.partition(" ")
-    return what in _OF_IMAGES and part in (of, None)
-
-
-def _compare_images(name: str, old: str, new: str) -> str:
-    part, _, what = name.partition(" ")
-    before, now = old.partition(" ")[0], new.partition(" ")[0]
-    if what == "images":
-        return f"{part} images {before} -> {now}" if before != now else f"{now} {part} images of other names"
-    if what == "sizes":
-        return f"{part} images of other sizes ({before} -> {now} bytes)"
-    return f"{part} images of other {what}"
-
-
-def _compare_classes(old: Any, new: list[str]) -> str:
-    if not isinstance(old, list) or len(old) != len(new):
-        return f"classes {len(old) if isinstance(old, list) else 'unknown'} -> {len(new)}"
-    if sorted(old) == sorted(new):
-        return "the classes in another order"
-    label = next(label for label, name in enumerate(new) if name != old[label])
-    return f"class {label} {old[label]} -> {new[label]}"
-
-
-def describe_identity(
-    config: TrainConfig,
-    plan: StepPlan,
-    train_set: ImageSource,
-    val_set: ImageSource,
-    protocol: str,
-    ranks: Ranks,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Return what must not change when a run resumes: plain values by option name, and digests of the data.
-
-    The evaluation's protocol and the val images are among them: the best accuracy so far is comparable under the same
-    only. Paths are relative to the data set's folder, which may move. All ranks take part, and share the files.
-
-    Args:
-        config: of the run.
-        plan: its steps.
-        train_set: its training images.
-        val_set: the images of its evaluations.
-        protocol: of its evaluations, in words.
-        ranks: who takes part.
-        tick: called from time to time while the files are looked at, as data.digest asks for.
-    """
-    recipe = config.train.model_dump()
-    # The number of ranks and with it the batch may change as long as the global batch stays; the others leave the run
-    # what it is.
-    for name in ("recipe", "batch_size", "global_batch", "compile", "max_skipped_steps"):
-        del recipe[name]
-    recipe["init_from"] = _locate(config.train.init_from)
-    parts = {"training": train_set, "val": val_set}
-    files: dict[str, str] = {}
-    for name, images in parts.items() if config.data.digest != "names" else ():
-        sizes = _look_at(images, images.list_sizes, ranks, tick)
-        files[f"{name} sizes"] = f"{sizes.sum()} {_digest(sizes)}"
-    for name, images in parts.items() if config.data.digest == "content" else ():
-        files[f"{name} content"] = _digest(_look_at(images, partial(_digest_images, images), ranks, tick))
-    return {
-        "model.name": config.model.name,
-        "model.num_classes": config.model.num_classes,
-        **{f"train.{name}": value for name, value in recipe.items()},
-        "train.global_batch": plan.global_batch,
-        "seed": config.seed,
-        "data.shuffle_shards": config.data.shuffle_shards,
-        "evaluation": protocol,
-        "classes": list(train_set.classes),
-        **{f"{name} images": f"{len(images)} {_digest(images.files)}" for name, images in parts.items()},
-        **{f"{name} labels": _digest(images.labels) for name, images in parts.items()},
-        **files,
-    }
-
-
-def _locate(init_from: str | None) -> str | None:
-    """Return the absolute path of a file, without links; the name of published weights as it is."""
-    if not isinstance(init_from, str) or init_from.startswith(("official:", "timm:")):
-        return init_from
-    return os.path.realpath(init_from)
-
-
-def _look_at(
-    images: ImageSource, look: Callable[[np.ndarray], np.ndarray], ranks: Ranks, tick: Callable[[], None]
-) -> np.ndarray:
-    """Return what `look` returns for the indices of all images, (N, ...); each rank looks at its share."""
-    share = np.arange(len(images))[ranks.rank :: ranks.world_size]
-    looked = []
-    with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
-        for values in pool.map(look, np.array_split(share, 1 + len(share) // _LOOKED_AT)):
-            looked.append(values)
-            tick()
-    shares = gather_objects(np.concatenate(looked), ranks)
-    whole = np.empty((len(images), *shares[0].shape[1:]), shares[0].dtype)
-    for rank, values in enumerate(shares):
-        whole[rank :: ranks.world_size] = values
-    return whole
-
-
-def _digest_images(images: ImageSource, indices: np.ndarray) -> np.ndarray:
-    """Return the digests of n images, uint8 (n, 32)."""
-    digests = b"".join(_digest_image(images, index) for index in indices.tolist())
-    return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
-
-
-def _digest_image(images: ImageSource, index: int) -> bytes:
-    try:
-        return hashlib.sha256(images.read(index)).digest()
-    except (BadImage, OSError):  # the loaders name it
-        return bytes(32)
-
-
-def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
-
-
-def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return what may change when a run is resumed, but then the result is no longer the same bit for bit."""
-    return {
-        "ranks": ranks.world_size,
-        "train.batch_size": config.train.batch_size,
-        "train.compile": config.train.compile,
-        "model.split_attention": config.model.split_attention,
-        "loader": choose_loader(config.loader.name),
-        "device": name_device(ranks.device),
-        **list_versions(),
-    }
+def describe_best(metric: str, value: float) -> str:
+    """Return the best value of a metric so far, for people."""
+    return f"{metric} {value:.2f} %"

@@ -1,13 +1,15 @@
 """All that the future of a run depends on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from resnest_imagenet.config import RecipeOptions
-from resnest_imagenet.distributed import Ranks, gather_objects
+from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.training.average import MovingAverage
+from resnest_imagenet.training.losses import LossMeter
 from resnest_imagenet.training.optimizer import build_optimizer, complete_state
 
 
@@ -16,36 +18,57 @@ class TrainingState:
 
     Attributes:
         model: the bare network: its state dict has plain keys, whatever wraps it for training.
-        optimizer: SGD with momentum.
+        optimizer: the recipe's.
         scaler: of the fp16 loss; inert for other precisions.
         ema: exponential moving average of weights and BN statistics, or None.
         step: optimiser steps done.
         epoch: epochs done, with their evaluation.
-        best_top1: best accuracy of an evaluation so far, in percent.
+        best: highest value of the task's metric in an evaluation so far, in percent; -1 before the first.
         skipped: steps that were not applied because a loss or gradient was not finite, as far as that was read.
-        loss_sum: of this rank's steps since the last report, on the device: reading it waits for the device.
-        steps_summed: how many these are; those among them that were skipped count until that is read.
-        history: for each time the run was extended {"epochs": how many it had before, "until_step": when that was}.
+        losses: of this rank's steps since the last report.
+        history: for each time the run was extended {"epochs" or "steps": how many it had before, "until_step": when
+            that was}.
     """
 
-    def __init__(self, model: nn.Module, recipe: RecipeOptions) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> None:
+        """Begin a run.
+
+        Args:
+            model: on its device.
+            recipe: how to train it.
+            head: names of the modules that are trained at `train.head_lr_factor` times the rate.
+        """
         device = next(model.parameters()).device
         self.model = model
-        self.optimizer = build_optimizer(model, recipe)
+        self.optimizer = build_optimizer(model, recipe, head)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.ema = None if recipe.ema_decay is None else MovingAverage(model, recipe.ema_decay)
         self.step = 0
         self.epoch = 0
-        self.best_top1 = -1.0
+        self.best = -1.0
         self.skipped = 0
-        self.loss_sum = torch.zeros((), device=device)
-        self.steps_summed = 0
+        self.losses = LossMeter(device)
         self.history: list[dict[str, int]] = []
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The network that is evaluated: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    def end_epoch(self, value: float | None) -> bool:
+        """Count an epoch, and return whether its evaluation is the best so far.
+
+        Args:
+            value: of the task's metric; None: the epoch was not evaluated.
+        """
+        self.epoch += 1
+        is_best = value is not None and value > self.best
+        self.best = max(self.best, self.best if value is None else value)
+        return is_best
+
+    def describe_progress(self) -> dict[str, int | float]:
+        """Return the counters by name: epochs and steps done, and the best value so far."""
+        return {"epoch": self.epoch, "step": self.step, "best": self.best}
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
         """Return plain containers and tensors, the same on all ranks; `model` and `ema` are plain state dicts."""
@@ -55,12 +78,9 @@ class TrainingState:
             "ema_updates": 0 if self.ema is None else int(self.ema.updates),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "best_top1": self.best_top1,
+            **self.describe_progress(),
             "skipped": self.skipped,
-            "loss_sums": gather_objects(float(self.loss_sum), ranks),
-            "steps_summed": self.steps_summed,
+            **self.losses.state_dict(ranks),
             "history": self.history,
         }
 
@@ -75,10 +95,7 @@ class TrainingState:
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.epoch = state["epoch"]
-        self.best_top1 = state["best_top1"]
+        self.best = state["best"]
         self.skipped = state["skipped"]
-        self.steps_summed = state["steps_summed"]
-        self.history = list(state.get("history", []))  # an older version has none
-        sums = state["loss_sums"]
-        same_ranks = len(sums) == ranks.world_size
-        self.loss_sum.fill_(sums[ranks.rank] if same_ranks else sum(sums) / len(sums))
+        self.losses.load_state_dict(state, ranks)
+        self.history = list(state["history"])

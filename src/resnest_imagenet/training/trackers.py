@@ -15,15 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config import TrainConfig, flatten
 from resnest_imagenet.errors import ConfigError, Stopped, first_line
+from resnest_imagenet.evaluation.events import Event
 from resnest_imagenet.files import move_damaged, replacing, storing
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
 MAX_WAITING = 100  # events for a tracker that does not answer, above which pictures are left out
-
-Event = dict[str, Any]  # a line of metrics.jsonl
 
 
 class Tracker(Protocol):
@@ -56,13 +55,14 @@ def require_trackers(names: Sequence[str]) -> None:
             )
 
 
-def open_trackers(folder: Path, config: TrainConfig, step: int, events: list[Event]) -> list[Tracker]:
-    """Open what `config.log.trackers` names; what fails to open is left out, with a line.
+def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, events: list[Event]) -> list[Tracker]:
+    """Open what `config.log.trackers` names; what fails to open is skipped, with a line.
 
     Args:
         folder: of the run, with its config.yaml.
         config: of the run.
-        step: it goes on from.
+        metric: that chooses its best network.
+        step: it resumes from.
         events: before that; a tracker that is new gets them.
 
     Raises:
@@ -71,7 +71,7 @@ def open_trackers(folder: Path, config: TrainConfig, step: int, events: list[Eve
     trackers: list[Tracker] = []
     for name in dict.fromkeys(config.log.trackers):
         if name == "tensorboard":
-            trackers.append(TensorBoard(folder, config, step))
+            trackers.append(TensorBoard(folder, config, metric, step))
             continue
         opens: Callable[[Path, TrainConfig], Tracker] = WandB if name == "wandb" else MLflow
         try:
@@ -100,7 +100,7 @@ class TensorBoard:
 
     is_new = True
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, metric: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -113,7 +113,7 @@ class TensorBoard:
                 files.add_event(picture, walltime=picture.wall_time)
             self._writer.add_text("config", f"```yaml\n{_read_config(folder)}```")
             # The third would say that the run has ended well.
-            for summary in hparams(_flatten(config.model_dump()), {"eval/top1": 0.0})[:2]:
+            for summary in hparams(_name_options(config), {f"eval/{metric}": 0.0})[:2]:
                 files.add_summary(summary)
             self._writer.flush()
             for file in old:
@@ -204,7 +204,7 @@ class MLflow:
             run_id = self._client.create_run(experiment, run_name=str(self._folder)).info.run_id
             _keep_id(self._folder, "mlflow", run_id)
         if self.is_new:  # parameters cannot be changed later; config.yaml can
-            values = _flatten(self._config.model_dump())
+            values = _name_options(self._config)
             params = [self._mlflow.entities.Param(name, str(value)) for name, value in values.items()]
             self._client.log_batch(run_id, params=params)
         self._client.update_run(run_id, status="RUNNING")
@@ -274,15 +274,10 @@ def _read_config(folder: Path) -> str:
     return (folder / "config.yaml").read_text()
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Name options as on the command line; what is no plain value becomes text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
-    return flat
+def _name_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Return the options by their names on the command line; what is no plain value becomes text."""
+    options = flatten(config.model_dump())
+    return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in options.items()}
 
 
 def _read_ids(folder: Path) -> dict[str, str]:

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from os import PathLike
 
 from torch import nn
 
-from resnest_imagenet.config import ExportConfig
-from resnest_imagenet.models.zoo import describe_classes, list_imagenet_classes
-from resnest_imagenet.weights.load import Weights, read_weights, restore_network
+from resnest_imagenet.models.imagenet_classes import class_words
+from resnest_imagenet.models.zoo import count_outputs
+from resnest_imagenet.weights.load import Weights, list_classes, read_weights, restore_network
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Card:
     Attributes:
         model: its name in the zoo.
         images: its input.
-        classes: of its outputs, in order; None where nobody knows them.
+        classes: of its outputs, in order; None where nothing tells them.
     """
 
     model: str
@@ -62,10 +63,10 @@ class Card:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The classes in words."""
-        return tuple(describe_classes(self.classes)) if self.classes else None
+        return tuple(class_words(self.classes)) if self.classes else None
 
     def to_metadata(self) -> dict[str, str]:
-        """Return the card as texts: numbers and lists in JSON, what nobody knows left out."""
+        """Return the card as texts: numbers and lists in JSON, without what is not known."""
         values = {
             "model": self.model,
             "input": "float32 (batch, 3, height, width): RGB in 0..1, minus mean, over std",
@@ -76,19 +77,21 @@ class Card:
         return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
 
 
-def open_network(config: ExportConfig, describe: DescribeInput) -> tuple[nn.Module, Weights, Card]:
-    """Read the network to be exported, on the CPU and in evaluation mode.
+def open_network(
+    source: str | PathLike[str], describe: DescribeInput, model: str | None = None, weights: str = "auto"
+) -> tuple[nn.Module, Weights, Card]:
+    """Read a network to be exported, on the CPU and in evaluation mode.
 
     Args:
-        config: which one.
+        source: a checkpoint, a file of weights, or published weights.
         describe: returns the input of weights and their network's name.
+        model: name of the network; None where the weights tell.
+        weights: "model", "ema" or "auto".
 
     Raises:
         UserError: the weights cannot be read or do not fit.
     """
-    weights = read_weights(config.ckpt, config.weights)
-    model, name = restore_network(weights, config.model.name if config.model else None)
-    classes = weights.classes
-    if classes is None and len(model.get_parameter("fc.bias")) == 1000:
-        classes = list_imagenet_classes()
-    return model.eval(), weights, Card(name, describe(weights, name), tuple(classes) if classes else None)
+    loaded = read_weights(source, weights)
+    network, name = restore_network(loaded, model)
+    classes = list_classes(loaded.classes, count_outputs(network, name))
+    return network.eval(), loaded, Card(name, describe(loaded, name), tuple(classes) if classes else None)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError
 from resnest_imagenet.files import replacing
 from resnest_imagenet.models.folding import fold_batch_norms
@@ -26,40 +26,56 @@ TOLERANCE = 1e-3  # of the largest logit, for the difference between the graph a
 Run = Callable[[Tensor], Tensor]
 
 
-def export_graph(config: ExportConfig, describe: DescribeInput) -> str:
-    """Write the network as a graph, unless it computes something else; return a line about the file.
+def export_graph(
+    source: str | PathLike[str],
+    describe: DescribeInput,
+    out: str | PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    weights: str = "auto",
+    form: str = "onnx",
+) -> str:
+    """Write a network as a graph, unless it computes something else; return a line about the file.
 
     The batch norms are folded into the convolutions. Of ONNX the input is "images" (batch, 3, height, width), all but
     the 3 of any size, and the output "logits" (batch, classes); torch.export's program is for images of the crop.
 
+    Args:
+        source: a checkpoint, a file of weights, or published weights.
+        describe: returns the input of weights and their network's name.
+        out: the file; None: MODEL.onnx or MODEL.pt2.
+        model: name of the network; None where the weights tell.
+        weights: "model", "ema" or "auto".
+        form: "onnx" or "torch_export".
+
     Raises:
         UserError: for what a user can cause, as one line; or the graph's logits are not the network's.
     """
-    is_onnx = config.format == "onnx"
+    is_onnx = form == "onnx"
     if is_onnx:
         _require_onnx()
-    model, weights, card = open_network(config, describe)
+    network, loaded, card = open_network(source, describe, model, weights)
     crop = card.images.crop
-    out = choose_file(config, f"{card.model}.{'onnx' if is_onnx else 'pt2'}")
+    file = choose_file(source, out, f"{card.model}.{'onnx' if is_onnx else 'pt2'}")
     make, load = (_make_onnx, _load_onnx) if is_onnx else (_make_program, _load_program)
     with _quiet(), torch.no_grad():
-        content = make(fold_batch_norms(model), crop, card.to_metadata())
+        content = make(fold_batch_norms(network), crop, card.to_metadata())
         run = load(content)
     shapes = [(1, crop, crop), (3, crop, crop)]
     if is_onnx:
         shapes.append((2, crop + 33, crop))
-    difference, lowest, highest = compare_logits(model, run, shapes)
+    difference, lowest, highest = compare_logits(network, run, shapes)
     largest = max(-lowest, highest)
     if not largest < float("inf"):
-        raise CheckpointError(f"{config.ckpt}: the logits are not finite")
+        raise CheckpointError(f"{source}: the logits are not finite")
     if not difference <= TOLERANCE * largest:
-        raise UserError(f"{out} is not written: its logits differ by {difference:.2g} of {largest:.3g} from torch's")
-    with replacing(out) as file:
-        file.write(content)
+        raise UserError(f"{file} is not written: its logits differ by {difference:.2g} of {largest:.3g} from torch's")
+    with replacing(file) as opened:
+        opened.write(content)
     kind = f"opset {OPSET}" if is_onnx else f"crop {crop}"
     return (
-        f"wrote {out}: {describe_weights(weights, card.model)}, {kind}, {len(content) / 1e6:.1f} MB, logits from "
-        f"{lowest:.3g} to {highest:.3g} and within {difference:.2g} of the network's, SHA-256 {digest(out)}"
+        f"wrote {file}: {describe_weights(loaded, card.model)}, {kind}, {len(content) / 1e6:.1f} MB, logits from "
+        f"{lowest:.3g} to {highest:.3g} and within {difference:.2g} of the network's, SHA-256 {digest(file)}"
     )
 
 
@@ -75,13 +91,13 @@ def compare_logits(model: nn.Module, run: Run, shapes: list[tuple[int, int, int]
         The largest absolute difference of a logit, and the network's lowest and highest logit; NaN if any is.
     """
     generator = torch.Generator().manual_seed(0)
-    expected, found = [], []
+    of_network, of_graph = [], []
     for shape in shapes:
         images = draw_images(*shape, generator)
         with torch.no_grad():
-            expected.append(model(images))
-            found.append(run(images))
-    network, graph = torch.cat(expected), torch.cat(found)
+            of_network.append(model(images))
+            of_graph.append(run(images))
+    network, graph = torch.cat(of_network), torch.cat(of_graph)
     return (network - graph).abs().max().item(), network.min().item(), network.max().item()
 
 

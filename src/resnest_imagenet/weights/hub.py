@@ -1,15 +1,17 @@
 """A network as a folder for the Hugging Face hub, which timm loads."""
 
 import json
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec, list_imagenet_classes
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
+from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
 from resnest_imagenet.weights.card import Card, DescribeInput, open_network
 from resnest_imagenet.weights.export import describe_weights, digest, require_other
 from resnest_imagenet.weights.load import Weights
@@ -39,31 +41,45 @@ In resnest-imagenet: `resnest-eval ckpt=FOLDER/model.safetensors model={model} d
 """
 
 
-def export_folder(config: ExportConfig, describe: DescribeInput) -> str:
+def export_folder(
+    source: str | PathLike[str],
+    describe: DescribeInput,
+    out: str | PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    weights: str = "auto",
+) -> str:
     """Write model.safetensors, config.json and README.md; return a line about the folder.
+
+    Args:
+        source: a checkpoint, a file of weights, or published weights.
+        describe: returns the input of weights and their network's name.
+        out: the folder; None: MODEL-hub.
+        model: name of the network; None where the weights tell.
+        weights: "model", "ema" or "auto".
 
     Raises:
         UserError: for what a user can cause, as one line.
     """
-    model, weights, card = open_network(config, describe)
-    out = Path(config.out or f"{card.model}-hub")
-    file, settings, readme = (out / name for name in ("model.safetensors", "config.json", "README.md"))
-    require_other(config, file)
+    network, loaded, card = open_network(source, describe, model, weights)
+    folder = Path(out or f"{card.model}-hub")
+    file, settings, readme = (folder / name for name in ("model.safetensors", "config.json", "README.md"))
+    require_other(source, out or file, file)
     require_writable(settings, "out")
-    tensors = model.state_dict()
+    tensors = network.state_dict()
     described = describe_for_timm(card, tensors)
     # The settings come last, without which timm loads nothing: no old ones for new weights.
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in (
-        (readme, _write_readme(card, weights.source, _read_accuracy(config, weights))),
+        (readme, _write_readme(card, loaded.source, _read_accuracy(loaded))),
         (settings, json.dumps(described, indent=2, ensure_ascii=False) + "\n"),
     ):
         with replacing(path) as opened:
             opened.write(text.encode())
     arguments = " with model_args" if "model_args" in described else ""
     return (
-        f"wrote {out}: {describe_weights(weights, card.model)} as timm's {described['architecture']}{arguments}; "
+        f"wrote {folder}: {describe_weights(loaded, card.model)} as timm's {described['architecture']}{arguments}; "
         f"model.safetensors has {len(tensors)} tensors, SHA-256 {digest(file)}"
     )
 
@@ -71,15 +87,15 @@ def export_folder(config: ExportConfig, describe: DescribeInput) -> str:
 def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return timm's config.json of a network.
 
-    timm's names of ImageNet's classes are its own and left out; it knows neither "crop_resize" nor a resize without
-    antialiasing, and takes the nearest protocol, a resize to crop / crop_pct and a centre crop.
+    ImageNet's classes have timm's own names there. timm has neither "crop_resize" nor a resize without antialiasing:
+    it takes the nearest protocol, a resize to crop / crop_pct and a centre crop.
 
     Args:
         card: the network.
         tensors: its state dict.
     """
-    num_classes, num_features = tensors["fc.weight"].shape
     architecture, arguments = _find_architecture(card.model)
+    num_classes, num_features = tensors["fc.weight"].shape
     size = [3, card.images.crop, card.images.crop]
     described: dict[str, Any] = {
         "architecture": architecture,
@@ -103,7 +119,7 @@ def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
     if arguments:
         described["model_args"] = arguments
-    if card.classes and card.class_names and list(card.classes) != list_imagenet_classes():
+    if card.classes and card.class_names and list(card.classes) != imagenet_synsets():
         described["label_names"] = card.classes
         described["label_descriptions"] = dict(zip(card.classes, card.class_names, strict=True))
     return described
@@ -111,6 +127,8 @@ def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
     """Return a network's name in timm, or its nearest relative's and the arguments that make it this network."""
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"format=hub is for networks of timm's, and {name} is none")
     spec = ARCHITECTURES[name]
     if isinstance(spec, PeerSpec):
         return ("skresnext50_32x4d" if spec.timm_name == "resnet" else spec.timm_name), spec.arguments
@@ -128,7 +146,7 @@ def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
 
 def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
     return _README.format(
-        licence="" if source.startswith("timm:") else "license: apache-2.0\n",  # theirs have several
+        licence="" if source.startswith("timm:") else "license: apache-2.0\n",  # timm's weights have several
         model=card.model,
         mean=card.images.mean,
         std=card.images.std,
@@ -138,12 +156,15 @@ def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
     )
 
 
-def _read_accuracy(config: ExportConfig, weights: Weights) -> str | None:
+def _read_accuracy(weights: Weights) -> str | None:
     """Return the accuracy in words where the checkpoint has it: a run's best.pt has that of its evaluated weights."""
-    if weights.training is None or Path(config.ckpt).name != "best.pt":
+    if weights.training is None or Path(weights.source).name != "best.pt":
         return None
-    content = load_checkpoint(config.ckpt)
-    top1, identity = content.get("best_top1"), content.get("identity")
-    if weights.is_average != bool(content.get("ema")) or not isinstance(top1, float) or not isinstance(identity, dict):
+    content = load_checkpoint(weights.source)
+    if content.get("metric", "top1") != "top1":
         return None
-    return f"Top-1: {top1:.2f} % of the run's evaluation images ({identity.get('evaluation')})."
+    best = content.get("best", content.get("best_top1"))  # the latter in checkpoints of earlier versions
+    identity = content.get("identity")
+    if weights.is_average != bool(content.get("ema")) or not isinstance(best, float) or not isinstance(identity, dict):
+        return None
+    return f"Top-1: {best:.2f} % of the run's evaluation images ({identity.get('evaluation')})."

@@ -1,29 +1,33 @@
 """Weights from any file into a network: everything fits, or one line says what does not."""
 
+import functools
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.config import EvalOptions, ProtocolOptions
+from resnest_imagenet.config import Crop, ProtocolOptions
 from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.models.zoo import (
+    ARCHITECTURES,
     build_model,
-    find_timm_test,
-    list_imagenet_classes,
+    find_head,
     list_models,
     require_model,
     usual_crop,
 )
 from resnest_imagenet.weights.layouts import recognise, rename
-from resnest_imagenet.weights.published import fetch
+from resnest_imagenet.weights.published import fetch, find_timm_test
 
-_CLASSIFIER = ("fc.weight", "fc.bias")  # of every network of the zoo
+TASK = "classification"  # that of the zoo's networks; a checkpoint that names none is of before there were others
 
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
 # mmpretrain, Lightning and timm.
@@ -57,7 +61,7 @@ class Weights:
     protocol: ProtocolOptions | None = None
 
 
-def read_weights(source: str, choice: str = "auto") -> Weights:
+def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
     """Read the weights of a network.
 
     Args:
@@ -66,43 +70,73 @@ def read_weights(source: str, choice: str = "auto") -> Weights:
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
 
     Raises:
-        CheckpointError: missing, unreadable, damaged, not a state dict, or not with a name for each output.
-        ConfigError: for an unknown published name, or a moving average that is not there.
+        CheckpointError: missing, unreadable, damaged, not a state dict, not with a name for each output, or of a run of
+            another task.
+        ConfigError: for an unknown published name or choice, or a moving average that is not there.
     """
+    if choice not in ("auto", "model", "ema"):
+        raise ConfigError(f"weights={choice!r}: auto, model and ema are valid")
+    source = fspath(source)
     # Not a file, and like no path: a published name, or a misspelt one.
     is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
     path, model = fetch(source) if is_published else (Path(source), None)
     content = load_checkpoint(path)
+    if {"config", "epoch"} <= content.keys():
+        require_task(content, source)
     state, is_average = _choose_state(content, choice, source)
     weights = Weights(source, _without_wrappers(_require_tensors(state, source)), is_average)
     _require_finite(weights)
     if is_published:
         outputs = weights.tensors.get("fc.weight")
-        classes = list_imagenet_classes() if outputs is not None and len(outputs) == 1000 else None
         crop, protocol = _find_published_test(source, model or "")
+        classes = None if outputs is None else list_classes(None, len(outputs))
         return replace(weights, model=model, classes=classes, crop=crop, protocol=protocol)
-    if {"config", "classes", "epoch"} <= content.keys():
-        try:
-            name, training = content["config"]["model"]["name"], content["config"]["train"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{source}: a checkpoint without its configuration") from error
-        classes, epoch = content["classes"], content["epoch"]
-        has_names = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
-        if not (has_names and isinstance(name, str) and isinstance(training, dict) and isinstance(epoch, int)):
-            raise CheckpointError(f"{source}: not a configuration of this project")
-        classifier = weights.tensors.get("fc.weight")
-        if classifier is not None and classifier.shape[:1] != (len(classes),):
-            raise CheckpointError(f"{source}: {len(classes)} class names for fc.weight {tuple(classifier.shape)}")
-        crop, protocol = _read_evaluation(content["config"])
-        known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
-        return replace(weights, model=name, **known)
-    return weights
+    return _add_description(weights, content) if {"config", "classes", "epoch"} <= content.keys() else weights
+
+
+def require_task(content: dict[str, Any], source: str) -> None:
+    """Raise a CheckpointError for the checkpoint of a run of another task than the classification of images.
+
+    Args:
+        content: of the checkpoint.
+        source: its file, for the message.
+    """
+    task = content.get("task", TASK)
+    if task != TASK:
+        raise CheckpointError(f"{source}: a checkpoint of task {task}, not of {TASK}: choose another, or other weights")
+
+
+def list_classes(known: Sequence[str] | None, num_outputs: int) -> list[str] | None:
+    """Return the classes of a network's outputs: those that its weights tell, else ImageNet's for 1000 outputs."""
+    if known is not None:
+        return list(known)
+    return imagenet_synsets() if num_outputs == 1000 else None
+
+
+def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
+    """Return the weights of a run with what its checkpoint tells about them."""
+    source = weights.source
+    try:
+        name, training = content["config"]["model"]["name"], content["config"]["train"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source}: a checkpoint without its configuration") from error
+    classes, epoch = content["classes"], content["epoch"]
+    has_names = isinstance(classes, list) and all(isinstance(class_name, str) for class_name in classes)
+    if not (has_names and isinstance(name, str) and isinstance(training, dict) and isinstance(epoch, int)):
+        raise CheckpointError(f"{source}: not a configuration of this project")
+    key = f"{find_head(name)}.weight"
+    classifier = weights.tensors.get(key)
+    if classifier is not None and classifier.shape[:1] != (len(classes),):
+        raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
+    crop, protocol = _read_evaluation(content["config"])
+    known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
+    return replace(weights, model=name, **known)
 
 
 def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOptions | None]:
     """Return crop and protocol of a run's evaluation after each epoch; None where a checkpoint does not have them."""
     try:
-        crop = EvalOptions.model_validate(config["eval"]).crop
+        crop = TypeAdapter(Crop).validate_python(config["eval"]["crop"], strict=True)
         return crop, ProtocolOptions.model_validate(config["protocol"])
     except (KeyError, ValidationError):
         return None, None
@@ -144,9 +178,10 @@ def restore_network(weights: Weights, name: str | None) -> tuple[nn.Module, str]
         ConfigError: no name, or another than the weights'.
     """
     name, tensors = match_tensors(weights, name)
-    if "fc.weight" not in tensors:
+    key = f"{find_head(name)}.weight"
+    if key not in tensors:
         raise CheckpointError(f"{weights.source}: lacks the classifier: train one with train.init_from=...")
-    model = build_model(name, num_classes=len(tensors["fc.weight"]))
+    model = build_model(name, num_classes=len(tensors[key]))
     model.load_state_dict(tensors)
     return model, name
 
@@ -159,18 +194,20 @@ def start_from(model: nn.Module, name: str, classes: list[str], weights: Weights
     """
     _, tensors = match_tensors(weights, name)
     output_of = {name: output for output, name in enumerate(weights.classes or ())}
-    same = "fc.weight" in tensors and len(tensors["fc.weight"]) == len(classes) and output_of.keys() == set(classes)
+    own = model.state_dict()
+    classifier = _list_classifier(name, own)
+    same = {len(tensors[key]) for key in classifier if key in tensors} == {len(classes)}
+    same = same and output_of.keys() == set(classes)
     if same:
-        rows = torch.tensor([output_of[name] for name in classes])
-        tensors.update({key: tensors[key][rows] for key in _CLASSIFIER})
+        rows = torch.tensor([output_of[class_name] for class_name in classes])
+        tensors.update({key: tensors[key][rows] for key in classifier})
     else:
-        own = model.state_dict()
-        tensors.update({key: own[key] for key in _CLASSIFIER})
+        tensors.update({key: own[key] for key in classifier})
     model.load_state_dict(tensors)
     return same
 
 
-def load_backbone(backbone: nn.Module, name: str, source: str, choice: str = "auto") -> None:
+def load_backbone(backbone: nn.Module, name: str, source: str | PathLike[str], choice: str = "auto") -> None:
     """Load weights into a network of `build_model(name, features_only=True)`; the classifier, if any, is left out.
 
     Args:
@@ -223,32 +260,58 @@ def _advise(weights: Weights) -> str:
 
 def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
     """Return what does not fit, or None, and the tensors by the network's own key names."""
-    with torch.device("meta"):
-        expected = build_model(name).state_dict()
-    layout = recognise(weights.tensors)
-    left = dict(weights.tensors)
-    found = {}
+    expected = _list_expected(name) if name in ARCHITECTURES else _build_expected(name)
+    classifier = _list_classifier(name, expected)
+    names = _list_names(name, expected, weights)
+    unused = dict(weights.tensors)
+    matched = {}
     for key, value in expected.items():
-        theirs = rename(key, layout)
-        tensor = left.pop(theirs, None) if theirs else None
+        key_in_file = names[key]
+        tensor = unused.pop(key_in_file, None) if key_in_file else None
         # The number of classes is the file's.
         shape = value.shape
-        if tensor is not None and key in _CLASSIFIER and tensor.ndim and len(tensor):
+        if tensor is not None and key in classifier and tensor.ndim and len(tensor):
             shape = torch.Size([len(tensor), *shape[1:]])
         if tensor is not None and tensor.shape != shape:
-            return f"{theirs} has shape {tuple(tensor.shape)}, not {tuple(shape)}", {}
+            return f"{key_in_file} has shape {tuple(tensor.shape)}, not {tuple(shape)}", {}
+        if tensor is not None and value.is_floating_point() and not tensor.is_floating_point():
+            return f"{key_in_file} is no dense tensor of floating-point numbers", {}
         if tensor is not None:
-            found[key] = tensor
+            matched[key] = tensor
         elif key.endswith(".num_batches_tracked"):
-            found[key] = torch.zeros((), dtype=torch.int64)
-        elif key not in _CLASSIFIER:
-            return f"{theirs} is missing", {}
-    if left:
-        return f"{next(iter(left))} is one key too many", {}
-    heads = {len(found[key]) for key in _CLASSIFIER if key in found}
-    if len(heads) > 1 or (heads and not set(_CLASSIFIER) <= found.keys()):
-        return "fc.weight and fc.bias do not belong together", {}
-    return None, found
+            matched[key] = torch.zeros((), dtype=torch.int64)
+        elif key not in classifier:
+            return f"{key_in_file} is missing", {}
+    if unused:
+        return f"unexpected key {next(iter(unused))}", {}
+    heads = {len(matched[key]) for key in classifier if key in matched}
+    if len(heads) > 1 or (heads and not set(classifier) <= matched.keys()):
+        return f"{' and '.join(classifier)} do not belong together", {}
+    return None, matched
+
+
+def _build_expected(name: str) -> dict[str, Tensor]:
+    """Return a network's tensors without their numbers."""
+    with torch.device("meta"):
+        return build_model(name).state_dict()
+
+
+_list_expected = functools.cache(_build_expected)  # of what cannot be registered as another network meanwhile
+
+
+def _list_classifier(name: str, keys: Iterable[str]) -> list[str]:
+    """Return the keys of a network's classifier: its weight, and its bias where it has one."""
+    head = find_head(name)
+    return [key for key in (f"{head}.weight", f"{head}.bias") if key in keys]
+
+
+def _list_names(name: str, expected: dict[str, Tensor], weights: Weights) -> dict[str, str | None]:
+    """Return what a file calls each of a network's tensors; None for one that its layout does not have."""
+    if name in ARCHITECTURES:
+        layout = recognise(weights.tensors)
+        return {key: rename(key, layout) for key in expected}
+    # A registered network may be a wrapper itself: what is taken off the file's keys is taken off its own.
+    return dict(zip(expected, _without_wrappers(expected), strict=True))
 
 
 def _require_tensors(content: Any, source: str) -> dict[str, Tensor]:
@@ -260,8 +323,7 @@ def _require_tensors(content: Any, source: str) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{source}: {key} is no tensor: not a state dict")
-        is_number = value.is_floating_point() or key.endswith(".num_batches_tracked")
-        if not is_number or value.is_meta or value.layout != torch.strided:
+        if value.is_meta or value.layout != torch.strided:
             raise CheckpointError(f"{source}: {key} is no dense tensor of floating-point numbers")
         # A few numbers in the file may be expanded to a classifier that no memory holds.
         if value.nbytes > value.untyped_storage().nbytes():

@@ -11,7 +11,7 @@ import torch
 
 from resnest_imagenet.errors import CheckpointError, ConfigError, first_line, suggest
 from resnest_imagenet.files import locked
-from resnest_imagenet.models.zoo import find_by_timm_name
+from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
 
 # SHA-256 of the official files: whole where it is known, else the 8 digits in the file's name.
 OFFICIAL: dict[str, str] = {
@@ -53,6 +53,38 @@ def fetch(source: str) -> tuple[Path, str]:
         valid = [f"official:{known}" for known in OFFICIAL]
         raise ConfigError(f"unknown weights {source!r}, neither official:NAME nor timm:NAME{suggest(source, valid)}")
     return _fetch_official(name), name
+
+
+def find_by_timm_name(name: str) -> str:
+    """Return the network of weights that timm publishes, such as resnest50 for resnest50d.in1k.
+
+    Raises:
+        ConfigError: timm has no such weights for a network of ours, or they need another normalisation than ImageNet's.
+    """
+    from timm import get_pretrained_cfg, list_pretrained
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    networks = {theirs: ours for ours, theirs in TIMM_RESNESTS.items()}
+    networks |= {spec.timm_name: ours for ours, spec in ARCHITECTURES.items() if isinstance(spec, PeerSpec)}
+    valid = [weights for weights in list_pretrained() if weights.partition(".")[0] in networks]
+    if name not in valid:
+        raise ConfigError(f"unknown timm weights {name!r}{suggest(name, valid)}")
+    expected = get_pretrained_cfg(name)
+    # resnet50d.ra4_e3600_r224_in1k is the one in timm 1.0.31.
+    if (expected.mean, expected.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        raise ConfigError(
+            f"timm weights {name!r} need pixels of mean {expected.mean} and std {expected.std}, not ImageNet's"
+        )
+    return networks[name.partition(".")[0]]
+
+
+def find_timm_test(name: str) -> tuple[int, float, str]:
+    """Return how timm tests weights of its own: crop in pixels, its ratio to the short side, and the interpolation."""
+    from timm import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    size = config.test_input_size or config.input_size
+    return size[-1], config.test_crop_pct or config.crop_pct, config.interpolation
 
 
 def _fetch_official(name: str) -> Path:

@@ -1,0 +1,1 @@
+"""Trained networks and pictures: what they predict, where they differ, and why."""

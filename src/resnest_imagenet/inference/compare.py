@@ -1,0 +1,244 @@
+"""Several networks on the same images: the probability each gives to the true class, and where they disagree."""
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from resnest_imagenet.data.examine import split_unreadable
+from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.loader import build_loader
+from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.errors import ConfigError, DataError, printable
+from resnest_imagenet.evaluation.cells import guard
+from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
+from resnest_imagenet.inference.images import list_classified_images
+from resnest_imagenet.inference.labels import label_images
+from resnest_imagenet.inference.options import check_arguments
+from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What M networks make of N images.
+
+    Attributes:
+        names: of the networks, all different.
+        images: with their true classes.
+        titles: of the true classes, in words where they are synsets.
+        probabilities: (M, N) float64, of the true class.
+        predicted: (M, N) str, the likeliest class, in words.
+        in_top5: (M, N) bool, whether the true class is among the five likeliest.
+        is_right: (M, N) bool, whether it is the likeliest.
+        protocols: how each network sees an image.
+        skipped: a line for each image that cannot be used; it is none of the N.
+    """
+
+    names: tuple[str, ...]
+    images: ImageSource
+    titles: tuple[str, ...]
+    probabilities: np.ndarray
+    predicted: np.ndarray
+    in_top5: np.ndarray
+    is_right: np.ndarray
+    protocols: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def disagreements(self) -> np.ndarray:
+        """The images that some of the networks have right and others not, where they differ most first."""
+        differ = np.flatnonzero(self.is_right.any(0) & ~self.is_right.all(0))
+        spread = np.ptp(self.probabilities[:, differ], axis=0)
+        return differ[np.argsort(-spread, kind="stable")]
+
+
+def compare(
+    networks: Sequence[Classifier | str | PathLike[str]] | Classifier | str | PathLike[str],
+    images: ImageFolder | str | PathLike[str],
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    loader: str = "auto",
+    workers: int | None = None,
+) -> Comparison:
+    """Compare networks on the same images; images that cannot be used are skipped.
+
+    Args:
+        networks: one or several, each of `open_classifier`, or a source that it takes.
+        images: a folder with one folder per true class, named as the networks' classes are or in words.
+        batch_size: images at a time.
+        precision: fp32, bf16 or fp16.
+        loader: what decodes the images: "auto", "dali" or "torchvision".
+        workers: the loader's threads or processes; None: this process's cores, at most 8.
+
+    Raises:
+        DataError: no image can be used.
+        ConfigError: no network, or an argument that is not valid.
+        UserError: for what else a user can cause, as one line.
+    """
+    asked = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    several = networks if isinstance(networks, Sequence) and not isinstance(networks, str) else [networks]
+    if not several:
+        raise ConfigError("networks is empty: give one network or several")
+    listed = images if isinstance(images, ImageFolder) else list_classified_images(images)
+    classifiers = [take_classifier(network) for network in several]
+    usable, skipped = split_unreadable(listed)
+    if not len(usable):
+        raise DataError(skipped[0])
+    judgements = [_Judgement(classifier, usable) for classifier in classifiers]
+    plan = plan_evaluation(len(usable), asked.batch_size, 0, 1)
+    # Networks that see images alike share the decoded ones.
+    groups: dict[tuple[object, object], list[_Judgement]] = {}
+    for judgement in judgements:
+        classifier = judgement.classifier
+        groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
+    total = len(usable) * len(groups)
+    with tqdm(total=total, unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
+        for group in groups.values():
+            alike = [judgement.classifier for judgement in group]
+            batches = build_loader(asked.loader, usable, plan, alike[0].transform, alike[0].device, asked.workers)
+            for batch in compute_probabilities(alike, batches, precision, usable.name):
+                for judgement, probabilities in zip(group, batch, strict=True):
+                    judgement.add(probabilities)
+                progress.update(len(batch[0]))
+    return Comparison(
+        _distinguish(classifiers),
+        usable,
+        _title(usable.classes),
+        np.stack([judgement.probabilities for judgement in judgements]),
+        np.stack([judgement.predicted for judgement in judgements]),
+        np.stack([judgement.in_top5 for judgement in judgements]),
+        np.stack([judgement.is_right for judgement in judgements]),
+        tuple(classifier.transform.protocol for classifier in classifiers),
+        tuple(skipped),
+    )
+
+
+class _Judgement:
+    """What one network makes of N images, filled batch by batch; the arrays are rows of a `Comparison`."""
+
+    def __init__(self, classifier: Classifier, images: ImageSource) -> None:
+        labelled = label_images(images, classifier.weights.classes, len(classifier.classes), classifier.source)
+        self.classifier = classifier
+        self._labels = labelled.labels
+        self._described = class_words(labelled.classes)
+        self._done = 0
+        self.probabilities = np.zeros(len(images))
+        self.predicted = np.empty(len(images), dtype=object)
+        self.in_top5, self.is_right = np.zeros((2, len(images)), dtype=bool)
+
+    def add(self, probabilities: Tensor) -> None:
+        """Take the probabilities of the next B images, (B, K)."""
+        part = slice(self._done, self._done + len(probabilities))
+        self._done = part.stop
+        truth = self._labels[part]
+        best = probabilities.topk(min(5, probabilities.shape[1])).indices.numpy()
+        self.probabilities[part] = probabilities.numpy()[np.arange(len(truth)), truth]
+        self.predicted[part] = [self._described[index] for index in best[:, 0]]
+        self.in_top5[part] = (best == truth[:, None]).any(1)
+        self.is_right[part] = best[:, 0] == truth
+
+
+def mcnemar_p(only_one: int, only_other: int) -> float:
+    """Return McNemar's exact two-sided p: how likely so unequal a division is if both networks err as often.
+
+    Args:
+        only_one: images that only one of them has right.
+        only_other: images that only the other has right.
+    """
+    n = only_one + only_other
+    ways = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(only_one, only_other) + 1)
+    )
+    return min(1.0, 2 * sum(math.exp(way - n * math.log(2)) for way in ways))
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """Return tables for people: by class, over all images, and each pair of networks."""
+    titles, names = (tuple(map(printable, texts)) for texts in (comparison.titles, comparison.names))
+    wide = max(len(title) for title in (*titles, "average"))
+    columns = [max(len(name), 15) for name in names]
+
+    def line(title: str, count: str, cells: list[str]) -> str:
+        return f"{title:<{wide}} {count:>7}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, columns, strict=True))
+
+    lines = [line("class", "images", list(names)), line("", "", ["true p   error"] * len(names))]
+    for label, title in enumerate(titles):
+        of_class = comparison.probabilities[:, comparison.images.labels == label]
+        count = of_class.shape[1]
+        cells = [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)] if count else []  # all images of it were skipped
+        lines.append(line(title, str(count), cells or ["-"] * len(names)))
+    count = comparison.probabilities.shape[1]
+    totals = comparison.probabilities.sum(1)
+    lines.append(line("total", str(count), [f"{p:.2f}  {count - p:.2f}" for p in totals]))
+    lines.append(line("average", "", [f"{p / count:.4f}  {1 - p / count:.4f}" for p in totals]))
+    lines.append(line("top-1 %", "", [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)]))
+    lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
+    return "\n".join([*lines, *map(printable, (*describe_protocols(comparison), *describe_pairs(comparison)))])
+
+
+def describe_protocols(comparison: Comparison) -> list[str]:
+    """Return a line about how the networks see images, or one for each of them where they do not see alike."""
+    if len(set(comparison.protocols)) == 1:
+        return [comparison.protocols[0]]
+    return [f"{name}: {protocol}" for name, protocol in zip(comparison.names, comparison.protocols, strict=True)]
+
+
+def describe_pairs(comparison: Comparison) -> list[str]:
+    """Return a line for each pair of networks: where one is right alone, and McNemar's p."""
+    lines = []
+    for (name, is_right), (other_name, is_other_right) in itertools.combinations(
+        zip(comparison.names, comparison.is_right, strict=True), 2
+    ):
+        alone = int((is_right & ~is_other_right).sum()), int((is_other_right & ~is_right).sum())
+        lines.append(
+            f"only {name} right: {alone[0]}, only {other_name} right: {alone[1]}; "
+            f"McNemar's exact p = {mcnemar_p(*alone):.3g}"
+        )
+    return lines
+
+
+def encode_csv(comparison: Comparison) -> str:
+    """Return a row for each image: its class, and each network's probability of it and likeliest class."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heads = [f"{name} {what}" for name in comparison.names for what in ("p", "predicted")]
+    writer.writerow(["file", "class", *map(guard, heads)])
+    images = comparison.images
+    for index in range(len(images)):
+        cells = zip(comparison.probabilities[:, index], comparison.predicted[:, index], strict=True)
+        row = [cell for p, predicted in cells for cell in (f"{p:.6f}", predicted)]
+        writer.writerow(map(guard, [images.name(index), images.classes[images.labels[index]], *row]))
+    return text.getvalue()
+
+
+def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
+    named = zip(classes, short_class_names(classes), strict=True)
+    return tuple(name if words == name else f"{words} ({name})" for name, words in named)
+
+
+def _distinguish(classifiers: list[Classifier]) -> tuple[str, ...]:
+    """Return the networks' names; where two have the same, with what differs in their sources, or numbered."""
+    names = [classifier.name for classifier in classifiers]
+    if len(set(names)) < len(names):
+        parts = _drop_shared([classifier.source.split("/") for classifier in classifiers])
+        parts = _drop_shared([source[::-1] for source in parts])
+        differing = ["/".join(source[::-1]) for source in parts]
+        names = [f"{name} ({where})" if where else name for name, where in zip(names, differing, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} {number}" for number, name in enumerate(names, 1)]
+    return tuple(names)
+
+
+def _drop_shared(lists: list[list[str]]) -> list[list[str]]:
+    """Drop the first items, as far as they are the same in all lists."""
+    shared = sum(1 for _ in itertools.takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))
+    return [items[shared:] for items in lists]

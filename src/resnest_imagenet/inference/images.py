@@ -1,0 +1,84 @@
+"""The images that networks are asked about, and what is checked before any is read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from resnest_imagenet.compute import keep_freed_memory
+from resnest_imagenet.data.folder import ImageFolder, find_images, read_image_folder
+from resnest_imagenet.data.loader import choose_loader
+from resnest_imagenet.data.source import print_notes
+from resnest_imagenet.distributed import choose_device, launched_as
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.files import require_writable
+from resnest_imagenet.models.zoo import require_model
+
+Images: TypeAlias = ImageFolder | str | PathLike[str] | Sequence[str | PathLike[str]]
+
+
+def list_images(images: Images) -> ImageFolder:
+    """List images that have no classes; what is skipped is named on stderr.
+
+    Args:
+        images: files, folders or patterns such as "photos/**/*.jpg", one or several; or what this has returned.
+
+    Raises:
+        DataError: one that finds no image.
+    """
+    if isinstance(images, ImageFolder):
+        return images
+    patterns = [images] if isinstance(images, str | PathLike) else images
+    listed = find_images([fspath(pattern) for pattern in patterns])
+    print_notes(listed)
+    return listed
+
+
+def list_classified_images(folder: str | PathLike[str]) -> ImageFolder:
+    """List the images of a folder that has one folder per true class; what is skipped is named on stderr.
+
+    Raises:
+        DataError: no such folder, no classes, or one without images.
+        ConfigError: what is given is no path.
+    """
+    if not isinstance(folder, str | PathLike):
+        raise ConfigError(
+            f"images is a {type(folder).__name__}: give the path of a folder that has one folder per true class"
+        )
+    path = Path(folder).absolute()
+    return list_part(str(path.parent), path.name, "images")
+
+
+def list_part(root: str, name: str, option: str) -> ImageFolder:
+    """List the images of one part of a data set, as `read_image_folder`; rank 0 names on stderr what is skipped."""
+    listed = read_image_folder(root, name, option)
+    if launched_as().rank == 0:
+        print_notes(listed)
+    return listed
+
+
+def prepare_inference(
+    models: Iterable[str | None], loader: str, device: str, outputs: Mapping[str, str | None]
+) -> torch.device:
+    """Refuse what can be refused before anything is read, and return the device.
+
+    Args:
+        models: names of networks; None for those that their weights tell.
+        loader: "auto", "dali" or "torchvision".
+        device: "auto", "cpu" or "cuda".
+        outputs: the files to be written, by option; None for those that nobody asks for.
+
+    Raises:
+        ConfigError: an unknown network, a loader or device that is not there, a file that cannot be written.
+    """
+    for name in models:
+        if name is not None:
+            require_model(name)
+    choose_loader(loader)
+    for option, path in outputs.items():
+        if path is not None and launched_as()[0] == 0:
+            require_writable(Path(path), option)
+    keep_freed_memory()
+    return choose_device(device)

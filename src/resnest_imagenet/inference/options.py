@@ -1,0 +1,66 @@
+"""The arguments of the library's functions, held to the rules of the commands' options."""
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from resnest_imagenet.config import Crop, Options, OwnProtocolOptions, Positive, Precision
+from resnest_imagenet.errors import ConfigError, suggest
+
+
+def _as_integer(value: Any) -> Any:
+    """Take NumPy's integers for Python's."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _as_crops(value: Any) -> Any:
+    """Take one crop for a list of one."""
+    is_several = isinstance(value, Iterable) and not isinstance(value, str)
+    return [_as_integer(crop) for crop in (value if is_several else [value])]
+
+
+def _fill_protocol(value: Any) -> Any:
+    """Take what is not given for the network's own."""
+    return dict.fromkeys(OwnProtocolOptions.model_fields, "own") | dict(value) if isinstance(value, Mapping) else value
+
+
+_INTEGER = BeforeValidator(_as_integer)
+
+
+class Arguments(Options):
+    """What the functions share; each checks those that it takes. The defaults are no function's: they pass."""
+
+    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_crops)] | None = None
+    protocol: Annotated[OwnProtocolOptions, BeforeValidator(_fill_protocol)] | None = None
+    top: Annotated[Positive, _INTEGER] = 1
+    batch_size: Annotated[Positive, _INTEGER] = 1
+    precision: Precision = "fp32"
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    workers: Annotated[int, Field(ge=0), _INTEGER] | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from the network's own protocol, as `EvalTransform` takes it."""
+        return self.protocol.list_changes() if self.protocol else {}
+
+
+def check_arguments(**arguments: Any) -> Arguments:
+    """Return arguments as the commands have them.
+
+    Args:
+        **arguments: of a library function, by the names of `Arguments`.
+
+    Raises:
+        ConfigError: names the first whose value is not valid, and the values that are.
+    """
+    try:
+        return Arguments(**arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(part for part in first["loc"] if isinstance(part, str))  # without the place in a list
+        if first["type"] == "extra_forbidden":
+            valid = list(OwnProtocolOptions.model_fields)
+            raise ConfigError(f"unknown {name}{suggest(str(first['loc'][-1]), valid)} ({', '.join(valid)})") from None
+        raise ConfigError(f"{name}={first['input']!r}: {first['msg'].lower()}") from None

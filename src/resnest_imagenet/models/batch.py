@@ -1,0 +1,59 @@
+"""How few images a training step may have: a property of the network."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.models.zoo import build_model
+
+
+def smallest_batch(model: nn.Module, crop: int) -> int:
+    """Return how many images per rank a training step of a network needs.
+
+    2 where a batch norm is trained on a single value per image and channel, as in split attention and in selective
+    kernels, or behind the last stage of images of 32 pixels; else 1. Frozen batch norms need no batch, and synchronised
+    ones have that of all ranks.
+
+    Args:
+        model: maps images (B, 3, H, W) to anything; as it is trained, with its norms in their modes.
+        crop: side of the images in pixels.
+    """
+    network = copy.deepcopy(model).to("meta")
+    single: list[nn.Module] = []
+
+    def check(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        if norm.training and inputs[0].numel() == inputs[0].shape[0] * inputs[0].shape[1]:
+            single.append(norm)
+
+    for module in network.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.eval()  # in training it takes accelerators only
+        elif isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(check)
+    with torch.no_grad():
+        network(torch.empty(2, 3, crop, crop, device="meta"))
+    return 2 if single else 1
+
+
+def require_batch(name: str, batch_size: int, crop: int, option: str = "train.batch_size") -> None:
+    """Raise a ConfigError unless a network of `list_models()` can be trained on so many images per rank.
+
+    Args:
+        name: of the network.
+        batch_size: images per rank.
+        crop: side of the images in pixels.
+        option: what sets the batch size, for the error message.
+    """
+    if batch_size > 1:
+        return
+    with torch.device("meta"):
+        model = build_model(name)
+    smallest = smallest_batch(model, crop)
+    if batch_size < smallest:
+        raise ConfigError(
+            f"{option}={batch_size}: {name} has batch norms of one value per image and channel at {crop} pixels: "
+            f"set {option}={smallest} or more"
+        )

@@ -1,0 +1,51 @@
+"""The base of every schema, and the types they share."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+# Five halvings need 32 pixels.
+Crop = Annotated[int, Field(ge=32)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def as_list(value: Any) -> Any:
+    """Take crop=224 for crop=[224]."""
+    return value if isinstance(value, list) else [value]
+
+
+def keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Take "own" as it is, whatever the type is: a union would put the names of its types into an error's option."""
+    return value if value == "own" else validate(value)
+
+
+def as_path(value: Any) -> Any:
+    """Take run_dir=20240501, which is a number to Hydra, for text, and ~ for the home folder."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+IS_PATH = BeforeValidator(as_path)
+Place = Annotated[str, IS_PATH]  # of files and folders
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is typed on a command line."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
+
+
+class Options(BaseModel):
+    """Base: no unknown keys, no silent conversions, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

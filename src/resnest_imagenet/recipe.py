@@ -1,0 +1,170 @@
+"""Recipes: what a run reads of one whatever it trains, and what each task adds; conf/ has the values."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from resnest_imagenet.options import IS_PATH, Crop, Fraction, Options, Positive, Precision, Share, as_list
+
+
+class EvalOptions(Options):
+    """The evaluations during a run."""
+
+    every_epochs: Positive  # the last epoch is evaluated too
+
+
+class ClassificationEvalOptions(EvalOptions):
+    """The same of images with a class."""
+
+    crop: Crop
+
+
+class Recipe(Options):
+    """How to train; conf/recipe/ has the published recipes and the source of each value."""
+
+    EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions  # what `eval` has in a run of this task
+
+    task: str  # what is trained
+    recipe: str  # its name: results stand under it
+    epochs: Positive | None  # either: the length of the run, and the unit of `milestones`
+    steps: Positive | None  # or; the last epoch may then be shorter
+    batch_size: Positive  # images per rank and forward pass; a network may need more (models/batch.py)
+    global_batch: Positive | None  # images per step; null: batch_size * ranks
+    schedule: Literal["cosine", "step", "milestones", "poly"]
+    step_epochs: Positive | None  # schedule=step: the rate is multiplied by step_factor every so many epochs
+    # schedule=milestones: the rate is multiplied by step_factor after so many epochs, or steps where `steps` is given.
+    milestones: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)] | None
+    step_factor: Annotated[float, Field(gt=0, lt=1)]
+    poly_power: Annotated[float, Field(gt=0)]  # schedule=poly
+    lr: Annotated[float, Field(gt=0)]  # peak learning rate for reference_batch images per step, scaled linearly
+    reference_batch: Positive
+    head_lr_factor: Annotated[float, Field(gt=0)]  # of the rate, for a head that is new
+    warmup_epochs: Annotated[float, Field(ge=0)] | None  # either
+    warmup_steps: Annotated[int, Field(ge=0)] | None  # or
+    warmup_start: Share  # the share of the rate that the warm-up begins with
+    optimizer: Literal["sgd", "adamw", "lamb"]
+    momentum: Fraction  # optimizer=sgd
+    nesterov: bool  # optimizer=sgd
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]  # optimizer=adamw and lamb
+    eps: Annotated[float, Field(gt=0)]  # optimizer=adamw and lamb
+    weight_decay: Annotated[float, Field(ge=0)]  # of convolution and fc weights
+    decay_biases: bool  # of their biases too
+    decay_all: bool  # of every parameter
+    clip_norm: Annotated[float, Field(gt=0)] | None  # the largest norm of all gradients together
+    clip_value: Annotated[float, Field(gt=0)] | None  # the largest absolute value in a gradient
+    # Weights to start from, with a new head where the classes are others.
+    init_from: Annotated[str, Field(min_length=1), IS_PATH] | None
+    ema_decay: Fraction | None  # per step; null: no moving average
+    precision: Precision
+    compile: bool
+    # With a loss or gradient that is not finite; 0: the first ends the run.
+    max_skipped_steps: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        _check_pair("epochs", self.epochs, "steps", self.steps)
+        _check_pair("warmup_epochs", self.warmup_epochs, "warmup_steps", self.warmup_steps)
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError(f"give either train.clip_norm={self.clip_norm} or train.clip_value={self.clip_value}")
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("train.nesterov=true needs train.momentum > 0")
+        self._check_schedule()
+        return self
+
+    def _check_schedule(self) -> None:
+        """Refuse what is too long, as far as both are counted in the same; `plan_steps` refuses the rest."""
+        needed = {"step": ("step_epochs", "..."), "milestones": ("milestones", "[...]")}
+        name, form = needed.get(self.schedule, ("schedule", ""))
+        if getattr(self, name) is None:
+            raise ValueError(f"train.schedule={self.schedule} needs train.{name}={form}")
+        unit = "epochs" if self.steps is None else "steps"
+        length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
+        if warmup is not None and warmup >= length:
+            raise ValueError(f"train.warmup_{unit}={warmup} must be less than train.{unit}={length}")
+        if self.schedule == "step" and (self.warmup_epochs or 0) >= (self.step_epochs or 0):
+            raise ValueError(f"train.warmup_epochs={self.warmup_epochs} outlasts train.step_epochs={self.step_epochs}")
+        if self.schedule == "milestones" and self.milestones:
+            if self.milestones != sorted(set(self.milestones)):
+                raise ValueError(f"train.milestones={self.milestones} must rise")
+            if self.milestones[-1] >= length:
+                raise ValueError(f"train.milestones={self.milestones} must be less than train.{unit}={length}")
+            if warmup is not None and warmup >= self.milestones[0]:
+                raise ValueError(f"train.warmup_{unit}={warmup} outlasts train.milestones={self.milestones}")
+
+
+def _check_pair(name: str, value: float | None, other: str, other_value: float | None) -> None:
+    if value is None and other_value is None:
+        raise ValueError(f"give train.{name}=... or train.{other}=...")
+    if value is not None and other_value is not None:
+        raise ValueError(f"train.{name}={value} and train.{other}={other_value}: set one of them to null")
+
+
+class ClassificationRecipe(Recipe):
+    """How to train images to classes, as in the paper's Table 3."""
+
+    EVAL_OPTIONS: ClassVar[type[EvalOptions]] = ClassificationEvalOptions
+
+    crop: Crop
+    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share; ERandomCrop's own is .1
+    cropping: Literal["random_resized", "erandom"]
+    antialias: bool  # of the crop's resize
+    interpolation: Literal["bilinear", "bicubic"]  # of the same
+    # Operations on the whole image, before the crop; null: none.
+    policy: Literal["resnest", "resnest_torch", "autoaugment", "randaugment", "trivialaugment", "rotation"] | None
+    jitter: Share  # brightness, contrast and saturation, each by up to this factor
+    lighting: Annotated[float, Field(ge=0)]  # standard deviation of the weights of the principal colours
+    pixel_shift: Annotated[float, Field(ge=0, le=255)]  # bound of what is added to all pixels of an image, of 255
+    erasing: Share  # probability of a random rectangle of mean colour in an image
+    label_smoothing: Fraction
+    mixup_alpha: Annotated[float, Field(ge=0)]  # 0: no mixup
+    cutmix_alpha: Annotated[float, Field(ge=0)]  # 0: no CutMix; with mixup, half of the batches have either
+    mixup_per_sample: bool  # a weight for each image, otherwise one per batch, as CutMix always has
+    mixup_partner: Literal["reversed", "permuted"]  # of the image, in its batch; CutMix's too
+    dropout: Fraction  # before fc
+    dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
+    init: Literal["fan_in", "fan_out"]
+    zero_gamma: bool
+
+    @model_validator(mode="after")
+    def _check_dropblock(self) -> "ClassificationRecipe":
+        if self.dropblock > 0 and self.epochs is None:
+            raise ValueError(f"train.dropblock={self.dropblock} rises by epoch: give train.epochs=..., not train.steps")
+        return self
+
+
+# The options whose names have changed, with their new names.
+RENAMED = {"lr_per_256": "lr"}
+# What a run had before there were options for it.
+_BEFORE: dict[str, Any] = {
+    "task": "classification",
+    "steps": None,
+    "milestones": None,
+    "poly_power": 0.9,
+    "reference_batch": 256,
+    "head_lr_factor": 1.0,
+    "warmup_steps": None,
+    "warmup_start": 0.0,
+    "optimizer": "sgd",
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "decay_biases": False,
+    "clip_norm": None,
+    "clip_value": None,
+}
+
+
+def upgrade_recipe(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values under today's names, complete with those that an earlier version implied.
+
+    Args:
+        training: what a checkpoint, a results file or a config.yaml has as "train", of any version; may lack values.
+    """
+    return {**_BEFORE, **{RENAMED.get(name, name): value for name, value in training.items()}}
+
+
+def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Do the same for what a run's identity has of its recipe, by option name: "train.lr"."""
+    training = {name.partition(".")[2]: value for name, value in identity.items() if name.startswith("train.")}
+    others = {name: value for name, value in identity.items() if not name.startswith("train.")}
+    return {**others, **{f"train.{name}": value for name, value in upgrade_recipe(training).items()}}

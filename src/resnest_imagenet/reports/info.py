@@ -1,0 +1,140 @@
+"""What networks cost: counted, and timed on this machine."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from resnest_imagenet.compute import autocast, keep_freed_memory, name_device
+from resnest_imagenet.distributed import choose_device
+from resnest_imagenet.evaluation.latency import measure_latency
+from resnest_imagenet.models.batch import require_batch
+from resnest_imagenet.models.cost import StageCost, count_kept, count_stages
+from resnest_imagenet.models.zoo import build_model, require_model
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What one network costs.
+
+    Attributes:
+        model: its name.
+        stages: for one image.
+        training_bytes: by use, of a training step: "parameters", "gradients" and "momentum" in float32, and "kept",
+            what the forward pass of a batch leaves for the backward pass (`count_kept`). The backward pass's own
+            tensors, the libraries' workspaces and the allocator's rounding are not among them.
+        seconds: median latency by batch size; empty where it was not measured.
+    """
+
+    model: str
+    stages: list[StageCost]
+    training_bytes: dict[str, int]
+    seconds: dict[int, float]
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """What several networks cost, and under which conditions that was found.
+
+    Attributes:
+        crop: side of the images in pixels.
+        batch_size: of the training step whose memory is counted, and of the second latency.
+        precision: fp32, bf16 or fp16.
+        rounds: of the latencies' measurement.
+        device: what timed them, in words.
+        networks: their costs.
+    """
+
+    crop: int
+    batch_size: int
+    precision: str
+    rounds: int
+    device: str
+    networks: list[NetworkCost]
+
+
+def describe_networks(
+    models: Sequence[str],
+    crop: int = 224,
+    batch_size: int = 32,
+    *,
+    precision: str = "fp32",
+    device: str = "auto",
+    latency: bool = True,
+    rounds: int = 10,
+) -> CostReport:
+    """Count what networks cost, and measure their latency if asked to.
+
+    Args:
+        models: names of networks; each is described once.
+        crop: side of the images in pixels.
+        batch_size: of the training step whose memory is counted, and of the second latency.
+        precision: fp32, bf16 or fp16.
+        device: where the latency is measured: "auto", "cpu" or "cuda".
+        latency: whether to measure it.
+        rounds: of its measurement.
+
+    Raises:
+        ConfigError: an unknown network, a batch too small for it, or no such device.
+    """
+    names = list(dict.fromkeys(models))
+    for name in names:
+        require_model(name)
+        require_batch(name, batch_size, crop, "batch_size")
+    timed_on = choose_device(device)
+    seconds: dict[int, dict[str, float]] = {}
+    if latency:
+        keep_freed_memory()
+        networks = {name: build_model(name) for name in names}
+        for size in (1, batch_size):
+            seconds[size] = measure_latency(networks, crop, size, timed_on, rounds, precision)
+    costs = []
+    for name in names:
+        stages = count_stages(name, crop)
+        with autocast(torch.device("cpu"), precision):
+            kept = count_kept(name, crop, batch_size)
+        weights = 4 * sum(stage.parameters for stage in stages)
+        training_bytes = {"parameters": weights, "gradients": weights, "momentum": weights, "kept": kept}
+        of_network = {size: of_batch[name] for size, of_batch in seconds.items()}
+        costs.append(NetworkCost(name, stages, training_bytes, of_network))
+    return CostReport(crop, batch_size, precision, rounds, name_device(timed_on), costs)
+
+
+def format_costs(report: CostReport, form: str = "text") -> str:
+    """Return the costs as "text" for people, or as "json"."""
+    if form == "json":
+        return json.dumps(asdict(report), indent=1)
+    return "\n\n".join([*(_format_cost(cost, report) for cost in report.networks), _explain(report)])
+
+
+def _format_cost(cost: NetworkCost, report: CostReport) -> str:
+    """Return a network's stages as a table, its training memory and its latency."""
+    row = "{:<7} {:>12} {:>12} {:>16} {:>13}".format
+    lines = [f"{cost.model} at {report.crop} pixels, 1000 classes"]
+    lines.append(row("stage", "output", "parameters", "multiply-adds", "activations"))
+    figures = [(stage.parameters, stage.multiply_adds, stage.activations) for stage in cost.stages]
+    for stage, counts in zip(cost.stages, figures, strict=True):
+        lines.append(row(stage.stage, "x".join(map(str, stage.output)), *(f"{count:,}" for count in counts)))
+    lines.append(row("total", "", *(f"{sum(counts):,}" for counts in zip(*figures, strict=True))))
+    mebibytes = {use: count / 2**20 for use, count in cost.training_bytes.items()}
+    parts = " + ".join(f"{use} {size:,.0f}" for use, size in mebibytes.items())
+    total = sum(mebibytes.values())
+    lines.append(f"training, batch {report.batch_size}, {report.precision}: {total:,.0f} MiB = {parts}")
+    for batch_size, seconds in cost.seconds.items():
+        lines.append(f"latency, batch {batch_size}: {1000 * seconds:.4g} ms, {batch_size / seconds:.4g} images/s")
+    return "\n".join(lines)
+
+
+def _explain(report: CostReport) -> str:
+    """Return what the figures are, in words."""
+    lines = [
+        "multiply-adds: of convolutions and fc, and one for each activation that a batch norm scales",
+        "activations: elements of all convolutions' outputs (Radosavovic et al. 2020)",
+        "training: SGD; kept: what the forward pass leaves for the backward pass, on a CPU. Not counted: the backward",
+        "  pass's own tensors, and the libraries' workspaces",
+    ]
+    if any(cost.seconds for cost in report.networks):
+        how = f"{report.precision}, batch norms folded, the median of {report.rounds} interleaved rounds"
+        lines.append(f"latency: {report.device}, {how}")
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""What runs did, read from their folders."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resnest_imagenet.config import flatten
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.events import name_metric, read_events
+from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
+from resnest_imagenet.evaluation.results import Measured, has_accuracy, list_results, read_measured, read_values
+from resnest_imagenet.files import read_matching, require_file
+
+# What a report takes of each event; of an evaluation also the value of its metric.
+_KEYS = {"train": ("step", "loss", "lr", "images_per_s", "data_wait"), "eval": ("step", "epoch")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; what is not there is empty.
+
+    Attributes:
+        name: the folder, as the user gave it.
+        config: the options of resnest-train by their dotted names.
+        steps, evaluations: the events of metrics.jsonl.
+        status: status.json.
+        environment: environment.json.
+        measured: accuracies of resnest-eval out=..., or else the last one of the training.
+        predictions: predictions.csv, by protocol.
+    """
+
+    name: str
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    status: dict[str, Any]
+    environment: dict[str, Any]
+    measured: list[Measured]
+    predictions: list[Predictions]
+
+    @property
+    def model(self) -> str | None:
+        """Name of the network, where the folder tells."""
+        return self.config.get("model.name") or next((result.model for result in self.measured), None)
+
+    @property
+    def metric(self) -> str:
+        """The value of an evaluation by which the best network is chosen."""
+        return name_metric(self.evaluations[-1] if self.evaluations else self.status)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """From the last report of the first epoch, else the first evaluation; 1 without: then steps stand for epochs.
+
+        A run's last epoch may be shorter, and the first evaluation may come after it.
+        """
+        first_epoch = [event["step"] for event in self.steps if event.get("epoch") == 0]
+        if first_epoch and (self.evaluations or len(first_epoch) < len(self.steps)):  # it has ended
+            return max(first_epoch)
+        return next((event["step"] / event["epoch"] for event in self.evaluations), 1)
+
+
+def find_runs(patterns: Sequence[str], recipes: dict[str, dict[str, Any]]) -> tuple[list[Run], list[str]]:
+    """Read the runs of folders and patterns, each folder once.
+
+    Args:
+        patterns: run folders, or patterns such as "runs/*".
+        recipes: the values of each recipe by its name: what a run changed is named.
+
+    Returns:
+        The runs, at least one, and a line for everything that a pattern matches and that is none.
+
+    Raises:
+        ConfigError: there is no run, or none in a folder that is named itself.
+    """
+    runs, skipped = read_matching(patterns, lambda folder: read_run(folder, recipes))
+    if not runs:
+        raise ConfigError(f"runs={','.join(patterns)}: no run there")
+    return runs, skipped
+
+
+def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
+    """Read a run folder, or any folder with results of resnest-eval.
+
+    Raises:
+        ConfigError: there is nothing of the kind, or something that cannot be read.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"runs={folder}: {'not a' if folder.exists() else 'no such'} folder")
+    metrics, predictions = folder / "metrics.jsonl", folder / "predictions.csv"
+    events = read_events(metrics, _KEYS) if metrics.exists() else []
+    config = flatten(_read(folder / "config.yaml"))
+    if not isinstance(config.get("model.name", ""), str):
+        raise ConfigError(f"{folder / 'config.yaml'}: not what resnest-train writes")
+    evaluations = [event for event in events if event["event"] == "eval"]
+    if len({name_metric(event) for event in evaluations}) > 1:
+        raise ConfigError(f"{metrics}: its evaluations are not all of the same metric")
+    results = [str(path) for path in list_results(folder)]
+    if not results and evaluations and has_accuracy(evaluations[-1]):
+        results = [str(folder)]
+    require_file(predictions)
+    run = Run(
+        name=str(folder).encode(errors="replace").decode(),  # charts cannot draw everything that a system can name
+        config=config,
+        steps=[event for event in events if event["event"] == "train"],
+        evaluations=evaluations,
+        status=_read(folder / "status.json"),
+        environment=_read(folder / "environment.json"),
+        measured=read_measured(results, recipes)[0],
+        predictions=read_predictions(predictions) if predictions.exists() else [],
+    )
+    has_reported = run.steps or run.evaluations or run.measured or run.predictions
+    if not has_reported and run.config:
+        raise ConfigError(f"runs={folder}: it has reported nothing yet")
+    if not has_reported:
+        raise ConfigError(f"runs={folder}: neither a run folder nor one with results of resnest-eval")
+    return run
+
+
+def list_differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
+    """Return the options that differ between runs, each with its values; without run_dir."""
+    configs = [run.config for run in runs if run.config]
+    names = dict.fromkeys(name for config in configs for name in config if name != "run_dir")
+    values = ((name, [config.get(name, "") for config in configs]) for name in names)
+    return [(name, of_runs) for name, of_runs in values if any(value != of_runs[0] for value in of_runs)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML or JSON file, {} where there is none."""
+    return read_values(path) if path.exists() else {}

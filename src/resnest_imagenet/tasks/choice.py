@@ -1,0 +1,19 @@
+"""The choice of a task."""
+
+from resnest_imagenet import extensions
+from resnest_imagenet.config import TrainConfig, find_outside_task
+from resnest_imagenet.tasks.classification import Classification
+from resnest_imagenet.tasks.task import Task
+
+
+def open_task(config: TrainConfig) -> Task:
+    """Open the task of a recipe.
+
+    Raises:
+        UserError: what cannot be trained: an unknown task or network, no data, classes that differ.
+    """
+    outside = find_outside_task(config.train.task)
+    if outside is None:
+        return Classification(config)
+    with extensions.naming(f"train.task={config.train.task} of {outside.origin}"):
+        return outside.open(config)

@@ -1,0 +1,271 @@
+"""Images to classes, as in the paper's Table 3."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from resnest_imagenet.compute import autocast, place
+from resnest_imagenet.config import DataOptions, TrainConfig
+from resnest_imagenet.data.augment import Augmentation
+from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
+from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
+from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes, require_separate
+from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
+from resnest_imagenet.distributed import Ranks, launched_as
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.predictions import encode_predictions
+from resnest_imagenet.evaluation.score import Score
+from resnest_imagenet.inference.labels import name_outputs
+from resnest_imagenet.models.batch import require_batch
+from resnest_imagenet.models.cost import count_cost, count_kept
+from resnest_imagenet.models.dropblock import DropBlock
+from resnest_imagenet.models.folding import fold_batch_norms
+from resnest_imagenet.models.zoo import build_model, find_head, require_model
+from resnest_imagenet.randomness import Draws, Purpose
+from resnest_imagenet.recipe import ClassificationEvalOptions, ClassificationRecipe
+from resnest_imagenet.tasks.digests import describe_images
+from resnest_imagenet.tasks.mixing import (
+    Mixing,
+    draw_cutmix,
+    draw_mixup,
+    erase_rectangles,
+    one_hot,
+    smoothed_cross_entropy,
+)
+from resnest_imagenet.tasks.pictures import draw_confusions, draw_samples
+from resnest_imagenet.tasks.task import Evaluate, Pause
+from resnest_imagenet.weights.load import read_weights, start_from
+
+Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), normalised; labels int64 (B,)
+
+NUM_SHOWN = 16  # images of a batch
+_BYTES_PER_PIXEL = 10_000  # more than any network keeps of a pixel of its input; resnest269 7,500, resnest50 2,100
+
+
+class Classification:
+    """Implements `tasks.task.Task`."""
+
+    metric: str = "top1"
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._recipe = cast(ClassificationRecipe, config.train)
+        require_model(config.model.name)
+        require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
+        choose_loader(config.loader.name)
+        self.train_set, self.val_set = _open_data(config.data)
+        if launched_as().rank == 0:
+            print_notes(self.train_set, self.val_set)
+        self.config = _fix_num_classes(config, self.train_set)
+        self.classes = self.train_set.classes
+        self.head: tuple[str, ...] = (find_head(config.model.name),)
+        self._transform = EvalTransform.of(cast(ClassificationEvalOptions, config.eval).crop, config.protocol)
+        self._dropblock: DropBlock | None = None
+
+    def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
+        """See `Task`; the protocol is in it because best accuracies are comparable under the same only."""
+        config = self.config
+        return {
+            "model.name": config.model.name,
+            "model.num_classes": config.model.num_classes,
+            "data.shuffle_shards": config.data.shuffle_shards,
+            "evaluation": self._transform.protocol,
+            "classes": list(self.classes),
+            **describe_images({"training": self.train_set, "val": self.val_set}, config.data.digest, ranks, tick),
+        }
+
+    def count_kept_bytes(self, enough: float = 0) -> int:
+        """See `Task`."""
+        recipe = self._recipe
+        bound = recipe.batch_size * recipe.crop**2 * _BYTES_PER_PIXEL
+        if bound < enough:
+            return bound
+        with autocast(torch.device("cpu"), recipe.precision):
+            return count_kept(self.config.model.name, recipe.crop, recipe.batch_size)
+
+    def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
+        """See `Task`."""
+        recipe, options = self._recipe, self.config.model
+        torch.manual_seed(self.config.seed)
+        model = build_model(
+            options.name,
+            len(self.classes),
+            recipe.dropout,
+            recipe.zero_gamma,
+            init=recipe.init,
+            split_attention=options.split_attention,
+        )
+        if is_new and recipe.init_from is not None:
+            self._start_from(model, recipe.init_from)
+        model = place(model, device)
+        self._dropblock = DropBlock(model) if recipe.dropblock > 0 else None
+        return model
+
+    def _start_from(self, model: nn.Module, source: str) -> None:
+        classes = list(self.classes)
+        weights = read_weights(source)
+        weights = replace(weights, classes=name_outputs(classes, weights.classes, len(classes)))
+        same_classes = start_from(model, self.config.model.name, classes, weights)
+        if launched_as().rank == 0:
+            head = "its classifier too" if same_classes else f"with a new classifier of {len(classes)} classes"
+            print(f"starting from {source}, {head}", flush=True)
+
+    def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
+        """See `Task`."""
+        return BatchPlan(
+            num_samples=len(self.train_set),
+            batch_size=self._recipe.batch_size,
+            num_batches=num_batches,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            shuffle=True,
+            seed=self.config.seed,
+            shard_sizes=self.train_set.shard_sizes,
+            shuffle_shards=self.config.data.shuffle_shards or 0,
+        )
+
+    def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
+        """See `Task`."""
+        data, loader = self.config.data, self.config.loader
+        transform = build_train_transform(self._recipe, self.config.seed)
+        max_errors = data.max_errors if data.on_error == "substitute" else 0
+        return build_loader(loader.name, self.train_set, plan, transform, ranks.device, loader.workers, max_errors)
+
+    def build_evaluation(self, ranks: Ranks) -> Evaluate:
+        """See `Task`."""
+        options, images = self.config.loader, self.val_set
+        plan = plan_evaluation(len(images), self._recipe.batch_size, ranks.rank, ranks.world_size)
+        loader = build_loader(options.name, images, plan, self._transform, ranks.device, options.workers)
+
+        def evaluate(model: nn.Module, pause: Pause) -> Score:
+            folded = fold_batch_norms(model)
+            evaluation = measure_accuracy(folded, loader, ranks, self._recipe.precision, pause, images.name)
+            return self._describe_accuracy(evaluation)
+
+        return evaluate
+
+    def _describe_accuracy(self, evaluation: Evaluation) -> Score:
+        top1, top5, count, protocol = evaluation.top1, evaluation.top5, evaluation.count, self._transform.protocol
+        title = f"top-1 {top1:.2f} % of {count} images"
+        return Score(
+            values={"top1": top1, "top5": top5, "count": count, "crop": self._transform.crop, "protocol": protocol},
+            text=f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count} images ({protocol})",
+            pictures={"confusions": partial(draw_confusions, evaluation, self.classes, title)},
+            files={"predictions.csv": partial(encode_predictions, self.val_set, [(protocol, evaluation)])},
+        )
+
+    def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Return the cross entropy against smoothed targets of a batch, mixed and forwarded under autocast."""
+        recipe, (images, labels) = self._recipe, batch
+        if self._dropblock:
+            self._dropblock.set_probability(dropblock_probability(recipe, draws.epoch))
+        images, mixing = erase_and_mix(images, recipe, draws)
+        with autocast(images.device, recipe.precision):
+            logits = network(images)
+        targets = labels if mixing is None else mixing.mix_targets(one_hot(labels, logits.shape[1]))
+        return {"cross_entropy": smoothed_cross_entropy(logits, targets, recipe.label_smoothing)}
+
+    def blank_batch(self, device: torch.device) -> Batch:
+        """See `Task`; channels_last like the loaders' batches: for others a network would be compiled again."""
+        recipe = self._recipe
+        images = torch.zeros(recipe.batch_size, 3, recipe.crop, recipe.crop, device=device)
+        labels = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
+        return images.to(memory_format=torch.channels_last), labels
+
+    def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
+        """See `Task`; the images stay on the device until they are drawn."""
+        images, _ = erase_and_mix(batch[0].clone(), self._recipe, draws)
+        return partial(draw_samples, images[:NUM_SHOWN].clone())
+
+    def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
+        """See `Task`."""
+        config, recipe = self.config, self._recipe
+        started = time.perf_counter()
+        images, _ = next(iter(self.build_loader(plan, ranks).batches(epoch=0)))
+        seconds = time.perf_counter() - started
+        parameters, multiply_adds = count_cost(config.model.name, recipe.crop)
+        return {
+            "network": f"{config.model.name}, {len(self.classes)} classes (with 1000: {parameters / 1e6:.2f} M "
+            f"parameters, {multiply_adds / 1e9:.2f} GFLOPs at {recipe.crop})",
+            "data": f"{len(self.train_set):,} training and {len(self.val_set):,} val images in {config.data.root}",
+            "loader": f"{choose_loader(config.loader.name)}: a first batch {tuple(images.shape)} on {images.device}, "
+            f"after {seconds:.1f} s",
+            "evaluation": self._transform.protocol,
+        }
+
+
+def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
+    """List the images of both parts."""
+    train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
+    val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
+    require_separate(train_set.root, val_set.root)
+    require_same_classes(train_set, val_set)
+    return train_set, val_set
+
+
+def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig:
+    """Set the classifier's width to the number of class folders."""
+    num_classes = len(train_set.classes)
+    if config.model.num_classes not in (None, num_classes):
+        raise ConfigError(
+            f"model.num_classes={config.model.num_classes}, but {train_set.root} has {num_classes} classes"
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": num_classes})})
+
+
+def build_train_transform(recipe: ClassificationRecipe, seed: int) -> TrainTransform:
+    """Make what a recipe does to single images."""
+    cropping: RandomResizedCrop | ERandomCrop = RandomResizedCrop(recipe.min_crop_area)
+    if recipe.cropping == "erandom":
+        cropping = ERandomCrop(recipe.crop, recipe.min_crop_area)
+    augmentation = Augmentation(
+        policy=recipe.policy, jitter=recipe.jitter, lighting=recipe.lighting, shift=recipe.pixel_shift
+    )
+    return TrainTransform(
+        recipe.crop,
+        seed,
+        cropping,
+        antialias=recipe.antialias,
+        interpolation=recipe.interpolation,
+        augmentation=augmentation,
+    )
+
+
+def dropblock_probability(recipe: ClassificationRecipe, epoch: int) -> float:
+    """Return DropBlock's probability in an epoch, counted from 0: linear, the recipe's in the last epoch (Gluon)."""
+    assert recipe.epochs is not None
+    return recipe.dropblock * (epoch + 1) / recipe.epochs
+
+
+def erase_and_mix(images: Tensor, recipe: ClassificationRecipe, draws: Draws) -> tuple[Tensor, Mixing | None]:
+    """Return what the network sees of a batch, and what was mixed.
+
+    Args:
+        images: (B, 3, H, W), normalised; may be changed in place.
+        recipe: how to train.
+        draws: of the batch.
+    """
+    if recipe.erasing > 0:
+        erase_rectangles(images, recipe.erasing, draws.stream(Purpose.ERASING))
+    mixing = _draw_mixing(recipe, images, draws.stream(Purpose.MIXING))
+    return images if mixing is None else mixing.mix_images(images), mixing
+
+
+def _draw_mixing(recipe: ClassificationRecipe, images: Tensor, rng: np.random.Generator) -> Mixing | None:
+    """Draw mixup or CutMix; where a recipe has both, either with probability 1/2."""
+    mixup, cutmix = recipe.mixup_alpha > 0, recipe.cutmix_alpha > 0
+    if mixup and cutmix:
+        mixup = rng.random() < 0.5
+    batch, size = len(images), images.shape[-1]
+    if mixup:
+        alpha, per_sample, partner = recipe.mixup_alpha, recipe.mixup_per_sample, recipe.mixup_partner
+        return draw_mixup(alpha, per_sample, partner, batch, rng, images.device)
+    if cutmix:
+        return draw_cutmix(recipe.cutmix_alpha, recipe.mixup_partner, batch, size, rng, images.device)
+    return None

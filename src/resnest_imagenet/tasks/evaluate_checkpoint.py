@@ -1,0 +1,183 @@
+"""The accuracy of a network at one or several crops."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from resnest_imagenet import distributed
+from resnest_imagenet.data.loader import build_loader
+from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.predictions import encode_predictions
+from resnest_imagenet.evaluation.results import CropResult, Results
+from resnest_imagenet.files import replacing
+from resnest_imagenet.inference.classifier import Classifier, take_classifier
+from resnest_imagenet.inference.images import list_classified_images
+from resnest_imagenet.inference.labels import label_images
+from resnest_imagenet.inference.options import check_arguments
+from resnest_imagenet.supervision import EVALUATING, supervise
+
+
+@dataclass(frozen=True)
+class CropEvaluation:
+    """An accuracy, and the images behind it.
+
+    Attributes:
+        crop: side of the images that the network saw, in pixels.
+        protocol: how the images were resized and cropped.
+        images: the set, labelled as the network's outputs are.
+        evaluation: of each of them.
+    """
+
+    crop: int
+    protocol: str
+    images: ImageSource
+    evaluation: Evaluation
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return self.evaluation.top1
+
+    @property
+    def top5(self) -> float:
+        """Top-5 accuracy in percent."""
+        return self.evaluation.top5
+
+    @property
+    def result(self) -> CropResult:
+        """The numbers alone."""
+        counts = self.evaluation
+        return CropResult(
+            crop=self.crop,
+            top1=counts.top1,
+            top5=counts.top5,
+            correct1=counts.correct1,
+            correct5=counts.correct5,
+            count=counts.count,
+            protocol=self.protocol,
+        )
+
+
+def evaluate(
+    network: Classifier | str | PathLike[str],
+    images: ImageSource | str | PathLike[str],
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    compile_network: bool = False,
+    loader: str = "auto",
+    workers: int | None = None,
+) -> list[CropEvaluation]:
+    """Evaluate a network, each image once, at each of its crops; under torchrun the ranks share the images.
+
+    Args:
+        network: of `open_classifier`, or a source that it takes.
+        images: a folder with one folder per true class, or any other source of images.
+        batch_size: images at a time, per rank.
+        precision: fp32, bf16 or fp16.
+        compile_network: with torch.compile: a minute at first, then some percent faster.
+        loader: what decodes the images: "auto", "dali" or "torchvision".
+        workers: the loader's threads or processes; None: this process's cores, at most 8.
+
+    Returns:
+        One evaluation for each crop, the same on every rank.
+
+    Raises:
+        DataError: an image cannot be decoded, or no output stands for a class.
+        UserError: for what else a user can cause, as one line.
+    """
+    asked = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    listed = images if isinstance(images, ImageSource) else list_classified_images(images)
+    classifier = take_classifier(network)
+    known, num_outputs = classifier.weights.classes, len(classifier.classes)
+    labelled = label_images(listed, known, num_outputs, classifier.source)
+    module = _compile(classifier.module, asked.batch_size) if compile_network else classifier.module
+    transforms = classifier.transforms
+    with distributed.join(classifier.device) as ranks, supervise(ranks) as watch:
+        plan = plan_evaluation(len(labelled), asked.batch_size, ranks.rank, ranks.world_size)
+        # All before the first is used: what one of them refuses is known at once.
+        loaders = [
+            build_loader(asked.loader, labelled, plan, transform, ranks.device, asked.workers)
+            for transform in transforms
+        ]
+        evaluations: list[Evaluation] = []
+
+        def before_batch(batch: int, is_everywhere: bool) -> None:
+            watch.at(len(evaluations), batch, EVALUATING)
+
+        for _ in transforms:
+            evaluations.append(measure_accuracy(module, loaders.pop(0), ranks, precision, before_batch, labelled.name))
+    return [
+        CropEvaluation(transform.crop, transform.protocol, labelled, evaluation)
+        for transform, evaluation in zip(transforms, evaluations, strict=True)
+    ]
+
+
+def _compile(module: nn.Module, batch_size: int) -> nn.Module:
+    """Return a network that is compiled when it is first used, once for all crops where they are not tiny."""
+    compiled = copy.copy(module)  # the caller's stays as it is
+    compiled.compile(dynamic=True, options={"freezing": True})
+    return _FullBatches(compiled, batch_size)
+
+
+class _FullBatches(nn.Module):
+    """Fills up the last batch, which may be smaller: a network is compiled again for another number of images."""
+
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.batch_size = batch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of the images (B, 3, H, W), B at most `batch_size`."""
+        if len(images) < self.batch_size:
+            full = images.new_zeros(self.batch_size, *images.shape[1:]).to(memory_format=torch.channels_last)
+            full[: len(images)] = images
+            return self.model(full)[: len(images)]
+        return self.model(images)
+
+
+def write_results(path: Path, classifier: Classifier, evaluations: Sequence[CropEvaluation]) -> None:
+    """Write the accuracies of a network as JSON, for `read_measured`.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    weights = classifier.weights
+    results = Results(
+        model=classifier.name,
+        ckpt=classifier.source,
+        is_average=weights.is_average,
+        num_classes=len(classifier.classes),
+        epoch=weights.epoch,
+        training=weights.training,
+        results=[evaluation.result for evaluation in evaluations],
+    )
+    with replacing(path) as file:
+        file.write(results.model_dump_json(indent=2).encode() + b"\n")
+
+
+def write_evaluations(path: Path, evaluations: Sequence[CropEvaluation]) -> None:
+    """Write predictions.csv: what was predicted of each image, at each crop.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    by_protocol = [(evaluation.protocol, evaluation.evaluation) for evaluation in evaluations]
+    with replacing(path) as file:
+        file.write(encode_predictions(evaluations[0].images, by_protocol))
+
+
+def format_results(results: Sequence[CropResult]) -> str:
+    """Return a table for people."""
+    lines = [f"{'crop':>5} {'top-1 %':>8} {'top-5 %':>8} {'images':>7}  protocol"]
+    for result in results:
+        lines.append(f"{result.crop:>5} {result.top1:>8.2f} {result.top5:>8.2f} {result.count:>7}  {result.protocol}")
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Pictures of a run for its trackers."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from resnest_imagenet.data.loader import to_pixels
+from resnest_imagenet.evaluation.accuracy import Evaluation
+from resnest_imagenet.evaluation.mistakes import count_confusions
+
+MARGIN = 2  # pixels around each image
+
+
+def draw_samples(images: Tensor) -> np.ndarray:
+    """Draw normalised images, (N, 3, S, S), side by side as they were before: uint8 (H, W, 3)."""
+    columns = math.ceil(math.sqrt(len(images)))
+    step = images.shape[-1] + 2 * MARGIN
+    sheet = Image.new("RGB", (step * columns, step * math.ceil(len(images) / columns)), "white")
+    for number, pixels in enumerate(to_pixels(images)):
+        row, column = divmod(number, columns)
+        sheet.paste(Image.fromarray(pixels), (column * step + MARGIN, row * step + MARGIN))
+    return np.asarray(sheet)
+
+
+def draw_confusions(evaluation: Evaluation, classes: Sequence[str], title: str) -> np.ndarray:
+    """Draw which share of each class's images was taken for which class; above 1000 classes neighbours share a cell.
+
+    Args:
+        evaluation: of the images.
+        classes: all names.
+        title: a line.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    # Late: half a second that a process without trackers does not need.
+    from resnest_imagenet.evaluation.charts import draw_chart, paint_confusions
+
+    confusions = count_confusions(evaluation, len(classes), min(len(classes), 1000))
+    paint = partial(paint_confusions, confusions=confusions, names=classes[: len(confusions)])
+    side = 7 if len(confusions) <= 100 else 13.5  # inches of 100 pixels: a thousand classes have a pixel each
+    return draw_chart(title, "predicted", "true", paint, (side, 0.9 * side))

@@ -1,0 +1,22 @@
+"""Checkpoints of the versions before: brought to today's form when they are read."""
+
+from typing import Any
+
+from resnest_imagenet.recipe import upgrade_identity
+from resnest_imagenet.training.losses import TOTAL
+
+
+def upgrade_checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's checkpoint as this version writes it; what is none of a run's is returned as it is."""
+    identity = saved.get("identity")
+    if "task" in saved or not isinstance(identity, dict):
+        return saved
+    return {
+        "history": [],
+        **saved,
+        "task": "classification",
+        "metric": "top1",
+        **({"best": saved["best_top1"]} if "best_top1" in saved else {}),  # without it, it is no checkpoint of a run
+        "loss_sums": [{TOTAL: value} for value in saved.get("loss_sums", [])],
+        "identity": upgrade_identity(identity),
+    }

@@ -1,0 +1,106 @@
+"""Runs of TinyTask over several ranks without torchrun: processes that are forked from one that has torch imported."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import tiny_task
+from faulty_task import Fault, put_into_runs
+from resnest_imagenet.config import TrainConfig, choose_schema
+from resnest_imagenet.errors import Stopped, UserError
+from resnest_imagenet.training.train import train
+
+
+class Ended(NamedTuple):
+    """How a rank has ended, and what it has printed to stdout and stderr."""
+
+    code: int
+    text: str
+
+
+def ask_to_stop() -> None:
+    """Send this process the signal of a scheduler."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_on_ranks(
+    config: TrainConfig,
+    folder: Path,
+    world_size: int,
+    faults: Sequence[Fault] = (),
+    folders: Sequence[Path] | None = None,
+    **options: Any,
+) -> list[Ended]:
+    """Train TinyTask on several ranks.
+
+    Args:
+        config: of the run.
+        folder: where the ranks write what they print.
+        world_size: how many ranks.
+        faults: that all ranks are given; each belongs to a batch, and so to one of them.
+        folders: by rank, where it works; None: where this process does.
+        options: of TinyTask.
+
+    Returns:
+        By rank, how they have ended.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    files = [folder / f"rank-{rank}.txt" for rank in range(world_size)]
+    processes = []
+    for rank, file in enumerate(files):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = folders[rank] if folders else Path.cwd()
+        arguments = (config.model_dump(), environment, place, file, tuple(faults), options)
+        processes.append(_start_server().Process(target=_train, args=arguments, daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(240)
+    return [Ended(process.exitcode, file.read_text()) for process, file in zip(processes, files, strict=True)]
+
+
+@cache
+def _start_server() -> Any:
+    """Return what makes processes: a process of its own, without threads, imports torch once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faults.preload", __name__])  # the first that asks decides: for all tests
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    context.Process(target=int).start()
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+    return context
+
+
+def _train(
+    values: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    place: Path,
+    file: Path,
+    faults: Sequence[Fault],
+    options: Mapping[str, Any],
+) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(place)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    tiny_task.register(**options)
+    put_into_runs(*faults)
+    try:
+        train(choose_schema(TrainConfig, values).model_validate(values))
+    except (UserError, Stopped) as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,110 @@
+import csv
+import json
+import os
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import compose_config
+from resnest_imagenet import build_model
+from resnest_imagenet.commands import predict as command
+from resnest_imagenet.commands.predict import predict_images
+from resnest_imagenet.config import PredictConfig
+from resnest_imagenet.data.demo import FIGURES
+from resnest_imagenet.data.folder import find_images
+from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.inference.predict import format_predictions
+
+OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=3")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A network for the demo's classes, with all that a checkpoint of ours tells."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "best.pt"
+    config = {"model": {"name": "resnest14_half"}, "train": {}}
+    model = build_model("resnest14_half", 10).state_dict()
+    torch.save({"model": model, "config": config, "classes": sorted(FIGURES), "epoch": 1}, path)
+    return path
+
+
+def predict(*options):
+    return predict_images(compose_config("predict", PredictConfig, *OPTIONS, *options))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_predicts_what_the_network_says(checkpoint, demo_images, tmp_path, loader):
+    for suffix in ("json", "csv"):
+        options = (f"ckpt={checkpoint}", f"images={demo_images}/val/disk", f"loader={loader}", "top=3")
+        predictions, faults = predict(*options, f"out={tmp_path}/out.{suffix}")
+    assert not faults and len(predictions) == 12
+    written = json.loads((tmp_path / "out.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [row["label"] for row in rows] == [each["label"] for each in written] == [p.label for p in predictions]
+    files = sorted(str(path) for path in (demo_images / "val/disk").iterdir())
+    assert [p.file for p in predictions[::3]] == files
+    # The same image by hand: 32 / 0.875 pixels, the middle of them.
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.Resize(37), v2.CenterCrop(32), v2.PILToTensor(), v2.ToDtype(torch.float, scale=True)])
+    image = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(transform(Image.open(files[0])))
+    model = build_model("resnest14_half", 10)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+    with torch.no_grad():
+        probabilities = model.eval()(image[None])[0].softmax(0)
+    for prediction in predictions[:3]:
+        expected = probabilities[sorted(FIGURES).index(prediction.label)]
+        assert prediction.probability == pytest.approx(expected.item(), abs=0.01)
+    assert [p.rank for p in predictions[:3]] == [1, 2, 3]
+
+
+@pytest.mark.process
+def test_imagenets_classes_have_names(demo_images, tmp_path):
+    path = tmp_path / "bare.pth"
+    torch.save(build_model("resnest14_half").state_dict(), path)
+    predictions, _ = predict(f"ckpt={path}", "model=resnest14_half", f"images={demo_images}/val/disk", "top=1000")
+    words = {p.label: p.description for p in predictions}
+    assert len(words) == 1000 and words["n01443537"] == "goldfish, Carassius auratus"
+    assert "goldfish, Carassius auratus (n01443537)" in format_predictions(predictions)
+
+
+@pytest.mark.process
+def test_bad_images_are_named_and_skipped(checkpoint, demo_images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    os.mkfifo(tmp_path / "pipe\x1b[31m.jpg")
+    images = f"images=[{tmp_path},{demo_images}/val/ring]"
+    monkeypatch.setattr(sys, "argv", ["resnest-predict", *OPTIONS, f"ckpt={checkpoint}", images])
+    with pytest.raises(SystemExit, match="^3$"):
+        command.main()
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        f"{tmp_path}/bad.jpg: not a readable image (of no known format); skipped",
+        f"{tmp_path}/pipe\\x1b[31m.jpg: not a file but a named pipe; skipped",
+        "resnest-predict: images skipped: 2",
+    ]
+    assert printed.out.count(".JPEG") == 4
+    predictions, faults = predict(f"ckpt={checkpoint}", f"images={tmp_path}/bad.jpg")
+    assert not predictions and len(faults) == 1
+
+
+def test_images_are_files_folders_and_patterns(demo_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(demo_images / "val")
+    (one,) = find_images(["disk/disk_0_00000.JPEG"]).files
+    assert one == str(demo_images / "val/disk/disk_0_00000.JPEG").encode()
+    assert len(find_images(["."])) == 40
+    assert len(find_images(["*/*_00001.JPEG"])) == 10
+    assert len(find_images(["disk", "disk/*0.JPEG", str(demo_images / "val" / "ring")])) == 8  # each once
+    with pytest.raises(DataError, match=r"images=nowhere\*: no such file or folder"):
+        find_images(["nowhere*"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images in it"):
+        find_images([str(tmp_path / "empty")])
+
+
+def test_refusals(checkpoint, demo_images):
+    with pytest.raises(ConfigError, match=r"ends neither in \.csv nor in \.json"):
+        predict(f"ckpt={checkpoint}", f"images={demo_images}", "out=out.txt")

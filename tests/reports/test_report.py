@@ -1,0 +1,333 @@
+"""A page on real runs, read from their folders and looked at in a real browser."""
+
+import html
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from hydra import initialize_config_dir
+
+from browser import look_at, needs_browser
+from conftest import SMALL, compose_config
+from resnest_imagenet.commands import report as command
+from resnest_imagenet.commands.evaluate import evaluate_checkpoint
+from resnest_imagenet.commands.launch import find_conf
+from resnest_imagenet.commands.table3 import load_recipes
+from resnest_imagenet.config import EvalConfig, TrainConfig
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.accuracy import Evaluation
+from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
+from resnest_imagenet.evaluation.predictions import Predictions
+from resnest_imagenet.evaluation.results import read_measured
+from resnest_imagenet.reports.runs import Run, find_runs, list_differences, read_run
+from resnest_imagenet.reports.table3 import PAPER
+from resnest_imagenet.training.train import train
+
+CHARTS = ["Training loss", "Accuracy after each epoch", "Learning rate", "Throughput", "Wait for data", "Calibration"]
+CHARTS += ["Accuracy by class", "Accuracy against computation"]
+
+
+def render_report(*arguments):
+    from resnest_imagenet.reports import report  # late: it imports torchvision
+
+    return report.render_report(*arguments)
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return load_recipes()
+
+
+@pytest.fixture(scope="module")
+def folders(demo_images, tmp_path_factory):
+    """Two runs, and one evaluation of the first in a folder of its own."""
+    root = tmp_path_factory.mktemp("runs")
+    places = ("loader=torchvision", f"data.root={demo_images}")
+    for name, options in (("a", ()), ("b", ("train.mixup_alpha=0.2", "seed=1"))):
+        train(compose_config("train", TrainConfig, *SMALL, *places, f"run_dir={root / name}", *options))
+    for name, more in (("a", ()), ("c", (f"predictions={root}/c/predictions.csv",))):
+        options = (*places, f"ckpt={root}/a/checkpoints/best.pt", "device=cpu", "loader.workers=1", "crop=[32,64]")
+        evaluate_checkpoint(compose_config("eval", EvalConfig, *options, f"out={root}/{name}/eval.json", *more))
+    return [root / name for name in "abc"]
+
+
+@pytest.fixture(scope="module")
+def page(folders, recipes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    runs, _ = find_runs(list(map(str, folders)), recipes)
+    from resnest_imagenet.reports.report import write_report  # late: it imports torchvision
+
+    write_report(runs, out, latency=False, device="cpu")
+    return out
+
+
+@pytest.mark.process
+def test_a_run_is_read_as_it_was(folders, recipes):
+    a, b, c = (read_run(folder, recipes) for folder in folders)
+    assert (a.model, c.model, a.status["state"], a.steps_per_epoch) == (
+        "resnest14_half",
+        "resnest14_half",
+        "finished",
+        6,
+    )
+    assert [one.crop for one in a.measured] == [32, 64]
+    assert [(event["event"], event["epoch"]) for event in b.evaluations] == [("eval", 1), ("eval", 2)]
+    # best.pt's, as the evaluation of that file finds it again.
+    assert a.predictions[0].evaluation.top1 == max(event["top1"] for event in a.evaluations) == a.measured[0].top1
+    for name in ("labels", "predicted", "in_top5"):
+        assert (getattr(a.predictions[0].evaluation, name) == getattr(c.predictions[0].evaluation, name)).all()
+    assert [said.protocol for said in c.predictions] == [one.protocol for one in c.measured]
+    assert not c.steps and not c.config
+    assert list_differences([a, b, c]) == [("seed", [0, 1]), ("train.mixup_alpha", [0.0, 0.2])]
+
+
+@pytest.mark.process
+def test_the_page_says_what_was_measured(page, folders, recipes):
+    text = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text) and "<script" not in text
+    words = html.unescape(re.sub(r"<[^>]*>", " ", text))
+    for run in (read_run(folder, recipes) for folder in folders):
+        assert words.count(run.name) >= 3
+        for one in run.measured:
+            assert f"{one.top1:.2f}  {one.count}" in re.sub(r"  +", "  ", words)
+        for said in run.predictions:
+            wrong = said.evaluation.count - said.evaluation.correct1
+            assert f"{said.protocol}; {wrong} of 40 images wrong." in words
+
+
+@needs_browser
+@pytest.mark.process
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)], ids=["wide and light", "narrow and dark"])
+def test_the_page_in_a_browser(page, folders, recipes, width, dark):
+    seen = look_at(page, width, dark)
+    predictions = [said for folder in folders for said in read_run(folder, recipes).predictions]
+    expected = [*CHARTS, *["Confusion matrix"] * len(predictions)]
+    assert [label.partition(":")[0] for label in seen["charts"]] == expected
+    assert seen["pictures"] == sum(min(24, said.evaluation.count - said.evaluation.correct1) for said in predictions)
+    assert seen["width"] <= width  # nothing sticks out
+    assert seen["loaded"] == []  # no network
+    assert (seen["paper"], seen["ink"]) == (
+        ("rgb(22, 24, 28)", "rgb(236, 236, 236)") if dark else ("rgb(255, 255, 255)", "rgb(28, 28, 28)")
+    )
+
+
+def test_imagenets_runs_stand_in_table_3(tmp_path, recipes):
+    (tmp_path / "official").mkdir()
+    result = {"crop": 224, "top1": 81.03, "top5": 95.4, "correct1": 40515, "correct5": 47700, "count": 50000}
+    content = {"model": "resnest50", "ckpt": "official:resnest50", "is_average": False, "num_classes": 1000}
+    content |= {"epoch": None, "training": None, "results": [{**result, "protocol": "centre crop 224"}]}
+    (tmp_path / "official/eval.json").write_text(json.dumps(content))
+    run = read_run(tmp_path / "official", recipes)
+    latency = {row.model: 0.001 * number for number, row in enumerate(PAPER, 1)}
+    text = render_report([run], 224, latency, "a device")
+    for title in ("Accuracy against computation", "Accuracy against latency"):
+        (chart,) = re.findall(rf'<svg role="img" aria-label="{title}.*?</svg>', text, re.DOTALL)
+        assert str(tmp_path / "official") in chart and ">SKNet<" in chart
+    assert "interleaved rounds on a device" in text and "Not placed" not in text
+
+
+def test_a_thousand_classes_stay_readable(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(1000), 50)
+    predicted = np.where(rng.random(50_000) < 0.8, labels, rng.integers(0, 1000, 50_000))
+    predicted[:30] = 7  # of class 0
+    random = rng.random((2, 50_000))
+    said = Evaluation(labels, predicted, predicted == labels, *random)
+    classes = tuple(f"class{number:04}" for number in range(1000))
+    files = np.array([str(tmp_path / "gone.jpg")] * 50_000, dtype=object)
+    predictions = [Predictions("centre crop 224", files, classes, said)]
+    text = render_report([Run("big", {}, [], [], {}, {}, [], predictions)], 224, {}, "")
+    row = re.search(r"<h3>Most confused</h3>.*?<tbody><tr>(.*?)</tr>", text, re.DOTALL)
+    assert re.findall(r"<td>(.*?)</td>", row[1]) == ["class0000", "class0007", "30", "60.0"]
+    assert text.count("(no picture at") == 24
+    assert len(text) < 1_500_000
+
+
+def test_confusions_and_calibration_by_hand():
+    said = Evaluation(
+        labels=np.array([0, 0, 1, 1, 2]),
+        predicted=np.array([0, 1, 0, 0, 2]),
+        in_top5=np.ones(5, bool),
+        confidence=np.array([0.95, 0.55, 0.9, 0.91, 1.0]),
+        true_probability=np.zeros(5),
+    )
+    confusions = count_confusions(said, 3)
+    assert confusions.tolist() == [[1, 1, 0], [2, 0, 0], [0, 0, 1]]
+    assert rank_confusions(confusions, 5) == [(1, 0, 2), (0, 1, 1)]
+    assert rank_confusions(confusions, 1) == [(1, 0, 2)]
+    confidence, accuracy, counts = calibrate(said, bins=10)
+    assert counts.tolist() == [1, 4]
+    assert confidence.tolist() == pytest.approx([0.55, (0.95 + 0.9 + 0.91 + 1) / 4])
+    assert accuracy.tolist() == [0, 0.5]
+    assert calibration_error(said, bins=10) == pytest.approx((0.55 + 4 * (0.94 - 0.5)) / 5)
+
+
+@pytest.mark.process
+def test_refusals(tmp_path, recipes, folders):
+    with pytest.raises(ConfigError, match="runs=.*nowhere: no such folder"):
+        read_run(tmp_path / "nowhere", recipes)
+    with pytest.raises(ConfigError, match="neither a run folder nor one with results"):
+        read_run(tmp_path, recipes)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: not what resnest-train writes"):
+        read_run(tmp_path, recipes)
+    (tmp_path / "config.yaml").write_text("[")
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        read_run(tmp_path, recipes)
+
+
+STEP = {"event": "train", "step": 1, "loss": 1.0, "lr": 0.1, "images_per_s": 9.0, "data_wait": 0.1}
+EVALUATION = {"event": "eval", "step": 6, "epoch": 1, "top1": 50.0, "count": 40, "crop": 32, "protocol": "p"}
+OPTIONS = {"model": {"name": "resnest50", "num_classes": 10}, "train": {"recipe": "resnest", "epochs": 3}}
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnop"))
+
+
+def write_run(folder, **files):
+    """Write a run folder by hand; a file's value may be its events or options."""
+    files = {"metrics.jsonl": [STEP, EVALUATION], "config.yaml": OPTIONS, "status.json": {"state": "finished"}} | files
+    for name, content in files.items():
+        lines = content if isinstance(content, list) else [content]
+        text = content if isinstance(content, str | bytes) else "".join(f"{json.dumps(line)}\n" for line in lines)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("metrics.jsonl", [STEP, EVALUATION | {"epoch": value}]) for value in (0, -1, True, 0.0, None, "1", 10**400)),
+        *(("metrics.jsonl", [STEP, EVALUATION | {"top1": value}]) for value in (None, "81", [81], 1e308)),
+        ("metrics.jsonl", [STEP, EVALUATION | {"step": 0}]),
+        ("metrics.jsonl", [STEP | {"loss": None}]),
+        ("metrics.jsonl", [STEP | {"lr": "0.1"}]),
+        ("metrics.jsonl", [{"event": ["eval"]}]),
+        ("metrics.jsonl", b"\xff{}\n"),
+        ("metrics.jsonl", '{"event":' + "[" * 10**5 + "}\n"),
+        ("config.yaml", BOMB),
+        ("config.yaml", "[" * 5000),
+        ("config.yaml", b"\xff\x00"),
+        ("config.yaml", "? [a]\n: b\n"),
+        ("config.yaml", "a: " + "b" * 10**6),
+        ("config.yaml", {"model": {"name": ["resnest50"]}}),
+        ("status.json", BOMB),
+        ("status.json", "[1]"),
+    ],
+)
+def test_a_damaged_run_folder_is_a_line(name, content, tmp_path, recipes):
+    write_run(tmp_path)
+    assert read_run(tmp_path, recipes).evaluations == [EVALUATION]
+    write_run(tmp_path, **{name: content})
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/{name}: (cannot be read|not what resnest-train writes)$"):
+        read_run(tmp_path, recipes)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([("train", 4, 0), ("train", 6, 0), ("train", 8, 1), ("train", 12, 1), ("train", 15, 2), ("eval", 15, 3)], 6),
+        ([("train", 4, 0), ("train", 6, 0), ("train", 8, 1)], 6),
+        ([("train", 4, 0)], 1),  # in the first epoch
+        ([("eval", 12, 2)], 6),
+    ],
+)
+def test_steps_of_an_epoch_where_not_every_epoch_is_evaluated(places, expected, tmp_path, recipes):
+    by_kind = {"train": STEP, "eval": EVALUATION}
+    events = [by_kind[kind] | {"step": step, "epoch": epoch} for kind, step, epoch in places]
+    write_run(tmp_path, **{"metrics.jsonl": events})
+    assert read_run(tmp_path, recipes).steps_per_epoch == expected
+
+
+def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes):
+    """Its evaluations have neither top1 nor crop nor protocol."""
+    for name, number in (("seg", 2), ("other", 3)):
+        (tmp_path / name).mkdir()
+        evaluations = [
+            {"event": "eval", "metric": "miou", "step": 6 * epoch, "epoch": epoch, "miou": 30.0 + epoch, "count": 40}
+            for epoch in range(1, number + 1)
+        ]
+        write_run(tmp_path / name, **{"metrics.jsonl": [STEP, *evaluations]})
+    runs, skipped = find_runs([str(tmp_path / "*")], recipes)
+    assert [(run.metric, run.measured, len(run.evaluations)) for run in runs] == [("miou", [], 3), ("miou", [], 2)]
+    assert skipped == []
+    text = render_report(runs, 224, {}, "")
+    assert "<th>best miou</th><th>last</th>" in text and "<td>33.00 (epoch 3)</td><td>33.00</td>" in text
+    (chart,) = re.findall(r'aria-label="([^"]* after each epoch[^"]*)"', text)
+    assert chart == "miou after each epoch: miou against epoch"
+    assert "Table 3" not in text and "top-1" not in text and "top1" not in text
+
+    # Beside a classifier: each with its own metric, and the classifier's place in Table 3.
+    (tmp_path / "cls").mkdir()
+    write_run(tmp_path / "cls", **{"metrics.jsonl": [STEP, EVALUATION | {"metric": "top1"}]})
+    text = render_report([*runs, read_run(tmp_path / "cls", recipes)], 224, {}, "")
+    assert "<th>best</th>" in text and "<td>50.00 top-1 % (epoch 1)</td>" in text
+    assert "<td>33.00 miou (epoch 3)</td>" in text and "Table 3" in text
+    charts = re.findall(r'aria-label="([^"]*) after each epoch', text)
+    assert charts == ["miou", "Accuracy"]
+    with pytest.raises(ConfigError, match=f"results={tmp_path}/seg: its evaluations are of miou, not of top1"):
+        read_measured([str(tmp_path / "seg")], recipes)
+
+
+@pytest.mark.parametrize(
+    "evaluation", [{"metric": "miou"}, {"metric": "miou", "miou": None}, {"metric": "miou", "miou": "1"}]
+)
+def test_an_evaluation_without_its_metric_is_damaged(evaluation, tmp_path, recipes):
+    write_run(tmp_path, **{"metrics.jsonl": [STEP, EVALUATION | evaluation]})
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: not what resnest-train writes"):
+        read_run(tmp_path, recipes)
+
+
+@pytest.mark.parametrize("training", [{}, {"recipe": [], "epochs": 2}, {"recipe": "resnest", "epochs": None}])
+def test_a_damaged_result_is_a_line(training, tmp_path, recipes):
+    content = {"model": "resnest50", "ckpt": "x", "is_average": False, "num_classes": 10, "epoch": 1, "results": []}
+    write_run(tmp_path, **{"eval.json": {**content, "training": training}})
+    with pytest.raises(ConfigError, match=r"eval\.json: not a file of resnest-eval out="):
+        read_run(tmp_path, recipes)
+
+
+def test_a_pipe_in_a_run_folder_is_not_waited_for(tmp_path, recipes):
+    write_run(tmp_path)
+    os.mkfifo(tmp_path / "predictions.csv")
+    with pytest.raises(ConfigError, match=r"predictions\.csv: not a file"):
+        read_run(tmp_path, recipes)
+
+
+def call(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["resnest-report", *map(str, words), "latency=false", "device=cpu"])
+    command.main()
+    return capsys.readouterr()
+
+
+@pytest.mark.process
+def test_folders_come_bare_and_have_any_name(folders, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "r.html"
+    odd = tmp_path / "lr=0.1, it's $x & <b>"
+    shutil.copytree(folders[2], odd)
+    assert call(monkeypatch, capsys, folders[0], odd, f"out={out}").out == f"wrote {out}: {folders[0]}, {odd}\n"
+    text = out.read_text()
+    assert "<b>" not in text and html.escape(str(odd)) in text
+
+
+@pytest.mark.process
+def test_a_pattern_leaves_out_what_is_no_run(folders, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folders[1], tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    # Cut as a killed run leaves it: no evaluation yet, the last line half written.
+    (tmp_path / "young").mkdir()
+    lines = (folders[0] / "metrics.jsonl").read_text().splitlines()[:1]
+    (tmp_path / "young/metrics.jsonl").write_text(f"{lines[0]}\n{lines[0][:30]}")
+    shutil.copy(folders[0] / "config.yaml", tmp_path / "young")
+    printed = call(monkeypatch, capsys, f"runs={tmp_path}/*", f"out={tmp_path}/r.html")
+    assert printed.out.endswith(f": {tmp_path}/b, {tmp_path}/young\n")
+    assert [line.rpartition(": ")[2] for line in printed.err.splitlines()] == [
+        "neither a run folder nor one with results of resnest-eval",
+        "not a folder",
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, capsys, f"{tmp_path}/nothing*")

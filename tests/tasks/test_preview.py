@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from conftest import compose_config
+from resnest_imagenet.config import PreviewDataConfig
+from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.loader import build_loader
+from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.errors import DataError
+from resnest_imagenet.tasks.classification import build_train_transform
+
+
+@pytest.mark.parametrize("name", ["dali", "torchvision"])
+@pytest.mark.process
+def test_the_sheet_shows_what_the_run_will_see(name, demo_images, tmp_path):
+    """The first, the middle and the last image: their pixels in the second epoch of a run of the same seed."""
+    from resnest_imagenet.tasks.preview import CAPTION, MARGIN, write_preview  # late: it imports torchvision
+
+    out = tmp_path / "new" / "sheet.png"
+    options = (f"data.root={demo_images}", f"out={out}", "images=3", "epochs=2", "train.crop=40", "seed=5")
+    config = compose_config("data_preview", PreviewDataConfig, *options, f"loader={name}", "loader.workers=1")
+    assert write_preview(config) == 3
+    sheet = np.array(Image.open(out))
+    assert sheet.shape == (3 * (40 + MARGIN + CAPTION), 3 * (40 + MARGIN) + MARGIN, 3)
+    train = read_image_folder(str(demo_images), "train", "x")
+    transform = build_train_transform(config.train, seed=5)
+    plan = BatchPlan(len(train), 1, len(train))
+    batches = list(build_loader(name, train, plan, transform, torch.device("cpu"), 1).batches(epoch=1))
+    left = MARGIN + 2 * (40 + MARGIN)
+    for row, sample in enumerate((0, 51, 102)):
+        top = row * (40 + MARGIN + CAPTION) + CAPTION
+        pixels = batches[sample][0][0].permute(1, 2, 0).numpy() * STD + MEAN
+        np.testing.assert_array_equal(sheet[top : top + 40, left : left + 40], pixels.round().clip(0, 255))
+        original = ImageOps.contain(Image.open(train.name(sample)), (40, 40))
+        shown = sheet[top : top + original.height, MARGIN : MARGIN + original.width]
+        np.testing.assert_array_equal(shown, np.array(original))
+
+
+def test_a_bad_image_is_named(tmp_path):
+    from resnest_imagenet.tasks.preview import write_preview  # late: it imports torchvision
+
+    (tmp_path / "train" / "x").mkdir(parents=True)
+    (tmp_path / "train" / "x" / "0.jpg").write_text("<html>")
+    config = compose_config("data_preview", PreviewDataConfig, f"data.root={tmp_path}", f"out={tmp_path / 'sheet.png'}")
+    with pytest.raises(DataError, match="x/0.jpg: not a readable image"):
+        write_preview(config)

@@ -1,8 +1,0 @@
-"""What a trainer imports: in the server from which the trainers of the fault test are forked."""
-
-import hydra  # noqa: F401
-import torchvision  # noqa: F401
-
-import resnest_imagenet.data.dali
-import resnest_imagenet.data.torchvision
-import resnest_imagenet.training.train  # noqa: F401
