@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 # Idle OpenMP threads sleep: 20 times faster where processes share cores.
 export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
+# Without compiled files every process would compile torch again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # A process with tests on each core, which has its torch on one thread (tests/conftest.py).
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 

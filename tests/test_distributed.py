@@ -1,4 +1,4 @@
-"""Real process groups under torchrun, on the CPU."""
+"""Real process groups on the CPU, as torchrun starts them and under it."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import CPU, LAUNCHED, SMALL, newest_checkpoint, run_module
+from faults.harness import Command, Place
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.distributed import join, launched_as
@@ -19,9 +20,16 @@ from resnest_imagenet.training.stopping import StopRequest
 TRAIN = "resnest_imagenet.commands.train"
 
 
+@pytest.fixture
+def place(tmp_path):
+    place = Place(tmp_path, fast=True)
+    yield place
+    place.end_children()
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_path):
+def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, place):
     """The same batches, mixed alike, and gradients that are summed in the same order: equal parameters, bit for bit."""
     models = {}
     for ranks in (1, 2):
@@ -29,39 +37,29 @@ def test_two_ranks_equal_one_process_that_accumulates(loader, demo_images, tmp_p
         # At 48 pixels layer3's maps hold one 3x3 block.
         options += ("train.policy=resnest", "train.jitter=0.4", "train.erasing=0.5", "train.cutmix_alpha=1.0")
         options += ("train.dropblock=0.2", "train.crop=48", "train.dropout=0.2", "train.mixup_per_sample=true")
-        places = (f"data.root={demo_images}", f"run_dir={tmp_path / str(ranks)}")
-        result = run_module(TRAIN, *SMALL, *options, *places, ranks=ranks)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("epoch 2/2: loss") == 1  # one rank speaks
-        checkpoint = load_checkpoint(newest_checkpoint(tmp_path / str(ranks)))
+        run = place.new_run()
+        trainer = Command(place, "train", *SMALL, f"data.root={demo_images}", f"run_dir={run}", *options, ranks=ranks)
+        assert trainer.wait() == [0] * ranks, trainer.output
+        assert trainer.output.count("epoch 2/2: loss") == 1  # one rank speaks
+        checkpoint = load_checkpoint(newest_checkpoint(run))
         assert checkpoint["step"] == 12
         models[ranks] = checkpoint["model"]
+        assert json.loads((run / "environment.json").read_text())["ranks"] == ranks
     parameters = [name for name, _ in build_model("resnest14_half", 10).named_parameters()]
     assert all(torch.equal(models[1][name], models[2][name]) for name in parameters)
-    environment = json.loads((tmp_path / "2/environment.json").read_text())
-    assert environment["ranks"] == 2
 
 
 @pytest.mark.process
-def test_103_images_give_the_same_integers_with_1_and_3_ranks(demo_images, tmp_path):
+def test_103_images_give_the_same_integers_with_1_and_3_ranks(demo_images, place):
     torch.manual_seed(0)
-    torch.save(build_model("resnest14_half", 10).state_dict(), tmp_path / "bare.pth")
+    torch.save(build_model("resnest14_half", 10).state_dict(), place.folder / "bare.pth")
+    network = (f"ckpt={place.folder / 'bare.pth'}", "model=resnest14_half")
+    images = (f"data.root={demo_images}", "data.val_dir=train", "crop=[32,48]", "batch_size=16", "loader.workers=1")
     counts = []
     for ranks in (1, 3):
-        out = tmp_path / f"{ranks}.json"
-        result = run_module(
-            "resnest_imagenet.commands.evaluate",
-            f"ckpt={tmp_path / 'bare.pth'}",
-            "model=resnest14_half",
-            f"data.root={demo_images}",
-            "data.val_dir=train",
-            "crop=[32,48]",
-            "batch_size=16",
-            "loader.workers=1",
-            f"out={out}",
-            ranks=ranks,
-        )
-        assert result.returncode == 0, result.stderr
+        out = place.folder / f"{ranks}.json"
+        evaluation = Command(place, "evaluate", *network, *images, f"out={out}", ranks=ranks)
+        assert evaluation.wait() == [0] * ranks, evaluation.output
         counts.append([(r["correct1"], r["correct5"], r["count"]) for r in json.loads(out.read_text())["results"]])
     assert counts[0] == counts[1]
     assert [count for _, _, count in counts[0]] == [103, 103]

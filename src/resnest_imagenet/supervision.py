@@ -83,7 +83,7 @@ class Watch:
         for thread in self._threads if self._store else []:
             thread.join(self._beat)
 
-    def publish(self, error: UserError, rank: int | None) -> bool:
+    def publish(self, error: UserError | Stopped, rank: int | None) -> bool:
         """Tell the other ranks what ends the run, and of which rank; say whether this is the first to be told."""
         assert self._store
         mine = json.dumps([rank, str(error), error.exit_code])
@@ -231,9 +231,10 @@ def supervise(
         if is_lost_peer(error):
             raise watch.find_cause() from error
         explained = None if isinstance(error, UserError) else explain_runtime(error)
-        if ranks.store and not isinstance(error, Stopped):
-            told = error if isinstance(error, UserError) else explained
-            told = told or UserError(f"{type(error).__name__}: {first_line(error)}")
+        told = error if isinstance(error, UserError | Stopped) else explained
+        told = told or UserError(f"{type(error).__name__}: {first_line(error)}")
+        # What all ranks raise alike needs no telling: rank 0, which may hold the store, may have left already.
+        if ranks.store and not told.is_shared:
             with suppress(RuntimeError):
                 told.is_said = not watch.publish(told, ranks.rank)
         if explained:

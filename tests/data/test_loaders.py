@@ -8,6 +8,7 @@ import struct
 import weakref
 import zlib
 from dataclasses import dataclass, replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -258,8 +259,10 @@ def test_an_unreadable_file_is_named(name, damage, images, tmp_path):
         target.write_bytes(data)
     broken = replace(images, root=tmp_path / "train")
     loader = make_loader(name, broken, EvalTransform(48))
-    with pytest.raises(DataError, match=str(broken.path(20).decode())):
+    others = active_children()
+    with pytest.raises(DataError, match=str(broken.path(20).decode())) as _raised:
         list(loader.batches(epoch=0))
+    assert set(active_children()) <= set(others)  # while the exception is there, whose frames hold the loader
 
 
 def test_dali_refuses_a_filter_that_is_another_there(images):

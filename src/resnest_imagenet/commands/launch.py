@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.config import Options, choose_schema, list_places, option_names
-from resnest_imagenet.distributed import has_joined, launched_as, tell_launcher
+from resnest_imagenet.distributed import find_launcher_file, has_joined, launched_as, tell_launcher
 from resnest_imagenet.errors import (
     ConfigError,
     DataError,
@@ -232,7 +232,7 @@ def _leave(error: UserError | Stopped) -> NoReturn:
     else:
         is_said = error.is_said
         who = f"rank {rank}: "
-    if is_said and not isinstance(error, Stopped):
+    if is_said and not isinstance(error, Stopped) and find_launcher_file():
         # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
         time.sleep(10)
     if not is_said:

@@ -140,19 +140,23 @@ class WorkerLoader:
         self.plan = plan
         self._samples = samples
         self._keys = _Keys(plan)
-        self._loader = DataLoader(
-            samples,
-            batch_sampler=self._keys,
-            num_workers=workers,
-            # Forked workers see it when their parent is killed; those of a fork server would stay.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            persistent_workers=workers > 0,
-            worker_init_fn=partial(_set_up_worker, os.getpid()),
-            collate_fn=_collate,
-            pin_memory=device.type == "cuda",
-        )
+        self._device, self._num_workers = device, workers
+        self._loader = self._build_loader()
         self._workers: list[BaseProcess] = []
         Finalize(None, _kill, [self._workers], exitpriority=0)
+
+    def _build_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._samples,
+            batch_sampler=self._keys,
+            num_workers=self._num_workers,
+            # Forked workers see it when their parent is killed; those of a fork server would stay.
+            multiprocessing_context="fork" if self._num_workers and sys.platform == "linux" else None,
+            persistent_workers=self._num_workers > 0,
+            worker_init_fn=partial(_set_up_worker, os.getpid()),
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+        )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Yield what `Samples.transform` returns, collated, from the rank's `start`-th batch of the epoch on.
@@ -182,9 +186,13 @@ class WorkerLoader:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
                 raise (_explain_failure(error) or error) from error
-            if isinstance(batch, BadImage):
-                self._explain(indices)
             if isinstance(batch, BadImage | LoadingError):
+                # The workers end here. In a cycle, which the exception may become a part of, torch would wait 5 s for
+                # each when the garbage is collected, and then leave it running.
+                del batches
+                self._loader = self._build_loader()
+                if isinstance(batch, BadImage):
+                    self._explain(indices)
                 raise batch
             content, used = batch
             for index, used_index in zip(indices.tolist(), used.tolist(), strict=True):
