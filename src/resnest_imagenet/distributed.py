@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them all
 _joins = itertools.count()  # of this process
-_last_group: Any = None  # see `join`
+_groups: list[Any] = []  # the process group of this process: see `join`
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,9 @@ def join(device: "torch.device", timeout: float = 600) -> Iterator[Ranks]:
         )
 
     _do_within(2 * timeout, initialise, "a rank has left while the ranks were joining")
-    # A reference that outlives the wrapped network. Were the reducer of DistributedDataParallel the last to have one, it
-    # would wait for gloo's thread while it holds the GIL, which that thread may need to free its last tensor.
-    global _last_group
-    _last_group = dist.group.WORLD
+    # A reference that outlives the wrapped network: the reducer of DistributedDataParallel must not have the last one.
+    # It would wait for gloo's thread while it holds the GIL, which that thread may need to free its last tensor.
+    _groups[:] = [dist.group.WORLD]
     yield Ranks(rank, world_size, local_rank, device, store)
     # Not after an error: the peers may wait in a collective, and the process ends anyway.
     dist.destroy_process_group()
