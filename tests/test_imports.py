@@ -153,6 +153,7 @@ def imports_of_files():
     return graph
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other():
     try:
         TopologicalSorter(imports_of_files()).prepare()

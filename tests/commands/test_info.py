@@ -58,6 +58,7 @@ def test_text(monkeypatch, capsys):
     assert "latency" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,6 +92,7 @@ class Slow(nn.Module):
         self.count += 1
 
 
+@pytest.mark.slow
 def test_latency_is_the_median_of_interleaved_rounds():
     networks = {"a": Slow("a", 0.01), "b": Slow("b", 0.03)}
     seconds = measure_latency(networks, 32, 4, CPU, rounds=3)

@@ -51,6 +51,7 @@ STEPS = ("data.root=/x", "train.epochs=null", "train.steps=900", "train.dropbloc
 STEPS += ("train.warmup_steps=100",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,6 +163,7 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, m
     assert message in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "arguments", "code", "message"),
     [
@@ -274,6 +276,7 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     assert call(data, [], monkeypatch, capsys) == (0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", data.ACTIONS)
 def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, monkeypatch, capsys):
     assert f"\n  {action:<9}{data.ACTIONS[action].summary}\n" in data.format_usage()

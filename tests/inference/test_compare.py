@@ -117,6 +117,7 @@ def test_the_table(tmp_path):
     assert comparison.disagreements.tolist() == [2, 1]
 
 
+@pytest.mark.slow
 def test_synsets_stand_in_words():
     assert _title(("n01443537", "own")) == ("goldfish (n01443537)", "own")
 

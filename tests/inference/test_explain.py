@@ -57,6 +57,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnest14_half", "resnet50", "skresnext50_32x4d"])
 def test_at_layer4_the_map_is_that_of_the_classifiers_weights(name):
     """CAM (Zhou et al. 2016), which needs no gradient: fc's weights times the features, for global average pooling."""
@@ -75,6 +76,7 @@ def test_at_layer4_the_map_is_that_of_the_classifiers_weights(name):
     torch.testing.assert_close(found, cam.relu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 @pytest.mark.parametrize("fold", [False, True])
 def test_at_layer3_the_gradients_are_finite_differences(implementation, fold):

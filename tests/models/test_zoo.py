@@ -88,6 +88,7 @@ def test_short_names_cut_words_and_no_names():
     assert short_class_names(["n01443537", "cat, black", "cat, white"]) == ["goldfish", "cat, black", "cat, white"]
 
 
+@pytest.mark.slow
 def test_imagenet_classes():
     classes = imagenet_synsets()
     assert len(classes) == 1000

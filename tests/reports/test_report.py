@@ -117,6 +117,7 @@ def test_the_page_in_a_browser(page, folders, recipes, width, dark):
     )
 
 
+@pytest.mark.slow
 def test_imagenets_runs_stand_in_table_3(tmp_path, recipes):
     (tmp_path / "official").mkdir()
     result = {"crop": 224, "top1": 81.03, "top5": 95.4, "correct1": 40515, "correct5": 47700, "count": 50000}
@@ -132,6 +133,7 @@ def test_imagenets_runs_stand_in_table_3(tmp_path, recipes):
     assert "interleaved rounds on a device" in text and "Not placed" not in text
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_stay_readable(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(1000), 50)
@@ -198,6 +200,7 @@ def write_run(folder, **files):
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -243,6 +246,7 @@ def test_steps_of_an_epoch_where_not_every_epoch_is_evaluated(places, expected, 
     assert read_run(tmp_path, recipes).steps_per_epoch == expected
 
 
+@pytest.mark.slow
 def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes):
     """Its evaluations have neither top1 nor crop nor protocol."""
     for name, number in (("seg", 2), ("other", 3)):

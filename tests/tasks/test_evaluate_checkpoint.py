@@ -106,6 +106,7 @@ def bare_weights(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
     out = tmp_path / "new" / "result.json"
     results = evaluate_checkpoint(evaluation_of(bare_weights, "model=resnest14_half", "crop=[32,64]", f"out={out}"))
@@ -143,6 +144,7 @@ def test_a_compiled_evaluation_counts_the_same(demo_images):
     np.testing.assert_allclose(compiled.evaluation.confidence, eager.evaluation.confidence, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(bare_weights, evaluation_of, graphs):
     from torch._dynamo.utils import counters
 
@@ -165,6 +167,7 @@ def test_each_number_carries_its_protocol(bare_weights, evaluation_of):
     ]
 
 
+@pytest.mark.slow
 def test_bare_weights_need_the_networks_name(bare_weights, evaluation_of):
     with pytest.raises(ConfigError, match="holds bare weights, and they fit model=resnest14_half"):
         evaluate_checkpoint(evaluation_of(bare_weights))

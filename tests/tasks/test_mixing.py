@@ -91,6 +91,7 @@ def test_cutmix_windows_are_distributed_as_defined():
     assert is_whole.mean() == pytest.approx(1 / 6, abs=0.02)
 
 
+@pytest.mark.slow
 def test_random_erasing_is_distributed_as_defined():
     images = torch.ones(4000, 3, 100, 120).to(memory_format=torch.channels_last)
     erase_rectangles(images, 0.4, np.random.default_rng(0))

@@ -46,6 +46,7 @@ def test_a_shorter_last_epoch_is_in_the_plan(tiny_run):
     assert plan["steps"] == "10, 12 in an epoch, 1 epochs; of 8 images, 8 x 1 ranks x 1 passes"
 
 
+@pytest.mark.slow
 def test_classification_describes_its_network_its_images_and_a_first_batch(small_run):
     plan = parse(describe_run(small_run("loader=torchvision", "loader.workers=0")))
     assert plan["network"].startswith("resnest14_half, 10 classes (with 1000: ")
@@ -65,6 +66,7 @@ def test_a_checkpoint_is_as_large_as_the_plan_tells(small_run, tmp_path, option)
     assert parameters == sum(parameter.nbytes for parameter in state.model.parameters())
 
 
+@pytest.mark.slow
 def test_it_refuses_what_the_run_would(small_run, tmp_path):
     (tmp_path / "file").touch()
     for option, error, words in (

@@ -63,6 +63,7 @@ def test_this_machine_says_what_is_free(tmp_path):
     assert count_free_bytes(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_fit_is_refused_with_what_would(small_run, monkeypatch, capsys):
     task = open_task(small_run("train.batch_size=64"))
     kept = count_kept("resnest14_half", 32, 64)

@@ -23,6 +23,7 @@ def recipe_of(*overrides):
     return compose_config("train", TrainConfig, "data.root=/x", *overrides).train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
 def test_exactly_convolution_and_fc_weights_decay(name):
     with torch.device("meta"):

@@ -161,6 +161,7 @@ HOST_READS = {"tolist", "numpy", "item", "cpu", "nonzero", "unique", "masked_sel
 HOST_READS |= {"__array__", "__bool__", "__contains__", "__float__", "__index__", "__int__", "__repr__"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
 def test_between_reports_the_host_reads_only_what_came_of_the_step_before(device, precision, small_run, monkeypatch):

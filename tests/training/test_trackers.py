@@ -78,6 +78,7 @@ def shown(tmp_path_factory):
     return SimpleNamespace(place=place, run=place / "runs/with", events=events, died=died, first_batch=first_batch)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_whatever_shows_it(shown):
     with_all, with_none = without_clock(shown.events), without_clock(read_events(shown.place / "runs/without"))
     assert with_all == with_none and len(with_all) == 6
@@ -241,6 +242,7 @@ def test_mlflow_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_r
     assert Image.open(client.download_artifacts(name, pictures[2])).size == (tiny_task.WIDTH, 16)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_comes_later_gets_what_it_missed(shown, monkeypatch):
     """Into MLflow's default experiment, where no other is named."""
     import mlflow

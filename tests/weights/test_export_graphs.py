@@ -167,6 +167,7 @@ def test_options_that_make_no_sense_together(overrides, message):
         compose_config("export", ExportConfig, "ckpt=x", *overrides)
 
 
+@pytest.mark.slow
 def test_the_suffix_is_the_formats(checkpoint, tmp_path):
     for form, suffix in (("onnx", ".onnx"), ("torch_export", ".pt2")):
         with pytest.raises(ConfigError, match=f"out.pth does not end in {suffix}: set format=... or another name"):

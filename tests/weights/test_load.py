@@ -62,6 +62,7 @@ def assert_same_logits(one, other):
         assert torch.equal(*(each.to(memory_format=torch.channels_last)(images) for each in (one, other)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("layout", ["official", "timm", "mmpretrain"])
 def test_exported_weights_come_back(layout, suffix, model, save, tmp_path):
