@@ -204,7 +204,7 @@ def test_a_worker_that_is_killed_is_one_line_with_the_way_out(sound):
     ],
 )
 def test_what_torch_says_of_short_resources_has_a_way_out(text, way_out):
-    from resnest_imagenet.data.torchvision import _explain_failure
+    from resnest_imagenet.data.workers import _explain_failure
 
     assert way_out in str(_explain_failure(RuntimeError(text)))
     assert _explain_failure(RuntimeError("another")) is None

@@ -80,7 +80,7 @@ def examine_files(root: str, paths: Sequence[str], workers: int) -> Iterator[Exa
     """
     from resnest_imagenet.data import torchvision  # noqa: F401 - once, before the processes are forked
 
-    # Frozen objects are not collected in the processes: see `TorchvisionLoader.batches`.
+    # Frozen objects are not collected in the processes: see `WorkerLoader.batches`.
     gc.freeze()
     try:
         yield from _examine_batches(root, paths, workers, BATCH, ahead=4 * workers)

@@ -210,7 +210,7 @@ def _holds(part: Path, listing: Listing, row: int) -> bool:
 
 def _scan_shards(paths: Sequence[Path]) -> Listing:
     """List shards from their headers, several at a time."""
-    # Frozen objects are not collected in the processes: see `TorchvisionLoader.batches`.
+    # Frozen objects are not collected in the processes: see `WorkerLoader.batches`.
     gc.freeze()
     try:
         number = min(SCANNING_PROCESSES, len(paths))
