@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.features import STAGES
 from resnest_imagenet.models.zoo import build_model, find_head
 
@@ -56,7 +57,26 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
     """
     with torch.device("meta"):
         model = build_model(name).eval()
-        images = torch.empty(1, 3, crop, crop)
+    return _count_stages(model, find_head(name), crop)
+
+
+def count_deeplab(name: str, num_classes: int, crop: int, **options: Any) -> list[StageCost]:
+    """Return the cost of a DeepLabV3's backbone, head and auxiliary head, which costs nothing but in training.
+
+    Args:
+        name: of the backbone, one of `list_models()`.
+        num_classes: width of the logits.
+        crop: side of the image in pixels.
+        options: others of `build_deeplab`.
+    """
+    with torch.device("meta"):
+        model = build_deeplab(name, num_classes, **options).eval()
+    return [cost for cost in _count_stages(model, "", crop) if cost.stage != "other"]
+
+
+def _count_stages(model: nn.Module, head: str, crop: int) -> list[StageCost]:
+    """Return the cost of each stage of a network on the meta device; its head is no convolution."""
+    images = torch.empty(1, 3, crop, crop, device="meta")
     normalised: Counter[str] = Counter()
     outputs: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
@@ -77,7 +97,6 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
     parameters: Counter[str] = Counter()
     for path, parameter in model.named_parameters():
         parameters[path.rpartition(".")[0].partition(".")[0]] += parameter.numel()
-    head = find_head(name)
     return [
         StageCost(
             stage,
