@@ -1,11 +1,14 @@
 """What a network costs: counted, not timed."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,6 +134,30 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
         crop: side of the images in pixels.
         batch_size: as many as `smallest_batch`, or more.
     """
+    return _count_kept(partial(build_model, name), crop, batch_size, lambda logits: None)
+
+
+def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, **options: Any) -> int:
+    """Return the bytes that a DeepLabV3's forward pass and cross entropy leave for the backward pass; see `count_kept`.
+
+    Args:
+        name: of the backbone, one of `list_models()`.
+        num_classes: width of the logits.
+        crop: side of the images in pixels.
+        batch_size: as many as `smallest_batch`, or more.
+        options: others of `build_deeplab`.
+    """
+
+    def compare(logits: Tensor | tuple[Tensor, Tensor]) -> object:
+        of_heads = logits if isinstance(logits, tuple) else (logits,)
+        masks = torch.zeros(batch_size, crop, crop, dtype=torch.int64)
+        return [F.cross_entropy(of_head, masks) for of_head in of_heads]
+
+    return _count_kept(partial(build_deeplab, name, num_classes, **options), crop, batch_size, compare)
+
+
+def _count_kept(build: Callable[[], nn.Module], crop: int, batch_size: int, compare: Callable[[Any], object]) -> int:
+    """Return the bytes that are kept while a network and what compares its outputs with the truth are run."""
     kept: set[torch.UntypedStorage] = set()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -138,10 +165,10 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
         return tensor
 
     with FakeTensorMode():
-        model = build_model(name)
+        model = build()
         images = torch.empty(batch_size, 3, crop, crop).contiguous(memory_format=torch.channels_last)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(images)
+            compare(model(images))
     kept -= {tensor.untyped_storage() for tensor in model.state_dict().values()}
     return sum(storage.nbytes() for storage in kept)
 
