@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -61,13 +61,14 @@ class Weights:
     protocol: ProtocolOptions | None = None
 
 
-def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
+def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Collection[str] = (TASK,)) -> Weights:
     """Read the weights of a network.
 
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
             "state_dict" or "model"; or published weights, official:NAME or timm:NAME.
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
+        tasks: whose checkpoints are taken.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, not a state dict, not with a name for each output, or of a run of
@@ -82,7 +83,7 @@ def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
     path, model = fetch(source) if is_published else (Path(source), None)
     content = load_checkpoint(path)
     if {"config", "epoch"} <= content.keys():
-        require_task(content, source)
+        require_task(content, source, tasks)
     state, is_average = _choose_state(content, choice, source)
     weights = Weights(source, _without_wrappers(_require_tensors(state, source)), is_average)
     _require_finite(weights)
@@ -94,16 +95,20 @@ def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
     return _add_description(weights, content) if {"config", "classes", "epoch"} <= content.keys() else weights
 
 
-def require_task(content: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError for the checkpoint of a run of another task than the classification of images.
+def require_task(content: dict[str, Any], source: str, tasks: Collection[str]) -> None:
+    """Raise a CheckpointError for the checkpoint of a run of another task.
 
     Args:
         content: of the checkpoint.
         source: its file, for the message.
+        tasks: that are taken.
     """
     task = content.get("task", TASK)
-    if task != TASK:
-        raise CheckpointError(f"{source}: a checkpoint of task {task}, not of {TASK}: choose another, or other weights")
+    if task not in tasks:
+        taken = " or ".join(tasks)
+        raise CheckpointError(
+            f"{source}: a checkpoint of task {task}, not of {taken}: choose another, or other weights"
+        )
 
 
 def list_classes(known: Sequence[str] | None, num_outputs: int) -> list[str] | None:
