@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -17,6 +18,7 @@ from resnest_imagenet.evaluation.regions import (
     Regions,
     cut_centre,
     measure_regions,
+    place_windows,
     score_pixels,
 )
 
@@ -204,6 +206,90 @@ def test_only_the_centre_counts():
         pairs.append((masks[0].numpy(), predict(images[0].numpy(), WHOLE)))
     assert regions.matrix.tolist() == count_naively(pairs, NUM_CLASSES)[0]
     assert 0 < regions.labelled.max() <= 24**2
+
+
+def resize_naively(values, height, width):
+    """Resize (C, H, W) bilinearly: the first and the last pixel of a side stay where they are (align_corners)."""
+    for axis, length in ((1, height), (2, width)):
+        last = values.shape[axis] - 1
+        places = np.arange(length) * last / (length - 1) if length > 1 else np.zeros(1)
+        below = np.floor(places).astype(int)
+        share = (places - below).reshape(-1, 1) if axis == 1 else places - below
+        first, second = values.take(below, axis), values.take(np.minimum(below + 1, last), axis)
+        values = first * (1 - share) + second * share
+    return values
+
+
+def score_naively(network, image, protocol):
+    """Transcribe MultiEvalModule of PyTorch-Encoding: one window at a time, in float64."""
+    network = copy.deepcopy(network).double().eval()
+    mean, std = np.array([0.485, 0.456, 0.406])[:, None, None], np.array([0.229, 0.224, 0.225])[:, None, None]
+    black = -mean / std
+    is_published = protocol.name == "published"
+
+    def run(pixels):
+        with torch.inference_mode():
+            return network(torch.from_numpy(pixels.copy())[None])[0].numpy()
+
+    def infer(pixels):
+        logits = run(pixels)
+        if protocol.flip:
+            logits = logits + run(pixels[..., ::-1])[..., ::-1]
+        return np.exp(logits) if is_published else logits
+
+    def pad(pixels, size):
+        padded = np.broadcast_to(black, (3, max(size, pixels.shape[1]), max(size, pixels.shape[2]))).copy()
+        padded[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+        return padded
+
+    _, h, w = image.shape
+    normalised = (image / 255 - mean) / std
+    total = 0
+    for scale in protocol.scales:
+        long_size = math.ceil((protocol.base or max(h, w)) * scale)
+        if h > w:
+            height, width = long_size, int(1.0 * w * long_size / h + 0.5)
+        else:
+            height, width = int(1.0 * h * long_size / w + 0.5), long_size
+        current = resize_naively(normalised, height, width)
+        if protocol.name == "whole":
+            outputs = infer(current)
+        elif long_size <= protocol.crop:
+            outputs = infer(pad(current, protocol.crop))[:, :height, :width]
+        else:
+            crop, stride = protocol.crop, int(protocol.crop * (2.0 / 3.0))
+            current = pad(current, crop)
+            _, padded_height, padded_width = current.shape
+            sums, counts = np.zeros((NUM_CLASSES, padded_height, padded_width)), np.zeros((padded_height, padded_width))
+            for row in range(math.ceil((padded_height - crop) / stride) + 1):
+                for column in range(math.ceil((padded_width - crop) / stride) + 1):
+                    top, left = row * stride, column * stride
+                    bottom, right = min(top + crop, padded_height), min(left + crop, padded_width)
+                    scores = infer(pad(current[:, top:bottom, left:right], crop))
+                    sums[:, top:bottom, left:right] += scores[:, : bottom - top, : right - left]
+                    counts[top:bottom, left:right] += 1
+            outputs = (sums / counts)[:, :height, :width]
+        total = total + resize_naively(outputs, h, w)
+    return total
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_scores_equal_a_naive_transcription(protocol, size):
+    ((image, _),) = draw_scenes([size])
+    network = TinySegmenter().eval()
+    expected = score_naively(network, image, protocol)
+    with torch.inference_mode():
+        scores = score_pixels(network, torch.from_numpy(image)[None], protocol)[0]
+    assert scores.dtype == torch.float32
+    np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_windows_are_as_far_apart_as_the_references():
+    for crop in range(2, 2000):
+        assert place_windows(crop + 1, crop) == [0, int(crop * (2.0 / 3.0))], crop
+    assert place_windows(480, 480) == place_windows(100, 480) == [0]
+    assert place_windows(800, 480) == [0, 320] and place_windows(801, 480) == [0, 320, 640]
 
 
 @pytest.mark.parametrize(
