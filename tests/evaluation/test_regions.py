@@ -89,8 +89,7 @@ def measure(protocol=WHOLE, scenes=None, network=None, ranks=ALONE, **options):
 
 def predict(image, protocol, network=None):
     network = (network or TinySegmenter()).eval()
-    with torch.inference_mode():
-        return score_pixels(network, torch.from_numpy(image)[None], protocol)[0].argmax(0).numpy()
+    return score_pixels(network, torch.from_numpy(image)[None], protocol)[0].argmax(0).numpy()
 
 
 def count_naively(pairs, num_classes):
@@ -279,8 +278,7 @@ def test_scores_equal_a_naive_transcription(protocol, size):
     ((image, _),) = draw_scenes([size])
     network = TinySegmenter().eval()
     expected = score_naively(network, image, protocol)
-    with torch.inference_mode():
-        scores = score_pixels(network, torch.from_numpy(image)[None], protocol)[0]
+    scores = score_pixels(network, torch.from_numpy(image)[None], protocol)[0]
     assert scores.dtype == torch.float32
     np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=2e-5)
 

@@ -232,6 +232,7 @@ def cut_centre(images: Tensor, masks: Tensor, crop: int | None) -> tuple[Tensor,
     return images[..., rows, columns], masks[..., rows, columns]
 
 
+@torch.inference_mode()
 def score_pixels(network: nn.Module, images: Tensor, protocol: RegionProtocol, precision: str = "fp32") -> Tensor:
     """Return the scores of each pixel of a scene, float32 (1, K, H, W): the highest is that of the predicted class.
 
