@@ -283,6 +283,15 @@ def test_scores_equal_a_naive_transcription(protocol, size):
     np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_half_precision_is_summed_in_float32():
+    ((image, _),) = draw_scenes([(61, 40)])
+    network = TinySegmenter().eval()
+    half = score_pixels(network, torch.from_numpy(image)[None], PUBLISHED, "bf16")[0]
+    assert half.dtype == torch.float32
+    np.testing.assert_allclose(half, score_naively(network, image, PUBLISHED), rtol=0.1)
+    assert len(half.unique()) > half.numel() / 2  # bfloat16 has 256 values between two powers of 2
+
+
 def test_windows_are_as_far_apart_as_the_references():
     for crop in range(2, 2000):
         assert place_windows(crop + 1, crop) == [0, int(crop * (2.0 / 3.0))], crop

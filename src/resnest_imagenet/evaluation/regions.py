@@ -156,7 +156,7 @@ def measure_regions(
         name: of a scene, by its index.
 
     Raises:
-        NonFiniteError: on all ranks, after the last batch: of a scene a score is NaN or infinite.
+        NonFiniteError: on all ranks, after the last batch: of a scene a score is NaN or infinite, as exp() above 88.
         DataError: likewise, of a scene a mask has other values than classes and VOID.
         RuntimeError: where the ranks together did not see each scene once.
     """
@@ -193,7 +193,7 @@ def _judge(scores: Tensor, masks: Tensor, num_classes: int) -> tuple[Tensor, Ten
     """
     truth, predicted = masks.long(), scores.argmax(1)
     is_labelled = truth < num_classes
-    # What has no label falls into a row of its own, which is dropped: picking pixels would make the host wait.
+    # What has no label falls into a row of its own, which is dropped.
     cells = truth.clamp(max=num_classes) * num_classes + predicted
     confusions = torch.bincount(cells.flatten(), minlength=num_classes * (num_classes + 1))
     confusions = confusions.reshape(num_classes + 1, num_classes)[:num_classes]
@@ -246,7 +246,7 @@ def score_pixels(network: nn.Module, images: Tensor, protocol: RegionProtocol, p
     """
     forward = partial(_forward, network, protocol, precision)
     size = images.shape[2], images.shape[3]
-    scores = torch.zeros(1, device=images.device)
+    scores = None
     for resized in protocol.resized(*size):
         scene = _resize(images.float(), resized)
         if protocol.name in ("slide", "published"):
@@ -254,7 +254,9 @@ def score_pixels(network: nn.Module, images: Tensor, protocol: RegionProtocol, p
             scene_scores = _score_windows(forward, scene, protocol.crop)
         else:
             scene_scores = forward(scene)
-        scores = scores + _resize(scene_scores, size)
+        scene_scores = _resize(scene_scores, size)
+        scores = scene_scores if scores is None else scores.add_(scene_scores)
+    assert scores is not None
     return scores
 
 
@@ -300,4 +302,4 @@ def _score_windows(forward: Forward, images: Tensor, crop: int) -> Tensor:
         for (rows, columns), window in zip(batch, windows, strict=True):
             scores[0, :, rows, columns] += window
     assert scores is not None
-    return (scores / covering)[..., :height, :width]
+    return scores.div_(covering)[..., :height, :width]
