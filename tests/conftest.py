@@ -25,10 +25,12 @@ from faulty_task import Fault, open_with
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from resnest_imagenet.commands.evaluate import evaluate_images, read_network
 from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.evaluation.results import CropResult
 from resnest_imagenet.training import run_folder
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.stopping import SIGNALS
@@ -169,6 +171,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(nn.Module, "compile", compile_counted)
     return counter
+
+
+def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
+    """Return what resnest-eval measures of a network of classification."""
+    return evaluate_images(config, *read_network(config))
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -135,10 +135,11 @@ class Layout:
 
 def _read_ade20k_classes(root: Path) -> tuple[str, ...]:
     lines = read_class_names(root / "objectInfo150.txt")
-    rows = [line.split("\t") for line in lines if line.split("\t")[0].isdigit()]
+    cells = [[cell.strip() for cell in line.split("\t")] for line in lines]
+    rows = [row for row in cells if row[0].isdigit()]
     if [row[0] for row in rows] != [str(number + 1) for number in range(len(rows))] or not 1 <= len(rows) < UNKNOWN:
         raise DataError(f"{root / 'objectInfo150.txt'}: its lines must begin with the numbers of the classes, 1 to 150")
-    return tuple(row[-1].strip() for row in rows)
+    return tuple(row[-1] for row in rows)
 
 
 def _read_named_classes(root: Path) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from resnest_imagenet.evaluation.regions import VOID
+from resnest_imagenet.data.scenes import VOID
 
 VOID_COLOUR = (224, 224, 192)  # PASCAL VOC's, which no class has: black may be a class
 

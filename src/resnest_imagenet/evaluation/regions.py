@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast
 from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.data.scenes import VOID
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import ConfigError, DataError, suggest
 from resnest_imagenet.evaluation.accuracy import require_finite
 
-VOID = 255  # in a mask: a pixel without a label
 # In a batch. On a CPU a window takes as long in any batch, and the logits of one have 138 MB (150 classes, crop 480).
 WINDOWS_AT_ONCE = 4
 

@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.config import Crop, ProtocolOptions
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.models.zoo import (
@@ -24,6 +23,8 @@ from resnest_imagenet.models.zoo import (
     require_model,
     usual_crop,
 )
+from resnest_imagenet.options import Crop
+from resnest_imagenet.recipe import ProtocolOptions
 from resnest_imagenet.weights.layouts import recognise, rename
 from resnest_imagenet.weights.published import fetch, find_timm_test
 
@@ -48,6 +49,8 @@ class Weights:
         epoch: epochs done, in this project's checkpoints.
         crop: side of the images that they are evaluated on, in pixels, where the source tells.
         protocol: how images are brought to it, where the source tells.
+        run: the whole configuration of the run, in this project's checkpoints.
+        task: that it was trained for: another than classification only of this project's checkpoints.
     """
 
     source: str
@@ -59,6 +62,8 @@ class Weights:
     epoch: int | None = None
     crop: int | None = None
     protocol: ProtocolOptions | None = None
+    run: dict[str, Any] | None = None
+    task: str = TASK
 
 
 def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Collection[str] = (TASK,)) -> Weights:
@@ -135,7 +140,7 @@ def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
         raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
     crop, protocol = _read_evaluation(content["config"])
     known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
-    return replace(weights, model=name, **known)
+    return replace(weights, model=name, run=content["config"], task=content.get("task", TASK), **known)
 
 
 def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOptions | None]:
