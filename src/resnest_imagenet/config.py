@@ -399,7 +399,7 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
     if not issubclass(schema, TrainConfig) or not isinstance(task, str):
         return schema
     outside = find_outside_task(task)
-    recipe = RECIPES[task] if outside is None else outside.recipe
+    recipe: type[Recipe] = RECIPES[task] if outside is None else outside.recipe
     if protocol is not None and is_of_regions != (recipe.PROTOCOL is RegionProtocolOptions):
         others = ("paper", "ecentercrop", "full") if is_of_regions else ("whole", "slide", "centre", "published")
         raise ConfigError(

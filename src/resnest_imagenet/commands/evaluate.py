@@ -89,8 +89,9 @@ def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.devic
         write_scenes,
     )
 
-    given = config.protocol if isinstance(config.protocol, RegionProtocolOptions) else None
-    if given is None and config.protocol.list_changes():
+    protocol = config.protocol
+    given = protocol if isinstance(protocol, RegionProtocolOptions) else None
+    if isinstance(protocol, OwnProtocolOptions) and protocol.list_changes():
         raise ConfigError("protocol is of classification: choose own, whole, slide, centre or published")
     if config.crop is not None or config.compile:
         raise ConfigError(

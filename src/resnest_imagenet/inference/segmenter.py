@@ -62,8 +62,8 @@ def open_segmenter(
     Args:
         source: a checkpoint of a run of this task, or what `read_weights` has made of it.
         choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
-        protocol: how it is to see scenes: name, and what is not the recipe's of crop, base, scales and flip; None: as in
-            its run's evaluation after each epoch.
+        protocol: how it is to see scenes: name, and what is not the recipe's of crop, base, scales and flip; None: as
+            in its run's evaluation after each epoch.
         device: where it computes: "auto", "cpu", "cuda", or torch's own.
 
     Returns:

@@ -17,7 +17,7 @@ MARGIN = 2  # pixels around each image
 
 def draw_samples(images: Tensor) -> np.ndarray:
     """Draw normalised images, (N, 3, S, S), as they were before: uint8 (H, W, 3)."""
-    return tile(to_pixels(images))
+    return tile(list(to_pixels(images)))
 
 
 def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
