@@ -13,10 +13,10 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
+.PHONY: help setup demo demo-segmentation test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(READY) ## build .venv with all that the project needs
 
@@ -34,6 +34,13 @@ demo: $(READY) ## make the demo images, train on them and evaluate: a few minute
 	@echo "  the run      runs/demo (metrics.jsonl, config.yaml, checkpoints/best.pt)"
 	@echo "  its curves   $(BIN)/tensorboard --logdir runs/demo/tensorboard"
 	@echo "  next         $(BIN)/resnest-train --help, and README.md"
+
+demo-segmentation: $(READY) ## the same for scenes, from the demo's network: some minutes more
+	test -e runs/demo/checkpoints/best.pt || $(MAKE) demo
+	$(BIN)/resnest-data demo task=segmentation out=data/demo-scenes
+	$(BIN)/resnest-train +experiment=demo_segmentation data.root=data/demo-scenes \
+	  train.init_from=runs/demo/checkpoints/best.pt
+	$(BIN)/resnest-eval ckpt=runs/demo_segmentation/checkpoints/best.pt data.root=data/demo-scenes
 
 test: $(READY) ## run the tests, on at most 4 CPU cores
 	$(BIN)/python -m pytest $(PARALLEL)
