@@ -129,9 +129,10 @@ FIGURES = {
 
 DEEPLAB = {
     **{name: COMMON[name] for name in ("steps", "milestones", "step_factor", "warmup_steps", "compile")},
-    **{name: COMMON[name] for name in ("warmup_start", "clip_norm", "clip_value", "max_skipped_steps", "optimizer", "betas")},
-    "task": "segmentation", "eps": 1e-8, "step_epochs": None, "init_from": None, "decay_biases": False, "ema_decay": None,
-    "epochs": 120, "batch_size": 2, "global_batch": 16, "crop": 480, "base": 520, "scales": [0.5, 2.0],
+    **{name: COMMON[name] for name in ("warmup_start", "clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
+    "task": "segmentation", "optimizer": "sgd", "step_epochs": None, "init_from": None, "decay_biases": False,
+    "ema_decay": None, "epochs": 120, "batch_size": 2, "global_batch": 16, "crop": 480, "base": 520,
+    "scales": [0.5, 2.0],
     "schedule": "poly", "poly_power": 0.9, "lr": 0.01, "reference_batch": 16, "head_lr_factor": 10, "warmup_epochs": 0,
     "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_all": True, "output_stride": 8,
     "rates": [12, 24, 36], "head_channels": 256, "norm": "sync", "zero_gamma": True, "precision": "fp32",
