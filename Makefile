@@ -9,8 +9,9 @@ export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
 # Without compiled files every process would compile torch again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
-# A process with tests on each core, which has its torch on one thread (tests/conftest.py).
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
+# Processes with tests, each with its torch on one thread (tests/conftest.py): one more than cores, since some tests wait.
+WORKERS = $(shell $(BIN)/python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+PARALLEL = --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
@@ -35,7 +36,7 @@ demo: $(READY) ## make the demo images, train on them and evaluate: a few minute
 	@echo "  its curves   $(BIN)/tensorboard --logdir runs/demo/tensorboard"
 	@echo "  next         $(BIN)/resnest-train --help, and README.md"
 
-test: $(READY) ## run the tests, on at most 4 CPU cores
+test: $(READY) ## run the tests, in at most 4 processes
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-quick: $(READY) ## run those that start no process and take no time, for the inner loop
