@@ -9,9 +9,8 @@ export OMP_WAIT_POLICY := PASSIVE
 export UV_PYTHON_DOWNLOADS := never
 # Without compiled files every process would compile torch again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
-# Processes with tests, each with its torch on one thread (tests/conftest.py): one more than cores, since some tests wait.
-WORKERS = $(shell $(BIN)/python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
-PARALLEL = --numprocesses $(WORKERS) --dist worksteal
+# A process with tests on each core, which has its torch on one thread (tests/conftest.py).
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
