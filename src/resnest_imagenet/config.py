@@ -296,6 +296,15 @@ class DemoDataConfig(Options):
     val_per_class: Positive
 
 
+class DemoScenesConfig(Options):
+    """resnest-data demo task=segmentation."""
+
+    out: Place
+    seed: Seed
+    train_scenes: Positive
+    val_scenes: Positive
+
+
 class PrepareDataConfig(Options):
     """resnest-data prepare."""
 

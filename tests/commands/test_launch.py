@@ -269,6 +269,12 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     small = ["train_per_class=1", "val_per_class=1"]
     assert call(data, ["demo", f"out={tmp_path / 'demo'}", *small], monkeypatch, capsys)[0] == 0
     assert len(list((tmp_path / "demo/train").iterdir())) == 10
+    small = ["task=segmentation", "train_scenes=2", "val_scenes=1"]
+    assert call(data, ["demo", f"out={tmp_path / 'scenes'}", *small], monkeypatch, capsys)[0] == 0
+    assert len(list((tmp_path / "scenes/masks/train").iterdir())) == 2
+    code, lines = call(data, ["demo", "task=segmentatoin", f"out={tmp_path / 'x'}"], monkeypatch, capsys)
+    tasks = "(classification, segmentation)"
+    assert (code, lines) == (2, [f"resnest-data: unknown task 'segmentatoin'; did you mean 'segmentation'? {tasks}"])
     code, lines = call(data, ["demmo"], monkeypatch, capsys)
     assert (code, lines) == (2, ["resnest-data: unknown action 'demmo'; did you mean 'demo'?"])
     code, lines = call(data, ["x"], monkeypatch, capsys)
@@ -286,6 +292,14 @@ def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, mon
     help_text = capsys.readouterr().out
     assert help_text.startswith(f"resnest-data {action}: ")
     assert f"\n  resnest-data {action} " in help_text
+
+
+def test_the_demo_of_another_task_has_its_own_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/resnest-data", "demo", "task=segmentation", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        data.main()
+    help_text = capsys.readouterr().out
+    assert help_text.startswith("resnest-data demo task=segmentation: ") and "\ntrain_scenes: 400\n" in help_text
 
 
 def test_prepare_without_archives_has_exit_code_3(tmp_path, monkeypatch, capsys):
@@ -362,6 +376,7 @@ def list_keys(values, prefix=""):
         ("export", ExportConfig, ["model=resnest50"]),
         ("table3", Table3Config, []),
         *((f"data_{name}", action.schema, []) for name, action in data.ACTIONS.items()),
+        *((f"data_demo_{task}", action.schema, []) for task, action in data.DEMOS.items()),
         ("train", TrainConfig, ["data=webdataset"]),
     ],
 )
