@@ -329,10 +329,16 @@ class FolderOptions(Options):
         return self
 
 
+class CheckedDataOptions(FolderOptions):
+    """A data set in any layout of files."""
+
+    kind: Literal["folder", "ade20k", "cityscapes", "masks"]
+
+
 class CheckDataConfig(Options):
     """resnest-data check."""
 
-    data: FolderOptions
+    data: CheckedDataOptions
     out: Place | None
     workers: Positive | None
 

@@ -47,17 +47,20 @@ def prepare(config: PrepareDataConfig) -> None:
 def check(config: CheckDataConfig) -> None:
     """Check a data set, print the table and write the report; faults raise a DataError after both."""
     from resnest_imagenet.data.check import check_images, format_report, write_report
+    from resnest_imagenet.data.check_scenes import check_scenes
     from resnest_imagenet.files import require_writable
 
     if config.out:
         require_writable(Path(config.out), "out")
-    report = check_images(config.data.root, config.data.train_dir, config.data.val_dir, config.workers)
+    data = config.data
+    places = (data.root, data.train_dir, data.val_dir, config.workers)
+    report = check_images(*places) if data.kind == "folder" else check_scenes(data.kind, *places)
     if config.out:  # first: the table may meet a closed pipe
         write_report(report, Path(config.out))
     print(format_report(report))
     if report.num_faults:
         where = config.out or "add out=report.json to list them"
-        raise DataError(f"{config.data.root}: faults: {report.num_faults:,} ({where})")
+        raise DataError(f"{data.root}: faults: {report.num_faults:,} ({where})")
 
 
 def shard(config: ShardDataConfig) -> None:
