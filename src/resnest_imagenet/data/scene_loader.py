@@ -83,7 +83,7 @@ class SceneLoader:
             yield images.permute(0, 3, 1, 2), masks  # which is channels_last
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Return images (B, H, W, 3) as float32, normalised; by rows, as a CPU is slow on an innermost axis of three."""
+        """Return images (B, H, W, 3) as float32, normalised: by rows, since a CPU is slow on an inner axis of three."""
         width = images.shape[2]
         mean, std = self._mean.repeat(width), self._std.repeat(width)
         return images.flatten(2).float().sub_(mean).div_(std).view(images.shape)
