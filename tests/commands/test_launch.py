@@ -114,7 +114,7 @@ STEPS += ("train.warmup_steps=100",)
         (["data.root=/x", "train.task=other"], "unknown train.task 'other'"),
         (["data.root=/x", "train.task=null"], "train.task=null: input should be a valid string"),
         (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
-        (["task=other"], "unknown task 'other' (classification)"),
+        (["task=other"], "unknown task 'other' (classification, segmentation)"),
         (
             ["data.root=/x", "data.kind=folders"],
             "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
@@ -422,7 +422,8 @@ def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
     for name, text in helps.items():
         assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
         assert "resnest50_fast_2s1x64d" in text or name in ("table3", "compare", "report"), name
-    assert "experiment: demo, resnest101, resnest101_fast" in helps["train"]
+    assert "experiment: deeplabv3_resnest101_ade20k, deeplabv3_" in helps["train"]
+    assert "resnest101, resnest101_fast" in helps["train"]
 
 
 @pytest.mark.process

@@ -18,13 +18,13 @@ from resnest_imagenet.config import (
     ExportConfig,
     OwnProtocolOptions,
     PredictConfig,
-    ProtocolOptions,
 )
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.inference import explain, predict
 from resnest_imagenet.inference.classifier import choose_transforms
 from resnest_imagenet.inference.compare import format_comparison
 from resnest_imagenet.inference.describe import describe_input
+from resnest_imagenet.recipe import ProtocolOptions
 from resnest_imagenet.training.train import train
 from resnest_imagenet.weights.card import open_network
 from resnest_imagenet.weights.load import Weights, _find_published_test
