@@ -12,7 +12,7 @@ SMALL += ("timeout_seconds=60",)
 
 
 def resume_scenes(place: Place) -> dict[str, Any]:
-    """Segmentation killed in the middle of an epoch ends as without; a mask that cannot be used is named, or replaced."""
+    """Segmentation killed in the middle of an epoch ends as without; a mask that is damaged is named, or replaced."""
     scenes = place.folder / "scenes"
     write_demo_scenes(scenes, seed=0, train_scenes=19, val_scenes=3)
     options = (*SMALL, f"data.root={scenes}", "checkpoint.every_steps=1")
