@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import compose_config
+from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, PredictConfig
 from resnest_imagenet.data import folder

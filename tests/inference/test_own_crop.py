@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from conftest import compose_config
+from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.explain import explain_images
 from resnest_imagenet.commands.export import run as export
 from resnest_imagenet.commands.predict import predict_images
