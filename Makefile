@@ -42,7 +42,7 @@ demo-segmentation: $(READY) ## the same for scenes, from the demo's network: som
 	  train.init_from=runs/demo/checkpoints/best.pt
 	$(BIN)/resnest-eval ckpt=runs/demo_segmentation/checkpoints/best.pt data.root=data/demo-scenes
 
-test: $(READY) ## run the tests, on at most 4 CPU cores
+test: $(READY) ## run the tests, in at most 4 processes
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-quick: $(READY) ## run those that start no process and take no time, for the inner loop

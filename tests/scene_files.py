@@ -39,11 +39,9 @@ def write_masks(root, train=3, val=2):
 
 
 def write_ade20k(root):
-    lines = [
-        "Idx\tRatio\tTrain\tVal\tName",
-        *(f"{number}\t0.1\t5\t5\tclass {number}, thing" for number in range(1, 151)),
-    ]
-    write(root / "objectInfo150.txt", "\n".join(lines).encode())
+    numbers = [f"{number} " if number in (22, 24) else f"{number}" for number in range(1, 151)]  # as released
+    rows = "".join(f"{number}\t0.1\t5\t5\tclass {number.strip()}, thing \n" for number in numbers)
+    write(root / "objectInfo150.txt", f"Idx\tRatio\tTrain\tVal\tName\n{rows}".encode())
     for part in ("training", "validation"):
         colours, values = draw(len(part))
         values[0] = range(121, 151)

@@ -3,6 +3,7 @@
 torch is imported where it is used: the commands ask for their rank before they import it.
 """
 
+import atexit
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them all
 _joins = itertools.count()  # of this process
 _groups: list[Any] = []  # the process group of this process: see `join`
+atexit.register(_groups.clear)
 
 
 @dataclass(frozen=True)

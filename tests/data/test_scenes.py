@@ -27,7 +27,7 @@ def test_masks_as_they_are(tmp_path):
 
 def test_ade20k_has_void_0_and_classes_from_1(tmp_path):
     scenes = open_scenes("ade20k", str(write_ade20k(tmp_path)), "val")
-    assert len(scenes.classes) == 150 and scenes.classes[149] == "class 150, thing"
+    assert len(scenes.classes) == 150 and scenes.classes[149] == "class 150"
     assert scenes.images.name(0).endswith("images/validation/ADE_validation_00000001.jpg")
     _, mask = scenes.read(0)
     values = np.array(Image.open(scenes.masks.name(0)))
@@ -169,8 +169,8 @@ def test_missing_folders_and_names_are_named(tmp_path):
         path.unlink()
     assert fail(tmp_path) == "ROOT/images/train: no images (*.jpg, .png, ...)"
     write_ade20k(tmp_path / "ade")
-    (tmp_path / "ade/objectInfo150.txt").write_text("1\twall\n3\tsky\n")
-    assert "must begin with the numbers of the classes" in fail(tmp_path / "ade", "ade20k")
+    (tmp_path / "ade/objectInfo150.txt").write_text("Idx\tName\n1\twall\n3\tsky\n")
+    assert "not ADE20K's list of classes" in fail(tmp_path / "ade", "ade20k")
 
 
 def test_an_unknown_kind_is_one_line():

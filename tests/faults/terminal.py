@@ -39,7 +39,7 @@ def outlast_the_terminal(place: Place) -> dict[str, Any]:
         "data": ["check", f"data.root={place.data}"],
         "info": ["model=resnest14"],
     }
-    calls = {"table3": []} if place.fast else calls
+    calls = {"data": calls["data"]} if place.fast else calls
     for command, arguments in calls.items():
         left = Command(place, command, *arguments, faults=[("has_no_reader", [])])
         require(left.wait() == [128 + signal.SIGPIPE], f"{command} | head: {left.processes[0].exitcode}")

@@ -17,6 +17,7 @@ from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.results import read_measured
+from resnest_imagenet.reports import table3 as report
 from resnest_imagenet.reports.table3 import PAPER, format_table
 from resnest_imagenet.training.train import train
 from run_files import read_events
@@ -42,8 +43,9 @@ make_results.result = {"crop": 224, "top1": 81.0, "top5": 95.0, "correct1": 4050
 make_results.result["protocol"] = "short side 256 bilinear, centre crop 224"
 
 
-@pytest.mark.slow
 def test_the_readmes_table_is_the_commands(tmp_path, monkeypatch, capsys):
+    # To count takes seconds, and tests/models/test_zoo.py does it.
+    monkeypatch.setattr(report, "count_cost", lambda name, crop: GOLDEN[name][:2])
     (tmp_path / "a.json").write_text(make_results(model="resnest14_half"))
     monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=json"])
     command.main()

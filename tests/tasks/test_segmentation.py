@@ -133,9 +133,10 @@ def test_a_run_resumes_bit_for_bit(scene_run, inject, tmp_path):
 @pytest.mark.process
 def test_two_ranks_equal_one_process_that_accumulates(scenes, tmp_path):
     """With frozen norms bit for bit; trained ones have each rank's own statistics, as they have each batch's own."""
-    place, models = Place(tmp_path, fast=True), {}
+    place, models, runs = Place(tmp_path, fast=True), {}, []
     for ranks in (1, 2):
         run = place.new_run()
+        runs.append(run)
         options = (f"data.root={scenes}", f"run_dir={run}", "train.global_batch=4", "train.norm=frozen")
         trainer = Command(place, "train", *SMALL_SCENES, *options, ranks=ranks)
         assert trainer.wait() == [0] * ranks, trainer.output
@@ -143,8 +144,7 @@ def test_two_ranks_equal_one_process_that_accumulates(scenes, tmp_path):
     assert models[1]["step"] == models[2]["step"] == 4
     weights = [models[ranks]["model"] for ranks in (1, 2)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    events = [read_events(tmp_path / f"run-{ranks}") for ranks in (1, 2)]
-    first, second = ([event["miou"] for event in run if event["event"] == "eval"] for run in events)
+    first, second = ([event["miou"] for event in read_events(run) if event["event"] == "eval"] for run in runs)
     assert first == second and len(first) == 2
 
 

@@ -102,10 +102,9 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_the_same_command_resumes_bit_for_bit(loader, small_run, inject, tmp_path, capsys, signals):
+def test_the_same_command_resumes_bit_for_bit(small_run, inject, tmp_path, capsys, signals):
     """With all that draws: stopped in the middle of an epoch, interrupted in the next, which loses a step."""
-    options = (f"loader={loader}", "train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
+    options = ("loader=torchvision", "train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
     # At 48 pixels layer3's maps hold one 3x3 block.
     options += ("train.dropblock=0.2", "train.crop=48", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
     options += ("train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1", "train.erasing=0.5")
@@ -134,13 +133,10 @@ def interrupt():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_a_run_on_shards_is_the_run_on_the_folder_and_resumes(
-    loader, small_run, inject, demo_images, evaluation_of, tmp_path
-):
+def test_a_run_on_shards_is_the_run_on_the_folder_and_resumes(small_run, inject, demo_images, evaluation_of, tmp_path):
     write_shards(str(demo_images), BOTH_PARTS, tmp_path / "shards", 30, shuffle=False)
     shards = ("data=webdataset", f"data.root={tmp_path / 'shards'}")
-    options = (f"loader={loader}", *ONE_EPOCH, "checkpoint.every_steps=3", "log.trackers=[]")
+    options = ("loader=dali", *ONE_EPOCH, "checkpoint.every_steps=3", "log.trackers=[]")
     train(small_run(*options, run="folder"))
     inject(Fault(0, 4, interrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -154,7 +150,7 @@ def test_a_run_on_shards_is_the_run_on_the_folder_and_resumes(
     assert folder["classes"] == sharded["classes"]
     with pytest.raises(CheckpointError, match="was trained with data.shuffle_shards=null, not 2"):
         train(small_run(*options, *shards, "data.shuffle_shards=2", run="shards"))
-    (result,) = evaluate_checkpoint(evaluation_of(newest_checkpoint(runs[1]), *shards, f"loader={loader}"))
+    (result,) = evaluate_checkpoint(evaluation_of(newest_checkpoint(runs[1]), *shards, "loader=dali"))
     assert (result.top1, result.count) == (read_events(runs[0])[-1]["top1"], 40)
 
 
@@ -276,8 +272,7 @@ def test_a_compiled_run_has_the_plain_keys_and_resumes_bit_for_bit(tiny_run, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_a_run_is_compiled_once_before_its_first_step(loader, small_run, graphs, monkeypatch):
+def test_a_run_is_compiled_once_before_its_first_step(small_run, graphs, monkeypatch):
     compiled = []
 
     def count_graphs(*args):
@@ -287,7 +282,7 @@ def test_a_run_is_compiled_once_before_its_first_step(loader, small_run, graphs,
     monkeypatch.setattr(train_module, "train_epoch", count_graphs)
     options = (*ONE_EPOCH, "train.crop=48", "train.batch_size=8", "train.erasing=0.5", "log.trackers=[]")
     options += ("train.global_batch=16", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2")
-    train(small_run("train.compile=true", f"loader={loader}", "train.precision=bf16", *options))
+    train(small_run("train.compile=true", "loader=dali", "train.precision=bf16", *options))
     assert (compiled, graphs.frame_count) == ([1], 1)
 
 

@@ -121,7 +121,7 @@ def crop_mask(mask: np.ndarray, place: Placement, crop: int) -> np.ndarray:
     if place.is_mirrored:
         columns = columns[::-1]
     result = np.full((crop, crop), VOID, np.uint8)
-    result[:height, :width] = mask[rows[:, None], columns]
+    result[:height, :width] = mask.take(rows, 0).take(columns, 1)
     return result
 
 

@@ -134,12 +134,15 @@ class Layout:
 
 
 def _read_ade20k_classes(root: Path) -> tuple[str, ...]:
-    lines = read_class_names(root / "objectInfo150.txt")
-    cells = [[cell.strip() for cell in line.split("\t")] for line in lines]
-    rows = [row for row in cells if row[0].isdigit()]
-    if [row[0] for row in rows] != [str(number + 1) for number in range(len(rows))] or not 1 <= len(rows) < UNKNOWN:
-        raise DataError(f"{root / 'objectInfo150.txt'}: its lines must begin with the numbers of the classes, 1 to 150")
-    return tuple(row[-1] for row in rows)
+    """Return the first synonym of each class: they differ."""
+    path = root / "objectInfo150.txt"
+    rows = [line.split("\t") for line in read_class_names(path)[1:]]  # below Idx, Ratio, Train, Val, Name
+    classes = tuple(row[-1].partition(",")[0].strip() for row in rows)
+    # As released, some of the numbers have a space behind them.
+    is_numbered = [row[0].strip() for row in rows] == [str(number) for number in range(1, 151)]
+    if not is_numbered or len(set(classes)) < len(classes):
+        raise DataError(f"{path}: not ADE20K's list of classes: below its first line, 1 to 150 with names that differ")
+    return classes
 
 
 def _read_named_classes(root: Path) -> tuple[str, ...]:
