@@ -373,10 +373,10 @@ def find_outside_task(name: str) -> extensions.Task | None:
 
 
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
-    """Return a schema as it is for each task; where it is of none, itself."""
+    """Return a schema as it is for each task; where it is of one already, or of none, itself."""
     if schema in _OF_ANY_TASK:
         return [_specialise(schema, protocol=protocol) for protocol in (OwnProtocolOptions, RegionProtocolOptions)]
-    if not issubclass(schema, TrainConfig):
+    if not issubclass(schema, TrainConfig) or schema.model_fields["train"].annotation is not Recipe:
         return [schema]
     outside = [task.recipe for task in extensions.tasks.read().values()]
     return [_of_recipe(schema, recipe) for recipe in (*RECIPES.values(), *outside)]
