@@ -164,20 +164,20 @@ class EvalConfig(Options):
 
 
 class InferenceConfig(Options):
-    """What resnest-predict and resnest-compare share."""
+    """What resnest-predict, resnest-explain and resnest-compare share."""
 
     weights: Literal["auto", "model", "ema"]
     crop: Crop | None  # null: the checkpoint's own
     batch_size: Positive
     precision: Precision
     device: Device
-    protocol: OwnProtocolOptions
     loader: LoaderOptions
 
 
 class PredictConfig(InferenceConfig):
     """resnest-predict."""
 
+    protocol: OwnProtocolOptions | RegionProtocolOptions  # of the weights' task: see `choose_schema`
     ckpt: Place
     model: NetworkOptions | None
     images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
@@ -188,6 +188,7 @@ class PredictConfig(InferenceConfig):
 class ExplainConfig(InferenceConfig):
     """resnest-explain."""
 
+    protocol: OwnProtocolOptions
     ckpt: Place
     model: NetworkOptions | None
     images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
@@ -213,6 +214,7 @@ class ComparedDataOptions(Options):
 class CompareConfig(InferenceConfig):
     """resnest-compare."""
 
+    protocol: OwnProtocolOptions
     ckpt: Annotated[list[Place], Field(min_length=2)]
     models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
     images: Place | None  # a folder with one folder per true class, in place of data.root
@@ -350,6 +352,8 @@ class ShardDataConfig(Options):
     shuffle: bool
 
 
+# Commands whose protocol is of the weights' task.
+_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig)
 # By task; other packages may add some.
 RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
 extensions.tasks.reserve(RECIPES)
@@ -370,7 +374,7 @@ def find_outside_task(name: str) -> extensions.Task | None:
 
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     """Return a schema as it is for each task; where it is of one already, or of none, itself."""
-    if schema is EvalConfig:
+    if schema in _OF_ANY_TASK:
         return [_specialise(schema, protocol=protocol) for protocol in (OwnProtocolOptions, RegionProtocolOptions)]
     if not issubclass(schema, TrainConfig) or schema.model_fields["train"].annotation is not Recipe:
         return [schema]
@@ -392,7 +396,7 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
     """
     protocol = values.get("protocol")
     is_of_regions = isinstance(protocol, Mapping) and "name" in protocol
-    if schema is EvalConfig:
+    if schema in _OF_ANY_TASK:
         return _specialise(schema, protocol=RegionProtocolOptions if is_of_regions else OwnProtocolOptions)
     options = values.get("train")
     task = options.get("task") if isinstance(options, Mapping) else None

@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 
-from conftest import compose_config, evaluate_checkpoint
+from conftest import compose_config, evaluate_checkpoint, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
 from resnest_imagenet.commands.explain import explain_images
 from resnest_imagenet.commands.export import run as export
-from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import (
     CompareConfig,
     EvalConfig,
@@ -64,7 +63,7 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
         real = module.build_loader
         monkeypatch.setattr(module, "build_loader", lambda *args, real=real: seen.append(args[3]) or real(*args))
     single = (*FAST, f"ckpt={ckpt}", f"images={demo_images}/val/disk/disk_0_00000.JPEG")
-    predict_images(compose_config("predict", PredictConfig, *single))
+    predict_classes(compose_config("predict", PredictConfig, *single))
     explain_images(compose_config("explain", ExplainConfig, *single, f"out={tmp_path}/explained"))
     assert [transform.protocol for transform in seen] == [WORDS, WORDS]
 

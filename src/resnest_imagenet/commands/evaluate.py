@@ -50,16 +50,13 @@ def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.devic
     from resnest_imagenet.inference.classifier import open_classifier
     from resnest_imagenet.tasks.evaluate_checkpoint import evaluate, write_evaluations, write_results
 
-    if not isinstance(config.protocol, OwnProtocolOptions):
-        raise ConfigError(f"protocol={config.protocol.name} is of segmentation: choose own, paper, ecentercrop or full")
+    protocol = take_own_protocol(config.protocol)
     is_main = launched_as().rank == 0
     images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
     if is_main:
         print_notes(images)
     name = config.model.name if config.model else None
-    classifier = open_classifier(
-        weights, name, crop=config.crop, protocol=config.protocol.list_changes(), device=device
-    )
+    classifier = open_classifier(weights, name, crop=config.crop, protocol=protocol.list_changes(), device=device)
     evaluations = evaluate(
         classifier,
         images,
@@ -89,10 +86,7 @@ def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.devic
         write_scenes,
     )
 
-    protocol = config.protocol
-    given = protocol if isinstance(protocol, RegionProtocolOptions) else None
-    if isinstance(protocol, OwnProtocolOptions) and protocol.list_changes():
-        raise ConfigError("protocol is of classification: choose own, whole, slide, centre or published")
+    given = take_region_protocol(config.protocol)
     if config.crop is not None or config.compile:
         raise ConfigError(
             "crop and compile are of classification: set protocol.crop=... of protocol=slide or published"
@@ -108,6 +102,22 @@ def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.devic
     if launched_as().rank == 0 and config.predictions is not None:
         write_scenes(Path(config.predictions), segmenter, scenes, regions)
     return format_regions(segmenter, regions)
+
+
+def take_own_protocol(protocol: OwnProtocolOptions | RegionProtocolOptions) -> OwnProtocolOptions:
+    """Return the protocol of a network of classification; a ConfigError for another task's."""
+    if isinstance(protocol, RegionProtocolOptions):
+        raise ConfigError(f"protocol={protocol.name} is of segmentation: choose own, paper, ecentercrop or full")
+    return protocol
+
+
+def take_region_protocol(protocol: OwnProtocolOptions | RegionProtocolOptions) -> RegionProtocolOptions | None:
+    """Return the protocol of a network of segmentation, None for its own; a ConfigError for another task's."""
+    if isinstance(protocol, RegionProtocolOptions):
+        return protocol
+    if protocol.list_changes():
+        raise ConfigError("protocol is of classification: choose own, whole, slide, centre or published")
+    return None
 
 
 def main() -> None:

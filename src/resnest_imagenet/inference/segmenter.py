@@ -5,19 +5,20 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from resnest_imagenet.compute import place
+from resnest_imagenet.data.scenes import make_palette
 from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.evaluation.regions import RegionProtocol
-from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.recipe import RegionProtocolOptions
 from resnest_imagenet.weights.load import Weights, read_weights
-from resnest_imagenet.weights.segmentation import SEGMENTATION, load_deeplab
+from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Segmenter:
         weights: what their source tells; the tensors themselves are the module's.
         name: of the backbone.
         classes: of its outputs, in order.
+        palette: uint8 (K, 3), red, green and blue of each class: the data set's own, or those of `make_palette`.
         data_kind: the layout of the scenes that it was trained on.
         protocol: how it sees scenes.
         module: maps normalised images (B, 3, H, W) to logits (B, K, H, W).
@@ -36,6 +38,7 @@ class Segmenter:
     weights: Weights
     name: str
     classes: tuple[str, ...]
+    palette: np.ndarray
     data_kind: str
     protocol: RegionProtocol
     module: nn.Module
@@ -74,27 +77,35 @@ def open_segmenter(
     """
     place_on = choose_device(device)
     weights = source if isinstance(source, Weights) else read_weights(source, choice, (SEGMENTATION,))
-    if weights.run is None or weights.training is None or weights.classes is None or weights.model is None:
-        raise CheckpointError(f"{weights.source}: not the checkpoint of a run: start one from it, train.init_from=...")
+    model = restore_deeplab(weights)
+    assert weights.run and weights.training and weights.model and weights.classes
     recipe = weights.training
     try:
         own = RegionProtocolOptions.model_validate(weights.run["protocol"])
-        model = build_deeplab(
-            weights.model,
-            len(weights.classes),
-            output_stride=recipe["output_stride"],
-            rates=recipe["rates"],
-            channels=recipe["head_channels"],
-            auxiliary=recipe["auxiliary_weight"] > 0,
-        )
         shown = choose_protocol(_fill(own, protocol), recipe["crop"], recipe["base"])
         data_kind = weights.run["data"]["kind"]
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
-    load_deeplab(model, weights.model, weights)
+    classes = tuple(weights.classes)
+    palette = make_palette(classes) if weights.palette is None else np.array(weights.palette, np.uint8)
     module = place(fold_batch_norms(model).requires_grad_(False), place_on)
     described = replace(weights, tensors={})
-    return Segmenter(described, weights.model, tuple(weights.classes), data_kind, shown, module)
+    return Segmenter(described, weights.model, classes, palette, data_kind, shown, module)
+
+
+def take_segmenter(network: Segmenter | str | PathLike[str]) -> Segmenter:
+    """Return the network that a library function was given; one that is named is opened.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(network, Segmenter):
+        return network
+    if not isinstance(network, str | PathLike):
+        raise ConfigError(
+            f"the network is a {type(network).__name__}: give what open_segmenter(...) returns, or a checkpoint's path"
+        )
+    return open_segmenter(network)
 
 
 def _fill(own: RegionProtocolOptions, given: RegionProtocolOptions | Mapping[str, Any] | None) -> RegionProtocolOptions:

@@ -61,7 +61,7 @@ class Segmentation:
         require_same_classes(self.train_set, self.val_set)
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
-        self.classes = self._train.classes
+        self.classes, self.palette = self._train.classes, self._train.palette
         network = config.model.model_copy(update={"num_classes": len(self.classes)})
         self.config = config.model_copy(update={"model": network})
         self.head: tuple[str, ...] = ("head", "auxiliary") if recipe.auxiliary_weight else ("head",)
@@ -200,7 +200,7 @@ class Segmentation:
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
         """See `Task`: each scene, and under the colours of its mask."""
         images, masks = (tensor[:NUM_SHOWN].clone() for tensor in batch)
-        palette = self._train.palette
+        palette = self.palette
 
         def draw() -> np.ndarray:
             pictures = []

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from resnest_imagenet.checkpoint import load_checkpoint
@@ -30,6 +30,11 @@ from resnest_imagenet.weights.published import fetch, find_timm_test
 
 TASK = "classification"  # that of the zoo's networks; a checkpoint that names none is of before there were others
 
+_USES = {
+    TASK: "start a run from it, train.init_from=...",
+    "segmentation": "resnest-eval, resnest-predict and resnest-export take it",
+}
+_COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
 # mmpretrain, Lightning and timm.
 _CONTAINERS = (("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"))
@@ -51,6 +56,7 @@ class Weights:
         protocol: how images are brought to it, where the source tells.
         run: the whole configuration of the run, in this project's checkpoints.
         task: that it was trained for: another than classification only of this project's checkpoints.
+        palette: red, green and blue of each class, 0 to 255, where the source tells.
     """
 
     source: str
@@ -64,6 +70,7 @@ class Weights:
     protocol: ProtocolOptions | None = None
     run: dict[str, Any] | None = None
     task: str = TASK
+    palette: list[list[int]] | None = None
 
 
 def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Collection[str] = (TASK,)) -> Weights:
@@ -110,10 +117,13 @@ def require_task(content: dict[str, Any], source: str, tasks: Collection[str]) -
     """
     task = content.get("task", TASK)
     if task not in tasks:
-        taken = " or ".join(tasks)
-        raise CheckpointError(
-            f"{source}: a checkpoint of task {task}, not of {taken}: choose another, or other weights"
-        )
+        raise CheckpointError(describe_other_task(source, task, tasks))
+
+
+def describe_other_task(source: str, task: str, tasks: Collection[str]) -> str:
+    """Return a line about a checkpoint of a task that is not among those that are taken: what to do with it."""
+    advice = _USES.get(task, "choose another, or other weights")
+    return f"{source}: a checkpoint of task {task}, not of {' or '.join(tasks)}: {advice}"
 
 
 def list_classes(known: Sequence[str] | None, num_outputs: int) -> list[str] | None:
@@ -140,6 +150,7 @@ def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
         raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
     crop, protocol = _read_evaluation(content["config"])
     known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
+    known["palette"] = _read_palette(content.get("palette"), len(classes))
     return replace(weights, model=name, run=content["config"], task=content.get("task", TASK), **known)
 
 
@@ -150,6 +161,15 @@ def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOption
         return crop, ProtocolOptions.model_validate(config["protocol"])
     except (KeyError, ValidationError):
         return None, None
+
+
+def _read_palette(palette: Any, num_classes: int) -> list[list[int]] | None:
+    """Return the colours of the classes that a checkpoint has; None where it has none, or something else."""
+    try:
+        colours = _COLOURS.validate_python(palette, strict=True)
+    except ValidationError:
+        return None
+    return colours if len(colours) == num_classes else None
 
 
 def _find_published_test(source: str, model: str) -> tuple[int | None, ProtocolOptions | None]:

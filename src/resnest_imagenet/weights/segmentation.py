@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from resnest_imagenet.errors import CheckpointError
-from resnest_imagenet.models.deeplab import DeepLabV3
+from resnest_imagenet.models.deeplab import DeepLabV3, build_deeplab
 from resnest_imagenet.weights.layouts import recognise_deeplab, rename_deeplab
-from resnest_imagenet.weights.load import TASK, Weights, match_tensors, read_weights
+from resnest_imagenet.weights.load import TASK, Weights, describe_other_task, match_tensors, read_weights
 
 SEGMENTATION = "segmentation"  # the task of the checkpoints that hold a DeepLabV3
 _CLASSIFIERS = ("head.classify.", "auxiliary.classify.")
@@ -48,6 +48,36 @@ def start_deeplab(
     _load_backbone(model, name, weights)
     model.load_state_dict(heads, strict=False)
     return "its backbone and heads" if rows is None else "its backbone, heads and classes"
+
+
+def restore_deeplab(weights: Weights) -> DeepLabV3:
+    """Build the network of a run's checkpoint, on the CPU, and load its weights.
+
+    Args:
+        weights: of `read_weights(source, choice, (SEGMENTATION, ...))`.
+
+    Raises:
+        CheckpointError: not those of a run of segmentation, or they do not fit its configuration.
+    """
+    # Bare weights have a classification's task: nothing tells theirs.
+    if weights.run is None or weights.training is None or weights.classes is None or weights.model is None:
+        raise CheckpointError(f"{weights.source}: not the checkpoint of a run: start one from it, train.init_from=...")
+    if weights.task != SEGMENTATION:
+        raise CheckpointError(describe_other_task(weights.source, weights.task, (SEGMENTATION,)))
+    recipe = weights.training
+    try:
+        model = build_deeplab(
+            weights.model,
+            len(weights.classes),
+            output_stride=recipe["output_stride"],
+            rates=recipe["rates"],
+            channels=recipe["head_channels"],
+            auxiliary=recipe["auxiliary_weight"] > 0,
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
+    load_deeplab(model, weights.model, weights)
+    return model
 
 
 def load_deeplab(model: DeepLabV3, name: str, weights: Weights) -> None:
