@@ -13,10 +13,11 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-segmentation test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
+.PHONY: help setup demo demo-segmentation test test-quick fault-test lint bench bench-segmentation growth bench-gpu \
+  bench-data lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 setup: $(READY) ## build .venv with all that the project needs
 
@@ -59,6 +60,11 @@ lint: $(READY) ## check style, format and types
 bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes
 	$(BIN)/python tools/benchmarks/bench.py --compile --out docs/performance.json
 	$(BIN)/python tools/benchmarks/bench.py --report docs/performance.json > docs/performance.md
+
+bench-segmentation: $(READY) ## compare DeepLabV3 with torchvision's on timm's backbone, side by side: 15 minutes
+	$(BIN)/python tools/benchmarks/bench_segmentation.py --out docs/performance_segmentation.json
+	$(BIN)/python tools/benchmarks/bench_segmentation.py --report docs/performance_segmentation.json \
+	  > docs/performance_segmentation.md
 
 growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
 	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json

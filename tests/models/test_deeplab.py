@@ -125,6 +125,24 @@ def test_parameters_and_multiply_adds(name):
     assert [count / 1e9 for count in counted[1:]] == pytest.approx(billions, rel=0.002)
 
 
+def test_the_heads_products_equal_the_convolutions():
+    """In channels_last gradients of the heads' weights are products of matrices: those of the test above are not."""
+    results = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model = build().to(memory_format=layout)
+        torch.manual_seed(1)
+        images = torch.randn(3, 3, 49, 66, dtype=torch.float64).contiguous(memory_format=layout)
+        # Not the dropout: it draws by the order of the memory.
+        for module in (model.head, model.auxiliary):
+            module.eval()
+        logits, auxiliary = model(images)
+        (logits.square().mean() + auxiliary.square().mean()).backward()
+        results.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in results[0].items():
+        close = 1e-9 * gradient.abs().max().item() + 1e-12
+        torch.testing.assert_close(gradient, results[1][name], rtol=0, atol=close, msg=name)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_shapes_and_the_auxiliary_head(training):
     """Logits of the images' size, odd ones too; without the auxiliary head there are no others."""

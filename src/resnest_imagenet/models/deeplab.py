@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnest_imagenet.models.features import Backbone, Norm
+from resnest_imagenet.models.pointwise import PointwiseConv2d
+from resnest_imagenet.models.taps import TapConv2d
 from resnest_imagenet.models.zoo import build_model
 
 RATES = (12, 24, 36)  # of the dilated convolutions at output stride 8
@@ -164,13 +166,15 @@ def build_deeplab(
 
 
 def _make_unit(in_channels: int, out_channels: int, kernel_size: int, rate: int = 1) -> nn.Sequential:
-    padding = rate * (kernel_size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=rate, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
+    convolution = (
+        PointwiseConv2d(in_channels, out_channels)
+        if kernel_size == 1
+        else TapConv2d(in_channels, out_channels, dilation=rate)
     )
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 def _upsample(logits: Tensor, images: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        logits = logits.contiguous()  # the cross entropy would copy the upsampled logits out of channels_last
     return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)
