@@ -13,10 +13,11 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick fault-test lint bench growth bench-gpu bench-data lock clean
+.PHONY: help setup demo demo-segmentation test test-quick fault-test lint bench bench-segmentation growth bench-gpu \
+  bench-data lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 setup: $(READY) ## build .venv with all that the project needs
 
@@ -35,6 +36,13 @@ demo: $(READY) ## make the demo images, train on them and evaluate: a few minute
 	@echo "  its curves   $(BIN)/tensorboard --logdir runs/demo/tensorboard"
 	@echo "  next         $(BIN)/resnest-train --help, and README.md"
 
+demo-segmentation: $(READY) ## the same for scenes, from the demo's network: some minutes more
+	test -e runs/demo/checkpoints/best.pt || $(MAKE) demo
+	$(BIN)/resnest-data demo task=segmentation out=data/demo-scenes
+	$(BIN)/resnest-train +experiment=demo_segmentation data.root=data/demo-scenes \
+	  train.init_from=runs/demo/checkpoints/best.pt
+	$(BIN)/resnest-eval ckpt=runs/demo_segmentation/checkpoints/best.pt data.root=data/demo-scenes
+
 test: $(READY) ## run the tests, in at most 4 processes
 	$(BIN)/python -m pytest $(PARALLEL)
 
@@ -52,6 +60,11 @@ lint: $(READY) ## check style, format and types
 bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes
 	$(BIN)/python tools/benchmarks/bench.py --compile --out docs/performance.json
 	$(BIN)/python tools/benchmarks/bench.py --report docs/performance.json > docs/performance.md
+
+bench-segmentation: $(READY) ## compare DeepLabV3 with torchvision's on timm's backbone, side by side: 15 minutes
+	$(BIN)/python tools/benchmarks/bench_segmentation.py --out docs/performance_segmentation.json
+	$(BIN)/python tools/benchmarks/bench_segmentation.py --report docs/performance_segmentation.json \
+	  > docs/performance_segmentation.md
 
 growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
 	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from torch import nn
 
 import tiny_task
@@ -25,10 +27,16 @@ from faulty_task import Fault, open_with
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from resnest_imagenet.commands.evaluate import evaluate_images, read_network
 from resnest_imagenet.commands.launch import check_config, find_conf
-from resnest_imagenet.config import EvalConfig, TrainConfig
+from resnest_imagenet.commands.predict import predict_images, read_inputs
+from resnest_imagenet.config import EvalConfig, PredictConfig, TrainConfig
 from resnest_imagenet.data.demo import write_demo_images
+from resnest_imagenet.data.demo_scenes import write_demo_scenes
 from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.evaluation.overlays import encode_index_png
+from resnest_imagenet.evaluation.results import CropResult
+from resnest_imagenet.inference.predict import Prediction
 from resnest_imagenet.training import run_folder
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.stopping import SIGNALS
@@ -37,6 +45,9 @@ CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
 # What torchrun tells the first of two ranks.
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+# Of the classes of drawn scenes; none of them is one that the project itself would choose.
+SCENE_COLOURS = np.array([(9, 8, 7), (250, 1, 2), (3, 250, 4), (5, 6, 250), (251, 252, 5), (6, 253, 254)], np.uint8)
 
 # Seconds each to import: a test imports them itself.
 HEAVY = {"torchvision", "timm", "matplotlib", "scipy", "nvidia.dali", "torch._dynamo", "wandb", "mlflow"}
@@ -91,6 +102,21 @@ def compose_config(name: str, schema: type, *overrides: str):
 
 # The demo's experiment, shrunk: 12 steps of 16 images in two epochs.
 SMALL = ("+experiment=demo", "device=cpu", "train.epochs=2", "train.crop=32", "train.batch_size=16", "loader.workers=1")
+
+
+@pytest.fixture(scope="session")
+def segmentation_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run on drawn scenes, beside them, ../scenes, whose masks have a palette of their own."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    write_demo_scenes(folder / "scenes", seed=0, train_scenes=8, val_scenes=3)
+    for file in (folder / "scenes/masks").rglob("*.png"):
+        file.write_bytes(encode_index_png(np.array(Image.open(file)), SCENE_COLOURS))
+    places = (f"data.root={folder / 'scenes'}", f"run_dir={folder / 'run'}")
+    # So few steps at this rate end in masks of several classes.
+    options = ("device=cpu", "train.epochs=2", "train.crop=64", "train.batch_size=2", "train.lr=2e-3")
+    options += ("loader.workers=0", "log.trackers=[]", "log.every_steps=1", "+experiment=demo_segmentation")
+    train_module.train(compose_config("train", TrainConfig, *options, *places))
+    return folder / "run"
 
 
 @pytest.fixture
@@ -169,6 +195,16 @@ def graphs(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(nn.Module, "compile", compile_counted)
     return counter
+
+
+def evaluate_checkpoint(config: EvalConfig) -> list[CropResult]:
+    """Return what resnest-eval measures of a network of classification."""
+    return evaluate_images(config, *read_network(config))
+
+
+def predict_classes(config: PredictConfig) -> tuple[list[Prediction], list[str]]:
+    """Return what resnest-predict finds by a network of classification, and its lines about images that it skips."""
+    return predict_images(config, *read_inputs(config))
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -1,11 +1,11 @@
-"""Runs of TinyTask over several ranks without torchrun: processes that are forked from one that has torch imported."""
+"""Several ranks without torchrun: processes that are forked from one that has torch imported."""
 
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 import tiny_task
 from faulty_task import Fault, put_into_runs
 from resnest_imagenet.config import TrainConfig, choose_schema
+from resnest_imagenet.distributed import Ranks, choose_device, join
 from resnest_imagenet.errors import Stopped, UserError
 from resnest_imagenet.training.train import train
 
@@ -52,13 +53,9 @@ def train_on_ranks(
     Returns:
         By rank, how they have ended.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     files = [folder / f"rank-{rank}.txt" for rank in range(world_size)]
     processes = []
-    for rank, file in enumerate(files):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank, (file, environment) in enumerate(zip(files, _launch_ranks(world_size), strict=True)):
         place = folders[rank] if folders else Path.cwd()
         arguments = (config.model_dump(), environment, place, file, tuple(faults), options)
         processes.append(_start_server().Process(target=_train, args=arguments, daemon=True))
@@ -66,6 +63,28 @@ def train_on_ranks(
     for process in processes:
         process.join(240)
     return [Ended(process.exitcode, file.read_text()) for process, file in zip(processes, files, strict=True)]
+
+
+def compute_on_ranks(compute: Callable[[Ranks], Any], world_size: int) -> list[Any]:
+    """Return what a function of a module returns on each of several ranks that have met, by rank."""
+    queue = _start_server().SimpleQueue()
+    processes = []
+    for environment in _launch_ranks(world_size):
+        processes.append(_start_server().Process(target=_compute, args=(compute, environment, queue), daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0] * world_size
+    return [result for _, result in sorted((queue.get() for _ in processes), key=lambda pair: pair[0])]
+
+
+def _launch_ranks(world_size: int) -> Iterator[dict[str, Any]]:
+    """Yield each rank's environment."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for rank in range(world_size):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        yield environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 @cache
@@ -104,3 +123,10 @@ def _train(
     except (UserError, Stopped) as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _compute(compute: Callable[[Ranks], Any], environment: Mapping[str, Any], queue: Any) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    with join(choose_device("cpu")) as ranks:
+        queue.put((ranks.rank, compute(ranks)))

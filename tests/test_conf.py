@@ -14,8 +14,11 @@ from resnest_imagenet.data.augment import POLICIES
 from resnest_imagenet.recipe import ClassificationRecipe
 from resnest_imagenet.reports.table3 import PAPER
 
-EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experiment").glob("*.yaml")}
+ALL_EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experiment").glob("*.yaml")}
+OF_SCENES = {name for name, text in ALL_EXPERIMENTS.items() if "override /task: segmentation" in text}
+EXPERIMENTS = {name: text for name, text in ALL_EXPERIMENTS.items() if name not in OF_SCENES}
 RECIPES = {path.stem: path.read_text() for path in (find_conf() / "recipe").glob("*.yaml")}
+PUBLISHED = sorted(name for name in RECIPES if not name.startswith("demo"))
 
 
 @functools.cache
@@ -24,7 +27,8 @@ def compose_train(*overrides):
 
 
 def test_every_published_network_has_an_experiment_of_its_name():
-    assert EXPERIMENTS.keys() - {"demo"} == set(list_models()) - {"resnest14_half"}
+    of_table_7 = {"resnet50s", "resnet101s"}
+    assert EXPERIMENTS.keys() - {"demo"} == set(list_models()) - {"resnest14_half"} - of_table_7
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"demo"}))
@@ -66,7 +70,7 @@ def test_one_recipe_for_all_models_is_one_override():
     assert set(map(str, runs)) == {str(compose_train("recipe=sknet").train)}
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"demo"}))
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_every_value_of_a_recipe_has_a_comment(name):
     lines = RECIPES[name].splitlines()
     assert f"recipe: {name}" in lines
@@ -122,9 +126,58 @@ FIGURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"demo"}))
+DEEPLAB = {
+    **{name: COMMON[name] for name in ("steps", "milestones", "step_factor", "warmup_steps", "compile")},
+    **{name: COMMON[name] for name in ("warmup_start", "clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
+    "task": "segmentation", "optimizer": "sgd", "step_epochs": None, "init_from": None, "decay_biases": False,
+    "ema_decay": None, "epochs": 120, "batch_size": 2, "global_batch": 16, "crop": 480, "base": 520,
+    "scales": [0.5, 2.0],
+    "schedule": "poly", "poly_power": 0.9, "lr": 0.01, "reference_batch": 16, "head_lr_factor": 10, "warmup_epochs": 0,
+    "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_all": True, "output_stride": 8,
+    "rates": [12, 24, 36], "head_channels": 256, "norm": "sync", "zero_gamma": True, "precision": "fp32",
+}  # fmt: skip
+FIGURES |= {
+    "deeplab_gluon": {**DEEPLAB, "blur": 0.5, "auxiliary_weight": 0.5},
+    "deeplab_encoding": {**DEEPLAB, "blur": 0, "auxiliary_weight": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_figures_of_the_recipes(name):
-    assert compose_train(f"recipe={name}").train.model_dump() == {"recipe": name, **FIGURES[name]}
+    figures = FIGURES[name]
+    task = ("task=segmentation", "protocol=whole") if figures["task"] == "segmentation" else ()
+    assert compose_train(f"recipe={name}", *task).train.model_dump() == {"recipe": name, **figures}
+
+
+# Table 7: mIoU and pixel accuracy on ADE20K, mIoU on Cityscapes; DOWNSTREAM's networks and their weights.
+TABLE_7 = {
+    "resnet50": ("ResNet-50", "resnet50s", "timm:resnet50s.gluon_in1k", "42.10", "80.39", "78.72"),
+    "resnet101": ("ResNet-101", "resnet101s", "timm:resnet101s.gluon_in1k", "44.14", "81.11", "79.42"),
+    "resnest50": ("ResNeSt-50", "resnest50", "official:resnest50", "45.12", "81.17", "79.87"),
+    "resnest101": ("ResNeSt-101", "resnest101", "official:resnest101", "46.91", "82.07", "80.42"),
+}
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "cityscapes"])
+@pytest.mark.parametrize("network", TABLE_7)
+@pytest.mark.slow
+def test_a_row_of_table_7_says_what_it_trains_and_how(network, kind):
+    title, model, init_from, ade20k, accuracy, cityscapes = TABLE_7[network]
+    name = f"deeplabv3_{network}_{kind}"
+    config, text = compose_train(f"+experiment={name}"), ALL_EXPERIMENTS[name]
+    sizes = {"ade20k": (120, 480, 520), "cityscapes": (240, 768, 2048)}[kind]
+    assert (config.model.name, config.train.init_from, config.run_dir) == (model, init_from, f"runs/{name}")
+    assert (config.train.recipe, config.data.kind, config.protocol.name) == ("deeplab_gluon", kind, "whole")
+    assert (config.train.epochs, config.train.crop, config.train.base) == sizes
+    expected = f"{ade20k} %, pixel accuracy {accuracy} %" if kind == "ade20k" else f"{cityscapes} %"
+    assert f"# DeepLabV3 with {title} on " in text and f"\n# Expected: mIoU {expected} (the paper" in text
+    assert f"\n#   resnest-train +experiment={name} data.root=/" in text and "\n# Hardware: " in text
+    assert f"\n#   resnest-eval ckpt=runs/{name}/checkpoints/best.pt data.root=/" in text
+
+
+def test_every_row_of_table_7_has_an_experiment():
+    rows = {f"deeplabv3_{network}_{kind}" for network in TABLE_7 for kind in ("ade20k", "cityscapes")}
+    assert rows | {"demo_segmentation"} == OF_SCENES
 
 
 @pytest.mark.parametrize(

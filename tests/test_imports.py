@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "supervision": {"distributed", "errors"},
     "models": LEAVES,
-    "weights": LEAVES | {"config", "checkpoint", "models"},
+    "weights": LEAVES | {"config", "options", "recipe", "checkpoint", "models"},
     "data": LEAVES,
     "evaluation": MEASURING,
     "inference": MEASURING | {"evaluation"},

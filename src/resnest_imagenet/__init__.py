@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.compare import compare
     from resnest_imagenet.inference.explain import explain
     from resnest_imagenet.inference.predict import predict
+    from resnest_imagenet.inference.segment import segment
+    from resnest_imagenet.inference.segmenter import open_segmenter
     from resnest_imagenet.models.zoo import build_model, list_models
     from resnest_imagenet.tasks.evaluate_checkpoint import evaluate
     from resnest_imagenet.weights.load import load_backbone
@@ -22,10 +24,12 @@ __all__ = [
     "list_models",
     "load_backbone",
     "open_classifier",
+    "open_segmenter",
     "predict",
     "register_model",
     "register_source",
     "register_task",
+    "segment",
 ]
 
 _MODULES = {
@@ -36,10 +40,12 @@ _MODULES = {
     "list_models": "models.zoo",
     "load_backbone": "weights.load",
     "open_classifier": "inference.classifier",
+    "open_segmenter": "inference.segmenter",
     "predict": "inference.predict",
     "register_model": "extensions",
     "register_source": "extensions",
     "register_task": "extensions",
+    "segment": "inference.segment",
 }
 
 

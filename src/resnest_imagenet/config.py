@@ -25,7 +25,14 @@ from resnest_imagenet.options import (
     as_path,
     keep_own,
 )
-from resnest_imagenet.recipe import ClassificationRecipe, EvalOptions, Recipe
+from resnest_imagenet.recipe import (
+    ClassificationRecipe,
+    EvalOptions,
+    Protocol,
+    Recipe,
+    RegionProtocolOptions,
+    SegmentationRecipe,
+)
 
 Schema = TypeVar("Schema", bound=Options)
 
@@ -72,19 +79,10 @@ class LoaderOptions(Options):
     workers: Annotated[int, Field(ge=0)] | None  # per rank; null: this process's cores, at most 8
 
 
-class ProtocolOptions(Options):
-    """How images are brought to the crop in evaluation; conf/protocol/ has the named protocols and their sources."""
-
-    order: Literal["resize_crop", "crop_resize"]
-    ratio: Annotated[float, Field(gt=0, le=1)] | None  # crop over the short side; null: crop / (crop + 32)
-    interpolation: Literal["auto", "bilinear", "bicubic"]  # auto: bicubic above 256 pixels, else bilinear
-    antialias: bool
-
-
 _Own = WrapValidator(keep_own)
 
 
-class OwnProtocolOptions(Options):
+class OwnProtocolOptions(Protocol):
     """The same for a network that is there: "own" stands for what its own evaluation has."""
 
     order: Literal["own", "resize_crop", "crop_resize"]
@@ -123,7 +121,7 @@ class TrainConfig(Options):
     loader: LoaderOptions
     train: Recipe  # of the task: see `choose_schema`
     eval: EvalOptions  # the same
-    protocol: ProtocolOptions
+    protocol: Protocol  # the same
     checkpoint: CheckpointOptions
     log: LogOptions
     timeout_seconds: Annotated[float, Field(gt=0)]
@@ -151,7 +149,7 @@ class EvalConfig(Options):
     device: Device
     out: Place | None
     predictions: Place | None
-    protocol: OwnProtocolOptions
+    protocol: OwnProtocolOptions | RegionProtocolOptions  # of the weights' task: see `choose_schema`
     model: NetworkOptions | None
     data: DataOptions
     loader: LoaderOptions
@@ -166,20 +164,20 @@ class EvalConfig(Options):
 
 
 class InferenceConfig(Options):
-    """What resnest-predict and resnest-compare share."""
+    """What resnest-predict, resnest-explain and resnest-compare share."""
 
     weights: Literal["auto", "model", "ema"]
     crop: Crop | None  # null: the checkpoint's own
     batch_size: Positive
     precision: Precision
     device: Device
-    protocol: OwnProtocolOptions
     loader: LoaderOptions
 
 
 class PredictConfig(InferenceConfig):
     """resnest-predict."""
 
+    protocol: OwnProtocolOptions | RegionProtocolOptions  # of the weights' task: see `choose_schema`
     ckpt: Place
     model: NetworkOptions | None
     images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
@@ -190,6 +188,7 @@ class PredictConfig(InferenceConfig):
 class ExplainConfig(InferenceConfig):
     """resnest-explain."""
 
+    protocol: OwnProtocolOptions
     ckpt: Place
     model: NetworkOptions | None
     images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
@@ -215,6 +214,7 @@ class ComparedDataOptions(Options):
 class CompareConfig(InferenceConfig):
     """resnest-compare."""
 
+    protocol: OwnProtocolOptions
     ckpt: Annotated[list[Place], Field(min_length=2)]
     models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
     images: Place | None  # a folder with one folder per true class, in place of data.root
@@ -296,6 +296,15 @@ class DemoDataConfig(Options):
     val_per_class: Positive
 
 
+class DemoScenesConfig(Options):
+    """resnest-data demo task=segmentation."""
+
+    out: Place
+    seed: Seed
+    train_scenes: Positive
+    val_scenes: Positive
+
+
 class PrepareDataConfig(Options):
     """resnest-data prepare."""
 
@@ -320,10 +329,16 @@ class FolderOptions(Options):
         return self
 
 
+class CheckedDataOptions(FolderOptions):
+    """A data set in any layout of files."""
+
+    kind: Literal["folder", "ade20k", "cityscapes", "masks"]
+
+
 class CheckDataConfig(Options):
     """resnest-data check."""
 
-    data: FolderOptions
+    data: CheckedDataOptions
     out: Place | None
     workers: Positive | None
 
@@ -337,7 +352,10 @@ class ShardDataConfig(Options):
     shuffle: bool
 
 
-RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}  # by task; other packages may add some
+# Commands whose protocol is of the weights' task.
+_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig)
+# By task; other packages may add some.
+RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
 extensions.tasks.reserve(RECIPES)
 
 
@@ -355,11 +373,13 @@ def find_outside_task(name: str) -> extensions.Task | None:
 
 
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
-    """Return a schema as it is for each task; where it is of no training, itself."""
-    if not issubclass(schema, TrainConfig):
+    """Return a schema as it is for each task; where it is of one already, or of none, itself."""
+    if schema in _OF_ANY_TASK:
+        return [_specialise(schema, protocol=protocol) for protocol in (OwnProtocolOptions, RegionProtocolOptions)]
+    if not issubclass(schema, TrainConfig) or schema.model_fields["train"].annotation is not Recipe:
         return [schema]
     outside = [task.recipe for task in extensions.tasks.read().values()]
-    return [_specialise(schema, recipe) for recipe in (*RECIPES.values(), *outside)]
+    return [_of_recipe(schema, recipe) for recipe in (*RECIPES.values(), *outside)]
 
 
 def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:
@@ -369,22 +389,37 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
 
     Args:
         schema: of a command.
-        values: what is to be checked against it; `train.task` is read.
+        values: what is to be checked against it; `train.task` is read, or which protocol it is.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: there is no such task, or the protocol is another's.
     """
-    recipe = values.get("train")
-    task = recipe.get("task") if isinstance(recipe, Mapping) else None
+    protocol = values.get("protocol")
+    is_of_regions = isinstance(protocol, Mapping) and "name" in protocol
+    if schema in _OF_ANY_TASK:
+        return _specialise(schema, protocol=RegionProtocolOptions if is_of_regions else OwnProtocolOptions)
+    options = values.get("train")
+    task = options.get("task") if isinstance(options, Mapping) else None
     if not issubclass(schema, TrainConfig) or not isinstance(task, str):
         return schema
     outside = find_outside_task(task)
-    return _specialise(schema, RECIPES[task] if outside is None else outside.recipe)
+    recipe: type[Recipe] = RECIPES[task] if outside is None else outside.recipe
+    if protocol is not None and is_of_regions != (recipe.PROTOCOL is RegionProtocolOptions):
+        others = ("paper", "ecentercrop", "full") if is_of_regions else ("whole", "slide", "centre", "published")
+        raise ConfigError(
+            f"protocol is not of train.task={task}: choose {', '.join(others)}, or start from +experiment="
+        )
+    return _of_recipe(schema, recipe)
+
+
+def _of_recipe(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:
+    return _specialise(schema, train=recipe, eval=recipe.EVAL_OPTIONS, protocol=recipe.PROTOCOL)
 
 
 @cache
-def _specialise(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:
-    parts: dict[str, Any] = {"train": (recipe, ...), "eval": (recipe.EVAL_OPTIONS, ...)}
+def _specialise(schema: type[Schema], **options: type[Options]) -> type[Schema]:
+    """Return a schema whose options of these names have these types."""
+    parts: dict[str, Any] = {name: (part, ...) for name, part in options.items()}
     return create_model(schema.__name__, __base__=schema, __doc__=schema.__doc__, **parts)
 
 

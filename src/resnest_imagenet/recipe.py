@@ -20,10 +20,35 @@ class ClassificationEvalOptions(EvalOptions):
     crop: Crop
 
 
+class Protocol(Options):
+    """How an evaluation shows images to a network; conf/protocol/ has those of each task, with their sources."""
+
+
+class ProtocolOptions(Protocol):
+    """How images are brought to the crop."""
+
+    order: Literal["resize_crop", "crop_resize"]
+    ratio: Annotated[float, Field(gt=0, le=1)] | None  # crop over the short side; null: crop / (crop + 32)
+    interpolation: Literal["auto", "bilinear", "bicubic"]  # auto: bicubic above 256 pixels, else bilinear
+    antialias: bool
+
+
+class RegionProtocolOptions(Protocol):
+    """How scenes are shown, and their pixels scored (evaluation/regions.py)."""
+
+    name: Literal["whole", "slide", "centre", "published"]
+    crop: Annotated[int, Field(ge=2)] | None  # side of a window; null: the recipe's crop
+    base: Positive | None  # long side at scale 1; null: the recipe's for published, else the scene's own size
+    scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(as_list)]
+    flip: bool  # the logits of the mirrored scene are added
+
+
 class Recipe(Options):
     """How to train; conf/recipe/ has the published recipes and the source of each value."""
 
-    EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions  # what `eval` has in a run of this task
+    # What `eval` and `protocol` have in a run of this task.
+    EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions
+    PROTOCOL: ClassVar[type[Protocol]] = ProtocolOptions
 
     task: str  # what is trained
     recipe: str  # its name: results stand under it
@@ -130,6 +155,30 @@ class ClassificationRecipe(Recipe):
     def _check_dropblock(self) -> "ClassificationRecipe":
         if self.dropblock > 0 and self.epochs is None:
             raise ValueError(f"train.dropblock={self.dropblock} rises by epoch: give train.epochs=..., not train.steps")
+        return self
+
+
+class SegmentationRecipe(Recipe):
+    """How to train scenes to a class for each pixel, as in the paper's Table 7."""
+
+    PROTOCOL: ClassVar[type[Protocol]] = RegionProtocolOptions
+
+    crop: Crop
+    base: Positive  # the long side of a scene that is scaled by 1, in pixels
+    scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]  # smallest and largest
+    blur: Share  # probability of a Gaussian blur with a radius of up to one pixel
+    output_stride: Literal[8, 16, 32]  # of the backbone
+    rates: Annotated[list[Positive], Field(min_length=1)]  # dilations of the head's 3x3 convolutions
+    head_channels: Positive
+    auxiliary_weight: Annotated[float, Field(ge=0)]  # of the loss on layer3; 0: no auxiliary head
+    # sync: statistics over all ranks; alone and on CPUs each rank's own. frozen: those of the weights to start from.
+    norm: Literal["bn", "sync", "frozen"]
+    zero_gamma: bool
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> "SegmentationRecipe":
+        if self.scales[0] > self.scales[1]:
+            raise ValueError(f"train.scales={self.scales} must be the smallest and the largest")
         return self
 
 

@@ -27,6 +27,7 @@ from resnest_imagenet.config import (
     ReportConfig,
     Table3Config,
     TrainConfig,
+    choose_schema,
     list_places,
     option_names,
 )
@@ -113,7 +114,7 @@ STEPS += ("train.warmup_steps=100",)
         (["data.root=/x", "train.task=other"], "unknown train.task 'other'"),
         (["data.root=/x", "train.task=null"], "train.task=null: input should be a valid string"),
         (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
-        (["task=other"], "unknown task 'other' (classification)"),
+        (["task=other"], "unknown task 'other' (classification, segmentation)"),
         (
             ["data.root=/x", "data.kind=folders"],
             "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
@@ -172,7 +173,6 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, m
         (predict, ["ckpt=x.pt", "images=x", "topp=3"], 2, "unknown option topp; did you mean 'top'?"),
         (predict, ["ckpt=x.pt", "images=/nowhere"], 3, "/nowhere"),
         (predict, ["ckpt=x.pt", "images={}/val"], 4, "x.pt: no such checkpoint"),
-        (predict, ["ckpt=x.pt", "images={}/val", "out=x.txt"], 2, "out=x.txt ends neither in .csv nor in .json"),
         (predict, ["ckpt=x.pt", "images={}/val", "model=resnet5"], 2, "did you mean 'resnet50'?"),
         (compare, ["ckpt=[a.pt,b.pt]"], 2, "give either data.root=... or images=..."),
         (compare, ["ckpt=[a.pt]", "images={}/val"], 2, "ckpt=['a.pt']: list should have at least 2 items"),
@@ -269,6 +269,12 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     small = ["train_per_class=1", "val_per_class=1"]
     assert call(data, ["demo", f"out={tmp_path / 'demo'}", *small], monkeypatch, capsys)[0] == 0
     assert len(list((tmp_path / "demo/train").iterdir())) == 10
+    small = ["task=segmentation", "train_scenes=2", "val_scenes=1"]
+    assert call(data, ["demo", f"out={tmp_path / 'scenes'}", *small], monkeypatch, capsys)[0] == 0
+    assert len(list((tmp_path / "scenes/masks/train").iterdir())) == 2
+    code, lines = call(data, ["demo", "task=segmentatoin", f"out={tmp_path / 'x'}"], monkeypatch, capsys)
+    tasks = "(classification, segmentation)"
+    assert (code, lines) == (2, [f"resnest-data: unknown task 'segmentatoin'; did you mean 'segmentation'? {tasks}"])
     code, lines = call(data, ["demmo"], monkeypatch, capsys)
     assert (code, lines) == (2, ["resnest-data: unknown action 'demmo'; did you mean 'demo'?"])
     code, lines = call(data, ["x"], monkeypatch, capsys)
@@ -286,6 +292,14 @@ def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, mon
     help_text = capsys.readouterr().out
     assert help_text.startswith(f"resnest-data {action}: ")
     assert f"\n  resnest-data {action} " in help_text
+
+
+def test_the_demo_of_another_task_has_its_own_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/bin/resnest-data", "demo", "task=segmentation", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        data.main()
+    help_text = capsys.readouterr().out
+    assert help_text.startswith("resnest-data demo task=segmentation: ") and "\ntrain_scenes: 400\n" in help_text
 
 
 def test_prepare_without_archives_has_exit_code_3(tmp_path, monkeypatch, capsys):
@@ -352,9 +366,14 @@ def list_keys(values, prefix=""):
         ("train", TrainConfig, []),
         ("train", TrainConfig, ["+experiment=demo"]),
         ("train", TrainConfig, ["+experiment=resnest50"]),
+        ("train", TrainConfig, ["+experiment=deeplabv3_resnest50_ade20k"]),
+        ("train", TrainConfig, ["+experiment=deeplabv3_resnest50_cityscapes", "protocol=published_cityscapes"]),
+        ("train", TrainConfig, ["+experiment=demo_segmentation", "recipe=deeplab_encoding", "protocol=centre"]),
+        ("eval", EvalConfig, ["model=resnest50", "protocol=slide", "data=cityscapes"]),
         ("eval", EvalConfig, ["model=resnest50"]),
         ("eval", EvalConfig, ["model=resnest50", "protocol=ecentercrop"]),
         ("predict", PredictConfig, ["model=resnest50"]),
+        ("predict", PredictConfig, ["model=resnest50", "protocol=slide"]),
         ("compare", CompareConfig, []),
         ("explain", ExplainConfig, ["model=resnest50"]),
         ("report", ReportConfig, []),
@@ -362,13 +381,14 @@ def list_keys(values, prefix=""):
         ("export", ExportConfig, ["model=resnest50"]),
         ("table3", Table3Config, []),
         *((f"data_{name}", action.schema, []) for name, action in data.ACTIONS.items()),
+        *((f"data_demo_{task}", action.schema, []) for task, action in data.DEMOS.items()),
         ("train", TrainConfig, ["data=webdataset"]),
     ],
 )
 def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, overrides):
     with initialize_config_dir(str(find_conf()), version_base="1.3"):
         composed = OmegaConf.to_container(compose(name, overrides))
-    assert sorted(list_keys(composed)) == sorted(option_names(schema))
+    assert sorted(list_keys(composed)) == sorted(option_names(choose_schema(schema, composed)))
 
 
 # Runs each command with --help, as python -m does: prints the help and what is then imported that takes long.
@@ -402,7 +422,8 @@ def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
     for name, text in helps.items():
         assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
         assert "resnest50_fast_2s1x64d" in text or name in ("table3", "compare", "report"), name
-    assert "experiment: demo, resnest101, resnest101_fast" in helps["train"]
+    assert "experiment: deeplabv3_resnest101_ade20k, deeplabv3_" in helps["train"]
+    assert "resnest101, resnest101_fast" in helps["train"]
 
 
 @pytest.mark.process

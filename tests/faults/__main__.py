@@ -30,6 +30,7 @@ from faults import (
     missing,
     options,
     ranks,
+    scenes,
     starting,
     storage,
     terminal,
@@ -60,6 +61,7 @@ CATALOGUE: dict[int, Entry] = {
     19: missing.lose_nothing,
     20: frozen.outlast_a_freeze,
     21: terminal.outlast_the_terminal,
+    22: scenes.resume_scenes,
 }
 # Those about what surrounds the steps, whatever is trained: a small part of each trains the tiny task.
 OF_ANY_TASK = {1, 2, 3, 4, 5, 6, 7, 8, 16, 18, 19, 20, 21}

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from browser import look_at, needs_browser
-from conftest import compose_config
+from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import read_image_folder

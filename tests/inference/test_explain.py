@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from conftest import compose_config
+from conftest import compose_config, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands import explain as command
 from resnest_imagenet.commands.explain import explain_images
-from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import ExplainConfig, PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.errors import ConfigError
@@ -142,7 +141,8 @@ def test_what_is_drawn_is_what_the_network_sees_and_says(checkpoint, demo_images
     options = (f"ckpt={checkpoint}", f"images={demo_images}/val/disk", f"loader={loader}")
     _, faults = explain(*options, f"out={tmp_path}/out", "top=3", "layer=layer2")
     assert not faults
-    predictions, _ = predict_images(compose_config("predict", PredictConfig, *OPTIONS, *options, "top=3"))
+    config = compose_config("predict", PredictConfig, *OPTIONS, *options, "top=3")
+    predictions, _ = predict_classes(config)
     said = [(each.file, one.name, one.probability) for each, _ in drawn for one in each.maps]
     assert [row[:2] for row in said] == [(p.file, p.label) for p in predictions]
     assert [row[2] for row in said] == pytest.approx([p.probability for p in predictions], abs=1e-5)

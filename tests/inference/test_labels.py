@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import compose_config
+from conftest import compose_config, evaluate_checkpoint, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
-from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, PredictConfig
 from resnest_imagenet.data import folder
 from resnest_imagenet.data.folder import read_image_folder
@@ -112,7 +110,7 @@ def test_numbered_folders_are_the_outputs_for_every_command(tmp_path, image, eva
     comparison = compare_networks(compose_config("compare", CompareConfig, *options, *both))
     assert comparison.is_right.sum(1).tolist() == [2, 2] and set(comparison.predicted[0]) == {"2"}
     single = (f"ckpt={bare}", "model=resnest14_half", f"images={image}", "top=1")
-    ((prediction,), _) = predict_images(compose_config("predict", PredictConfig, *options, *single))
+    ((prediction,), _) = predict_classes(compose_config("predict", PredictConfig, *options, *single))
     assert prediction.label == "2"
     # Training from these weights, "its classifier too".
     task, _, device = prepare(small_run(f"data.root={tmp_path}", f"train.init_from={bare}", "train.batch_size=4"))

@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 
-from conftest import compose_config
+from conftest import compose_config, evaluate_checkpoint, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.explain import explain_images
 from resnest_imagenet.commands.export import run as export
-from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import (
     CompareConfig,
     EvalConfig,
@@ -19,13 +17,13 @@ from resnest_imagenet.config import (
     ExportConfig,
     OwnProtocolOptions,
     PredictConfig,
-    ProtocolOptions,
 )
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.inference import explain, predict
 from resnest_imagenet.inference.classifier import choose_transforms
 from resnest_imagenet.inference.compare import format_comparison
 from resnest_imagenet.inference.describe import describe_input
+from resnest_imagenet.recipe import ProtocolOptions
 from resnest_imagenet.training.train import train
 from resnest_imagenet.weights.card import open_network
 from resnest_imagenet.weights.load import Weights, _find_published_test
@@ -65,7 +63,7 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
         real = module.build_loader
         monkeypatch.setattr(module, "build_loader", lambda *args, real=real: seen.append(args[3]) or real(*args))
     single = (*FAST, f"ckpt={ckpt}", f"images={demo_images}/val/disk/disk_0_00000.JPEG")
-    predict_images(compose_config("predict", PredictConfig, *single))
+    predict_classes(compose_config("predict", PredictConfig, *single))
     explain_images(compose_config("explain", ExplainConfig, *single, f"out={tmp_path}/explained"))
     assert [transform.protocol for transform in seen] == [WORDS, WORDS]
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import compose_config
+from conftest import compose_config, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands import predict as command
-from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import find_images
@@ -32,7 +31,8 @@ def checkpoint(tmp_path_factory):
 
 
 def predict(*options):
-    return predict_images(compose_config("predict", PredictConfig, *OPTIONS, *options))
+    config = compose_config("predict", PredictConfig, *OPTIONS, *options)
+    return predict_classes(config)
 
 
 @pytest.mark.process

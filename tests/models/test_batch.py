@@ -1,5 +1,7 @@
 """How few images a step may have: against steps that are really taken."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from resnest_imagenet import build_model
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.models.batch import require_batch, smallest_batch
+from resnest_imagenet.models.deeplab import build_deeplab
 
 BACKBONE = {"features_only": True, "out_features": ("layer1",)}
 
@@ -37,6 +40,26 @@ def test_the_smallest_batch(name, crop, options, smallest):
         if smallest == 2:
             with pytest.raises(ValueError, match="at least 2 images per device|more than 1 value per channel"):
                 model(torch.empty(1, 3, crop, crop, device="meta"))
+
+
+@pytest.mark.parametrize(("norm", "smallest"), [("bn", 2), ("frozen", 1), ("sync", 1)])
+@pytest.mark.slow
+def test_the_smallest_batch_of_a_segmentation_network(norm, smallest):
+    """The head normalises one value per image, its global average, on any backbone; the rule is a step's."""
+    build = partial(build_deeplab, "resnet50s", 5, norm=norm, rates=(2, 4, 6))
+    with torch.device("meta"):
+        model = build()
+    assert smallest_batch(model, 64) == smallest
+    if smallest == 2:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(torch.empty(1, 3, 64, 64, device="meta"))
+        with pytest.raises(ConfigError, match=r"^train.batch_size=1: resnet50s has batch norms .* at 64 pixels: set "):
+            require_batch("resnet50s", 1, 64, build=build)
+    else:
+        require_batch("resnet50s", 1, 64, build=build)
+    if norm == "frozen":
+        logits, auxiliary = model(torch.empty(1, 3, 64, 64, device="meta"))
+        assert logits.shape == auxiliary.shape == (1, 5, 64, 64)
 
 
 def test_a_step_with_one_image_and_frozen_norms():

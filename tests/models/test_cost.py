@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from conftest import CPU
 from resnest_imagenet import build_model
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.models.cost import StageCost, count_kept, count_stages
+from resnest_imagenet.models.cost import StageCost, count_kept, count_kept_deeplab, count_stages
+from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.split_attention import SplitAttention
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -65,12 +67,8 @@ def test_activations_are_those_published(name, published):
     assert sum(stage.activations for stage in count_stages(name, 224)) / 1e6 == pytest.approx(published, abs=0.06)
 
 
-@pytest.mark.parametrize("name", ["resnest14_half", "resnest50_fast_4s2x40d", "skresnext50_32x4d"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.005)])
-@pytest.mark.slow
-def test_what_is_kept_is_what_a_step_keeps(name, precision, tolerance):
-    """In bf16 the real pass keeps the means of batch norms, some kilobytes, in float32, the one in name in bf16."""
-    model = place(build_model(name), CPU)
+def count_really_kept(model, run):
+    """Return the bytes that `run` leaves for the backward pass, without the model's own."""
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept = {}
 
@@ -79,12 +77,38 @@ def test_what_is_kept_is_what_a_step_keeps(name, precision, tolerance):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("name", ["resnest14_half", "resnest50_fast_4s2x40d", "skresnext50_32x4d"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.005)])
+@pytest.mark.slow
+def test_what_is_kept_is_what_a_step_keeps(name, precision, tolerance):
+    """In bf16 the real pass keeps the means of batch norms, some kilobytes, in float32, the one in name in bf16."""
+    model = place(build_model(name), CPU)
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with autocast(CPU, precision):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(images)
-        counted = count_kept(name, 64, 2)
-    assert counted == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=tolerance)
+        assert count_kept(name, 64, 2) == pytest.approx(count_really_kept(model, lambda: model(images)), rel=tolerance)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.005)])
+@pytest.mark.parametrize("options", [{"channels": 32}, {"channels": 32, "norm": "frozen", "auxiliary": False}])
+@pytest.mark.slow
+def test_what_is_kept_of_a_segmentation_network(options, precision, tolerance):
+    """With the cross entropies: the larger part of the memory in small networks with many classes."""
+    model = place(build_deeplab("resnest14_half", 20, **options), CPU)
+    images = torch.randn(2, 3, 65, 65).contiguous(memory_format=torch.channels_last)
+    masks = torch.full((2, 65, 65), 3)
+
+    def run():
+        logits = model(images)
+        return [F.cross_entropy(x, masks) for x in (logits if isinstance(logits, tuple) else [logits])]
+
+    with autocast(CPU, precision):
+        counted = count_kept_deeplab("resnest14_half", 20, 65, 2, **options)
+        assert counted == pytest.approx(count_really_kept(model, run), rel=tolerance)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 
 # One of each kind of stem, block and shortcut.
 KINDS = ["resnest14", "resnest101", "resnest50_fast_1s1x64d", "resnest50_fast_4s2x40d"]
-KINDS += ["resnet50", "resnet50d", "resnext50_32x4d", "seresnext50_32x4d", "skresnext50_32x4d"]
+KINDS += ["resnet50", "resnet50d", "resnet50s", "resnext50_32x4d", "seresnext50_32x4d", "skresnext50_32x4d"]
 
 # Parameters in millions and multiply-adds at 224 in billions, as published or counted by others: an independent check
 # of the golden figures.
@@ -44,6 +44,8 @@ PUBLISHED = {
     "resnet101d": (44.57, 8.08),
     "skresnext50_32x4d": (27.48, 4.50),
     "skresnext101_32x4d": (48.74, 8.50),
+    "resnet50s": (25.68, 5.47),
+    "resnet101s": (44.67, 9.19),
 }
 
 

@@ -13,9 +13,8 @@ import pytest
 from hydra import initialize_config_dir
 
 from browser import look_at, needs_browser
-from conftest import SMALL, compose_config
+from conftest import SMALL, compose_config, evaluate_checkpoint
 from resnest_imagenet.commands import report as command
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import EvalConfig, TrainConfig

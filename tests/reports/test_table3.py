@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from conftest import SMALL, compose_config, newest_checkpoint
+from conftest import SMALL, compose_config, evaluate_checkpoint, newest_checkpoint
 from resnest_imagenet.commands import table3 as command
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import TrainConfig

@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ALONE, compose_config
+from conftest import ALONE, compose_config, evaluate_checkpoint, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.explain import explain_images
-from resnest_imagenet.commands.predict import predict_images
 from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.plan import plan_evaluation
@@ -91,7 +89,7 @@ def test_every_command_names_the_first_image(overflowing_weights, evaluation_of,
     with pytest.raises(NonFiniteError, match=f"{line}40 of 40 images$"):
         evaluate_checkpoint(evaluation_of(overflowing_weights, *network))
     with pytest.raises(NonFiniteError, match=f"{line}8 of 8 images$"):
-        predict_images(compose_config("predict", PredictConfig, *fast, *network, ckpt, images))
+        predict_classes(compose_config("predict", PredictConfig, *fast, *network, ckpt, images))
     with pytest.raises(NonFiniteError, match=line):
         explain_images(compose_config("explain", ExplainConfig, *fast, *network, ckpt, images, f"out={tmp_path}/out"))
     both = (f"ckpt=[{overflowing_weights},{overflowing_weights}]", "models=[resnest14_half,resnest14_half]")

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ALONE, CPU, newest_checkpoint
+from conftest import ALONE, CPU, evaluate_checkpoint, newest_checkpoint
 from faulty_task import Fault
 from forked import ask_to_stop
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.transforms import ERandomCrop
 from resnest_imagenet.data.webdataset import write_shards

@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 
-from conftest import newest_checkpoint
+from conftest import evaluate_checkpoint, newest_checkpoint
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.training.losses import TOTAL
 from resnest_imagenet.training.train import train

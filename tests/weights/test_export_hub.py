@@ -6,10 +6,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from conftest import compose_config
+from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.commands.evaluate import evaluate_checkpoint
 from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError

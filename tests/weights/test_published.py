@@ -320,7 +320,7 @@ def test_every_network_of_timms_is_found_or_refused():
     networks = {theirs: ours for ours, theirs in TIMM_RESNESTS.items()}
     networks |= {name: name for name in ARCHITECTURES if name.startswith(("resnet", "resnext", "se", "sk"))}
     names = [name for name in timm.list_pretrained() if name.partition(".")[0] in networks]
-    assert len({name.partition(".")[0] for name in names}) == 17
+    assert len({name.partition(".")[0] for name in names}) == 19
     refused = set()
     for name in names:
         expected = timm.get_pretrained_cfg(name)

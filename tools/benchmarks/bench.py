@@ -375,19 +375,24 @@ def report(result: dict) -> str:
         "",
     ]
     for part in result["parts"]:
-        ours, kept = part["seconds"]["ours"], part["kept"]
-        lines += [
-            f"## {part['title']}",
-            "",
-            "| against | ours is faster by | rounds |" + (" kept, MiB |" if kept else ""),
-            "|---|---:|---:|" + ("---:|" if kept else ""),
-        ]
-        for name, seconds in part["seconds"].items():
-            ratios = sorted(other / mine for other, mine in zip(seconds, ours, strict=True))
-            row = f"| {name} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
-            lines.append(row + (f" {kept[name]:.0f} |" if name in kept else " |" if kept else ""))
-        lines += ["", *(tabulate(part["profile"]) if part["profile"] else [])]
+        lines += report_part(part)
     return "\n".join(lines)
+
+
+def report_part(part: dict) -> list[str]:
+    """Return the section of one comparison."""
+    ours, kept = part["seconds"]["ours"], part["kept"]
+    lines = [
+        f"## {part['title']}",
+        "",
+        "| against | ours is faster by | rounds |" + (" kept, MiB |" if kept else ""),
+        "|---|---:|---:|" + ("---:|" if kept else ""),
+    ]
+    for name, seconds in part["seconds"].items():
+        ratios = sorted(other / mine for other, mine in zip(seconds, ours, strict=True))
+        row = f"| {name} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
+        lines.append(row + (f" {kept[name]:.0f} |" if name in kept else " |" if kept else ""))
+    return [*lines, "", *(tabulate(part["profile"]) if part["profile"] else [])]
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:

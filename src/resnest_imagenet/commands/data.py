@@ -11,12 +11,13 @@ from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.config import (
     CheckDataConfig,
     DemoDataConfig,
+    DemoScenesConfig,
     Options,
     PrepareDataConfig,
     PreviewDataConfig,
     ShardDataConfig,
 )
-from resnest_imagenet.errors import DataError, suggest
+from resnest_imagenet.errors import ConfigError, DataError, suggest
 
 
 def write_demo(config: DemoDataConfig) -> None:
@@ -25,6 +26,14 @@ def write_demo(config: DemoDataConfig) -> None:
 
     new = write_demo_images(Path(config.out), config.seed, config.train_per_class, config.val_per_class)
     print(f"{'wrote' if new else 'already there:'} the demo images in {config.out}")
+
+
+def write_demo_with_masks(config: DemoScenesConfig) -> None:
+    """Write the demo scenes."""
+    from resnest_imagenet.data.demo_scenes import write_demo_scenes
+
+    new = write_demo_scenes(Path(config.out), config.seed, config.train_scenes, config.val_scenes)
+    print(f"{'wrote' if new else 'already there:'} the demo scenes in {config.out}")
 
 
 def prepare(config: PrepareDataConfig) -> None:
@@ -38,17 +47,20 @@ def prepare(config: PrepareDataConfig) -> None:
 def check(config: CheckDataConfig) -> None:
     """Check a data set, print the table and write the report; faults raise a DataError after both."""
     from resnest_imagenet.data.check import check_images, format_report, write_report
+    from resnest_imagenet.data.check_scenes import check_scenes
     from resnest_imagenet.files import require_writable
 
     if config.out:
         require_writable(Path(config.out), "out")
-    report = check_images(config.data.root, config.data.train_dir, config.data.val_dir, config.workers)
+    data = config.data
+    places = (data.root, data.train_dir, data.val_dir, config.workers)
+    report = check_images(*places) if data.kind == "folder" else check_scenes(data.kind, *places)
     if config.out:  # first: the table may meet a closed pipe
         write_report(report, Path(config.out))
     print(format_report(report))
     if report.num_faults:
         where = config.out or "add out=report.json to list them"
-        raise DataError(f"{config.data.root}: faults: {report.num_faults:,} ({where})")
+        raise DataError(f"{data.root}: faults: {report.num_faults:,} ({where})")
 
 
 def shard(config: ShardDataConfig) -> None:
@@ -82,13 +94,37 @@ ACTIONS = {
     "demo": Action(
         DemoDataConfig,
         write_demo,
-        "write the demo images: ten classes of shapes and textures in the ImageNet folder layout",
+        "write the demo images: ten classes of shapes and textures; with task=segmentation scenes with masks",
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
     "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
     "preview": Action(PreviewDataConfig, preview, "draw what training makes of some images, in a contact sheet"),
     "shard": Action(ShardDataConfig, shard, "write a folder of images as WebDataset shards"),
 }
+
+
+# The demo images of the other tasks; the primary configuration is conf/data_demo_<task>.yaml. They are chosen before
+# Hydra reads the command line: there `task` is a group of conf/, and no option of a command can have a group's name.
+DEMOS = {"segmentation": Action(DemoScenesConfig, write_demo_with_masks, "write scenes with masks")}
+
+
+def choose_demo(words: list[str]) -> tuple[str, Action]:
+    """Take task=... out of the words of a command line, and return what writes the demo images of that task.
+
+    Returns:
+        The primary configuration and the action.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    task = ([word.removeprefix("task=") for word in words if word.startswith("task=")] or ["classification"])[-1]
+    words[:] = [word for word in words if not word.startswith("task=")]
+    if task == "classification":
+        return "data_demo", ACTIONS["demo"]
+    if task not in DEMOS:
+        tasks = ["classification", *DEMOS]
+        raise ConfigError(f"unknown task {task!r}{suggest(task, tasks)} ({', '.join(tasks)})")
+    return f"data_demo_{task}", DEMOS[task]
 
 
 def format_usage() -> str:
@@ -101,7 +137,14 @@ def main() -> None:
     """Entry of resnest-data."""
     name, sys.argv[1:] = "".join(sys.argv[1:2]), sys.argv[2:]
     if name in ACTIONS:
-        run_command(f"data_{name}", ACTIONS[name].schema, ACTIONS[name].job)
+        config, action = f"data_{name}", ACTIONS[name]
+        if name == "demo":
+            try:
+                config, action = choose_demo(sys.argv)
+            except ConfigError as error:
+                print(f"resnest-data: {error}", file=sys.stderr)
+                sys.exit(error.exit_code)
+        run_command(config, action.schema, action.job)
     elif name in ("", "-h", "--help", "help"):
         with surviving_output(may_lose=False):
             print(format_usage())

@@ -3,14 +3,14 @@
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from resnest_imagenet.data.decoding import OTHER_FORMATS, BadImage
-from resnest_imagenet.data.examine import Finding, count_cores, examine_files
+from resnest_imagenet.data.examine import Examined, Finding, count_cores, examine_files
 from resnest_imagenet.data.folder import tell_by_name
 from resnest_imagenet.data.reading import open_regular
 from resnest_imagenet.data.source import list_folders, require_separate
@@ -38,6 +38,12 @@ FAULTS = (
     "damaged",
     "crash",  # of the process that decoded it
     "in train and val",
+    # Of scenes, see check_scenes.py:
+    "missing mask",
+    "missing image",
+    "wrong mask",  # no class indices
+    "unknown label",
+    "other size",  # of the mask
 )
 NOTES = (
     "in two classes",
@@ -49,6 +55,10 @@ NOTES = (
     "nested folder",  # in a class: its images are taken
     "hidden",  # not looked into
     "other file",  # which nobody looks for
+    # Of scenes:
+    "twice in a part",
+    "absent class",  # of no mask
+    "palette mask",  # its indices are the classes
 )
 
 # How files begin that hold an image, and where: of the formats that are taken and of those that are not.
@@ -71,7 +81,7 @@ class Part:
 
     Attributes:
         name: its folder, below the data set's root.
-        classes: the number of images in each class folder.
+        classes: the number of images in each class folder; of scenes, of each class.
         images: their paths, below the root.
         findings: what is wrong with the folders, or odd.
     """
@@ -123,18 +133,33 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
         findings += compare_classes(*parts)
     paths = [path for part in parts for path in part.images]
     originals: dict[bytes, str] = {}
-    crashes = []
-    results = examine_files(root, paths, workers or count_cores())
-    for result in tqdm(results, "images", len(paths), unit="", disable=None, dynamic_ncols=True):
+    for result in watch(examine_files(root, paths, workers or count_cores()), root, "images", len(paths)):
         findings += result.findings
         if result.sha256:
             original = originals.setdefault(result.sha256, result.path)
             if original != result.path:
                 findings.append(Finding(_relate(parts, original, result.path), result.path, f"the same as {original}"))
+    return Report(root, parts, tuple(findings))
+
+
+def watch(results: Iterable[Examined], root: str, unit: str, total: int) -> Iterator[Examined]:
+    """Yield results, with a progress bar, unless the processes that bring them keep dying.
+
+    Args:
+        results: of `examine_files`.
+        root: the data set, for the error.
+        unit: what they are of.
+        total: how many there are.
+
+    Raises:
+        DataError: MAX_CRASHES of them are crashes.
+    """
+    crashes = []
+    for result in tqdm(results, unit, total, unit="", disable=None, dynamic_ncols=True):
+        yield result
         crashes += [finding.path for finding in result.findings if finding.kind == "crash"]
         if len(crashes) == MAX_CRASHES:
             raise DataError(f"{root}: {MAX_CRASHES} processes died decoding (is memory short?): {', '.join(crashes)}")
-    return Report(root, parts, tuple(findings))
 
 
 def list_part(root: str, name: str, option: str) -> Part:
@@ -147,7 +172,7 @@ def list_part(root: str, name: str, option: str) -> Part:
     """
     part = Part(name)
     if not os.path.isdir(os.path.join(root, name)):
-        part.add("missing folder", name, _guess_folder(root, name, option))
+        part.add("missing folder", name, guess_folder(root, name, option))
         return part
     loose = []
     for path, kind in _scan(part, root, name) or []:
@@ -230,7 +255,7 @@ def _tell(entry: "os.DirEntry[str]") -> str:
     return "unseen image" if kind == "other format" else kind
 
 
-def _guess_folder(root: str, name: str, option: str) -> str:
+def guess_folder(root: str, name: str, option: str) -> str:
     """Say which folder may have been meant: validation or Val for val."""
     there = list_folders(root)
     alike = [folder for folder in there if folder.lower().startswith(os.path.basename(name)[:3].lower())]

@@ -61,6 +61,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _EXTRAS = {b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"sBIT", b"bKGD"}
 # Of interlaced PNGs: first column and row of each pass, and the steps between them.
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_BITS_AT = 24  # byte of a PNG: bits per value
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its colour type
 # The filters of warnings belong to the process, not to a thread.
 _filters = threading.Lock()
@@ -70,7 +71,19 @@ _filters = threading.Lock()
 class Fault:
     """Why an image cannot be used: in one of a few words, for programs, and in a line."""
 
-    kind: Literal["not a file", "empty", "not an image", "wrong format", "wrong mode", "too large", "damaged"]
+    kind: Literal[
+        "not a file",
+        "empty",
+        "not an image",
+        "wrong format",
+        "wrong mode",
+        "too large",
+        "damaged",
+        # Of a scene's mask:
+        "wrong mask",
+        "unknown label",
+        "other size",
+    ]
     detail: str
 
 
@@ -180,21 +193,55 @@ def decode_by_pillow(encoded: bytes) -> np.ndarray:
     Raises:
         BadImage: it cannot be used.
     """
+    return np.array(decode_picture(encoded))
+
+
+def decode_picture(encoded: bytes) -> Image.Image:
+    """Decode an image as `decode_by_pillow` does, to Pillow's own form, RGB."""
+    with _naming_damage():
+        image = _load(encoded)
+        image.info.pop("transparency", None)  # of which `convert` would warn
+        if image.mode.startswith("I"):  # of 16 bits
+            grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+            return Image.fromarray(np.repeat(grey[..., None], 3, axis=-1))
+        return image.convert("RGB")
+
+
+def decode_indices(encoded: bytes) -> Image.Image:
+    """Decode a PNG whose values are indices, as they are in the file: uint8, with a palette or without (P or L).
+
+    Raises:
+        BadImage: it cannot be used, or its values are no such indices.
+    """
+    with _naming_damage():
+        image = _load(encoded)
+    if image.format != "PNG" or image.mode not in ("L", "P"):
+        what = f"a {image.format} image of mode {image.mode}"
+        raise BadImage(Fault("wrong mask", f"{what}, not class indices: save them as a grey PNG of 8 bits"))
+    if image.mode == "L" and encoded[_BITS_AT] != 8:  # which Pillow stretches to 0..255
+        raise BadImage(Fault("wrong mask", f"a grey PNG of {encoded[_BITS_AT]} bits: save one of 8 bits"))
+    return image
+
+
+def _load(encoded: bytes) -> Image.Image:
+    """Return an image in its own mode, decoded."""
+    image = open_image(encoded)
+    if fault := _judge_header(image) or (_judge_chunks(encoded) if image.format == "PNG" else None):
+        raise BadImage(fault)
+    image.load()
+    if image.format == "PNG" and _may_be_short(image) and not _is_complete(encoded):
+        raise BadImage(Fault("damaged", "a PNG image without some of its rows"))
+    return image
+
+
+@contextmanager
+def _naming_damage() -> Iterator[None]:
+    """Raise a BadImage for whatever the damage of a file leads Pillow's decoders to raise."""
     try:
-        with open_image(encoded) as image:
-            if fault := _judge_header(image) or (_judge_chunks(encoded) if image.format == "PNG" else None):
-                raise BadImage(fault)
-            image.load()
-            if image.format == "PNG" and _may_be_short(image) and not _is_complete(encoded):
-                raise BadImage(Fault("damaged", "a PNG image without some of its rows"))
-            image.info.pop("transparency", None)  # of which `convert` would warn
-            if image.mode.startswith("I"):  # of 16 bits
-                grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            return np.array(image.convert("RGB"))
+        yield
     except (BadImage, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise whatever the damage leads to
+    except Exception as error:
         raise BadImage(Fault("damaged", f"not a readable image ({first_line(error)})")) from error
 
 

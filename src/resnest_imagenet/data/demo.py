@@ -6,7 +6,7 @@ brighter, the shading, the noise, the size of the file and its JPEG quality are 
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +62,13 @@ def draw_figure(name: str, rng: np.random.Generator) -> Image.Image:
     dy, dx = (rows - centre_y) / radius, (columns - centre_x) / radius
     mask = FIGURES[name](dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle))
     coverage = mask.reshape(height, OVERSAMPLING, width, OVERSAMPLING).mean((1, 3))[..., None]
-    figure, background = _draw_colours(rng)
+    figure, background = draw_colours(rng)
     image = coverage * figure + (1 - coverage) * background
-    image += _draw_shading(rng, height, width) + rng.normal(0, rng.uniform(1, 8), size=image.shape)
+    image += draw_shading(rng, height, width) + rng.normal(0, rng.uniform(1, 8), size=image.shape)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def _draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw two RGB colours that can be told apart."""
     while True:
         one, other = rng.uniform(20, 235, size=(2, 3))
@@ -76,7 +76,7 @@ def _draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return one, other
 
 
-def _draw_shading(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_shading(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Draw a slope of brightness across the image, (H, W, 1)."""
     slope_y, slope_x = rng.uniform(-15, 15, size=2)
     rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
@@ -92,8 +92,36 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
     Raises:
         DataError: where `out` holds something else or cannot be written.
     """
-    out = out.absolute()
+
+    def write(folder: Path) -> None:
+        for part, name in ((0, "train"), (1, "val")):
+            for label, figure in enumerate(FIGURES):
+                place = folder / name / figure
+                place.mkdir(parents=True)
+                for number in range((train_per_class, val_per_class)[part]):
+                    rng = np.random.default_rng([seed, part, label, number])
+                    image = draw_figure(figure, rng)
+                    image.save(place / f"{figure}_{seed}_{number:05d}.JPEG", quality=int(rng.integers(70, 96)))
+
     settings = {"seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
+    return write_once(out, settings, write)
+
+
+def write_once(out: Path, settings: Mapping[str, int | str], write: Callable[[Path], None]) -> bool:
+    """Write a data set whole or not at all, unless it is there.
+
+    Args:
+        out: its folder, new or empty.
+        settings: what it is made of; stands in it, as demo.json.
+        write: writes it into a folder.
+
+    Returns:
+        False where `out` holds a data set of these settings already.
+
+    Raises:
+        DataError: where `out` holds something else or cannot be written.
+    """
+    out = out.absolute()
     marker = "demo.json"
     unfinished = name_temporary(out)
     try:
@@ -101,14 +129,7 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
             return False
         if out.exists() and any(out.iterdir()):
             raise DataError(f"out={out}: is not empty; remove it or choose another folder")
-        for part, name in ((0, "train"), (1, "val")):
-            for label, figure in enumerate(FIGURES):
-                folder = unfinished / name / figure
-                folder.mkdir(parents=True)
-                for number in range((train_per_class, val_per_class)[part]):
-                    rng = np.random.default_rng([seed, part, label, number])
-                    image = draw_figure(figure, rng)
-                    image.save(folder / f"{figure}_{seed}_{number:05d}.JPEG", quality=int(rng.integers(70, 96)))
+        write(unfinished)
         (unfinished / marker).write_text(json.dumps(settings))
         unfinished.replace(out)
     except OSError as error:

@@ -7,7 +7,7 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -62,28 +62,36 @@ class Examined:
         findings: what is wrong with it, or odd.
         sha256: of its content, if it can be used.
         errno: of the error with which it could not be read.
+        size: (width, height) in pixels, if it can be used.
+        labels: of a mask: the class indices in it, without void.
     """
 
     path: str
     findings: tuple[Finding, ...]
     sha256: bytes | None = None
     errno: int | None = None
+    size: tuple[int, int] | None = None
+    labels: tuple[int, ...] = ()
 
 
-def examine_files(root: str, paths: Sequence[str], workers: int) -> Iterator[Examined]:
+Judge = Callable[[str, bytes], Examined]  # takes a file's path and content; goes to processes
+
+
+def examine_files(root: str, paths: Sequence[str], workers: int, judge: Judge | None = None) -> Iterator[Examined]:
     """Yield what examine_file says of each file, in order; "crash" for a file that kills the process decoding it.
 
     Args:
         root: the folder of the paths.
         paths: the files.
         workers: processes.
+        judge: what tells about a file that could be read; None: `judge_image`.
     """
     from resnest_imagenet.data import torchvision  # noqa: F401 - once, before the processes are forked
 
     # Frozen objects are not collected in the processes: see `WorkerLoader.batches`.
     gc.freeze()
     try:
-        yield from _examine_batches(root, paths, workers, BATCH, ahead=4 * workers)
+        yield from _examine_batches(root, paths, workers, BATCH, 4 * workers, judge or judge_image)
     finally:
         gc.unfreeze()
 
@@ -115,7 +123,9 @@ def split_unreadable(images: ImageFolder) -> tuple[ImageFolder, list[str]]:
     return replace(images, files=images.files[usable], labels=images.labels[usable]), lines
 
 
-def _examine_batches(root: str, paths: Sequence[str], workers: int, batch: int, ahead: int) -> Iterator[Examined]:
+def _examine_batches(
+    root: str, paths: Sequence[str], workers: int, batch: int, ahead: int, judge: Judge
+) -> Iterator[Examined]:
     waiting = deque(paths[start : start + batch] for start in range(0, len(paths), batch))
     running: deque[tuple[Sequence[str], Future[list[Examined]]]] = deque()
     context = multiprocessing.get_context(START_METHOD)
@@ -125,7 +135,7 @@ def _examine_batches(root: str, paths: Sequence[str], workers: int, batch: int, 
             try:
                 while waiting or running:
                     while waiting and len(running) < ahead:
-                        running.append((waiting[0], processes.submit(_examine_batch, root, waiting[0])))
+                        running.append((waiting[0], processes.submit(_examine_batch, root, waiting[0], judge)))
                         waiting.popleft()
                     yield from running[0][1].result()
                     running.popleft()
@@ -134,7 +144,7 @@ def _examine_batches(root: str, paths: Sequence[str], workers: int, batch: int, 
         suspects = [path for files, _ in running for path in files]
         running.clear()
         if ahead > 1:
-            yield from _examine_batches(root, suspects, workers=1, batch=1, ahead=1)
+            yield from _examine_batches(root, suspects, 1, 1, 1, judge)
         elif suspects:
             yield Examined(suspects[0], (Finding("crash", suspects[0], "the process that decoded it died"),))
 
@@ -148,22 +158,29 @@ def _set_up(parent: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _examine_batch(root: str, paths: Sequence[str]) -> list[Examined]:
-    return [examine_file(root, path) for path in paths]
+def _examine_batch(root: str, paths: Sequence[str], judge: Judge) -> list[Examined]:
+    return [examine_file(root, path, judge) for path in paths]
 
 
-def examine_file(root: str, path: str) -> Examined:
-    """Read a file, decode it and tell what is wrong with it, or odd."""
+def examine_file(root: str, path: str, judge: Judge) -> Examined:
+    """Read a file and tell what is wrong with it, or odd."""
     try:
         encoded = try_again(lambda: read_file(os.path.join(root, path)), lambda: path)
     except BadImage as error:
         return Examined(path, (Finding(error.fault.kind, path, error.fault.detail),))
     except LoadingError as error:
         return Examined(path, (Finding("unreadable", path, os.strerror(error.errno or 0)),), errno=error.errno)
+    return judge(path, encoded)
+
+
+def judge_image(path: str, encoded: bytes) -> Examined:
+    """Decode an image and tell what is wrong with it, or odd."""
     fault = _find_fault(encoded)
     if fault:
         return Examined(path, (Finding(fault.kind, path, fault.detail),))
-    return Examined(path, tuple(_find_oddities(path, encoded)), hashlib.sha256(encoded).digest())
+    with open_image(encoded) as image:
+        findings = tuple(_find_oddities(path, image))
+        return Examined(path, findings, hashlib.sha256(encoded).digest(), size=image.size)
 
 
 def _find_fault(encoded: bytes) -> Fault | None:
@@ -181,12 +198,11 @@ def _find_fault(encoded: bytes) -> Fault | None:
     return fault
 
 
-def _find_oddities(path: str, encoded: bytes) -> Iterator[Finding]:
+def _find_oddities(path: str, image: Image.Image) -> Iterator[Finding]:
     """Yield what is unusual about an image that can be used."""
-    with open_image(encoded) as image:
-        # MPO is several JPEGs in one file, of which the first counts.
-        form = "JPEG" if image.format == "MPO" else image.format
-        mode, size = image.mode, image.size
+    # MPO is several JPEGs in one file, of which the first counts.
+    form = "JPEG" if image.format == "MPO" else image.format
+    mode, size = image.mode, image.size
     name, suffix = os.path.splitext(os.path.basename(path))
     if (name in KNOWN_CMYK and mode == "CMYK") or (name == KNOWN_PNG and form == "PNG"):
         yield Finding("known oddity", path, f"ImageNet's own: a {form} image of mode {mode}")

@@ -62,7 +62,7 @@ class ImageFolder(ImageSource):
         return read_file(self.path(index))
 
 
-class _Listing:
+class Listing:
     """Names found below a folder, and how many of which kind were skipped."""
 
     def __init__(self, root: str) -> None:
@@ -135,7 +135,7 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
         DataError: root or part missing, no classes, a class without images.
     """
     part = find_part(root, name, option)
-    listing = _Listing(str(part))
+    listing = Listing(str(part))
     folders = list_folders(part)
     classes = order_classes(entry for entry in folders if tell_by_name(entry) != "hidden")
     for entry in sorted(set(folders).difference(classes)):
@@ -176,7 +176,7 @@ def find_images(patterns: list[str]) -> ImageFolder:
         images = []
         for path in paths:
             if os.path.isdir(path):
-                listing = _Listing(path)
+                listing = Listing(path)
                 images += sorted(os.path.join(path, image) for image in listing.walk(""))
                 notes += listing.notes
             else:

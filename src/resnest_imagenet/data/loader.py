@@ -94,6 +94,11 @@ def choose_loader(name: str) -> str:
     return "dali" if installed else "torchvision"
 
 
+def choose_workers(workers: int | None) -> int:
+    """Resolve None to the cores that this process may use, at most 8."""
+    return min(8, count_cores()) if workers is None else workers
+
+
 def build_loader(
     name: str,
     images: ImageSource,
@@ -111,15 +116,14 @@ def build_loader(
         plan: their order.
         transform: what is done to each.
         device: where the batches are wanted; DALI decodes there too.
-        workers: DALI's threads or torchvision's processes; None takes the cores this process may use, at most 8.
+        workers: DALI's threads or torchvision's processes; None: see `choose_workers`.
         max_errors: how many images that cannot be decoded may be replaced, see `Substitution`; with 0 the first is a
             DataError.
 
     Raises:
         ConfigError: for "dali" where it is not installed.
     """
-    if workers is None:
-        workers = min(8, count_cores())
+    workers = choose_workers(workers)
     if choose_loader(name) == "dali":
         from resnest_imagenet.data.dali import DaliLoader
 

@@ -133,6 +133,24 @@ def read_numbers(classes: Sequence[str]) -> list[int] | None:
     return [int(name) for name in classes] if all(re.fullmatch("[0-9]{1,9}", name) for name in classes) else None
 
 
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Return the lines of a text file in UTF-8, with line ends of any system.
+
+    Raises:
+        DataError: it is no such file, or has an empty line or a line twice.
+    """
+    try:
+        content = read_file(path).removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")  # as Windows writes it
+    except (OSError, BadImage) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if b"\0" in content:
+        raise DataError(f"{path}: not text in UTF-8 (in UTF-16?); write one class per line, in the labels' order")
+    classes = tuple(os.fsdecode(content).removesuffix("\n").split("\n"))
+    if len(set(classes)) < len(classes) or "" in classes:
+        raise DataError(f"{path}: an empty line or a name twice; write one class per line, in the labels' order")
+    return classes
+
+
 def order_classes(names: Iterable[str]) -> list[str]:
     """Return class names in the order of their labels: as text, but the numbers 0 to N - 1 as numbers."""
     names = sorted(names)

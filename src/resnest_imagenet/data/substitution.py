@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from resnest_imagenet.data.source import ImageSource, name_unreadable
 from resnest_imagenet.errors import DataError, printable
@@ -14,13 +14,21 @@ class Substitution:
     So what is seen is a function of the plan and of the files, and neither ranks, workers nor resuming change it. Each
     bad image is counted, and reported on stderr, once.
 
+    Args:
+        images: the set.
+        max_errors: how many of them may be bad.
+        name_fault: returns one line about why an image cannot be used, or None; by default `name_unreadable`.
+
     Attributes:
         bad: the images that were counted, by index: all that a loader has to remember.
     """
 
-    def __init__(self, images: ImageSource, max_errors: int) -> None:
+    def __init__(
+        self, images: ImageSource, max_errors: int, name_fault: Callable[[int], str | None] | None = None
+    ) -> None:
         self._images = images
         self._max_errors = max_errors
+        self._name_fault = name_fault or (lambda index: name_unreadable(images, [index]))
         self.bad: set[int] = set()
 
     def candidates(self, index: int) -> Iterator[int]:
@@ -36,7 +44,7 @@ class Substitution:
         for bad in itertools.takewhile(lambda candidate: candidate != used, self.candidates(index)):
             if bad in self.bad:
                 continue
-            fault = name_unreadable(self._images, [bad]) or f"{self._images.name(bad)}: cannot be decoded"
+            fault = self._name_fault(bad) or f"{self._images.name(bad)}: cannot be decoded"
             if self._max_errors == 0:
                 raise DataError(fault)
             # One image must be left.

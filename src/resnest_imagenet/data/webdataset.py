@@ -30,7 +30,14 @@ from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.folder import IMAGE_SUFFIXES, ImageFolder, read_image_folder
 from resnest_imagenet.data.processes import START_METHOD, end_with_parent
 from resnest_imagenet.data.reading import open_regular, require_size
-from resnest_imagenet.data.source import ImageSource, find_part, print_notes, require_same_classes, require_separate
+from resnest_imagenet.data.source import (
+    ImageSource,
+    find_part,
+    print_notes,
+    read_class_names,
+    require_same_classes,
+    require_separate,
+)
 from resnest_imagenet.errors import DataError, LoadingError
 from resnest_imagenet.files import locked
 from resnest_imagenet.randomness import Purpose, stream
@@ -166,12 +173,7 @@ def _name_classes(images: ShardedImages, root: Path) -> tuple[str, ...]:
                 f"name all classes in {images.root / CLASSES}, one per line"
             )
         return tuple(map(str, range(len(present))))
-    content = files[0].read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")  # as Windows writes it
-    if b"\0" in content:
-        raise DataError(f"{files[0]}: not text in UTF-8 (in UTF-16?); write one class per line, in the labels' order")
-    classes = tuple(os.fsdecode(content).removesuffix("\n").split("\n"))
-    if len(set(classes)) < len(classes) or "" in classes:
-        raise DataError(f"{files[0]}: an empty line or a name twice; write one class per line, in the labels' order")
+    classes = read_class_names(files[0])
     worst = int(images.labels.argmax())
     if images.labels[worst] >= len(classes):
         raise DataError(

@@ -57,7 +57,7 @@ class Classifier:
 
 
 def open_classifier(
-    source: str | PathLike[str],
+    source: Weights | str | PathLike[str],
     model: str | None = None,
     weights: str = "auto",
     crop: int | Sequence[int] | None = None,
@@ -67,7 +67,8 @@ def open_classifier(
     """Read a network to predict, evaluate, compare or explain with.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights: official:NAME or timm:NAME.
+        source: a checkpoint, a file of weights, or published weights: official:NAME or timm:NAME; or what
+            `read_weights` has made of one.
         model: name of the network; None where the weights tell.
         weights: "model", "ema" (the moving average), or "auto": the moving average where there is one.
         crop: side of the images that it sees, in pixels, or several for an evaluation at each; None: the weights' own.
@@ -83,7 +84,7 @@ def open_classifier(
     """
     asked = check_arguments(crop=crop, protocol=protocol)
     place_on = choose_device(device)
-    loaded = read_weights(source, weights)
+    loaded = source if isinstance(source, Weights) else read_weights(source, weights)
     network, name = restore_network(loaded, model)
     transforms = choose_transforms(loaded, name, asked.crop, asked.changes)
     outputs = count_outputs(network, name)

@@ -1,6 +1,7 @@
 """How few images a training step may have: a property of the network."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +39,26 @@ def smallest_batch(model: nn.Module, crop: int) -> int:
     return 2 if single else 1
 
 
-def require_batch(name: str, batch_size: int, crop: int, option: str = "train.batch_size") -> None:
-    """Raise a ConfigError unless a network of `list_models()` can be trained on so many images per rank.
+def require_batch(
+    name: str,
+    batch_size: int,
+    crop: int,
+    option: str = "train.batch_size",
+    build: Callable[[], nn.Module] | None = None,
+) -> None:
+    """Raise a ConfigError unless a network can be trained on so many images per rank.
 
     Args:
         name: of the network.
         batch_size: images per rank.
         crop: side of the images in pixels.
         option: what sets the batch size, for the error message.
+        build: builds the network as it is trained; None: by `build_model`.
     """
     if batch_size > 1:
         return
     with torch.device("meta"):
-        model = build_model(name)
+        model = build() if build else build_model(name)
     smallest = smallest_batch(model, crop)
     if batch_size < smallest:
         raise ConfigError(

@@ -1,15 +1,19 @@
 """What a network costs: counted, not timed."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.features import STAGES
 from resnest_imagenet.models.zoo import build_model, find_head
 
@@ -56,7 +60,26 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
     """
     with torch.device("meta"):
         model = build_model(name).eval()
-        images = torch.empty(1, 3, crop, crop)
+    return _count_stages(model, find_head(name), crop)
+
+
+def count_deeplab(name: str, num_classes: int, crop: int, **options: Any) -> list[StageCost]:
+    """Return the cost of a DeepLabV3's backbone, head and auxiliary head, which costs nothing but in training.
+
+    Args:
+        name: of the backbone, one of `list_models()`.
+        num_classes: width of the logits.
+        crop: side of the image in pixels.
+        options: others of `build_deeplab`.
+    """
+    with torch.device("meta"):
+        model = build_deeplab(name, num_classes, **options).eval()
+    return [cost for cost in _count_stages(model, "", crop) if cost.stage != "other"]
+
+
+def _count_stages(model: nn.Module, head: str, crop: int) -> list[StageCost]:
+    """Return the cost of each stage of a network on the meta device; its head is no convolution."""
+    images = torch.empty(1, 3, crop, crop, device="meta")
     normalised: Counter[str] = Counter()
     outputs: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
@@ -77,7 +100,6 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
     parameters: Counter[str] = Counter()
     for path, parameter in model.named_parameters():
         parameters[path.rpartition(".")[0].partition(".")[0]] += parameter.numel()
-    head = find_head(name)
     return [
         StageCost(
             stage,
@@ -112,6 +134,30 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
         crop: side of the images in pixels.
         batch_size: as many as `smallest_batch`, or more.
     """
+    return _count_kept(partial(build_model, name), crop, batch_size, lambda logits: None)
+
+
+def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, **options: Any) -> int:
+    """Return the bytes that a DeepLabV3's forward pass and cross entropy leave for the backward pass; see `count_kept`.
+
+    Args:
+        name: of the backbone, one of `list_models()`.
+        num_classes: width of the logits.
+        crop: side of the images in pixels.
+        batch_size: as many as `smallest_batch`, or more.
+        options: others of `build_deeplab`.
+    """
+
+    def compare(logits: Tensor | tuple[Tensor, Tensor]) -> object:
+        of_heads = logits if isinstance(logits, tuple) else (logits,)
+        masks = torch.zeros(batch_size, crop, crop, dtype=torch.int64)
+        return [F.cross_entropy(of_head, masks) for of_head in of_heads]
+
+    return _count_kept(partial(build_deeplab, name, num_classes, **options), crop, batch_size, compare)
+
+
+def _count_kept(build: Callable[[], nn.Module], crop: int, batch_size: int, compare: Callable[[Any], object]) -> int:
+    """Return the bytes that are kept while a network and what compares its outputs with the truth are run."""
     kept: set[torch.UntypedStorage] = set()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -119,10 +165,10 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
         return tensor
 
     with FakeTensorMode():
-        model = build_model(name)
+        model = build()
         images = torch.empty(batch_size, 3, crop, crop).contiguous(memory_format=torch.channels_last)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(images)
+            compare(model(images))
     kept -= {tensor.untyped_storage() for tensor in model.state_dict().values()}
     return sum(storage.nbytes() for storage in kept)
 

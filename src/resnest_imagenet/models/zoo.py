@@ -1,4 +1,4 @@
-"""Every architecture by name: the ResNeSt family (ours), the peers of the paper's Table 3 (timm's), and others'.
+"""Every architecture by name: the ResNeSt family (ours), the peers of the paper's tables (timm's), and others'.
 
 Architecture numbers stand here and nowhere else; conf/model/ has the names.
 """
@@ -21,7 +21,7 @@ from resnest_imagenet.models.split_attention import Implementation
 
 @dataclass(frozen=True)
 class PeerSpec:
-    """A peer of Table 3, built by timm.
+    """A peer of Tables 3 and 7, built by timm.
 
     Attributes:
         timm_name: name in timm's registry, or "resnet" for timm's ResNet class with `arguments`.
@@ -69,6 +69,9 @@ ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     "resnet101d": PeerSpec("resnet101d"),
     "skresnext50_32x4d": PeerSpec("skresnext50_32x4d"),
     "skresnext101_32x4d": PeerSpec("resnet", _SKNET101),
+    # The ResNets of Table 7: three 3x3 convolutions of 64, 64 and 128 channels in the stem (Gluon's v1s).
+    "resnet50s": PeerSpec("resnet50s"),
+    "resnet101s": PeerSpec("resnet101s"),
 }
 extensions.models.reserve(ARCHITECTURES)
 

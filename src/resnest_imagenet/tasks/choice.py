@@ -1,9 +1,14 @@
 """The choice of a task."""
 
+from collections.abc import Callable
+
 from resnest_imagenet import extensions
 from resnest_imagenet.config import TrainConfig, find_outside_task
 from resnest_imagenet.tasks.classification import Classification
+from resnest_imagenet.tasks.segmentation import Segmentation
 from resnest_imagenet.tasks.task import Task
+
+TASKS: dict[str, Callable[[TrainConfig], Task]] = {"classification": Classification, "segmentation": Segmentation}
 
 
 def open_task(config: TrainConfig) -> Task:
@@ -14,6 +19,6 @@ def open_task(config: TrainConfig) -> Task:
     """
     outside = find_outside_task(config.train.task)
     if outside is None:
-        return Classification(config)
+        return TASKS[config.train.task](config)
     with extensions.naming(f"train.task={config.train.task} of {outside.origin}"):
         return outside.open(config)

@@ -16,11 +16,16 @@ MARGIN = 2  # pixels around each image
 
 
 def draw_samples(images: Tensor) -> np.ndarray:
-    """Draw normalised images, (N, 3, S, S), side by side as they were before: uint8 (H, W, 3)."""
-    columns = math.ceil(math.sqrt(len(images)))
-    step = images.shape[-1] + 2 * MARGIN
-    sheet = Image.new("RGB", (step * columns, step * math.ceil(len(images) / columns)), "white")
-    for number, pixels in enumerate(to_pixels(images)):
+    """Draw normalised images, (N, 3, S, S), as they were before: uint8 (H, W, 3)."""
+    return tile(list(to_pixels(images)))
+
+
+def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Draw pictures uint8 (S, S, 3) in rows and columns: uint8 (H, W, 3)."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    step = pictures[0].shape[0] + 2 * MARGIN
+    sheet = Image.new("RGB", (step * columns, step * math.ceil(len(pictures) / columns)), "white")
+    for number, pixels in enumerate(pictures):
         row, column = divmod(number, columns)
         sheet.paste(Image.fromarray(pixels), (column * step + MARGIN, row * step + MARGIN))
     return np.asarray(sheet)

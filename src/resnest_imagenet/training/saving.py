@@ -40,7 +40,7 @@ class Saver:
         metric: that chooses the best network.
         identity: what must not change when a run is resumed, by option name.
         circumstances: what may change, but then the result is no longer the same bit for bit.
-        description: what readers of a checkpoint need besides: task, configuration and class names.
+        description: what readers of a checkpoint need besides: task, configuration, class names and their colours.
     """
 
     run: RunFolder
@@ -54,7 +54,7 @@ class Saver:
     @staticmethod
     def of(run: RunFolder, ranks: Ranks, task: Task, plan: StepPlan, tick: Callable[[], None]) -> "Saver":
         """Describe a run; all ranks take part. `tick` is called from time to time while files are read."""
-        config = task.config
+        config, palette = task.config, getattr(task, "palette", None)
         return Saver(
             run,
             ranks,
@@ -67,6 +67,7 @@ class Saver:
                 "metric": task.metric,
                 "config": config.model_dump(),
                 "classes": list(task.classes),
+                **({} if palette is None else {"palette": palette.tolist()}),
             },
         )
 

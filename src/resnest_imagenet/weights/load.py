@@ -2,18 +2,17 @@
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.config import Crop, ProtocolOptions
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.models.zoo import (
@@ -24,11 +23,18 @@ from resnest_imagenet.models.zoo import (
     require_model,
     usual_crop,
 )
+from resnest_imagenet.options import Crop
+from resnest_imagenet.recipe import ProtocolOptions
 from resnest_imagenet.weights.layouts import recognise, rename
 from resnest_imagenet.weights.published import fetch, find_timm_test
 
 TASK = "classification"  # that of the zoo's networks; a checkpoint that names none is of before there were others
 
+_USES = {
+    TASK: "start a run from it, train.init_from=...",
+    "segmentation": "resnest-eval and resnest-predict take it",
+}
+_COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
 # mmpretrain, Lightning and timm.
 _CONTAINERS = (("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"))
@@ -48,6 +54,9 @@ class Weights:
         epoch: epochs done, in this project's checkpoints.
         crop: side of the images that they are evaluated on, in pixels, where the source tells.
         protocol: how images are brought to it, where the source tells.
+        run: the whole configuration of the run, in this project's checkpoints.
+        task: that it was trained for: another than classification only of this project's checkpoints.
+        palette: red, green and blue of each class, 0 to 255, where the source tells.
     """
 
     source: str
@@ -59,15 +68,19 @@ class Weights:
     epoch: int | None = None
     crop: int | None = None
     protocol: ProtocolOptions | None = None
+    run: dict[str, Any] | None = None
+    task: str = TASK
+    palette: list[list[int]] | None = None
 
 
-def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
+def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Collection[str] = (TASK,)) -> Weights:
     """Read the weights of a network.
 
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
             "state_dict" or "model"; or published weights, official:NAME or timm:NAME.
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
+        tasks: whose checkpoints are taken.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, not a state dict, not with a name for each output, or of a run of
@@ -82,7 +95,7 @@ def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
     path, model = fetch(source) if is_published else (Path(source), None)
     content = load_checkpoint(path)
     if {"config", "epoch"} <= content.keys():
-        require_task(content, source)
+        require_task(content, source, tasks)
     state, is_average = _choose_state(content, choice, source)
     weights = Weights(source, _without_wrappers(_require_tensors(state, source)), is_average)
     _require_finite(weights)
@@ -94,16 +107,23 @@ def read_weights(source: str | PathLike[str], choice: str = "auto") -> Weights:
     return _add_description(weights, content) if {"config", "classes", "epoch"} <= content.keys() else weights
 
 
-def require_task(content: dict[str, Any], source: str) -> None:
-    """Raise a CheckpointError for the checkpoint of a run of another task than the classification of images.
+def require_task(content: dict[str, Any], source: str, tasks: Collection[str]) -> None:
+    """Raise a CheckpointError for the checkpoint of a run of another task.
 
     Args:
         content: of the checkpoint.
         source: its file, for the message.
+        tasks: that are taken.
     """
     task = content.get("task", TASK)
-    if task != TASK:
-        raise CheckpointError(f"{source}: a checkpoint of task {task}, not of {TASK}: choose another, or other weights")
+    if task not in tasks:
+        raise CheckpointError(describe_other_task(source, task, tasks))
+
+
+def describe_other_task(source: str, task: str, tasks: Collection[str]) -> str:
+    """Return a line about a checkpoint of a task that is not among those that are taken: what to do with it."""
+    advice = _USES.get(task, "choose another, or other weights")
+    return f"{source}: a checkpoint of task {task}, not of {' or '.join(tasks)}: {advice}"
 
 
 def list_classes(known: Sequence[str] | None, num_outputs: int) -> list[str] | None:
@@ -130,7 +150,8 @@ def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
         raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
     crop, protocol = _read_evaluation(content["config"])
     known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
-    return replace(weights, model=name, **known)
+    known["palette"] = _read_palette(content.get("palette"), len(classes))
+    return replace(weights, model=name, run=content["config"], task=content.get("task", TASK), **known)
 
 
 def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOptions | None]:
@@ -140,6 +161,15 @@ def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOption
         return crop, ProtocolOptions.model_validate(config["protocol"])
     except (KeyError, ValidationError):
         return None, None
+
+
+def _read_palette(palette: Any, num_classes: int) -> list[list[int]] | None:
+    """Return the colours of the classes that a checkpoint has; None where it has none, or something else."""
+    try:
+        colours = _COLOURS.validate_python(palette, strict=True)
+    except ValidationError:
+        return None
+    return colours if len(colours) == num_classes else None
 
 
 def _find_published_test(source: str, model: str) -> tuple[int | None, ProtocolOptions | None]:

@@ -1,0 +1,108 @@
+"""How well a trained network segments a data set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnest_imagenet import distributed
+from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.scene_loader import SceneLoader
+from resnest_imagenet.data.scenes import Scenes
+from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation.region_files import encode_scenes
+from resnest_imagenet.evaluation.regions import Regions, measure_regions
+from resnest_imagenet.files import replacing
+from resnest_imagenet.inference.options import check_arguments
+from resnest_imagenet.inference.segmenter import Segmenter
+from resnest_imagenet.supervision import EVALUATING, supervise
+
+
+def evaluate_segmenter(
+    segmenter: Segmenter, scenes: Scenes, *, precision: str = "fp32", workers: int | None = None
+) -> Regions:
+    """Evaluate a network by its protocol, each scene once; under torchrun the ranks share the scenes.
+
+    Args:
+        segmenter: of `open_segmenter`.
+        scenes: of `open_scenes`.
+        precision: fp32, bf16 or fp16.
+        workers: processes of the loader; None: this process's cores, at most 8.
+
+    Raises:
+        DataError: a scene cannot be used, or the classes are not the network's.
+        UserError: for what else a user can cause, as one line.
+    """
+    asked = check_arguments(precision=precision, workers=workers)
+    if segmenter.classes != scenes.classes:
+        raise DataError(
+            f"{scenes.images.root}: its {len(scenes.classes)} classes are not the {len(segmenter.classes)} of "
+            f"{segmenter.source}, in the same order"
+        )
+    num_classes, name = len(scenes.classes), scenes.images.name
+    with distributed.join(segmenter.device) as ranks, supervise(ranks) as watch:
+        plan = plan_evaluation(len(scenes), 1, ranks.rank, ranks.world_size)
+        loader = SceneLoader(scenes, plan, None, ranks.device, asked.workers)
+
+        def before_batch(batch: int, is_everywhere: bool) -> None:
+            watch.at(0, batch, EVALUATING)
+
+        return measure_regions(
+            segmenter.module, loader, ranks, segmenter.protocol, num_classes, precision, before_batch, name
+        )
+
+
+def write_regions(path: Path, segmenter: Segmenter, regions: Regions) -> None:
+    """Write the figures of a network as JSON: in percent, the IoU of each class by its name.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    weights = segmenter.weights
+    results: dict[str, Any] = {
+        "task": "segmentation",
+        "model": segmenter.name,
+        "ckpt": segmenter.source,
+        "is_average": weights.is_average,
+        "epoch": weights.epoch,
+        "training": weights.training,
+        "results": [
+            {
+                "protocol": segmenter.protocol.text,
+                "miou": regions.miou,
+                "miou_present": regions.miou_present,
+                "pixel_accuracy": regions.pixel_accuracy,
+                "count": regions.count,
+                "iou": dict(zip(segmenter.classes, regions.iou.tolist(), strict=True)),
+            }
+        ],
+    }
+    with replacing(path) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
+
+
+def write_scenes(path: Path, segmenter: Segmenter, scenes: Scenes, regions: Regions) -> None:
+    """Write a CSV file with the correct and the labelled pixels of each scene.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(encode_scenes(scenes.images, [(segmenter.protocol.text, regions)]))
+
+
+def format_regions(segmenter: Segmenter, regions: Regions) -> str:
+    """Return a table for people: the classes by their IoU, and the means."""
+    pixels = regions.matrix.sum(1)
+    lines = [f"{'IoU %':>7} {'of pixels':>10}  class"]
+    for label in np.argsort(-regions.iou, kind="stable").tolist():
+        share = 100 * pixels[label] / max(pixels.sum(), 1)
+        lines.append(f"{regions.iou[label]:>7.2f} {share:>8.2f} %  {segmenter.classes[label]}")
+    lines += [
+        f"mIoU {regions.miou:.2f} % of all {len(pixels)} classes, {regions.miou_present:.2f} % of the "
+        f"{regions.is_present.sum()} that are present",
+        f"pixel accuracy {regions.pixel_accuracy:.2f} %",
+        f"{regions.count} scenes: {segmenter.protocol.text}",
+    ]
+    return "\n".join(lines)
