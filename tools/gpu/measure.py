@@ -3,8 +3,9 @@
 python tools/gpu/measure.py OUT [--images DIR] [--device cuda]      (--device cpu tries the script itself)
 
 Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
-under torchrun (NCCL), a run that is stopped and resumed, resnest-eval for each loader and of odd images, and of
-tools/benchmarks bench.py and, on photographs, parity.py and bench_data.py. Prints a table last and writes OUT/gpu.json.
+under torchrun (NCCL), runs that are stopped and resumed, resnest-eval for each loader and of odd images, segmentation,
+and of tools/benchmarks bench.py and, on photographs, parity.py and bench_data.py. Prints a table last and writes
+OUT/gpu.json.
 """
 
 import argparse
@@ -44,35 +45,65 @@ def run(module: str, *arguments: str, torchrun: bool = False) -> tuple[int, floa
 
 
 def summarise(run_dir: Path) -> dict[str, float]:
-    """Read a run's last top-1 and its speed and data wait, without the first report (start-up)."""
+    """Read a run's last accuracy and its speed and data wait, without the first report (start-up)."""
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     train = [e for e in events if e["event"] == "train"][1:]
     return {
-        "top1": [e["top1"] for e in events if e["event"] == "eval"][-1],
+        **[{e["metric"]: e[e["metric"]]} for e in events if e["event"] == "eval"][-1],
         "images_per_s": max(e["images_per_s"] for e in train),
         "data_wait": sorted(e["data_wait"] for e in train)[len(train) // 2],
     }
 
 
-def compare_resumed(out: Path, *options: str) -> dict[str, object]:
-    """Stop a run amid its second epoch and let it go on; say whether it ends as one that was left alone."""
+def compare_resumed(out: Path, *options: str, experiment: str = "demo") -> dict[str, object]:
+    """Stop a run in the middle of its second epoch and resume it; say whether it ends as one that was left alone."""
     runs = [out / "whole", out / "stopped"]
-    command = [sys.executable, "-m", f"{COMMANDS}.train", "+experiment=demo", "train.epochs=3", *options]
+    command = [sys.executable, "-m", f"{COMMANDS}.train", f"+experiment={experiment}", "train.epochs=3", *options]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_WAIT_POLICY": "PASSIVE"}
     subprocess.run([*command, f"run_dir={runs[0]}"], env=environment, check=True, stdout=subprocess.DEVNULL)
-    resumed = [*command, f"run_dir={runs[1]}"]
-    with subprocess.Popen(resumed, env=environment, stdout=subprocess.PIPE, text=True) as stopped:
+    resume = [*command, f"run_dir={runs[1]}"]
+    with subprocess.Popen(resume, env=environment, stdout=subprocess.PIPE, text=True) as stopped:
         assert stopped.stdout
         for line in stopped.stdout:
             if line.startswith("epoch 2/3"):
                 stopped.terminate()
-    subprocess.run(resumed, env=environment, check=True, stdout=subprocess.DEVNULL)
-    whole, gone_on = (
+    subprocess.run(resume, env=environment, check=True, stdout=subprocess.DEVNULL)
+    whole, resumed = (
         torch.load(max((run / "checkpoints").glob("step-*.pt")), map_location="cpu", weights_only=True)["model"]
         for run in runs
     )
-    largest = max(float((whole[name] - gone_on[name]).abs().max()) for name in whole)
-    return {"case": f"stopped and gone on: {' '.join(options[2:])}", "exit": stopped.returncode, "difference": largest}
+    largest = max(float((whole[name] - resumed[name]).abs().max()) for name in whole)
+    return {
+        "case": f"{experiment}, stopped and resumed: {' '.join(options[2:])}",
+        "exit": stopped.returncode,
+        "difference": largest,
+    }
+
+
+def segment(out: Path, device: str) -> list[dict]:
+    """Train and evaluate the demo's segmentation, from the first run's network."""
+    data = out / "scenes"
+    run(f"{COMMANDS}.data", "demo", "task=segmentation", f"out={data}")
+    common = (f"data.root={data}", f"device={device}")
+    start = ("+experiment=demo_segmentation", *common, f"train.init_from={out / 'dali-fp32/checkpoints/best.pt'}")
+    rows = []
+    for precision, torchrun in (("fp32", False), ("bf16", False), ("bf16", True)):
+        run_dir = out / f"scenes-{precision}{'-torchrun' * torchrun}"
+        options = (f"run_dir={run_dir}", f"train.precision={precision}")
+        code, seconds, tail = run(f"{COMMANDS}.train", *start, *options, torchrun=torchrun)
+        row = {"case": run_dir.name, "exit": code, "seconds": seconds}
+        rows.append(row | (summarise(run_dir) if code == 0 else {"output": tail}))
+        print(rows[-1], flush=True)
+    for protocol in ("whole", "published"):
+        result = out / f"scenes-{protocol}.json"
+        checkpoint = f"ckpt={out / 'scenes-fp32/checkpoints/best.pt'}"
+        code, seconds, tail = run(f"{COMMANDS}.evaluate", checkpoint, *common, f"protocol={protocol}", f"out={result}")
+        miou = json.loads(result.read_text())["results"][0]["miou"] if code == 0 else tail
+        rows.append({"case": f"eval of scenes, {protocol}", "exit": code, "seconds": seconds, "miou": miou})
+        print(rows[-1], flush=True)
+    rows.append(compare_resumed(out / "scenes-resumed", *common, experiment="demo_segmentation"))
+    print(rows[-1], flush=True)
+    return rows
 
 
 def look(out: Path, device: str) -> list[dict]:
@@ -183,7 +214,7 @@ def main() -> None:
         rows.append({"case": f"eval {loader}", "exit": code, "seconds": seconds, "top1": tops})
         print(rows[-1], flush=True)
 
-    rows += evaluate_odd(out, data, checkpoint, args.device) + look(out, args.device)
+    rows += evaluate_odd(out, data, checkpoint, args.device) + look(out, args.device) + segment(out, args.device)
 
     on_gpu = args.device == "cuda"
     machine = {
