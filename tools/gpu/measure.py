@@ -150,11 +150,11 @@ def evaluate_odd(out: Path, data: Path, checkpoint: Path, device: str) -> list[d
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"{'case':<60}{'exit':>5}{'top-1':>16}{'images/s':>10}{'data wait':>10}")
+    print(f"{'case':<60}{'exit':>5}{'result':>16}{'images/s':>10}{'data wait':>10}")
     for row in rows:
         speed, wait = row.get("images_per_s"), row.get("data_wait")
         columns = f"{speed:>10.0f}{wait:>10.1%}" if speed is not None else ""
-        value = row.get("top1", row.get("difference", "-"))
+        value = next((row[name] for name in ("top1", "miou", "difference") if name in row), "-")
         print(f"{row['case']:<60}{row['exit']:>5}{value!s:>16}{columns}")
 
 
