@@ -10,6 +10,7 @@ from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.zoo import build_model
+from resnest_imagenet.recipe import ClassificationRecipe
 
 VALID = {
     "train": "data.root=/nowhere",
@@ -80,6 +81,8 @@ def explain_options(place: Place) -> dict[str, Any]:
         with initialize_config_dir(str(find_conf()), version_base="1.3"):
             config = check_config(compose("train", ["data.root=/nowhere", f"+experiment={name}"]), TrainConfig)
         recipe = config.train
+        if not isinstance(recipe, ClassificationRecipe):
+            continue
         with torch.device("meta"):
             model = build_model(config.model.name, 1000, recipe.dropout, recipe.zero_gamma, init=recipe.init)
             DropBlock(model).set_probability(recipe.dropblock)
