@@ -25,10 +25,10 @@ from resnest_imagenet.models.zoo import build_model
 def count_exactly(place: Place) -> dict[str, Any]:
     """1, 2 and 3 ranks count the same; 2 train as 1 that accumulates does; no two samples are drawn alike."""
     claims = Claims()
-    settings = [("torchvision", "fp32")] if place.fast else list(zip(LOADERS, ("fp32", "bf16"), strict=True))
+    settings = list(zip(LOADERS, ("fp32", "bf16"), strict=True))
     trained = [_compare_with_accumulation(place, claims, *setting) for setting in settings]
     correct = {loader: _count_with_ranks(place, claims, loader, trained[0]) for loader, _ in settings}
-    copies = _make_copies(place, 32 if place.fast else 128)
+    copies = _make_copies(place, 128)
     with ProcessPoolExecutor(1, get_server()) as pool:
         for loader, _ in settings:
             for held, claim in pool.submit(_compare_streams, copies, loader).result():
@@ -41,13 +41,11 @@ def _compare_with_accumulation(place: Place, claims: Claims, loader: str, precis
     """Train twice, and return a checkpoint."""
     runs = [place.new_run() for _ in range(2)]
     options = (*RICH, f"loader={loader}", f"train.precision={precision}")  # batch 8, global batch 16
-    options += ("train.epochs=1", "train.warmup_epochs=0") if place.fast else ()
     trainers = [Trainer(place, run, *options, ranks=ranks) for ranks, run in enumerate(runs, 1)]
     for trainer in trainers:
         require(set(trainer.wait()) == {0}, f"{len(trainer.processes)} ranks train:\n{trainer.output}")
     contents = [load_checkpoint(newest(run)) for run in runs]
-    steps = 6 if place.fast else 12
-    require([content["step"] for content in contents] == [steps, steps], f"{steps} steps each")
+    require([content["step"] for content in contents] == [12, 12], "12 steps each")
     one, two = (content["model"] for content in contents)
     names = [name for name, _ in build_model("resnest14_half", 10).named_parameters()]
     differing = [name for name in names if not torch.equal(one[name], two[name])]
@@ -57,7 +55,7 @@ def _compare_with_accumulation(place: Place, claims: Claims, loader: str, precis
 
 def _count_with_ranks(place: Place, claims: Claims, loader: str, checkpoint: Path) -> list[int]:
     """Evaluate on the 103 images, and return the numbers of right answers at each crop."""
-    outs = {ranks: place.folder / f"{loader}-{ranks}.json" for ranks in ((1, 3) if place.fast else (1, 2, 3))}
+    outs = {ranks: place.folder / f"{loader}-{ranks}.json" for ranks in (1, 2, 3)}
     options = (f"ckpt={checkpoint}", f"data.root={place.data}", "data.val_dir=train", "crop=[32,48]", "batch_size=16")
     options += (f"loader={loader}", "loader.workers=1", "device=cpu")
     commands = [Command(place, "evaluate", *options, f"out={outs[ranks]}", ranks=ranks) for ranks in outs]

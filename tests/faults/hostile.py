@@ -64,27 +64,19 @@ def refuse_code(place: Place) -> dict[str, Any]:
     """Checkpoints, configurations, archives and shards execute nothing, and write nothing where they point to."""
     claims, canary = Claims(), Canary(place.folder / "canary")
     run = place.new_run()
-    options = _list_options(place)
-    trainer = Trainer(place, run, *options)
+    trainer = Trainer(place, run, "loader=dali")
     require(trainer.wait() == [0], f"{run} ends well:\n{trainer.output}")
     traps = _write_traps(place.folder / "traps", load_checkpoint(newest(run)), canary)
-    traps = [traps[1], traps[-1]] if place.fast else traps
     _offer_to_commands(place, claims, traps)
     claims.add(not canary.path.exists(), "a checkpoint was executed")
     of_each_kind = {trap.name.partition("-")[0]: trap for trap in traps if trap.suffix == ".pt"}
     _offer_to_runs(place, claims, run, list(of_each_kind.values()), canary)
     _offer_configuration(place, claims, run, canary)
-    num_archives = _offer_archives(place, claims, ("val",) if place.fast else ("val", "train", "class"))
+    num_archives = _offer_archives(place, claims)
     num_shards = _offer_shards(place, claims, canary)
     claims.add(not canary.path.exists(), "a configuration or a shard was executed")
     claims.require()
     return {"checkpoints": len(traps), "archives": num_archives, "shards": num_shards, "claims": claims.number}
-
-
-def _list_options(place: Place) -> tuple[str, ...]:
-    """Return options of a run that writes a checkpoint in the middle and another at the end."""
-    short = ("train.epochs=1", "train.warmup_epochs=0", "checkpoint.every_steps=3")
-    return ("loader=dali", *(short if place.fast else ()))
 
 
 def _write_traps(folder: Path, checkpoint: dict[str, Any], canary: Canary) -> list[Path]:
@@ -137,7 +129,7 @@ def _offer_to_runs(place: Place, claims: Claims, whole: Path, traps: list[Path],
         starting = Trainer(place, place.new_run(), f"train.init_from={trap}", "loader=dali")
         last.unlink()
         shutil.copy(trap, last)
-        resuming = Trainer(place, bitten, *_list_options(place))
+        resuming = Trainer(place, bitten, "loader=dali")
         codes, lines = starting.wait(), starting.output.splitlines()
         is_line = len(lines) == 1 and lines[0].startswith(f"resnest-train: {trap}: ")
         claims.add(codes == [4] and is_line, f"train.init_from={trap.name}: {codes} {lines}")
@@ -145,16 +137,14 @@ def _offer_to_runs(place: Place, claims: Claims, whole: Path, traps: list[Path],
         damaged = last.with_name(f"{last.name}.damaged")
         claims.add(damaged.read_bytes() == trap.read_bytes(), f"{trap.name} in a run: does not count as damaged")
         damaged.unlink()
-        lines, step = resuming.lines, 3 if place.fast else 6
-        is_said = lines[0].startswith(f"WARNING: {last}: ") and lines[1].startswith(f"resuming after step {step}, ")
+        lines = resuming.lines
+        is_said = lines[0].startswith(f"WARNING: {last}: ") and lines[1].startswith("resuming after step 6, ")
         claims.add(is_said, f"{trap.name} in a run: {lines[:2]}")
         require_equal_runs(whole, bitten)
         claims.add(not canary.path.exists(), f"{trap.name} in a run: was executed")
-    if place.fast:
-        return
     (alone / "checkpoints").mkdir(parents=True)
     shutil.copy(traps[0], alone / "checkpoints" / last.name)
-    trainer = Trainer(place, alone, *_list_options(place))
+    trainer = Trainer(place, alone, "loader=dali")
     claims.add(trainer.wait() == [4], f"{traps[0].name} alone in a run:\n{trainer.output}")
 
 
@@ -183,10 +173,8 @@ def _offer_configuration(place: Place, claims: Claims, run: Path, canary: Canary
     save_checkpoint(content, path)
     for code, lines in call(place, f"evaluate ckpt={path} {evaluation}", f"export ckpt={path}"):
         claims.add(code == 4 and len(lines) == 1, f"_target_ for the network's name: exit code {code}, {lines[-1:]}")
-    if place.fast:
-        return
     shutil.copy(path, good)
-    trainer = Trainer(place, copy, *_list_options(place))
+    trainer = Trainer(place, copy, "loader=dali")
     require(trainer.wait() == [0], f"a run resumes:\n{trainer.output}")
     require_equal_runs(run, copy)
 
@@ -205,7 +193,7 @@ def _link(name: str, target: str | Path, kind: bytes = tarfile.SYMTYPE) -> Membe
     return info, b""
 
 
-def _offer_archives(place: Place, claims: Claims, wheres: Iterable[str]) -> int:
+def _offer_archives(place: Place, claims: Claims) -> int:
     """Unpack archives in the official form, of which one has members that climb out; return their number."""
     synsets, victim = ("n00000001", "n00000002"), place.folder / "victim"
     val = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 2)]
@@ -213,8 +201,7 @@ def _offer_archives(place: Place, claims: Claims, wheres: Iterable[str]) -> int:
     names = {"val": (val[0], 5), "train": (f"{synsets[0]}.tar", 4), "class": (f"{synsets[0]}_9.JPEG", 4)}
     victim.write_text("alive")
     number = 0
-    for where in wheres:
-        name, depth = names[where]
+    for where, (name, depth) in names.items():
         up = "../" * depth + victim.name
         escapes: list[list[Member]] = [
             [(up, b"dead")],
@@ -225,7 +212,7 @@ def _offer_archives(place: Place, claims: Claims, wheres: Iterable[str]) -> int:
             [_link("images", victim.parent), (f"images/{victim.name}", b"dead")],
         ]
         running = []
-        for escape in escapes[::2] if place.fast else escapes:
+        for escape in escapes:
             number += 1
             folder = place.folder / f"archives-{number}"
             folder.mkdir()
@@ -275,7 +262,6 @@ def _offer_shards(place: Place, claims: Claims, canary: Canary) -> int:
         (3, [("x.jpg", jpeg), _link("x.cls", victim)]),
         (3, []),  # an index that executes something
     ]
-    cases = cases[::5] if place.fast else cases
     good: list[Member] = [(f"{number}.jpg", jpeg) for number in range(16)]
     good += [(f"{number}.cls", b"%d" % (number % 2)) for number in range(16)]
     options = ("data=webdataset", "train.epochs=1", "train.warmup_epochs=0")

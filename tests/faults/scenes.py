@@ -16,7 +16,7 @@ def resume_scenes(place: Place) -> dict[str, Any]:
     scenes = place.folder / "scenes"
     write_demo_scenes(scenes, seed=0, train_scenes=19, val_scenes=3)
     options = (*SMALL, f"data.root={scenes}", "checkpoint.every_steps=1")
-    settings = ((1, "fp32"),) if place.fast else ((1, "fp32"), (2, "fp32"), (1, "bf16"))
+    settings = ((1, "fp32"), (2, "fp32"), (1, "bf16"))
     for ranks, precision in settings:
         whole, killed = (f"run_dir={place.new_run()}" for _ in range(2))
         chosen = (*options, f"train.precision={precision}")

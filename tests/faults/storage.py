@@ -70,8 +70,8 @@ def _plant(folder: Path, kind: str) -> Iterator[Path]:
 
 def survive_storage_errors(place: Place) -> dict[str, Any]:
     """Storage errors that pass change nothing; those that stay replace no image and end the run, with a checkpoint."""
-    loaders, errors = (LOADERS[1:], ("ESTALE",)) if place.fast else (LOADERS, ("EIO", "ESTALE", "EMFILE"))
-    for loader in loaders:
+    errors = ("EIO", "ESTALE", "EMFILE")
+    for loader in LOADERS:
         options = (f"loader={loader}", "data.on_error=substitute", "checkpoint.every_steps=100")
         whole = place.new_run()
         require(Trainer(place, whole, *options).wait() == [0], f"{whole} ends well")
@@ -85,14 +85,11 @@ def survive_storage_errors(place: Place) -> dict[str, Any]:
             require(6 <= step < 12, f"a checkpoint of the second epoch, not of step {step}")
             require(Trainer(place, run, *options).wait() == [0], f"{run} resumes")
             require_equal_runs(whole, run)
-    if not place.fast:
-        run = place.new_run()
-        _judge(
-            Trainer(place, run, *options, faults=[("loses_worker", [1, 2])]), "a worker is killed", "loader.workers=0"
-        )
-        require(Trainer(place, run, *options).wait() == [0], f"{run} resumes")
-        require_equal_runs(whole, run)
-    return {"errors": len(loaders) * len(errors), "lost_workers": int(not place.fast)}
+    run = place.new_run()
+    _judge(Trainer(place, run, *options, faults=[("loses_worker", [1, 2])]), "a worker is killed", "loader.workers=0")
+    require(Trainer(place, run, *options).wait() == [0], f"{run} resumes")
+    require_equal_runs(whole, run)
+    return {"errors": len(LOADERS) * len(errors), "lost_workers": 1}
 
 
 def _judge(trainer: Trainer, what: str, words: str) -> None:

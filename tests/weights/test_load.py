@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 
 import resnest_imagenet
 from resnest_imagenet import build_model
@@ -351,6 +352,25 @@ def test_the_command(model, save, tmp_path, monkeypatch, capsys):
     command.main()
     assert capsys.readouterr().out.startswith(f"wrote {out}: {NAME}, ")
     assert torch.equal(load_checkpoint(out)["fc.weight"], model.fc.weight)
+
+
+def test_what_hydra_would_instantiate_stays_text(model, save, tmp_path):
+    """A configuration in a checkpoint is anybody's."""
+    content, canary = run_of(model.state_dict(), 7), tmp_path / "canary"
+    trap = {"_target_": "builtins.open", "_args_": [str(canary), "w"]}
+    instantiate(trap).close()
+    canary.unlink()  # the trap works
+    for part in (content["config"], *content["config"].values()):
+        if isinstance(part, dict):
+            part.update(trap)
+    source = save(content, "best.pt")
+    opened = resnest_imagenet.open_classifier(source)
+    assert torch.equal(opened.module.fc.weight, model.fc.weight)
+    export(source, tmp_path / "out.safetensors")
+    content["config"]["model"]["name"] = trap
+    with pytest.raises(CheckpointError):
+        resnest_imagenet.open_classifier(save(content, "best.pt"))
+    assert not canary.exists()
 
 
 def test_nothing_in_a_file_is_ever_executed():
