@@ -197,6 +197,9 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
 
 def _explain_override(option: str, schema: type[Options]) -> ConfigError:
     """Return a line about an option that cannot be set on the command line."""
+    own = [name for name in option_names(schema) if name.startswith("data.")]
+    if option == "data" and own:  # resnest-data check and shard have no choices of it
+        return ConfigError(f"data is no group of this command: set {', '.join(own)}")
     if option in _list_groups():
         return ConfigError(f"{option} is added, not overridden: write +{option}=...")
     if option in option_names(schema):  # of a group of which nothing is chosen
