@@ -251,7 +251,7 @@ class ExportConfig(Options):
     format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
     sizes: Literal["any", "crop"] | None  # of a graph's images; null: any in ONNX, the crop's in torch.export's program
     crop: Crop | None  # with the protocol: what the others tell their readers, and are tried at; null: its own
-    protocol: OwnProtocolOptions
+    protocol: OwnProtocolOptions | RegionProtocolOptions  # see `choose_schema`; of segmentation the run's
     out: Place | None
 
     @model_validator(mode="after")
@@ -357,7 +357,7 @@ class ShardDataConfig(Options):
 
 
 # Commands whose protocol is of the weights' task.
-_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig)
+_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, ExportConfig)
 # By task; other packages may add some.
 RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
 extensions.tasks.reserve(RECIPES)

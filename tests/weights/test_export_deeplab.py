@@ -283,6 +283,9 @@ def test_torch_hubs_entry_names_what_is_missing_or_too_much(folder, checkpoint):
             hubconf.deeplabv3(**options)
 
 
+OF_CLASSIFICATION = "^model and protocol are of classification: .*best.pt is of segmentation and has its run's$"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -295,8 +298,9 @@ def test_torch_hubs_entry_names_what_is_missing_or_too_much(folder, checkpoint):
             r"^layout=timm is of classification: a DeepLabV3 has official \(PyTorch-Encoding's\) or mmsegmentation$",
         ),
         (["layout=detectron2"], "^layout=detectron2 is of classification: a DeepLabV3 has official"),
-        (["model=resnest14_half"], "^model and protocol are of classification, and .*best.pt is of segmentation$"),
-        (["protocol=full"], "^model and protocol are of classification, and .*best.pt is of segmentation$"),
+        (["model=resnest14_half"], OF_CLASSIFICATION),
+        (["protocol=full"], OF_CLASSIFICATION),
+        (["protocol=slide"], OF_CLASSIFICATION),
         (["format=torch_export", "out=x.onnx"], "out=x.onnx does not end in .pt2: set format=... or another name"),
     ],
 )

@@ -3,9 +3,11 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
+from resnest_imagenet.commands.evaluate import take_own_protocol
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.recipe import RegionProtocolOptions
 
 if TYPE_CHECKING:
     from resnest_imagenet.weights.load import Weights
@@ -30,7 +32,7 @@ def export_classifier(config: ExportConfig, weights: "Weights") -> str:
     from resnest_imagenet.weights.hub import export_folder
 
     model = config.model.name if config.model else None
-    describe = partial(describe_input, crop=config.crop, protocol=config.protocol.list_changes())
+    describe = partial(describe_input, crop=config.crop, protocol=take_own_protocol(config.protocol).list_changes())
     if config.format == "hub":
         return export_folder(weights, describe, config.out, model=model)
     if config.format in ("onnx", "torch_export"):
@@ -45,8 +47,10 @@ def export_segmenter(config: ExportConfig, weights: "Weights") -> str:
     from resnest_imagenet.weights.graphs import export_deeplab_graph
     from resnest_imagenet.weights.hub_deeplab import export_deeplab_folder
 
-    if config.model is not None or config.protocol.list_changes():
-        raise ConfigError(f"model and protocol are of classification, and {config.ckpt} is of segmentation")
+    if config.model is not None or isinstance(config.protocol, RegionProtocolOptions) or config.protocol.list_changes():
+        raise ConfigError(
+            f"model and protocol are of classification: {config.ckpt} is of segmentation and has its run's"
+        )
     if config.format == "hub":
         if config.crop is not None:
             raise ConfigError("crop with format=hub is of classification: a DeepLabV3 takes images of any size")
