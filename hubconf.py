@@ -16,7 +16,7 @@ from resnest_imagenet import errors
 from resnest_imagenet.models import features, zoo
 from resnest_imagenet.weights import published
 
-dependencies = ["torch", "timm", "safetensors", "filelock"]
+dependencies = ["torch", "timm", "safetensors", "filelock", "pydantic"]
 
 _DOCUMENTATION = """{name} in training mode, with random weights or published ones.
 
@@ -65,6 +65,51 @@ def _load(model: typing.Any, name: str, pretrained: bool | str | os.PathLike[str
     # As many classes count as the same: the caller does not name them.
     classes = list(map(str, range(num_classes)))
     start_from(model, name, classes, dataclasses.replace(weights, classes=classes))
+
+
+def deeplabv3(
+    backbone: str | None = None,
+    num_classes: int | None = None,
+    pretrained: bool | str | os.PathLike[str] = False,
+    **options: typing.Any,
+) -> typing.Any:
+    """DeepLabV3 on any of these networks, in training mode, with random weights or trained ones.
+
+    Maps images (B, 3, H, W), normalised as those of its backbone, to logits (B, num_classes, H, W), in training mode to
+    these and those of the auxiliary head. With weights, its attributes classes, palette (red, green and blue of each
+    class, or None) and crop (of the training, in pixels) are the run's.
+
+    Args:
+        backbone: name of another entry; None with pretrained, which tells it.
+        num_classes: width of the logits; None likewise.
+        pretrained: a folder of resnest-export format=hub, or a checkpoint of a run of segmentation.
+        **options: what else build_deeplab of models/deeplab.py takes, such as output_stride; not with pretrained.
+
+    Raises:
+        ConfigError: (a ValueError) for options that there are not, or that pretrained tells.
+        CheckpointError: the weights cannot be read, or are not of segmentation.
+    """
+    from resnest_imagenet.models.deeplab import build_deeplab
+    from resnest_imagenet.weights.load import read_weights
+    from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
+
+    if not pretrained:
+        if backbone is None or num_classes is None:
+            raise errors.ConfigError("deeplabv3 needs backbone and num_classes, or pretrained")
+        return build_deeplab(backbone, num_classes, **options)
+    if pretrained is True:
+        raise errors.ConfigError("there are no published weights of deeplabv3: give pretrained=FOLDER or a checkpoint")
+    if options or (backbone, num_classes) != (None, None):
+        raise errors.ConfigError(f"{pretrained} has its backbone, classes and options: give pretrained alone")
+    weights = read_weights(pretrained, tasks=(SEGMENTATION,))
+    model = restore_deeplab(weights)
+    for name, value in {
+        "classes": weights.classes,
+        "palette": weights.palette,
+        "crop": weights.training["crop"],
+    }.items():
+        setattr(model, name, value)
+    return model
 
 
 for _name in zoo.list_models():

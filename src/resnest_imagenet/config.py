@@ -247,16 +247,20 @@ class ExportConfig(Options):
     ckpt: Place
     weights: Literal["auto", "model", "ema"]
     model: NetworkOptions | None
-    layout: Literal["official", "timm", "mmpretrain", "detectron2"]
+    layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "detectron2"]
     format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
+    sizes: Literal["any", "crop"] | None  # of a graph's images; null: any in ONNX, the crop's in torch.export's program
     crop: Crop | None  # with the protocol: what the others tell their readers, and are tried at; null: its own
-    protocol: OwnProtocolOptions
+    protocol: OwnProtocolOptions | RegionProtocolOptions  # see `choose_schema`; of segmentation the run's
     out: Place | None
 
     @model_validator(mode="after")
     def _check(self) -> "ExportConfig":
-        if self.layout in ("mmpretrain", "detectron2") and self.format not in ("pth", "safetensors"):
+        if self.layout not in ("official", "timm") and self.format not in ("pth", "safetensors"):
             raise ValueError(f"layout={self.layout} is for format=pth or safetensors, not {self.format}")
+        forms = ["onnx"] if self.sizes == "any" else ["onnx", "torch_export"]
+        if self.sizes and self.format not in forms:
+            raise ValueError(f"sizes={self.sizes} is for format={' or '.join(forms)}, not {self.format}")
         return self
 
 
@@ -353,7 +357,7 @@ class ShardDataConfig(Options):
 
 
 # Commands whose protocol is of the weights' task.
-_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig)
+_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, ExportConfig)
 # By task; other packages may add some.
 RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
 extensions.tasks.reserve(RECIPES)

@@ -159,6 +159,8 @@ def test_without_the_extra_it_is_one_line_before_any_work(package, monkeypatch):
     [
         (["format=onnx", "layout=mmpretrain"], "layout=mmpretrain is for format=pth or safetensors, not onnx"),
         (["format=hub", "layout=detectron2"], "layout=detectron2 is for format=pth or safetensors, not hub"),
+        (["format=torch_export", "sizes=any"], "sizes=any is for format=onnx, not torch_export"),
+        (["format=pth", "sizes=crop"], "sizes=crop is for format=onnx or torch_export, not pth"),
         (["format=onnx", "crop=16"], "crop=16: input should be greater than or equal to 32"),
     ],
 )

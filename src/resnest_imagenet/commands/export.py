@@ -1,28 +1,65 @@
 """resnest-export: a checkpoint for other programs."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
+from resnest_imagenet.commands.evaluate import take_own_protocol
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.recipe import RegionProtocolOptions
+
+if TYPE_CHECKING:
+    from resnest_imagenet.weights.load import Weights
 
 
 def run(config: ExportConfig) -> None:
     """Export, and print the line about what was written."""
+    from resnest_imagenet.weights.graphs import require_form
+    from resnest_imagenet.weights.load import TASK, read_weights
+    from resnest_imagenet.weights.segmentation import SEGMENTATION
+
+    require_form(config.format)
+    weights = read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION))
+    print(export_segmenter(config, weights) if weights.task == SEGMENTATION else export_classifier(config, weights))
+
+
+def export_classifier(config: ExportConfig, weights: "Weights") -> str:
+    """Export a network of classification; return a line about what was written."""
     from resnest_imagenet.inference.describe import describe_input
     from resnest_imagenet.weights.export import export_weights
     from resnest_imagenet.weights.graphs import export_graph
     from resnest_imagenet.weights.hub import export_folder
 
-    ckpt, out, weights = config.ckpt, config.out, config.weights
     model = config.model.name if config.model else None
-    describe = partial(describe_input, crop=config.crop, protocol=config.protocol.list_changes())
+    describe = partial(describe_input, crop=config.crop, protocol=take_own_protocol(config.protocol).list_changes())
     if config.format == "hub":
-        line = export_folder(ckpt, describe, out, model=model, weights=weights)
-    elif config.format in ("onnx", "torch_export"):
-        line = export_graph(ckpt, describe, out, model=model, weights=weights, form=config.format)
-    else:
-        line = export_weights(ckpt, out, model=model, weights=weights, layout=config.layout, form=config.format)
-    print(line)
+        return export_folder(weights, describe, config.out, model=model)
+    if config.format in ("onnx", "torch_export"):
+        return export_graph(weights, describe, config.out, model=model, form=config.format, sizes=config.sizes)
+    return export_weights(weights, config.out, model=model, layout=config.layout, form=config.format)
+
+
+def export_segmenter(config: ExportConfig, weights: "Weights") -> str:
+    """Export a network of segmentation likewise."""
+    from resnest_imagenet.inference.describe import describe_scene_input
+    from resnest_imagenet.weights.export import export_deeplab
+    from resnest_imagenet.weights.graphs import export_deeplab_graph
+    from resnest_imagenet.weights.hub_deeplab import export_deeplab_folder
+
+    if config.model is not None or isinstance(config.protocol, RegionProtocolOptions) or config.protocol.list_changes():
+        raise ConfigError(
+            f"model and protocol are of classification: {config.ckpt} is of segmentation and has its run's"
+        )
+    if config.format == "hub":
+        if config.crop is not None:
+            raise ConfigError("crop with format=hub is of classification: a DeepLabV3 takes images of any size")
+        return export_deeplab_folder(weights, describe_scene_input, config.out)
+    if config.format in ("onnx", "torch_export"):
+        return export_deeplab_graph(
+            weights, describe_scene_input, config.out, crop=config.crop, form=config.format, sizes=config.sizes
+        )
+    return export_deeplab(weights, config.out, layout=config.layout, form=config.format)
 
 
 def main() -> None:

@@ -78,14 +78,8 @@ def open_segmenter(
     place_on = choose_device(device)
     weights = source if isinstance(source, Weights) else read_weights(source, choice, (SEGMENTATION,))
     model = restore_deeplab(weights)
-    assert weights.run and weights.training and weights.model and weights.classes
-    recipe = weights.training
-    try:
-        own = RegionProtocolOptions.model_validate(weights.run["protocol"])
-        shown = choose_protocol(_fill(own, protocol), recipe["crop"], recipe["base"])
-        data_kind = weights.run["data"]["kind"]
-    except (KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
+    assert weights.model and weights.classes
+    shown, data_kind = read_protocol(weights, protocol)
     classes = tuple(weights.classes)
     palette = make_palette(classes) if weights.palette is None else np.array(weights.palette, np.uint8)
     module = place(fold_batch_norms(model).requires_grad_(False), place_on)
@@ -106,6 +100,28 @@ def take_segmenter(network: Segmenter | str | PathLike[str]) -> Segmenter:
             f"the network is a {type(network).__name__}: give what open_segmenter(...) returns, or a checkpoint's path"
         )
     return open_segmenter(network)
+
+
+def read_protocol(
+    weights: Weights, protocol: RegionProtocolOptions | Mapping[str, Any] | None = None
+) -> tuple[RegionProtocol, str]:
+    """Return how a run's network sees scenes, and the layout of those that it was trained on.
+
+    Args:
+        weights: of the run's checkpoint.
+        protocol: as `open_segmenter` takes it.
+
+    Raises:
+        CheckpointError: its configuration does not tell.
+        ConfigError: the protocol is not valid.
+    """
+    assert weights.run and weights.training
+    try:
+        own = RegionProtocolOptions.model_validate(weights.run["protocol"])
+        shown = choose_protocol(_fill(own, protocol), weights.training["crop"], weights.training["base"])
+        return shown, weights.run["data"]["kind"]
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
 
 
 def _fill(own: RegionProtocolOptions, given: RegionProtocolOptions | Mapping[str, Any] | None) -> RegionProtocolOptions:

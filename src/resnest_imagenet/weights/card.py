@@ -1,15 +1,18 @@
 """What another program must know of a network to use it: how images go in, and what its outputs are called."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
+from typing import Any
 
 from torch import nn
 
 from resnest_imagenet.models.imagenet_classes import class_words
 from resnest_imagenet.models.zoo import count_outputs
 from resnest_imagenet.weights.load import Weights, list_classes, read_weights, restore_network
+
+INPUT = "float32 (batch, 3, height, width): RGB in 0..1, minus mean, over std"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ImageInput:
 
 
 DescribeInput = Callable[[Weights, str], ImageInput]
+DescribeScenes = Callable[[Weights, int], dict[str, str]]  # of a network of segmentation, tried at a crop
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,26 @@ class Card:
         """Return the card as texts: numbers and lists in JSON, without what is not known."""
         values = {
             "model": self.model,
-            "input": "float32 (batch, 3, height, width): RGB in 0..1, minus mean, over std",
+            "input": INPUT,
             **asdict(self.images),
             "classes": self.classes,
             "class_names": self.class_names,
         }
-        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
+        return to_texts(values)
+
+
+def to_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return values as texts: numbers and lists in JSON, without those that are None."""
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
 
 
 def open_network(
-    source: str | PathLike[str], describe: DescribeInput, model: str | None = None, weights: str = "auto"
+    source: Weights | str | PathLike[str], describe: DescribeInput, model: str | None = None, weights: str = "auto"
 ) -> tuple[nn.Module, Weights, Card]:
     """Read a network to be exported, on the CPU and in evaluation mode.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights.
+        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
         describe: returns the input of weights and their network's name.
         model: name of the network; None where the weights tell.
         weights: "model", "ema" or "auto".
@@ -91,7 +100,7 @@ def open_network(
     Raises:
         UserError: the weights cannot be read or do not fit.
     """
-    loaded = read_weights(source, weights)
+    loaded = source if isinstance(source, Weights) else read_weights(source, weights)
     network, name = restore_network(loaded, model)
     classes = list_classes(loaded.classes, count_outputs(network, name))
     return network.eval(), loaded, Card(name, describe(loaded, name), tuple(classes) if classes else None)

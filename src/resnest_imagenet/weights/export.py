@@ -5,18 +5,20 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.resnest import ResNeStSpec
 from resnest_imagenet.models.zoo import ARCHITECTURES
-from resnest_imagenet.weights.layouts import rename
+from resnest_imagenet.weights.layouts import rename, rename_deeplab
 from resnest_imagenet.weights.load import Weights, match_tensors, read_weights
+from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
 
 def export_weights(
-    source: str | PathLike[str],
+    source: Weights | str | PathLike[str],
     out: str | PathLike[str] | None = None,
     *,
     model: str | None = None,
@@ -27,28 +29,81 @@ def export_weights(
     """Write a bare state dict in the layout and format asked for; return a line about the file.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights.
+        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
         out: the file; None: MODEL-LAYOUT.FORMAT.
         model: name of the network; None where the weights tell.
         weights: "model", "ema" or "auto".
-        layout: "official", "timm", "mmpretrain" or "detectron2" (without the classifier).
+        layout: "official", "timm", "mmpretrain", "mmsegmentation" or "detectron2" (both without the classifier).
         form: "safetensors" or "pth".
 
     Raises:
         UserError: for what a user can cause, as one line.
     """
-    loaded = read_weights(source, weights)
+    loaded = source if isinstance(source, Weights) else read_weights(source, weights)
     name, tensors = match_tensors(loaded, model)
-    if layout in ("mmpretrain", "detectron2") and not isinstance(ARCHITECTURES.get(name), ResNeStSpec):
-        raise ConfigError(f"layout={layout} is known for ResNeSts, and {source} holds a {name}")
+    _require_layout(layout, name, loaded.source)
     if layout != "official" and name not in ARCHITECTURES:
-        raise ConfigError(f"layout={layout} is known for this project's networks, and {source} holds a {name}")
-    file = choose_file(source, out, f"{name}-{layout}.{form}")
+        raise ConfigError(f"layout={layout} is known for this project's networks, and {loaded.source} holds a {name}")
+    file = choose_file(loaded.source, out, f"{name}-{layout}.{form}")
     renamed = {rename(key, layout): value for key, value in tensors.items()}
+    return _write_tensors(file, {key: value for key, value in renamed.items() if key}, describe_weights(loaded, name))
+
+
+def export_deeplab(
+    source: Weights | str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    weights: str = "auto",
+    layout: str = "official",
+    form: str = "safetensors",
+) -> str:
+    """Write a bare state dict of a DeepLabV3; return a line about the file.
+
+    A run starts from it, train.init_from=..., where its classes are as many and in the same order. mmsegmentation's
+    layout has the backbone alone: its head has a 3x3 convolution where this one has a 1x1 and another 3x3.
+
+    Args:
+        source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
+        out: the file; None: deeplabv3_MODEL-official.FORMAT.
+        weights: "model", "ema" or "auto".
+        layout: "official", which are PyTorch-Encoding's names, or "mmsegmentation".
+        form: "safetensors" or "pth".
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+    """
+    if layout not in ("official", "mmsegmentation"):
+        raise ConfigError(
+            f"layout={layout} is of classification: a DeepLabV3 has official (PyTorch-Encoding's) or mmsegmentation"
+        )
+    loaded = source if isinstance(source, Weights) else read_weights(source, weights, (SEGMENTATION,))
+    network = restore_deeplab(loaded)
+    file = choose_file(loaded.source, out, f"deeplabv3_{loaded.model}-{layout}.{form}")
+    words = describe_deeplab(loaded)
+    if layout == "official":
+        tensors = {rename_deeplab(key, "encoding"): value for key, value in network.state_dict().items()}
+        return _write_tensors(file, tensors, words)
+    assert loaded.model
+    _require_layout(layout, loaded.model, loaded.source)
+    renamed = {rename(key, layout): value for key, value in network.backbone.state_dict().items()}
+    tensors = {key: value for key, value in renamed.items() if key}
+    return _write_tensors(
+        file, tensors, f"the backbone alone of {words} (the heads of mmsegmentation have other layers)"
+    )
+
+
+def _require_layout(layout: str, name: str, source: str) -> None:
+    """Raise a ConfigError where a layout has no names for a network's tensors."""
+    if layout not in ("official", "timm") and not isinstance(ARCHITECTURES.get(name), ResNeStSpec):
+        raise ConfigError(f"layout={layout} is known for ResNeSts, and {source} holds a {name}")
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor], words: str) -> str:
+    """Write a state dict; return a line about the file, with some words about the network."""
     # Contiguous, whatever layout training used, and no views of larger memory.
-    content = {key: value.clone(memory_format=torch.contiguous_format) for key, value in renamed.items() if key}
+    content = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     save_checkpoint(content, file)
-    return f"wrote {file}: {describe_weights(loaded, name)}, {len(content)} tensors, SHA-256 {digest(file)}"
+    return f"wrote {file}: {words}, {len(content)} tensors, SHA-256 {digest(file)}"
 
 
 def choose_file(source: str | PathLike[str], out: str | PathLike[str] | None, default: str) -> Path:
@@ -91,6 +146,12 @@ def describe_weights(weights: Weights, name: str) -> str:
     if classes != numbers and set(classes) == set(numbers):
         words += f" with its outputs for the classes {', '.join(classes[:8])}, ..."
     return words
+
+
+def describe_deeplab(weights: Weights) -> str:
+    """Return which network of segmentation was exported, in words."""
+    name = f"DeepLabV3 on {weights.model} with {len(weights.classes or ())} classes"
+    return f"moving average of {name}" if weights.is_average else name
 
 
 def digest(file: Path) -> str:

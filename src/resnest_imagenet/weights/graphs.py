@@ -5,8 +5,10 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,12 @@ from torch.fx import GraphModule
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError
 from resnest_imagenet.files import replacing
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.weights.card import DescribeInput, open_network
-from resnest_imagenet.weights.export import choose_file, describe_weights, digest
+from resnest_imagenet.weights.card import DescribeInput, DescribeScenes, open_network
+from resnest_imagenet.weights.export import choose_file, describe_deeplab, describe_weights, digest
+from resnest_imagenet.weights.load import Weights, read_weights
+from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
+_SUFFIXES = {"onnx": "onnx", "torch_export": "pt2"}
 OPSET = 18  # what torch's translations are written in; any other is converted from it
 TOLERANCE = 1e-3  # of the largest logit, for the difference between the graph and the network
 
@@ -27,43 +32,111 @@ Run = Callable[[Tensor], Tensor]
 
 
 def export_graph(
-    source: str | PathLike[str],
+    source: Weights | str | PathLike[str],
     describe: DescribeInput,
     out: str | PathLike[str] | None = None,
     *,
     model: str | None = None,
     weights: str = "auto",
     form: str = "onnx",
+    sizes: str | None = None,
 ) -> str:
     """Write a network as a graph, unless it computes something else; return a line about the file.
 
     The batch norms are folded into the convolutions. Of ONNX the input is "images" (batch, 3, height, width), all but
-    the 3 of any size, and the output "logits" (batch, classes); torch.export's program is for images of the crop.
+    the 3 of any size, and the output "logits" (batch, classes); torch.export's program is for images of the crop, and
+    an ONNX graph where that is asked for.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights.
+        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
         describe: returns the input of weights and their network's name.
         out: the file; None: MODEL.onnx or MODEL.pt2.
         model: name of the network; None where the weights tell.
         weights: "model", "ema" or "auto".
         form: "onnx" or "torch_export".
+        sizes: of images: "any" (of "onnx" only) or "crop"; None: any where there can be.
 
     Raises:
         UserError: for what a user can cause, as one line; or the graph's logits are not the network's.
     """
-    is_onnx = form == "onnx"
-    if is_onnx:
-        _require_onnx()
+    require_form(form)
     network, loaded, card = open_network(source, describe, model, weights)
-    crop = card.images.crop
-    file = choose_file(source, out, f"{card.model}.{'onnx' if is_onnx else 'pt2'}")
-    make, load = (_make_onnx, _load_onnx) if is_onnx else (_make_program, _load_program)
+    file = choose_file(loaded.source, out, f"{card.model}.{_SUFFIXES[form]}")
+    words = describe_weights(loaded, card.model)
+    graph_form = _GraphForm(form, card.images.crop, _takes_any(form, sizes))
+    return _write_graph(network, loaded.source, file, graph_form, card.to_metadata(), words)
+
+
+def export_deeplab_graph(
+    source: Weights | str | PathLike[str],
+    describe: DescribeScenes,
+    out: str | PathLike[str] | None = None,
+    *,
+    weights: str = "auto",
+    crop: int | None = None,
+    form: str = "onnx",
+    sizes: str | None = None,
+) -> str:
+    """Write a DeepLabV3 as a graph in the same way; its output is "logits" (batch, classes, height, width).
+
+    The auxiliary head, which is of training only, is not in it.
+
+    Args:
+        source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
+        describe: returns what another program must know of the network.
+        out: the file; None: deeplabv3_MODEL.onnx or .pt2.
+        weights: "model", "ema" or "auto".
+        crop: side of the images that it is tried with, and of all images where not any are taken; None: the recipe's.
+        form: "onnx" or "torch_export".
+        sizes: of images: "any" (of "onnx" only) or "crop"; None: any where there can be.
+
+    Raises:
+        UserError: for what a user can cause, as one line; or the graph's logits are not the network's.
+    """
+    require_form(form)
+    loaded = source if isinstance(source, Weights) else read_weights(source, weights, (SEGMENTATION,))
+    network = restore_deeplab(loaded).eval()
+    network.auxiliary = None
+    assert loaded.training
+    side = crop or loaded.training["crop"]
+    file = choose_file(loaded.source, out, f"deeplabv3_{loaded.model}.{_SUFFIXES[form]}")
+    graph_form = _GraphForm(form, side, _takes_any(form, sizes))
+    metadata = describe(loaded, side)
+    return _write_graph(network, loaded.source, file, graph_form, metadata, describe_deeplab(loaded))
+
+
+@dataclass(frozen=True)
+class _GraphForm:
+    """What kind of graph: "onnx" or "torch_export", for images whose side is the crop, or of any size."""
+
+    name: str
+    crop: int
+    takes_any: bool
+
+    @property
+    def text(self) -> str:
+        """What the line says of it."""
+        kind = [f"opset {OPSET}"] * (self.name == "onnx") + [f"crop {self.crop}"] * (not self.takes_any)
+        return ", ".join(kind)
+
+
+def _takes_any(form: str, sizes: str | None) -> bool:
+    if sizes == "any" and form != "onnx":
+        raise ConfigError(f"sizes=any is for format=onnx, not {form}")
+    return form == "onnx" and sizes != "crop"
+
+
+def _write_graph(
+    network: nn.Module, source: str, file: Path, form: _GraphForm, metadata: dict[str, str], words: str
+) -> str:
+    """Write a network as a graph that has been run beside it; return a line about the file, with some words."""
+    make, load = (_make_onnx, _load_onnx) if form.name == "onnx" else (_make_program, _load_program)
     with _quiet(), torch.no_grad():
-        content = make(fold_batch_norms(network), crop, card.to_metadata())
+        content = make(fold_batch_norms(network), form, metadata)
         run = load(content)
-    shapes = [(1, crop, crop), (3, crop, crop)]
-    if is_onnx:
-        shapes.append((2, crop + 33, crop))
+    shapes = [(1, form.crop, form.crop), (3, form.crop, form.crop)]
+    if form.takes_any:
+        shapes.append((2, form.crop + 33, form.crop))
     difference, lowest, highest = compare_logits(network, run, shapes)
     largest = max(-lowest, highest)
     if not largest < float("inf"):
@@ -72,9 +145,8 @@ def export_graph(
         raise UserError(f"{file} is not written: its logits differ by {difference:.2g} of {largest:.3g} from torch's")
     with replacing(file) as opened:
         opened.write(content)
-    kind = f"opset {OPSET}" if is_onnx else f"crop {crop}"
     return (
-        f"wrote {file}: {describe_weights(loaded, card.model)}, {kind}, {len(content) / 1e6:.1f} MB, logits from "
+        f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, logits from "
         f"{lowest:.3g} to {highest:.3g} and within {difference:.2g} of the network's, SHA-256 {digest(file)}"
     )
 
@@ -91,14 +163,15 @@ def compare_logits(model: nn.Module, run: Run, shapes: list[tuple[int, int, int]
         The largest absolute difference of a logit, and the network's lowest and highest logit; NaN if any is.
     """
     generator = torch.Generator().manual_seed(0)
-    of_network, of_graph = [], []
+    figures = []
     for shape in shapes:
         images = draw_images(*shape, generator)
         with torch.no_grad():
-            of_network.append(model(images))
-            of_graph.append(run(images))
-    network, graph = torch.cat(of_network), torch.cat(of_graph)
-    return (network - graph).abs().max().item(), network.min().item(), network.max().item()
+            logits = model(images)
+            difference = (logits - run(images)).abs().max()
+        figures.append(torch.stack((difference, -logits.min(), logits.max())))  # logits of pixels are too many to keep
+    difference, lowest, highest = torch.stack(figures).amax(0).tolist()
+    return difference, -lowest, highest
 
 
 def draw_images(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -107,7 +180,10 @@ def draw_images(batch: int, height: int, width: int, generator: torch.Generator)
     return F.interpolate(coarse, (height, width), mode="bicubic").clamp(-2, 2.5)
 
 
-def _require_onnx() -> None:
+def require_form(form: str) -> None:
+    """Raise a ConfigError where the packages of a format, "onnx" or "torch_export", are not there."""
+    if form != "onnx":
+        return
     try:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             import_module(package)
@@ -115,18 +191,21 @@ def _require_onnx() -> None:
         raise ConfigError("format=onnx needs the extra [onnx] of resnest-imagenet") from error
 
 
-def _make_onnx(model: nn.Module, crop: int, metadata: dict[str, str]) -> bytes:
+def _make_onnx(model: nn.Module, form: _GraphForm, metadata: dict[str, str]) -> bytes:
     import onnx
 
+    # Of any size: equal sides, or of 32 pixels, are taken for special.
+    sides = (form.crop + 32, form.crop + 64) if form.takes_any else (form.crop, form.crop)
+    any_side = {2: Dim("height"), 3: Dim("width")} if form.takes_any else {}
     program = torch.onnx.export(
         model,
-        (torch.zeros(2, 3, crop + 32, crop + 64),),  # equal sides, or of 32 pixels, are taken for special
+        (torch.zeros(2, 3, *sides),),
         dynamo=True,
         verbose=False,
         input_names=["images"],
         output_names=["logits"],
         opset_version=OPSET,
-        dynamic_shapes=({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},),
+        dynamic_shapes=({0: Dim("batch"), **any_side},),
     )
     assert program is not None
     graph = program.model_proto
@@ -145,9 +224,10 @@ def _load_onnx(content: bytes) -> Run:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _make_program(model: nn.Module, crop: int, metadata: dict[str, str]) -> bytes:
+def _make_program(model: nn.Module, form: _GraphForm, metadata: dict[str, str]) -> bytes:
     # Of one size: other sizes would depend on the example's being even or odd, in every stage.
-    program = torch.export.export(model, (torch.zeros(2, 3, crop, crop),), dynamic_shapes=({0: Dim("batch")},))
+    images = torch.zeros(2, 3, form.crop, form.crop)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
             node.meta.pop("stack_trace", None)  # lines and paths of our source

@@ -42,7 +42,7 @@ In resnest-imagenet: `resnest-eval ckpt=FOLDER/model.safetensors model={model} d
 
 
 def export_folder(
-    source: str | PathLike[str],
+    source: Weights | str | PathLike[str],
     describe: DescribeInput,
     out: str | PathLike[str] | None = None,
     *,
@@ -52,7 +52,7 @@ def export_folder(
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights.
+        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
         describe: returns the input of weights and their network's name.
         out: the folder; None: MODEL-hub.
         model: name of the network; None where the weights tell.
@@ -64,7 +64,7 @@ def export_folder(
     network, loaded, card = open_network(source, describe, model, weights)
     folder = Path(out or f"{card.model}-hub")
     file, settings, readme = (folder / name for name in ("model.safetensors", "config.json", "README.md"))
-    require_other(source, out or file, file)
+    require_other(loaded.source, out or file, file)
     require_writable(settings, "out")
     tensors = network.state_dict()
     described = describe_for_timm(card, tensors)
@@ -72,7 +72,7 @@ def export_folder(
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in (
-        (readme, _write_readme(card, loaded.source, _read_accuracy(loaded))),
+        (readme, _write_readme(card, loaded.source, read_score(loaded))),
         (settings, json.dumps(described, indent=2, ensure_ascii=False) + "\n"),
     ):
         with replacing(path) as opened:
@@ -156,15 +156,16 @@ def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
     )
 
 
-def _read_accuracy(weights: Weights) -> str | None:
-    """Return the accuracy in words where the checkpoint has it: a run's best.pt has that of its evaluated weights."""
+def read_score(weights: Weights) -> str | None:
+    """Return Top-1 or mIoU in words where the checkpoint has it: a run's best.pt has that of its evaluated weights."""
     if weights.training is None or Path(weights.source).name != "best.pt":
         return None
     content = load_checkpoint(weights.source)
-    if content.get("metric", "top1") != "top1":
+    metric = {"top1": ("Top-1", "images"), "miou": ("mIoU", "scenes")}.get(content.get("metric", "top1"))
+    if metric is None:
         return None
     best = content.get("best", content.get("best_top1"))  # the latter in checkpoints of earlier versions
     identity = content.get("identity")
     if weights.is_average != bool(content.get("ema")) or not isinstance(best, float) or not isinstance(identity, dict):
         return None
-    return f"Top-1: {best:.2f} % of the run's evaluation images ({identity.get('evaluation')})."
+    return f"{metric[0]}: {best:.2f} % of the run's evaluation {metric[1]} ({identity.get('evaluation')})."

@@ -25,6 +25,7 @@ from resnest_imagenet.models.zoo import (
 )
 from resnest_imagenet.options import Crop
 from resnest_imagenet.recipe import ProtocolOptions
+from resnest_imagenet.weights.folders import is_described, read_folder
 from resnest_imagenet.weights.layouts import recognise, rename
 from resnest_imagenet.weights.published import fetch, find_timm_test
 
@@ -32,7 +33,7 @@ TASK = "classification"  # that of the zoo's networks; a checkpoint that names n
 
 _USES = {
     TASK: "start a run from it, train.init_from=...",
-    "segmentation": "resnest-eval and resnest-predict take it",
+    "segmentation": "resnest-eval, resnest-predict and resnest-export take it",
 }
 _COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
@@ -78,7 +79,8 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
 
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
-            "state_dict" or "model"; or published weights, official:NAME or timm:NAME.
+            "state_dict" or "model"; a folder of resnest-export format=hub with a network of segmentation; or published
+            weights, official:NAME or timm:NAME.
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
         tasks: whose checkpoints are taken.
 
@@ -93,7 +95,7 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
     # Not a file, and like no path: a published name, or a misspelt one.
     is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
     path, model = fetch(source) if is_published else (Path(source), None)
-    content = load_checkpoint(path)
+    content = read_folder(path) if is_described(path) else load_checkpoint(path)
     if {"config", "epoch"} <= content.keys():
         require_task(content, source, tasks)
     state, is_average = _choose_state(content, choice, source)

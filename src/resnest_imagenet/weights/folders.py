@@ -1,0 +1,38 @@
+"""A folder that describes its weights, read as the checkpoint that they are from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.errors import CheckpointError
+
+SETTINGS, TENSORS, README = "config.json", "model.safetensors", "README.md"
+# What a checkpoint of a run tells of its network; "palette" too where the masks have one.
+ENTRIES = ("task", "config", "classes", "epoch")
+
+
+def is_described(path: Path) -> bool:
+    """Return whether a path is a folder with settings: of this project's format=hub, or another's."""
+    return (path / SETTINGS).is_file()
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint would hold: the entries of config.json, and the tensors as its "model".
+
+    Args:
+        folder: of `export_deeplab_folder`.
+
+    Raises:
+        CheckpointError: not such a folder, or its files are missing, unreadable or damaged.
+    """
+    try:
+        content = json.loads((folder / SETTINGS).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / SETTINGS}: cannot be read ({error}): export the network again") from error
+    if not isinstance(content, dict) or not set(ENTRIES) <= content.keys():
+        raise CheckpointError(
+            f"{folder}: not a folder with a network of segmentation: give its file of weights, {folder / TENSORS}, "
+            "and the network's name"
+        )
+    return {**content, "model": load_checkpoint(folder / TENSORS)}

@@ -1,0 +1,124 @@
+"""A network of segmentation as a folder: weights, a description that this project reads, and a card for people."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from resnest_imagenet.checkpoint import save_checkpoint
+from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.weights.card import DescribeScenes
+from resnest_imagenet.weights.export import describe_deeplab, digest, require_other
+from resnest_imagenet.weights.folders import README, SETTINGS, TENSORS
+from resnest_imagenet.weights.hub import read_score
+from resnest_imagenet.weights.load import Weights, read_weights
+from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
+
+_README = """---
+license: apache-2.0
+library_name: pytorch
+pipeline_tag: image-segmentation
+tags:
+- image-segmentation
+- deeplabv3
+- resnest
+---
+# {name}
+
+Semantic segmentation by resnest-imagenet, the project around
+[ResNeSt: Split-Attention Networks](https://arxiv.org/abs/2004.08955): {words}, output stride {output_stride}.
+
+- Input: {input}; mean {mean}, std {std}.
+- Output: {output}.
+- Evaluated as: {protocol}.
+{score}- Classes, and their colours where there are any: `{settings}`.
+
+```python
+import torch
+
+model = torch.hub.load("OWNER/resnest-imagenet", "deeplabv3", pretrained="FOLDER").eval()
+mask = model(images).argmax(1)  # model.classes are the names
+```
+
+In resnest-imagenet: `resnest-predict ckpt=FOLDER images=...`, `resnest-eval ckpt=FOLDER data.root=...`, and
+`resnest-train ... train.init_from=FOLDER`.
+"""
+
+
+def export_deeplab_folder(
+    source: Weights | str | PathLike[str],
+    describe: DescribeScenes,
+    out: str | PathLike[str] | None = None,
+    *,
+    weights: str = "auto",
+) -> str:
+    """Write model.safetensors, config.json and README.md; return a line about the folder.
+
+    `read_weights` takes the folder as it takes the checkpoint, of which it has the chosen weights, the auxiliary head
+    with them; torch.hub's entry deeplabv3 likewise.
+
+    Args:
+        source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
+        describe: returns what another program must know of the network.
+        out: the folder; None: deeplabv3_MODEL-hub.
+        weights: "model", "ema" or "auto".
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+    """
+    loaded = source if isinstance(source, Weights) else read_weights(source, weights, (SEGMENTATION,))
+    tensors = restore_deeplab(loaded).state_dict()
+    assert loaded.training
+    card = describe(loaded, loaded.training["crop"])
+    name = f"deeplabv3_{loaded.model}"
+    folder = Path(out or f"{name}-hub")
+    file, settings, readme = (folder / part for part in (TENSORS, SETTINGS, README))
+    for path in (folder, file):
+        require_other(loaded.source, folder, path)
+    require_writable(settings, "out")
+    # The settings come last, without which the folder is no network: no old ones for new weights.
+    settings.unlink(missing_ok=True)
+    save_checkpoint(tensors, file)
+    for path, text in ((readme, _write_readme(loaded, name, card)), (settings, _write_settings(loaded, card, tensors))):
+        with replacing(path) as opened:
+            opened.write(text.encode())
+    return (
+        f"wrote {folder}: {describe_deeplab(loaded)}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
+        "resnest-predict, resnest-eval and torch.hub's deeplabv3 take the folder"
+    )
+
+
+def _write_settings(weights: Weights, card: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Return what the checkpoint tells of its network, without places of the run's machine; the card beside it."""
+    run, training = weights.run, weights.training
+    assert run and training
+    content: dict[str, Any] = {
+        "task": weights.task,
+        "config": {
+            "model": run["model"],
+            "train": {name: value for name, value in training.items() if name != "init_from"},
+            "protocol": run["protocol"],
+            "data": {"kind": run["data"]["kind"]},
+        },
+        "classes": weights.classes,
+        "palette": weights.palette,
+        "epoch": weights.epoch,
+        "card": {name: card[name] for name in ("input", "output", "protocol", "mean", "std")},
+        "parameters": sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_readme(weights: Weights, name: str, card: dict[str, str]) -> str:
+    score = read_score(weights)
+    assert weights.training
+    return _README.format(
+        **{key: card[key] for key in ("input", "output", "protocol", "mean", "std")},
+        name=name,
+        words=describe_deeplab(weights),
+        output_stride=weights.training["output_stride"],
+        score=f"- {score}\n" if score else "",
+        settings=SETTINGS,
+    )
