@@ -64,9 +64,8 @@ class SegmentedImages:
 
     @property
     def protocol(self) -> RegionProtocol:
-        """How the images are shown; "centre" would leave pixels without a class, and becomes "whole"."""
-        protocol = self.segmenter.protocol
-        return replace(protocol, name="whole", crop=None) if protocol.name == "centre" else protocol
+        """How the images are shown."""
+        return cover_pixels(self.segmenter.protocol)
 
     def __iter__(self) -> Iterator[SegmentedImage]:
         for index, file in enumerate(self.files):
@@ -82,6 +81,11 @@ class SegmentedImages:
         scores: Tensor = score_pixels(self.segmenter.module, images, self.protocol, self.precision)
         require_finite(np.array([bool(scores.isfinite().all())]), lambda index: file, self.precision)
         return scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
+
+
+def cover_pixels(protocol: RegionProtocol) -> RegionProtocol:
+    """Return a protocol that gives each pixel a class: "centre" does not, and becomes "whole"."""
+    return replace(protocol, name="whole", crop=None) if protocol.name == "centre" else protocol
 
 
 def segment(network: Segmenter | str | PathLike[str], images: Images, *, precision: str = "fp32") -> SegmentedImages:
