@@ -14,7 +14,7 @@ from PIL import Image
 
 import resnest_imagenet
 from browser import look_at, needs_browser
-from conftest import SCENE_COLOURS
+from conftest import CPU, SCENE_COLOURS
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.evaluation.region_files import NamedRegions
@@ -114,9 +114,18 @@ def test_what_is_gone_is_a_line_in_the_page(segmentation_run, recipes, tmp_path)
     (tmp_path / "run/scenes.csv").write_text(scenes.replace("/images/val/", "/images/val/moved/"))
     text = write(tmp_path / "run", recipes, tmp_path / "report.html")
     assert text.count("(no picture: ") == 3 and "moved" in text and "IoU by class" in text
+    # An evaluation of resnest-eval beside it is none of a classifier.
+    results = {"task": "segmentation", "results": [{"protocol": "whole, own size", "miou": 50.0}]}
+    (tmp_path / "run/eval.json").write_text(json.dumps(results, indent=2))
     (tmp_path / "run/checkpoints/best.pt").unlink()
-    text = write(tmp_path / "run", recipes, tmp_path / "report.html")
-    assert "<p>No pictures: " in text and "best.pt" in text and "IoU by class" in text
+    run = read_run(tmp_path / "run", recipes)
+    assert run.measured == []
+    from resnest_imagenet.reports.region_sections import view_scenes  # late: it imports torchvision
+
+    (line,) = view_scenes(run, CPU)
+    assert "best.pt" in line and f"<p>No pictures: {line}</p>" in render(run.regions[0], line)
+    run.config["data.kind"] = "other"
+    assert view_scenes(run, CPU)[0].startswith("unknown data.kind=other")
 
 
 def make_evaluation():

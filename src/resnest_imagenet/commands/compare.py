@@ -133,13 +133,16 @@ def _refuse_options(config: CompareConfig) -> None:
 
 def _list_scenes(config: CompareConfig, segmenter: "Segmenter") -> "ImageFolder":
     """Return the images of any folder, or those of a data set in the layout that a network was trained on."""
+    from resnest_imagenet.data.folder import ImageFolder
     from resnest_imagenet.data.scenes import open_scenes
     from resnest_imagenet.inference.images import list_images
 
     if config.images is not None:
         return list_images(config.images)
     assert config.data.root is not None
-    return open_scenes(segmenter.data_kind, config.data.root, config.data.val_dir).images
+    images = open_scenes(segmenter.data_kind, config.data.root, config.data.val_dir).images
+    assert isinstance(images, ImageFolder)  # scenes are in no other source
+    return images
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnest_imagenet.data.decoding import BadImage, decode_by_pillow
 from resnest_imagenet.data.examine import split_unreadable
-from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError, printable
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.evaluation.regions import RegionProtocol, score_pixels
@@ -50,7 +50,7 @@ class SegmentedImages:
     """
 
     segmenter: Segmenter
-    images: ImageFolder
+    images: ImageSource
     skipped: tuple[str, ...]
     precision: str
 

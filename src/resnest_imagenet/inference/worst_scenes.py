@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from resnest_imagenet.data.decoding import BadImage
-from resnest_imagenet.data.scenes import open_scene
+from resnest_imagenet.data.scenes import choose_layout, open_scene
 from resnest_imagenet.errors import DataError, UserError
 from resnest_imagenet.evaluation.region_files import NamedRegions
 from resnest_imagenet.evaluation.regions import Regions
@@ -79,8 +79,9 @@ def find_worst_scenes(
         device: where: "auto", "cpu", "cuda", or torch's own.
 
     Raises:
-        UserError: the checkpoint cannot be used, or is of other classes, or there is no such device.
+        UserError: the checkpoint cannot be used, or is of other classes, or there is no such layout or device.
     """
+    choose_layout(kind)
     segmenter = open_segmenter(checkpoint, device=device)
     if segmenter.classes != evaluation.classes:
         raise DataError(f"{checkpoint}: its classes are not those of the evaluation")

@@ -92,7 +92,7 @@ def render_regions(evaluation: NamedRegions, worst: WorstScenes | str | None) ->
     ]
     return (
         f"<p>{escape(text)}</p><h3>IoU by class</h3>{_render_classes(evaluation)}"
-        + f'<div class="charts">{"".join(parts)}</div>'
+        + f'<div class="charts large">{"".join(parts)}</div>'
         + ("" if worst is None else f"<h3>The worst scenes</h3>{_render_worst(evaluation, worst)}")
     )
 
@@ -178,4 +178,4 @@ def _describe_confusions(scene: WorstScene, classes: Sequence[str]) -> list[str]
         f"{classes[true]} taken for {classes[predicted]}: {100 * count / total:.1f} %"
         for true, predicted, count in rank_confusions(matrix, PAIRS_OF_SCENE)
     ]
-    return [f"<div>{escape('; '.join(pairs))}</div>"]
+    return [f"<div>{escape('; '.join(pairs))}{' of the pixels' if pairs else ''}</div>"]
