@@ -55,7 +55,7 @@ def write_report(
     require_writable(Path(out), "out")
     measured_on = choose_device(device)
     seconds: dict[str, float] = {}
-    if latency and any(run.metric == TOP1 for run in runs):
+    if latency and any(map(_is_classifier, runs)):
         names = {row.model for row in PAPER} | {result.model for run in runs for result in run.measured}
         networks = {name: build_model(name) for name in sorted(names.intersection(list_models()))}
         seconds = measure_latency(networks, crop, 1, measured_on, rounds=5)
@@ -83,7 +83,7 @@ def render_report(
         device: on which the latency was measured.
         worst: of `view_scenes`, by run; None: without pictures of scenes.
     """
-    classifiers = [run for run in runs if run.metric == TOP1]
+    classifiers = list(filter(_is_classifier, runs))
     sections = {
         "Configuration": _render_configuration(runs),
         "Training": _render_curves(runs),
@@ -97,6 +97,10 @@ def render_report(
     return render_page(
         " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs", _render_summary(runs) + body
     )
+
+
+def _is_classifier(run: Run) -> bool:
+    return run.metric == TOP1 and not run.regions  # a folder without events names no metric
 
 
 def _render_summary(runs: list[Run]) -> str:
