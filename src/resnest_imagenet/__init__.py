@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from resnest_imagenet.extensions import register_model, register_source, register_task
     from resnest_imagenet.inference.classifier import open_classifier
     from resnest_imagenet.inference.compare import compare
+    from resnest_imagenet.inference.compare_masks import compare_masks
     from resnest_imagenet.inference.explain import explain
     from resnest_imagenet.inference.predict import predict
     from resnest_imagenet.inference.segment import segment
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "build_model",
     "compare",
+    "compare_masks",
     "evaluate",
     "explain",
     "list_models",
@@ -35,6 +37,7 @@ __all__ = [
 _MODULES = {
     "build_model": "models.zoo",
     "compare": "inference.compare",
+    "compare_masks": "inference.compare_masks",
     "evaluate": "tasks.evaluate_checkpoint",
     "explain": "inference.explain",
     "list_models": "models.zoo",

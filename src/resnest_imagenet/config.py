@@ -214,10 +214,10 @@ class ComparedDataOptions(Options):
 class CompareConfig(InferenceConfig):
     """resnest-compare."""
 
-    protocol: OwnProtocolOptions
+    protocol: OwnProtocolOptions | RegionProtocolOptions  # of the weights' task: see `choose_schema`
     ckpt: Annotated[list[Place], Field(min_length=2)]
     models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
-    images: Place | None  # a folder with one folder per true class, in place of data.root
+    images: Place | None  # a folder, for classification with one folder per true class, in place of data.root
     data: ComparedDataOptions
     csv: Place | None
     page: Place | None
@@ -225,7 +225,9 @@ class CompareConfig(InferenceConfig):
     @model_validator(mode="after")
     def _check(self) -> "CompareConfig":
         if (self.images is None) == (self.data.root is None):
-            raise ValueError("give either data.root=... or images=..., a folder with one folder per true class")
+            raise ValueError(
+                "give either data.root=... or images=..., a folder with one folder per true class (segmentation: any)"
+            )
         if self.models is not None and len(self.models) != len(self.ckpt):
             raise ValueError(f"models has {len(self.models)} names, ckpt {len(self.ckpt)}")
         return self
@@ -357,7 +359,7 @@ class ShardDataConfig(Options):
 
 
 # Commands whose protocol is of the weights' task.
-_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, ExportConfig)
+_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig)
 # By task; other packages may add some.
 RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
 extensions.tasks.reserve(RECIPES)

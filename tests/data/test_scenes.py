@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnest_imagenet.data.scenes import CITYSCAPES, LAYOUTS, UNKNOWN, VOID, make_palette, open_scenes
+from resnest_imagenet.data.scenes import CITYSCAPES, LAYOUTS, UNKNOWN, VOID, make_palette, open_scene, open_scenes
 from resnest_imagenet.errors import ConfigError, DataError
 from scene_files import CLASSES, draw, encode, write, write_ade20k, write_cityscapes, write_masks
 
@@ -50,6 +50,20 @@ def test_cityscapes_keeps_19_of_its_labels(tmp_path):
     assert mask[7, 4] == VOID
     assert (scenes.classes[0], scenes.classes[13], scenes.classes[18]) == ("road", "car", "bicycle")
     assert scenes.palette[0].tolist() == [128, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"), [("ade20k", write_ade20k), ("cityscapes", write_cityscapes), ("masks", write_masks)]
+)
+def test_one_scene_by_its_image_is_as_in_the_listing(kind, make, tmp_path):
+    root = tmp_path / "images/val/x"  # names of the layouts, above its own
+    scenes = open_scenes(kind, str(make(root)), "val")
+    scene = open_scene(kind, "val", scenes.images.name(0), scenes.classes, scenes.palette)
+    assert (scene.images.name(0), scene.masks.name(0)) == (scenes.images.name(0), scenes.masks.name(0))
+    for read, listed in zip(scene.read(0), scenes.read(0), strict=True):
+        assert np.array_equal(np.asarray(read), np.asarray(listed))
+    with pytest.raises(DataError, match=f"^/elsewhere/1.jpg: not in a folder {LAYOUTS[kind].images}/"):
+        open_scene(kind, "val", "/elsewhere/1.jpg", scenes.classes, scenes.palette)
 
 
 def test_parts_may_have_other_names_and_folders_below(tmp_path):

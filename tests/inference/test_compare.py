@@ -16,7 +16,7 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.classifier import Classifier
-from resnest_imagenet.inference.compare import Comparison, _distinguish, _title, format_comparison, mcnemar_p
+from resnest_imagenet.inference.compare import Comparison, _title, distinguish, format_comparison, mcnemar_p
 from resnest_imagenet.weights.load import Weights
 
 OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=16")
@@ -131,7 +131,7 @@ def test_synsets_stand_in_words():
 )
 def test_networks_of_the_same_name_are_told_apart(sources, names):
     see, module = (EvalTransform(32),), torch.nn.Identity()
-    assert _distinguish([Classifier(Weights(source, {}), "net", (), see, module) for source in sources]) == names
+    assert distinguish([Classifier(Weights(source, {}), "net", (), see, module) for source in sources]) == names
 
 
 def test_mcnemar():

@@ -231,8 +231,8 @@ def test_scores_that_are_not_finite_name_the_image(checkpoint, photos):
 def test_another_tasks_network_is_refused(tmp_path, checkpoint):
     with pytest.raises(
         CheckpointError,
-        match="best.pt: a checkpoint of task segmentation, not of classification: resnest-eval, "
-        "resnest-predict and resnest-export take it$",
+        match="best.pt: a checkpoint of task segmentation, not of classification: resnest-eval, resnest-predict, "
+        "resnest-compare and resnest-export take it$",
     ):
         resnest_imagenet.open_classifier(checkpoint)
     config = {"model": {"name": "resnest14_half"}, "train": {}}

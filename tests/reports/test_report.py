@@ -259,9 +259,9 @@ def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes):
     assert [(run.metric, run.measured, len(run.evaluations)) for run in runs] == [("miou", [], 3), ("miou", [], 2)]
     assert skipped == []
     text = render_report(runs, 224, {}, "")
-    assert "<th>best miou</th><th>last</th>" in text and "<td>33.00 (epoch 3)</td><td>33.00</td>" in text
+    assert "<th>best mIoU %</th><th>last</th>" in text and "<td>33.00 (epoch 3)</td><td>33.00</td>" in text
     (chart,) = re.findall(r'aria-label="([^"]* after each epoch[^"]*)"', text)
-    assert chart == "miou after each epoch: miou against epoch"
+    assert chart == "mIoU after each epoch: mIoU % against epoch"
     assert "Table 3" not in text and "top-1" not in text and "top1" not in text
 
     # Beside a classifier: each with its own metric, and the classifier's place in Table 3.
@@ -269,9 +269,9 @@ def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes):
     write_run(tmp_path / "cls", **{"metrics.jsonl": [STEP, EVALUATION | {"metric": "top1"}]})
     text = render_report([*runs, read_run(tmp_path / "cls", recipes)], 224, {}, "")
     assert "<th>best</th>" in text and "<td>50.00 top-1 % (epoch 1)</td>" in text
-    assert "<td>33.00 miou (epoch 3)</td>" in text and "Table 3" in text
+    assert "<td>33.00 mIoU % (epoch 3)</td>" in text and "Table 3" in text
     charts = re.findall(r'aria-label="([^"]*) after each epoch', text)
-    assert charts == ["miou", "Accuracy"]
+    assert charts == ["mIoU", "Accuracy"]
     with pytest.raises(ConfigError, match=f"results={tmp_path}/seg: its evaluations are of miou, not of top1"):
         read_measured([str(tmp_path / "seg")], recipes)
 

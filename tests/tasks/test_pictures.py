@@ -54,6 +54,17 @@ def test_cells_have_the_share_of_the_true_class():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
 
 
+def test_cells_of_pixels_have_percent_of_the_true_class():
+    from matplotlib.figure import Figure
+
+    from resnest_imagenet.evaluation.charts import paint_confusions  # late: it imports matplotlib
+
+    axes = Figure().add_subplot()
+    paint_confusions(axes, np.array([[99_000, 600, 400], [0, 10**12, 10**9], [0, 0, 0]]), ["a", "b", "c"], True)
+    written = {(text.get_position(), text.get_text()) for text in axes.texts}
+    assert written == {((0, 0), "99"), ((1, 0), "1"), ((1, 1), "100")}
+
+
 def test_samples_are_what_they_were_before_the_normalisation():
     pixels = torch.randint(0, 256, (3, 3, 32, 32))
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))

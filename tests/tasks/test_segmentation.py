@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import compose_config, newest_checkpoint
+from conftest import ALONE, CPU, compose_config, newest_checkpoint
 from faults.harness import Command, Place
 from faulty_task import Fault
 from resnest_imagenet import build_model
@@ -19,6 +19,8 @@ from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.data.demo_scenes import write_demo_scenes
 from resnest_imagenet.data.scenes import VOID
 from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.randomness import Draws
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.tasks.segmentation import masked_cross_entropy
 from resnest_imagenet.training.train import train
 from run_files import assert_same_run, read_events
@@ -108,6 +110,24 @@ def test_each_protocol_evaluates_and_those_of_another_task_are_refused(scene_run
             evaluate(compose_config("eval", EvalConfig, *arguments, *options))
     with pytest.raises(ConfigError, match=r"protocol is not of train\.task=segmentation: choose whole, slide"):
         scene_run("protocol=paper")
+
+
+@pytest.mark.slow
+def test_trackers_show_scenes_under_their_masks_and_how_classes_are_confused(scene_run):
+    task = open_task(scene_run("loader.workers=0"))
+    images, masks = next(iter(task.build_loader(task.plan_batches(5, ALONE), ALONE).batches(0)))
+    sheet = task.show((images, masks), Draws(0, 0, 0))()
+    assert sheet.shape == (2 * 68, 2 * 68, 3)
+    from resnest_imagenet.data.loader import to_pixels
+
+    for row, (pixels, mask) in enumerate(zip(to_pixels(images), masks.numpy(), strict=True)):
+        colours = np.where((mask == VOID)[..., None], pixels, task.palette[np.where(mask == VOID, 0, mask)])
+        top = row * 68 + 2
+        assert np.array_equal(sheet[top : top + 64, 2:66], pixels)
+        assert np.abs(sheet[top : top + 64, 70:134] - (pixels.astype(float) + colours) / 2).max() <= 1
+    score = task.build_evaluation(ALONE)(task.build_model(True, CPU), lambda batch, is_everywhere: None)
+    confusions = score.pictures["confusions"]()
+    assert confusions.dtype == np.uint8 and len({row.tobytes() for row in confusions}) > 50
 
 
 def interrupt() -> None:

@@ -312,7 +312,7 @@ def test_what_is_of_classification_is_refused_in_a_line(overrides, message, chec
 
 def test_commands_that_do_not_take_it_name_what_does(checkpoint, demo_images, tmp_path):
     line = f"{checkpoint}: a checkpoint of task segmentation, not of classification: "
-    line = f"^{re.escape(line)}resnest-eval, resnest-predict and resnest-export take it$"
+    line = f"^{re.escape(line)}resnest-eval, resnest-predict, resnest-compare and resnest-export take it$"
     val, fast = demo_images / "val", ("device=cpu", "loader.workers=0")
     with pytest.raises(CheckpointError, match=line):
         compare.run(

@@ -3,40 +3,79 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resnest_imagenet.commands.evaluate import take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import CompareConfig
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import replacing
 
 if TYPE_CHECKING:
+    import torch
+
     from resnest_imagenet.data.folder import ImageFolder
     from resnest_imagenet.inference.compare import Comparison
+    from resnest_imagenet.inference.compare_masks import MaskComparison
+    from resnest_imagenet.inference.segmenter import Segmenter
+    from resnest_imagenet.weights.load import Weights
 
 
 def run(config: CompareConfig) -> None:
     """Compare and print the tables; images that were skipped raise a DataError after it."""
     from resnest_imagenet.inference.compare import format_comparison
+    from resnest_imagenet.inference.compare_masks import MaskComparison, format_masks
 
     comparison = compare_networks(config)
-    print(format_comparison(comparison), flush=True)
+    text = format_masks(comparison) if isinstance(comparison, MaskComparison) else format_comparison(comparison)
+    print(text, flush=True)
     report_skipped(list(comparison.skipped))
 
 
-def compare_networks(config: CompareConfig) -> "Comparison":
+def compare_networks(config: CompareConfig) -> "Comparison | MaskComparison":
     """Compare, and write `config.csv` and `config.page` where they are set."""
+    from resnest_imagenet.weights.segmentation import SEGMENTATION
+
+    weights, device = _read_networks(config)
+    if weights[0].task == SEGMENTATION:
+        return _compare_segmenters(config, weights, device)
+    return _compare_classifiers(config, weights, device)
+
+
+def _read_networks(config: CompareConfig) -> tuple[list["Weights"], "torch.device"]:
+    """Return the weights, all of one task, and the device, after what can be refused before.
+
+    Raises:
+        ConfigError: the weights are of different tasks.
+        UserError: for what else a user can cause, as one line.
+    """
+    from resnest_imagenet.inference.images import prepare_inference
+    from resnest_imagenet.weights.load import TASK, read_weights
+    from resnest_imagenet.weights.segmentation import SEGMENTATION
+
+    outputs = {"csv": config.csv, "page": config.page}
+    device = prepare_inference(config.models or [], config.loader.name, config.device, outputs)
+    weights = [read_weights(source, config.weights, (TASK, SEGMENTATION)) for source in config.ckpt]
+    first = weights[0]
+    for other in weights[1:]:
+        if other.task != first.task:
+            raise ConfigError(
+                f"ckpt: {first.source} is of {first.task}, {other.source} of {other.task}: compare networks of one task"
+            )
+    return weights, device
+
+
+def _compare_classifiers(config: CompareConfig, weights: list["Weights"], device: "torch.device") -> "Comparison":
+    """Compare networks of classification."""
     from resnest_imagenet.inference.classifier import open_classifier
     from resnest_imagenet.inference.compare import compare, encode_csv
-    from resnest_imagenet.inference.images import prepare_inference
     from resnest_imagenet.reports.compare_page import render_comparison
 
-    names = config.models or [None] * len(config.ckpt)
-    outputs = {"csv": config.csv, "page": config.page}
-    device = prepare_inference(names, config.loader.name, config.device, outputs)
-    images = _list_images(config)
-    protocol = config.protocol.list_changes()
+    protocol = take_own_protocol(config.protocol).list_changes()
+    images = _list_classified_images(config)
+    names = config.models or [None] * len(weights)
     comparison = compare(
         [
-            open_classifier(source, name, config.weights, config.crop, protocol, device)
-            for source, name in zip(config.ckpt, names, strict=True)
+            open_classifier(source, name, crop=config.crop, protocol=protocol, device=device)
+            for source, name in zip(weights, names, strict=True)
         ],
         images,
         batch_size=config.batch_size,
@@ -51,13 +90,59 @@ def compare_networks(config: CompareConfig) -> "Comparison":
     return comparison
 
 
-def _list_images(config: CompareConfig) -> "ImageFolder":
+def _list_classified_images(config: CompareConfig) -> "ImageFolder":
     from resnest_imagenet.inference.images import list_classified_images, list_part
 
     if config.images is not None:
         return list_classified_images(config.images)
     assert config.data.root is not None
     return list_part(config.data.root, config.data.val_dir, "data.val_dir")
+
+
+def _compare_segmenters(config: CompareConfig, weights: list["Weights"], device: "torch.device") -> "MaskComparison":
+    """Compare networks of segmentation."""
+    from resnest_imagenet.inference.compare_masks import compare_masks, encode_mask_csv
+    from resnest_imagenet.inference.segmenter import open_segmenter
+    from resnest_imagenet.reports.compare_masks_page import render_mask_comparison
+
+    _refuse_options(config)
+    protocol = take_region_protocol(config.protocol)
+    segmenters = [open_segmenter(source, protocol=protocol, device=device) for source in weights]
+    comparison = compare_masks(segmenters, _list_scenes(config, segmenters[0]), precision=config.precision)
+    for path, encode in ((config.csv, encode_mask_csv), (config.page, render_mask_comparison)):
+        if path is not None:
+            with replacing(Path(path)) as file:
+                file.write(encode(comparison).encode(errors="surrogateescape"))
+    return comparison
+
+
+def _refuse_options(config: CompareConfig) -> None:
+    """Raise a ConfigError for the options of classification."""
+    given = {
+        "crop": config.crop is not None,
+        "models": config.models is not None,
+        "loader": config.loader.name != "auto" or config.loader.workers is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{name} is of classification: {config.ckpt[0]} is of segmentation, and sees images at their own size, "
+                "one at a time; protocol=slide or published has windows"
+            )
+
+
+def _list_scenes(config: CompareConfig, segmenter: "Segmenter") -> "ImageFolder":
+    """Return the images of any folder, or those of a data set in the layout that a network was trained on."""
+    from resnest_imagenet.data.folder import ImageFolder
+    from resnest_imagenet.data.scenes import open_scenes
+    from resnest_imagenet.inference.images import list_images
+
+    if config.images is not None:
+        return list_images(config.images)
+    assert config.data.root is not None
+    images = open_scenes(segmenter.data_kind, config.data.root, config.data.val_dir).images
+    assert isinstance(images, ImageFolder)  # scenes are in no other source
+    return images
 
 
 def main() -> None:

@@ -314,6 +314,30 @@ def open_scenes(kind: str, root: str, part: str, option: str | None = None) -> S
     return Scenes(images, masks, classes, layout.read_table(len(classes)), palette)
 
 
+def open_scene(kind: str, part: str, file: str, classes: tuple[str, ...], palette: np.ndarray) -> Scenes:
+    """Return one scene by its image, without a look at the others of its data set.
+
+    Args:
+        kind: ade20k, cityscapes or masks.
+        part: train or val, or the name of another folder beside those of these parts.
+        file: the path of the image.
+        classes: names, in the order of the class indices.
+        palette: uint8 (num_classes, 3).
+
+    Raises:
+        ConfigError: an unknown kind.
+        DataError: the image is not in a folder of this part.
+    """
+    layout = choose_layout(kind)
+    folder = os.path.normpath(layout.folder(part))
+    root, is_there, name = file.rpartition(f"/{layout.images}/{folder}/")
+    if not is_there:
+        raise DataError(f"{file}: not in a folder {layout.images}/{folder}, where data.kind={kind} has its images")
+    images = _list_files(Path(root, layout.images, folder), [name], classes)
+    masks = _list_files(Path(root, layout.masks, folder), [layout.name_mask(name)], classes)
+    return Scenes(images, masks, classes, layout.read_table(len(classes)), palette)
+
+
 def _find_folder(root: str, name: str, part: str, option: str) -> Path:
     """Return <root>/<name>/<part>; a DataError names what there is instead."""
     if not Path(root, name).is_dir():

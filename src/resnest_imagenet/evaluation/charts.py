@@ -83,15 +83,16 @@ def _drawn(
         yield figure
 
 
-def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str]) -> None:
-    """Draw which share of the images of each class (a row) was taken for which class (a column).
+def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], in_percent: bool = False) -> None:
+    """Draw which share of the images, or pixels, of each class (a row) was taken for which class (a column).
 
     The colours rise with the square root of the share: one image of 50 that goes astray is seen.
 
     Args:
         axes: where.
-        confusions: images, (K, K).
+        confusions: images or pixels, (K, K).
         names: of the classes.
+        in_percent: whether the cells have the share, from 0.5 % on, and not the number: pixels are millions.
     """
     shares = confusions / np.maximum(confusions.sum(1, keepdims=True), 1)
     # Few cells are drawn with sharp edges; of many each keeps its own pixel.
@@ -108,5 +109,9 @@ def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str]) -
         axes.set_xticks(range(len(names)), short, rotation=90)
         axes.set_yticks(range(len(names)), short)
     for row, column in np.argwhere(confusions) if len(names) <= NUMBERED else ():
-        colour = "white" if shares[row, column] > 0.3 else "black"
-        axes.text(column, row, confusions[row, column], ha="center", va="center", color=colour, fontsize=8)
+        share = shares[row, column]
+        if in_percent and share < 0.005:
+            continue
+        number = f"{100 * share:.0f}" if in_percent else confusions[row, column]
+        colour = "white" if share > 0.3 else "black"
+        axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=8)

@@ -118,12 +118,14 @@ def _read(path: Path, recipes: dict[str, dict[str, Any]]) -> Iterator[tuple[Path
 
 
 def list_results(folder: Path) -> list[Path]:
-    """Return the files of resnest-eval out=... in a folder."""
+    """Return the files of resnest-eval out=... in a folder, without those of segmentation."""
     files = [path for path in sorted(folder.glob("*.json")) if path.is_file()]
     try:
-        return [path for path in files if b'"results"' in path.read_bytes()]
+        contents = [path.read_bytes() for path in files]
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    pairs = zip(files, contents, strict=True)
+    return [path for path, content in pairs if b'"results"' in content and b'"task": "segmentation"' not in content]
 
 
 class _PlainLoader(yaml.SafeLoader):

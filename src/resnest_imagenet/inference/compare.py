@@ -23,6 +23,7 @@ from resnest_imagenet.inference.classifier import Classifier, compute_probabilit
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.inference.options import check_arguments
+from resnest_imagenet.inference.segmenter import Segmenter
 from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
 
 
@@ -110,7 +111,7 @@ def compare(
                     judgement.add(probabilities)
                 progress.update(len(batch[0]))
     return Comparison(
-        _distinguish(classifiers),
+        distinguish(classifiers),
         usable,
         _title(usable.classes),
         np.stack([judgement.probabilities for judgement in judgements]),
@@ -225,11 +226,11 @@ def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name if words == name else f"{words} ({name})" for name, words in named)
 
 
-def _distinguish(classifiers: list[Classifier]) -> tuple[str, ...]:
+def distinguish(networks: Sequence[Classifier | Segmenter]) -> tuple[str, ...]:
     """Return the networks' names; where two have the same, with what differs in their sources, or numbered."""
-    names = [classifier.name for classifier in classifiers]
+    names = [network.name for network in networks]
     if len(set(names)) < len(names):
-        parts = _drop_shared([classifier.source.split("/") for classifier in classifiers])
+        parts = _drop_shared([network.source.split("/") for network in networks])
         parts = _drop_shared([source[::-1] for source in parts])
         differing = ["/".join(source[::-1]) for source in parts]
         names = [f"{name} ({where})" if where else name for name, where in zip(names, differing, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnest_imagenet.data.decoding import BadImage, decode_by_pillow
 from resnest_imagenet.data.examine import split_unreadable
-from resnest_imagenet.data.folder import ImageFolder
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError, printable
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.evaluation.regions import RegionProtocol, score_pixels
@@ -50,7 +50,7 @@ class SegmentedImages:
     """
 
     segmenter: Segmenter
-    images: ImageFolder
+    images: ImageSource
     skipped: tuple[str, ...]
     precision: str
 
@@ -64,9 +64,8 @@ class SegmentedImages:
 
     @property
     def protocol(self) -> RegionProtocol:
-        """How the images are shown; "centre" would leave pixels without a class, and becomes "whole"."""
-        protocol = self.segmenter.protocol
-        return replace(protocol, name="whole", crop=None) if protocol.name == "centre" else protocol
+        """How the images are shown."""
+        return cover_pixels(self.segmenter.protocol)
 
     def __iter__(self) -> Iterator[SegmentedImage]:
         for index, file in enumerate(self.files):
@@ -82,6 +81,11 @@ class SegmentedImages:
         scores: Tensor = score_pixels(self.segmenter.module, images, self.protocol, self.precision)
         require_finite(np.array([bool(scores.isfinite().all())]), lambda index: file, self.precision)
         return scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
+
+
+def cover_pixels(protocol: RegionProtocol) -> RegionProtocol:
+    """Return a protocol that gives each pixel a class: "centre" does not, and becomes "whole"."""
+    return replace(protocol, name="whole", crop=None) if protocol.name == "centre" else protocol
 
 
 def segment(network: Segmenter | str | PathLike[str], images: Images, *, precision: str = "fp32") -> SegmentedImages:

@@ -35,6 +35,12 @@ figure img { border: 1px solid var(--line); }
 figcaption { font-size: .85rem; color: var(--muted); overflow-wrap: anywhere; }
 pre { overflow-x: auto; font-size: .85rem; }
 .right { color: var(--ink); font-weight: 600; }
+.tall { max-height: 40rem; overflow-y: auto; }
+.views { display: grid; gap: .25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.strip { margin-bottom: 1.5rem; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; list-style: none; }
+.legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em;
+  border: 1px solid var(--line); }
 """
 
 
@@ -77,11 +83,19 @@ def render_picture(encoded: bytes, truth: str, caption: Iterable[str]) -> str:
         truth: its class, which a reader hears who cannot see it.
         caption: HTML, a line each.
     """
-    buffer = io.BytesIO()
     picture = Image.fromarray(decode(encoded).permute(1, 2, 0).numpy())
-    ImageOps.fit(picture, (SIDE, SIDE)).save(buffer, "JPEG", quality=80)
+    image = embed_image(ImageOps.fit(picture, (SIDE, SIDE)), truth)
+    return f"<figure>{image}<figcaption>{''.join(caption)}</figcaption></figure>"
+
+
+def embed_image(picture: Image.Image, text: str) -> str:
+    """Return an <img> that holds its picture.
+
+    Args:
+        picture: RGB.
+        text: what a reader hears who cannot see it.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure><img alt="{escape(truth)}" src="data:image/jpeg;base64,{data}">'
-        f"<figcaption>{''.join(caption)}</figcaption></figure>"
-    )
+    return f'<img alt="{escape(text)}" src="data:image/jpeg;base64,{data}">'

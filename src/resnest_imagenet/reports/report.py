@@ -1,8 +1,9 @@
 """Runs as a page for a browser: what they were, what they reached, where they err."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
+from itertools import starmap, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +22,15 @@ from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, c
 from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.evaluation.results import Measured
 from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.inference.worst_scenes import WorstScenes
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.imagenet_classes import short_class_names
 from resnest_imagenet.models.zoo import build_model, list_models
 from resnest_imagenet.reports.page import render_page, render_picture, render_table
+from resnest_imagenet.reports.region_sections import count_cost_of_run, render_regions, render_scores, view_scenes
 from resnest_imagenet.reports.runs import Run, list_differences
 from resnest_imagenet.reports.table3 import PAPER, PaperRow
+from resnest_imagenet.weights.segmentation import SEGMENTATION
 
 PAIRS = 20  # of confused classes
 CLASSES = 20  # with the lowest accuracy
@@ -43,7 +47,7 @@ def write_report(
         out: the file.
         crop: the column of Table 3 beside which the runs are placed.
         latency: whether to measure the networks of Table 3 and of the runs on this machine, for a chart.
-        device: where: "auto", "cpu" or "cuda".
+        device: where, and where the worst scenes of runs of segmentation are segmented: "auto", "cpu" or "cuda".
 
     Raises:
         ConfigError: the file cannot be written, or there is no such device.
@@ -51,18 +55,25 @@ def write_report(
     require_writable(Path(out), "out")
     measured_on = choose_device(device)
     seconds: dict[str, float] = {}
-    if latency:
+    if latency and any(map(_is_classifier, runs)):
         names = {row.model for row in PAPER} | {result.model for run in runs for result in run.measured}
         networks = {name: build_model(name) for name in sorted(names.intersection(list_models()))}
         seconds = measure_latency(networks, crop, 1, measured_on, rounds=5)
-    page = render_report(runs, crop, seconds, name_device(measured_on))
+    worst = {run.name: view_scenes(run, measured_on) for run in runs}
+    page = render_report(runs, crop, seconds, name_device(measured_on), worst)
     # Names of files come back as their bytes; no other half of a character is text.
     page = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", page)
     with replacing(Path(out)) as file:
         file.write(page.encode(errors="surrogateescape"))
 
 
-def render_report(runs: list[Run], crop: int, latency: dict[str, float], device: str) -> str:
+def render_report(
+    runs: list[Run],
+    crop: int,
+    latency: dict[str, float],
+    device: str,
+    worst: Mapping[str, Sequence[WorstScenes | str]] | None = None,
+) -> str:
     """Return the HTML.
 
     Args:
@@ -70,14 +81,16 @@ def render_report(runs: list[Run], crop: int, latency: dict[str, float], device:
         crop: 224 or 320: the column of Table 3 beside which the runs are placed.
         latency: seconds for one image of this crop, by network; {}: without that chart.
         device: on which the latency was measured.
+        worst: of `view_scenes`, by run; None: without pictures of scenes.
     """
-    classifiers = [run for run in runs if run.metric == TOP1]
+    classifiers = list(filter(_is_classifier, runs))
     sections = {
         "Configuration": _render_configuration(runs),
         "Training": _render_curves(runs),
         "Accuracy": _render_accuracy(classifiers),
+        "Intersection over union": render_scores(runs),
         f"Beside the paper's Table 3, at {crop} pixels": _render_table3(classifiers, crop, latency, device),
-        **{f"{run.name}: where it errs": _render_mistakes(run) for run in runs if run.predictions},
+        **{f"{run.name}: where it errs": _render_mistakes(run, (worst or {}).get(run.name, ())) for run in runs},
         "Environment": _render_environment(runs),
     }
     body = "\n".join(f"<section><h2>{escape(title)}</h2>{html}</section>" for title, html in sections.items() if html)
@@ -86,11 +99,15 @@ def render_report(runs: list[Run], crop: int, latency: dict[str, float], device:
     )
 
 
+def _is_classifier(run: Run) -> bool:
+    return run.metric == TOP1 and not run.regions  # a folder without events names no metric
+
+
 def _render_summary(runs: list[Run]) -> str:
     metrics = list(dict.fromkeys(run.metric for run in runs))
     rows = []
     for run in runs:
-        cost = count_cost(run.model, 224) if run.model in list_models() else None
+        cost = _count_cost(run)
         best = max(run.evaluations, key=lambda event: event[run.metric], default=None)
         unit = f" {_name_metric(run.metric)}" if len(metrics) > 1 else ""
         rows.append(
@@ -113,6 +130,13 @@ def _render_summary(runs: list[Run]) -> str:
     return render_table(head, rows)
 
 
+def _count_cost(run: Run) -> tuple[int, int] | None:
+    """Return the parameters and multiply-adds at 224 pixels, None where the folder does not tell the network."""
+    if run.config.get("train.task") == SEGMENTATION:
+        return count_cost_of_run(run, 224)
+    return count_cost(run.model, 224) if run.model in list_models() else None
+
+
 def _describe_progress(run: Run) -> str:
     """Return how many epochs, or steps where the run counts these, its last evaluation comes after."""
     last, steps = run.evaluations[-1], run.config.get("train.steps")
@@ -123,7 +147,7 @@ def _describe_progress(run: Run) -> str:
 
 def _name_metric(metric: str) -> str:
     """Return how a report names the value of an evaluation."""
-    return "top-1 %" if metric == TOP1 else metric
+    return {TOP1: "top-1 %", "miou": "mIoU %"}.get(metric, metric)
 
 
 def _render_configuration(runs: list[Run]) -> str:
@@ -173,7 +197,7 @@ def _render_curves(runs: list[Run]) -> str:
     ]
     metrics = dict.fromkeys(run.metric for run in runs if run.evaluations)
     for place, metric in enumerate(metrics, 1):
-        title = f"{'Accuracy' if metric == TOP1 else metric} after each epoch"
+        title = f"{'Accuracy' if metric == TOP1 else _name_metric(metric).removesuffix(' %')} after each epoch"
         charts.insert(place, render_chart(title, "epoch", _name_metric(metric), draw_evaluations(metric)))
     return _arrange(charts)
 
@@ -260,8 +284,9 @@ def _count_gflops(crop: int, placed: set[str]) -> dict[str, float]:
     return {name: count_cost(name, crop)[1] / 1e9 for name in printed.keys() | placed}
 
 
-def _render_mistakes(run: Run) -> str:
-    return "".join(map(_render_confusions, run.predictions))
+def _render_mistakes(run: Run, worst: Sequence[WorstScenes | str]) -> str:
+    scenes = zip_longest(run.regions, worst[: len(run.regions)])
+    return "".join([*map(_render_confusions, run.predictions), *starmap(render_regions, scenes)])
 
 
 def _render_confusions(predictions: Predictions) -> str:

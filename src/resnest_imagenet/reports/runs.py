@@ -1,7 +1,7 @@
 """What runs did, read from their folders."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from resnest_imagenet.config import flatten
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.events import name_metric, read_events
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
+from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
 from resnest_imagenet.evaluation.results import Measured, has_accuracy, list_results, read_measured, read_values
 from resnest_imagenet.files import read_matching, require_file
 
@@ -28,6 +29,8 @@ class Run:
         environment: environment.json.
         measured: accuracies of resnest-eval out=..., or else the last one of the training.
         predictions: predictions.csv, by protocol.
+        regions: iou.csv and scenes.csv, by protocol.
+        folder: where all that is.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Run:
     environment: dict[str, Any]
     measured: list[Measured]
     predictions: list[Predictions]
+    regions: list[NamedRegions] = field(default_factory=list)
+    folder: Path | None = None
 
     @property
     def model(self) -> str | None:
@@ -99,7 +104,9 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     results = [str(path) for path in list_results(folder)]
     if not results and evaluations and has_accuracy(evaluations[-1]):
         results = [str(folder)]
-    require_file(predictions)
+    iou, scenes = folder / "iou.csv", folder / "scenes.csv"
+    for path in (predictions, iou, scenes):
+        require_file(path)
     run = Run(
         name=str(folder).encode(errors="replace").decode(),  # charts cannot draw everything that a system can name
         config=config,
@@ -109,8 +116,10 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
         environment=_read(folder / "environment.json"),
         measured=read_measured(results, recipes)[0],
         predictions=read_predictions(predictions) if predictions.exists() else [],
+        regions=read_regions(iou, scenes) if iou.exists() and scenes.exists() else [],
+        folder=folder,
     )
-    has_reported = run.steps or run.evaluations or run.measured or run.predictions
+    has_reported = run.steps or run.evaluations or run.measured or run.predictions or run.regions
     if not has_reported and run.config:
         raise ConfigError(f"runs={folder}: it has reported nothing yet")
     if not has_reported:

@@ -42,10 +42,25 @@ def draw_confusions(evaluation: Evaluation, classes: Sequence[str], title: str) 
     Returns:
         uint8 (H, W, 3).
     """
+    confusions = count_confusions(evaluation, len(classes), min(len(classes), 1000))
+    return draw_matrix(confusions, classes[: len(confusions)], title)
+
+
+def draw_matrix(confusions: np.ndarray, names: Sequence[str], title: str, in_percent: bool = False) -> np.ndarray:
+    """Draw a confusion matrix.
+
+    Args:
+        confusions: images or pixels of each true class (rows) that were taken for each class (columns), (K, K).
+        names: of the classes.
+        title: a line.
+        in_percent: as of `paint_confusions`.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
     # Late: half a second that a process without trackers does not need.
     from resnest_imagenet.evaluation.charts import draw_chart, paint_confusions
 
-    confusions = count_confusions(evaluation, len(classes), min(len(classes), 1000))
-    paint = partial(paint_confusions, confusions=confusions, names=classes[: len(confusions)])
+    paint = partial(paint_confusions, confusions=confusions, names=names, in_percent=in_percent)
     side = 7 if len(confusions) <= 100 else 13.5  # inches of 100 pixels: a thousand classes have a pixel each
     return draw_chart(title, "predicted", "true", paint, (side, 0.9 * side))

@@ -32,7 +32,7 @@ from resnest_imagenet.models.zoo import require_model
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.recipe import RegionProtocolOptions, SegmentationRecipe
 from resnest_imagenet.tasks.digests import describe_images
-from resnest_imagenet.tasks.pictures import tile
+from resnest_imagenet.tasks.pictures import draw_matrix, tile
 from resnest_imagenet.tasks.task import Evaluate, Pause
 from resnest_imagenet.weights.segmentation import start_deeplab
 
@@ -161,6 +161,7 @@ class Segmentation:
 
     def _describe_regions(self, regions: Regions) -> Score:
         protocol, images = self._protocol.text, self.val_set
+        title = f"% of the true pixels: mIoU {regions.miou:.2f} % of {regions.count} scenes"
         return Score(
             values={
                 "miou": regions.miou,
@@ -171,6 +172,7 @@ class Segmentation:
             },
             text=f"mIoU {regions.miou:.2f} % ({regions.miou_present:.2f} % of the {regions.is_present.sum()} classes "
             f"present), pixel accuracy {regions.pixel_accuracy:.2f} % of {regions.count} scenes ({protocol})",
+            pictures={"confusions": partial(draw_matrix, regions.matrix, self.classes, title, in_percent=True)},
             files={
                 "iou.csv": partial(encode_iou, [(protocol, regions)], self.classes),
                 "scenes.csv": partial(encode_scenes, images, [(protocol, regions)]),

@@ -33,7 +33,7 @@ TASK = "classification"  # that of the zoo's networks; a checkpoint that names n
 
 _USES = {
     TASK: "start a run from it, train.init_from=...",
-    "segmentation": "resnest-eval, resnest-predict and resnest-export take it",
+    "segmentation": "resnest-eval, resnest-predict, resnest-compare and resnest-export take it",
 }
 _COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
