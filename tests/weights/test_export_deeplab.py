@@ -11,10 +11,10 @@ import torch
 import resnest_imagenet
 from conftest import SCENE_COLOURS, compose_config
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.commands import compare, explain
+from resnest_imagenet.commands import explain
 from resnest_imagenet.commands.export import run
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import CompareConfig, ExplainConfig, ExportConfig
+from resnest_imagenet.config import ExplainConfig, ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.weights.graphs import draw_images
@@ -314,10 +314,6 @@ def test_commands_that_do_not_take_it_name_what_does(checkpoint, demo_images, tm
     line = f"{checkpoint}: a checkpoint of task segmentation, not of classification: "
     line = f"^{re.escape(line)}resnest-eval, resnest-predict, resnest-compare and resnest-export take it$"
     val, fast = demo_images / "val", ("device=cpu", "loader.workers=0")
-    with pytest.raises(CheckpointError, match=line):
-        compare.run(
-            compose_config("compare", CompareConfig, f"ckpt=[{checkpoint},{checkpoint}]", f"images={val}", *fast)
-        )
     with pytest.raises(CheckpointError, match=line):
         explain.run(
             compose_config("explain", ExplainConfig, f"ckpt={checkpoint}", f"images={val}", f"out={tmp_path}/x", *fast)
