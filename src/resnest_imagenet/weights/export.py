@@ -10,7 +10,7 @@ from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.resnest import ResNeStSpec
-from resnest_imagenet.models.zoo import ARCHITECTURES
+from resnest_imagenet.models.zoo import ARCHITECTURES, PeerSpec
 from resnest_imagenet.weights.layouts import rename
 from resnest_imagenet.weights.load import Weights, match_tensors, read_weights
 
@@ -43,6 +43,9 @@ def export_weights(
         raise ConfigError(f"layout={layout} is known for ResNeSts, and {source} holds a {name}")
     if layout != "official" and name not in ARCHITECTURES:
         raise ConfigError(f"layout={layout} is known for this project's networks, and {source} holds a {name}")
+    spec = ARCHITECTURES.get(name)
+    if layout == "timm" and isinstance(spec, PeerSpec) and spec.strides_first:
+        raise ConfigError(f"layout=timm: timm's {spec.timm_name} has other strides than {name}: use layout=official")
     file = choose_file(source, out, f"{name}-{layout}.{form}")
     renamed = {rename(key, layout): value for key, value in tensors.items()}
     # Contiguous, whatever layout training used, and no views of larger memory.
