@@ -62,8 +62,11 @@ class CascadeHeads(RoIHeads):
 
 
 def _refine(decoded: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Return the boxes (n, 4) of each image that a stage made (all images, 1, 4) of boxes, within the images."""
-    parts = decoded[:, 0].split([len(of_image) for of_image in boxes])
+    """Return the boxes (n, 4) of each image that a stage made (all images, 1, 4) of boxes, within the images.
+
+    Boxes of no numbers become empty: RoIAlign would read anywhere in memory.
+    """
+    parts = decoded[:, 0].nan_to_num().split([len(of_image) for of_image in boxes])
     return [ops.clip_boxes_to_image(*part) for part in zip(parts, sizes, strict=True)]
 
 
