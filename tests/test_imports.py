@@ -15,7 +15,7 @@ PACKAGE = Path(resnest_imagenet.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 # Leaves: every room may use them, and they use none of ours (distributed and randomness: only errors).
-LEAVES = {"errors", "randomness", "files", "extensions"}
+LEAVES = {"errors", "randomness", "files", "extensions", "instances"}
 MEASURING = LEAVES | {
     "config",
     "options",
@@ -31,6 +31,7 @@ MEASURING = LEAVES | {
 MAY_IMPORT = {
     "errors": set(),
     "randomness": set(),
+    "instances": set(),
     "compute": {"errors"},
     "options": set(),
     "recipe": {"options"},
@@ -73,7 +74,9 @@ ONLY_IN = {
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
 ONLY_IN["triton"] = {"models/triton_splits.py"}
-ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py"}
+# The parts of its detectors: see models/rcnn.py.
+DETECTORS = {f"models/{name}.py" for name in ("rcnn", "proposals", "boxes", "masks", "roi_heads", "cascade")}
+ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py"} | DETECTORS
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
 ONLY_IN["matplotlib"] = {"evaluation/charts.py", "reports/report.py", "reports/explain_pictures.py"}

@@ -9,6 +9,7 @@ from resnest_imagenet import build_model, list_models
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets, short_class_names
+from resnest_imagenet.models.zoo import find_pixels
 
 # Parameters, and multiply-adds at 224 and 320 pixels, as counted once.
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
@@ -46,6 +47,8 @@ PUBLISHED = {
     "skresnext101_32x4d": (48.74, 8.50),
     "resnet50s": (25.68, 5.47),
     "resnet101s": (44.67, 9.19),
+    "resnet50_msra": (25.557, 3.88),
+    "resnet101_msra": (44.55, 7.6),
 }
 
 
@@ -76,6 +79,28 @@ def test_every_architecture_has_a_name_in_conf_and_the_reverse():
 def test_unknown_name_gets_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'resnest50'"):
         build_model("resnest_50")
+
+
+@pytest.mark.slow
+def test_msra_networks_have_their_strides_in_the_first_convolution():
+    """As torchvision's ResNet would be, with the strides of three blocks moved by hand; pixels as Caffe had them."""
+    import torch
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    model, theirs = build_model("resnet50_msra", 5, zero_gamma=False).eval(), resnet50(num_classes=5).eval()
+    theirs.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        assert not torch.allclose(model(images), theirs(images))
+        for block in (theirs.layer2[0], theirs.layer3[0], theirs.layer4[0]):
+            block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+        torch.testing.assert_close(model(images), theirs(images), rtol=1e-5, atol=1e-5)
+    bgr, rgb = find_pixels("resnet101_msra"), find_pixels("resnest101")
+    assert bgr.is_bgr and not rgb.is_bgr and bgr.std == (1, 1, 1)
+    assert [round(value, 2) for value in bgr.mean] == [103.53, 116.28, 123.67]
+    assert (rgb.mean, rgb.std) == ((123.68, 116.779, 103.939), (58.393, 57.12, 57.375))
+    assert find_pixels("resnet50") == rgb
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
     """
     with torch.device("meta"):
         model = build_model(name).eval()
-    return _count_stages(model, find_head(name), crop)
+    return _count_stages(model, find_head(name), torch.empty(1, 3, crop, crop, device="meta"))
 
 
 def count_deeplab(name: str, num_classes: int, crop: int, **options: Any) -> list[StageCost]:
@@ -74,19 +74,67 @@ def count_deeplab(name: str, num_classes: int, crop: int, **options: Any) -> lis
     """
     with torch.device("meta"):
         model = build_deeplab(name, num_classes, **options).eval()
-    return [cost for cost in _count_stages(model, "", crop) if cost.stage != "other"]
-
-
-def _count_stages(model: nn.Module, head: str, crop: int) -> list[StageCost]:
-    """Return the cost of each stage of a network on the meta device; its head is no convolution."""
     images = torch.empty(1, 3, crop, crop, device="meta")
+    return [cost for cost in _count_stages(model, "", images) if cost.stage != "other"]
+
+
+def count_rcnn(
+    name: str, num_classes: int, size: tuple[int, int], num_boxes: int = 1000, num_masks: int = 100, **options: Any
+) -> list[StageCost]:
+    """Return the cost of a detector's backbone, feature pyramid, proposals' head, box heads and mask head, per image.
+
+    Args:
+        name: of the backbone, one of `list_models()`.
+        num_classes: of the data set.
+        size: (height, width) of the image with its padding, in pixels.
+        num_boxes: proposals, which each stage of boxes looks at.
+        num_masks: detections, whose masks the mask head draws, if there is one.
+        options: of `RCNNOptions`.
+    """
+    with torch.device("meta"):
+        model = _FixedBoxes(name, num_classes, num_boxes, num_masks, options).eval()
+    images = torch.empty(1, 3, *size, device="meta")
+    return [cost for cost in _count_stages(model, "", images) if cost.stage != "other"]
+
+
+class _FixedBoxes(nn.Module):
+    """A detector's parts, on a given number of boxes: what lies in them changes no cost."""
+
+    def __init__(self, name: str, num_classes: int, num_boxes: int, num_masks: int, options: dict[str, Any]) -> None:
+        from resnest_imagenet.models.boxes import BOX_SIDE  # torchvision takes seconds to import
+        from resnest_imagenet.models.masks import POOLED_SIDE
+        from resnest_imagenet.models.rcnn import build_rcnn
+
+        super().__init__()
+        detector = build_rcnn(name, num_classes, **options)
+        heads, channels = detector.roi_heads, detector.roi_heads.options.channels
+        self.backbone, self.fpn, self.rpn = detector.backbone, detector.fpn, detector.rpn.head
+        self.boxes, self.masks = _Stages(*heads.stages), heads.masks
+        self._of_boxes = (num_boxes, channels, BOX_SIDE, BOX_SIDE)
+        self._of_masks = (num_masks, channels, POOLED_SIDE, POOLED_SIDE)
+
+    def forward(self, images: Tensor) -> list[Any]:
+        levels = self.fpn(dict(zip(self.backbone.names, self.backbone(images), strict=True)))
+        outputs = [self.rpn(list(levels.values())), self.boxes(images.new_empty(self._of_boxes))]
+        return outputs if self.masks is None else [*outputs, self.masks(images.new_empty(self._of_masks))]
+
+
+class _Stages(nn.Sequential):
+    """Several modules on the same input."""
+
+    def forward(self, x: Tensor) -> list[Any]:
+        return [stage(x) for stage in self]
+
+
+def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost]:
+    """Return the cost of each stage of a network on the meta device; its head is no convolution."""
     normalised: Counter[str] = Counter()
     outputs: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
 
         def see(module: nn.Module, inputs: tuple[Tensor], output: Tensor, path: str = path) -> None:
             outputs[path] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 normalised[path.partition(".")[0]] += inputs[0].numel()
 
         module.register_forward_hook(see)
@@ -134,7 +182,7 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
         crop: side of the images in pixels.
         batch_size: as many as `smallest_batch`, or more.
     """
-    return _count_kept(partial(build_model, name), crop, batch_size, lambda logits: None)
+    return _count_kept(partial(build_model, name), (crop, crop), batch_size, lambda logits: None)
 
 
 def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, **options: Any) -> int:
@@ -153,10 +201,32 @@ def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, 
         masks = torch.zeros(batch_size, crop, crop, dtype=torch.int64)
         return [F.cross_entropy(of_head, masks) for of_head in of_heads]
 
-    return _count_kept(partial(build_deeplab, name, num_classes, **options), crop, batch_size, compare)
+    return _count_kept(partial(build_deeplab, name, num_classes, **options), (crop, crop), batch_size, compare)
 
 
-def _count_kept(build: Callable[[], nn.Module], crop: int, batch_size: int, compare: Callable[[Any], object]) -> int:
+def count_kept_rcnn(name: str, num_classes: int, size: tuple[int, int], batch_size: int, **options: Any) -> int:
+    """Return the bytes that a detector's forward pass leaves for the backward pass, as `count_kept` does.
+
+    Every image has as many sampled boxes and positives as it may have. What the losses keep, some MB, is not counted.
+
+    Args:
+        name: of the backbone, one of `list_models()`.
+        num_classes: of the data set.
+        size: (height, width) of the images with their padding, in pixels.
+        batch_size: of images.
+        options: of `RCNNOptions`.
+    """
+    from resnest_imagenet.models.rcnn_options import RCNNOptions
+
+    settings = RCNNOptions(**options)
+    numbers = batch_size * settings.samples, batch_size * settings.max_positives
+    build = partial(_FixedBoxes, name, num_classes, *numbers, options)
+    return _count_kept(build, size, batch_size, lambda outputs: None)
+
+
+def _count_kept(
+    build: Callable[[], nn.Module], size: tuple[int, int], batch_size: int, compare: Callable[[Any], object]
+) -> int:
     """Return the bytes that are kept while a network and what compares its outputs with the truth are run."""
     kept: set[torch.UntypedStorage] = set()
 
@@ -166,7 +236,7 @@ def _count_kept(build: Callable[[], nn.Module], crop: int, batch_size: int, comp
 
     with FakeTensorMode():
         model = build()
-        images = torch.empty(batch_size, 3, crop, crop).contiguous(memory_format=torch.channels_last)
+        images = torch.empty(batch_size, 3, *size).contiguous(memory_format=torch.channels_last)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             compare(model(images))
     kept -= {tensor.untyped_storage() for tensor in model.state_dict().values()}

@@ -20,16 +20,37 @@ from resnest_imagenet.models.split_attention import Implementation
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """What a detector's images are normalised with; a loader takes these three as they are.
+
+    The defaults are those of the authors' ResNeSt configurations (detectron2-ResNeSt, configs/COCO-Detection/
+    faster_rcnn_ResNeSt_50_FPN_syncbn_range-scale_1x.yaml): not the last digit of the classifiers' mean.
+
+    Attributes:
+        mean, std: of the channels in their order, of pixels 0 to 255.
+        is_bgr: whether blue comes first.
+    """
+
+    mean: tuple[float, float, float] = (123.68, 116.779, 103.939)
+    std: tuple[float, float, float] = (58.393, 57.12, 57.375)
+    is_bgr: bool = False
+
+
+@dataclass(frozen=True)
 class PeerSpec:
-    """A peer of Tables 3 and 7, built by timm.
+    """A peer of Tables 3 and 5 to 7, built by timm.
 
     Attributes:
         timm_name: name in timm's registry, or "resnet" for timm's ResNet class with `arguments`.
         arguments: keyword arguments beyond the classifier's.
+        strides_first: blocks that halve their map do so in the first 1x1 convolution, not in the 3x3.
+        pixels: what its published weights expect in a detector.
     """
 
     timm_name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    strides_first: bool = False
+    pixels: Pixels = Pixels()
 
 
 _SKNET101 = {  # timm registers no SKNet-101: its SKNet-50 with the depth of a ResNet-101
@@ -38,6 +59,9 @@ _SKNET101 = {  # timm registers no SKNet-101: its SKNet-50 with the depth of a R
     "base_width": 4,
     "block_args": {"sk_kwargs": {"rd_ratio": 1 / 16, "rd_divisor": 32, "split_input": False}},
 }
+
+# As Caffe read pictures; conv1 has the standard deviation in its weights (detectron2, config/defaults.py, PIXEL_MEAN).
+_CAFFE_PIXELS = Pixels((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), is_bgr=True)
 
 ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     # The family as released (official repository).
@@ -72,6 +96,9 @@ ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     # The ResNets of Table 7: three 3x3 convolutions of 64, 64 and 128 channels in the stem (Gluon's v1s).
     "resnet50s": PeerSpec("resnet50s"),
     "resnet101s": PeerSpec("resnet101s"),
+    # The ResNets of Tables 5 and 6: the first published ones (arXiv 1512.03385), known as MSRA's.
+    "resnet50_msra": PeerSpec("resnet50", strides_first=True, pixels=_CAFFE_PIXELS),
+    "resnet101_msra": PeerSpec("resnet101", strides_first=True, pixels=_CAFFE_PIXELS),
 }
 extensions.models.reserve(ARCHITECTURES)
 
@@ -107,6 +134,12 @@ def find_head(name: str) -> str:
     """Return the name of a network's classifier, a module with a weight; fc of a network that is not known."""
     outside = extensions.models.find(name)
     return outside.head if outside else "fc"
+
+
+def find_pixels(name: str) -> Pixels:
+    """Return what the images of a detector on this network are normalised with."""
+    spec = ARCHITECTURES.get(name)
+    return spec.pixels if isinstance(spec, PeerSpec) else Pixels()
 
 
 def count_outputs(model: nn.Module, name: str) -> int:
@@ -194,7 +227,18 @@ def _build_peer(spec: PeerSpec, num_classes: int, dropout: float, zero_gamma: bo
         return ResNet(SelectiveKernelBottleneck, **arguments)
     from timm import create_model
 
-    return create_model(spec.timm_name, **arguments)
+    model = create_model(spec.timm_name, **arguments)
+    return _move_strides(model) if spec.strides_first else model
+
+
+def _move_strides(model: nn.Module) -> nn.Module:
+    """Move the strides of a timm ResNet's blocks from their 3x3 convolutions to the 1x1 ones before them."""
+    from timm.models.resnet import Bottleneck
+
+    for block in model.modules():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return model
 
 
 def _build_outside(

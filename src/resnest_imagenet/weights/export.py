@@ -11,7 +11,7 @@ from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.resnest import ResNeStSpec
-from resnest_imagenet.models.zoo import ARCHITECTURES
+from resnest_imagenet.models.zoo import ARCHITECTURES, PeerSpec
 from resnest_imagenet.weights.layouts import rename, rename_deeplab
 from resnest_imagenet.weights.load import Weights, match_tensors, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
@@ -96,6 +96,9 @@ def _require_layout(layout: str, name: str, source: str) -> None:
     """Raise a ConfigError where a layout has no names for a network's tensors."""
     if layout not in ("official", "timm") and not isinstance(ARCHITECTURES.get(name), ResNeStSpec):
         raise ConfigError(f"layout={layout} is known for ResNeSts, and {source} holds a {name}")
+    spec = ARCHITECTURES.get(name)
+    if layout == "timm" and isinstance(spec, PeerSpec) and spec.strides_first:
+        raise ConfigError(f"layout=timm: timm's {spec.timm_name} has other strides than {name}: use layout=official")
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor], words: str) -> str:

@@ -131,6 +131,10 @@ def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"format=hub is for networks of timm's, and {name} is none")
     spec = ARCHITECTURES[name]
     if isinstance(spec, PeerSpec):
+        if spec.strides_first:
+            raise ConfigError(
+                f"format=hub is for networks of timm's: its {spec.timm_name} has other strides than {name}"
+            )
         return ("skresnext50_32x4d" if spec.timm_name == "resnet" else spec.timm_name), spec.arguments
     if name in TIMM_RESNESTS:
         return TIMM_RESNESTS[name], {}

@@ -65,7 +65,8 @@ def find_by_timm_name(name: str) -> str:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     networks = {theirs: ours for ours, theirs in TIMM_RESNESTS.items()}
-    networks |= {spec.timm_name: ours for ours, spec in ARCHITECTURES.items() if isinstance(spec, PeerSpec)}
+    peers = {name: spec for name, spec in ARCHITECTURES.items() if isinstance(spec, PeerSpec)}
+    networks |= {spec.timm_name: ours for ours, spec in peers.items() if not spec.strides_first}
     valid = [weights for weights in list_pretrained() if weights.partition(".")[0] in networks]
     if name not in valid:
         raise ConfigError(f"unknown timm weights {name!r}{suggest(name, valid)}")

@@ -1,0 +1,186 @@
+"""Boxes of a detector: which of them are trained, how they are pooled, what a head makes of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import ops
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.ops.poolers import LevelMapper
+
+from resnest_imagenet.instances import Detections, Target
+from resnest_imagenet.models.proposals import widen
+from resnest_imagenet.models.rcnn_options import BoxWeights, RCNNOptions
+
+BOX_SIDE = 7  # of a box's pooled features
+BACKGROUND = 0  # index of the classifier; class k of the data set is k + 1, as in torchvision
+_MIN_SIDE = 1e-2  # of a detection, in pixels, as in torchvision
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Boxes of one image that a stage is trained on.
+
+    Attributes:
+        boxes: (n, 4), x1 y1 x2 y2 in pixels.
+        labels: int64 (n,), BACKGROUND or class + 1.
+        matched: int64 (n,), the target's object that each overlaps most; of no meaning for the background.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    matched: Tensor
+
+
+def label_boxes(boxes: Tensor, target: Target, min_iou: float) -> Samples:
+    """Give each box the class of the object that it overlaps most, or the background's where that is too little."""
+    if not len(boxes) or not len(target):
+        nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+        return Samples(boxes, nothing, nothing)
+    best, matched = ops.box_iou(target.boxes.to(boxes.dtype), boxes).max(dim=0)
+    labels = torch.where(best >= min_iou, target.labels[matched] + 1, BACKGROUND)
+    return Samples(boxes, labels, matched)
+
+
+def sample_boxes(
+    proposals: Sequence[Tensor], targets: Sequence[Target], min_iou: float, sampler: BalancedPositiveNegativeSampler
+) -> list[Samples]:
+    """Choose the boxes of each image to train on, from the proposals and the objects' own boxes.
+
+    Args:
+        proposals: (n, 4) of each image.
+        targets: of the images.
+        min_iou: from here on a box is a positive.
+        sampler: torchvision's, which draws from torch's own generator.
+    """
+    samples = []
+    for boxes, target in zip(proposals, targets, strict=True):
+        labelled = label_boxes(torch.cat((boxes, target.boxes.to(boxes.dtype))), target, min_iou)
+        (positive,), (negative,) = sampler([labelled.labels])
+        chosen = (positive.bool() | negative.bool()).nonzero().flatten()
+        samples.append(Samples(labelled.boxes[chosen], labelled.labels[chosen], labelled.matched[chosen]))
+    return samples
+
+
+def pool_boxes(
+    levels: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int], side: int, options: RCNNOptions
+) -> Tensor:
+    """Pool the features within boxes (RoIAlign, arXiv 1703.06870), each from the level of its size (arXiv 1612.03144).
+
+    torchvision's MultiScaleRoIAlign has aligned=False alone and guesses the strides from the first batch it sees.
+
+    Args:
+        levels: (B, C, H / stride, W / stride) each.
+        boxes: (n, 4) of each image, in pixels.
+        strides: of the levels, in pixels: powers of 2.
+        side: cells along a side of the result.
+        options: aligned, sampling and canonical_size.
+
+    Returns:
+        (boxes of all images, C, side, side).
+    """
+    first, last = (int(stride).bit_length() - 1 for stride in (strides[0], strides[-1]))
+    level_of = LevelMapper(first, last, options.canonical_size)(list(boxes))
+    numbers = [torch.full_like(of_image[:, :1], number) for number, of_image in enumerate(boxes)]
+    rois = torch.cat((torch.cat(numbers), torch.cat(list(boxes))), dim=1)
+    places = [(level_of == number).nonzero().flatten() for number in range(len(levels))]
+    pooled = [
+        ops.roi_align(level, rois[place].to(level.dtype), side, 1 / stride, options.sampling, options.aligned)
+        for level, stride, place in zip(map(widen, levels), strides, places, strict=True)
+    ]
+    joined = torch.cat(pooled)
+    return torch.zeros_like(joined).index_copy(0, torch.cat(places), joined)
+
+
+class BoxHead(nn.Module):
+    """One stage of boxes: a class and a better box for each.
+
+    pooled features (n, C, 7, 7)
+      -> body: 3x3 convolutions (norm, ReLU), fully connected layers (ReLU)      (n, box_width)
+      -> classify                                                               (n, 1 + num_classes)
+      -> regress: differences dx, dy, dw, dh                                    (n, 4) or (n, 4 num_classes)
+
+    The background has no differences. First weights are detectron2's (modeling/roi_heads/box_head.py, fast_rcnn.py):
+    convolutions N(0, 2 / fan out), fully connected layers uniform (Xavier), classify N(0, .01), regress N(0, .001).
+
+    Args:
+        num_classes: of the data set.
+        weights: of the differences.
+        options: of the detector.
+        norm_layer: of the convolutions.
+    """
+
+    def __init__(
+        self, num_classes: int, weights: BoxWeights, options: RCNNOptions, norm_layer: type[nn.Module] | None
+    ) -> None:
+        super().__init__()
+        channels, width = options.channels, options.box_width
+        size, convs, fcs = (channels, BOX_SIDE, BOX_SIDE), [channels] * options.box_convs, [width] * options.box_fcs
+        self.body = FastRCNNConvFCHead(size, convs, fcs, norm_layer)
+        self.classify = nn.Linear(width, 1 + num_classes)
+        self.regress = nn.Linear(width, 4 if options.has_one_box else 4 * num_classes)
+        self._coder, self._beta = BoxCoder(weights), options.box_beta
+        for module in self.body.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer, std in ((self.classify, 0.01), (self.regress, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Map pooled features to logits (n, 1 + num_classes), the background first, and differences (n, ., 4)."""
+        x = self.body(pooled)
+        return widen(self.classify(x)), widen(self.regress(x)).unflatten(1, (-1, 4))
+
+    def decode(self, differences: Tensor, boxes: Tensor) -> Tensor:
+        """Return the better boxes (n, ., 4) of boxes (n, 4)."""
+        return self._coder.decode_single(differences.flatten(1), boxes).unflatten(1, (-1, 4))
+
+    def compute_losses(
+        self, logits: Tensor, differences: Tensor, samples: Sequence[Samples], targets: Sequence[Target]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses of classes and boxes.
+
+        Cross entropy, the mean over all boxes, and L1 (or smooth L1), the positives' sum over the number of all boxes.
+        Both are 0, with a gradient of 0, where there are no boxes: other ranks wait for that gradient.
+        """
+        labels = torch.cat([of_image.labels for of_image in samples])
+        divisor = max(len(labels), 1)
+        class_loss = F.cross_entropy(logits, labels, reduction="sum") / divisor
+        wanted = torch.cat(
+            [
+                self._coder.encode_single(
+                    target.boxes[of_image.matched[of_image.labels > 0]].to(of_image.boxes.dtype),
+                    of_image.boxes[of_image.labels > 0],
+                )
+                for of_image, target in zip(samples, targets, strict=True)
+            ]
+        )
+        positive = (labels > 0).nonzero().flatten()
+        column = torch.zeros_like(positive) if differences.shape[1] == 1 else labels[positive] - 1
+        box_loss = F.smooth_l1_loss(differences[positive, column], wanted, beta=self._beta, reduction="sum")
+        return class_loss, box_loss / divisor
+
+
+def select_detections(boxes: Tensor, probabilities: Tensor, size: tuple[int, int], options: RCNNOptions) -> Detections:
+    """Choose the detections of an image: score, then non-maximum suppression within each class, then the best.
+
+    Args:
+        boxes: (n, num_classes, 4) or (n, 1, 4).
+        probabilities: (n, 1 + num_classes), the background first.
+        size: (height, width) of the image, in pixels.
+        options: min_score, nms and detections.
+    """
+    scores = probabilities[:, 1:]
+    rows, labels = (scores > options.min_score).nonzero(as_tuple=True)
+    scores = scores[rows, labels]
+    boxes = boxes[rows, torch.zeros_like(labels) if boxes.shape[1] == 1 else labels]
+    boxes = ops.clip_boxes_to_image(boxes, size)
+    large = ops.remove_small_boxes(boxes, _MIN_SIDE)  # NaN is not large
+    boxes, scores, labels = boxes[large], scores[large], labels[large]
+    kept = ops.batched_nms(boxes, scores, labels, options.nms)[: options.detections]
+    return Detections(boxes[kept], scores[kept], labels[kept])

@@ -1,0 +1,75 @@
+"""Cascade R-CNN (arXiv 1712.00726): stages of boxes, each trained on the boxes of the one before at a higher IoU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision import ops
+
+from resnest_imagenet.instances import Detections, Target
+from resnest_imagenet.models.boxes import BOX_SIDE, Samples, label_boxes
+from resnest_imagenet.models.roi_heads import RoIHeads
+
+
+class CascadeHeads(RoIHeads):
+    """Several stages of boxes, and one mask head (detectron2, modeling/roi_heads/cascade_rcnn.py, CascadeROIHeads).
+
+    Proposals are sampled once, for the first stage; later stages give the refined boxes new labels, and sample none.
+    Every stage's losses count in full; the features get the mean of the stages' gradients. A detection's probabilities
+    are the mean over the stages, its box is the last stage's. Masks are trained on the first stage's positives.
+
+    Args: see `RoIHeads`.
+    """
+
+    @property
+    def box_loss_names(self) -> tuple[str, ...]:
+        """The losses of the stages of boxes, classes and boxes of each."""
+        return tuple(f"{loss}{number + 1}" for number in range(len(self.stages)) for loss in ("classes", "boxes"))
+
+    def compute_box_losses(
+        self, levels: Sequence[Tensor], samples: list[Samples], targets: Sequence[Target]
+    ) -> list[Tensor]:
+        """Return the losses of the stages of boxes, classes and boxes of each."""
+        losses: list[Tensor] = []
+        sizes, boxes = [target.size for target in targets], [of_image.boxes for of_image in samples]
+        for number, (head, (min_iou, _)) in enumerate(zip(self.box_heads, self.options.all_stages, strict=True)):
+            if number:
+                boxes = [of_image[_have_area(of_image)] for of_image in boxes]
+                samples = [label_boxes(*part, min_iou) for part in zip(boxes, targets, strict=True)]
+            logits, differences = head(self._pool_scaled(levels, boxes))
+            losses += head.compute_losses(logits, differences, samples, targets)
+            boxes = _refine(head.decode(differences.detach(), torch.cat(boxes)), boxes, sizes)
+        return losses
+
+    def detect_boxes(
+        self, levels: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Detections]:
+        """Return the detections of each image without masks."""
+        probabilities, boxes = [], list(proposals)
+        for head in self.box_heads:
+            logits, differences = head(self.pool(levels, boxes))
+            probabilities.append(logits.softmax(1))
+            # Boxes of no area stay: the stages' probabilities are of the same boxes.
+            boxes = _refine(head.decode(differences, torch.cat(boxes)), boxes, sizes)
+        return self.select(torch.cat(boxes)[:, None], torch.stack(probabilities).mean(0), proposals, sizes)
+
+    def _pool_scaled(self, levels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Pool features whose gradient is divided by the number of stages."""
+        pooled = self.pool(levels, boxes, BOX_SIDE)
+        if pooled.requires_grad:
+            pooled.register_hook(lambda gradient: gradient / len(self.stages))
+        return pooled
+
+
+def _refine(decoded: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the boxes (n, 4) of each image that a stage made (all images, 1, 4) of boxes, within the images.
+
+    Boxes of no numbers become empty: RoIAlign would read anywhere in memory.
+    """
+    parts = decoded[:, 0].nan_to_num().split([len(of_image) for of_image in boxes])
+    return [ops.clip_boxes_to_image(*part) for part in zip(parts, sizes, strict=True)]
+
+
+def _have_area(boxes: Tensor) -> Tensor:
+    """Return bool (n,): which boxes have an area; NaN has none."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

@@ -1,0 +1,125 @@
+"""Masks of a detector: the head of Mask R-CNN (arXiv 1703.06870), and what it is trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import ops
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.instances import Mask, RunLengths
+from resnest_imagenet.models.proposals import widen
+from resnest_imagenet.models.rcnn_options import RCNNOptions
+
+POOLED_SIDE = 14  # of a box's pooled features
+MASK_SIDE = 28  # of its mask
+
+
+class MaskHead(nn.Module):
+    """A mask of each class within a box.
+
+    pooled features (n, C, 14, 14)
+      -> body: 3x3 convolutions (norm, ReLU)              (n, C, 14, 14)
+      -> predictor: 2x2 transposed convolution, ReLU      (n, C, 28, 28)
+                    1x1 convolution                       (n, num_classes, 28, 28)
+
+    First weights are detectron2's (modeling/roi_heads/mask_head.py): N(0, 2 / fan out), and N(0, .001) for the last.
+
+    Args:
+        num_classes: of the data set.
+        options: of the detector.
+        norm_layer: of the convolutions.
+    """
+
+    def __init__(self, num_classes: int, options: RCNNOptions, norm_layer: type[nn.Module] | None) -> None:
+        super().__init__()
+        channels = options.channels
+        self.body = MaskRCNNHeads(channels, [channels] * options.mask_convs, 1, norm_layer)
+        self.predictor = MaskRCNNPredictor(channels, channels, num_classes)
+        nn.init.normal_(self.predictor.mask_fcn_logits.weight, std=0.001)
+        for layer in (self.predictor.conv5_mask, self.predictor.mask_fcn_logits):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map pooled features (n, C, 14, 14) to logits (n, num_classes, 28, 28)."""
+        return widen(self.predictor(self.body(pooled)))
+
+
+def compute_mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean binary cross entropy of each box's own class; 0, with a gradient of 0, where there are no boxes.
+
+    Args:
+        logits: (n, num_classes, 28, 28).
+        labels: int64 (n,), class indices.
+        wanted: (n, 28, 28), 0 or 1.
+    """
+    own = logits[torch.arange(len(labels), device=labels.device), labels]
+    total = F.binary_cross_entropy_with_logits(own, wanted.to(own.dtype), reduction="sum")
+    return total / max(own.numel(), 1)
+
+
+def rasterise_masks(masks: Sequence[Mask], matched: Sequence[int], boxes: Tensor, side: int = MASK_SIDE) -> Tensor:
+    """Draw the part of an object's mask that lies within a box, for each box.
+
+    Polygons are moved and scaled so that the box is the picture, and filled by pycocotools, as detectron2 does
+    (structures/masks.py, PolygonMasks.crop_and_resize). Run lengths are pooled as a picture and cut at one half (its
+    BitMasks). torchvision pools pictures alone, without the cut: other targets at the rim, and four times the work.
+
+    Args:
+        masks: of the objects of one image, in its pixels.
+        matched: the object of each box.
+        boxes: (n, 4) on the host, x1 y1 x2 y2 in pixels.
+        side: of the result.
+
+    Returns:
+        bool (n, side, side).
+
+    Raises:
+        ConfigError: pycocotools is not installed.
+    """
+    drawn = torch.zeros(len(boxes), side, side, dtype=torch.bool)
+    for number in sorted(set(matched)):
+        places = [place for place, match in enumerate(matched) if match == number]
+        mask, within = masks[number], boxes[places]
+        if isinstance(mask, dict):
+            drawn[places] = _cut_run_lengths(mask, within, side)
+        else:
+            pictures = [_fill_polygons(mask, box, side) for box in within.double().numpy()]
+            drawn[places] = torch.from_numpy(np.stack(pictures))
+    return drawn
+
+
+def require_rasteriser() -> Any:
+    """Return pycocotools' module of masks.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise ConfigError(
+            "masks: pycocotools is not installed: add the extra [detection] of resnest-imagenet, or train without masks"
+        ) from None
+    return mask
+
+
+def _fill_polygons(polygons: Sequence[np.ndarray], box: np.ndarray, side: int) -> np.ndarray:
+    """Return bool (side, side): what lies within any of the polygons."""
+    coco = require_rasteriser()
+    scale = side / np.maximum(box[2:] - box[:2], 0.1)  # a box of no width is drawn as one of a tenth of a pixel
+    moved = [((np.asarray(polygon).reshape(-1, 2) - box[:2]) * scale).flatten() for polygon in polygons]
+    codes = coco.frPyObjects(moved, side, side)
+    return coco.decode(coco.merge(codes)).astype(bool)
+
+
+def _cut_run_lengths(mask: RunLengths, boxes: Tensor, side: int) -> Tensor:
+    """Return bool (n, side, side): where the mask covers half of a cell or more."""
+    coco = require_rasteriser()
+    picture = torch.from_numpy(coco.decode(mask)).to(boxes.dtype)[None, None]
+    rois = F.pad(boxes, (1, 0))
+    return ops.roi_align(picture, rois, side, 1.0, 0, True)[:, 0] >= 0.5

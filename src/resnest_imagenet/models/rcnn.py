@@ -1,0 +1,127 @@
+"""Detectors of the paper's Tables 5 and 6: Faster, Cascade and Mask R-CNN on a backbone of the zoo.
+
+torchvision's parts, put together as in the authors' configurations; `RCNNOptions` says where the two differ.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from resnest_imagenet.instances import Detections, Target
+from resnest_imagenet.models.cascade import CascadeHeads
+from resnest_imagenet.models.features import STAGES, Backbone
+from resnest_imagenet.models.proposals import ProposalNetwork
+from resnest_imagenet.models.rcnn_options import RCNNOptions
+from resnest_imagenet.models.roi_heads import RoIHeads
+from resnest_imagenet.models.zoo import build_model
+
+LEVELS = tuple(STAGES)[1:]  # of the backbone: strides 4 to 32
+
+
+class RCNN(nn.Module):
+    """Boxes with classes, and masks if wanted.
+
+    images (B, 3, H, W), padded at the right and at the bottom to a multiple of 32
+      -> backbone       layer1 to layer4, (B, ., H/4, W/4) to (B, ., H/32, W/32)
+      -> fpn            5 levels (B, channels, H/4, W/4) to (B, channels, H/64, W/64), the last rounded up
+      -> rpn            proposals, boxes of each image
+      -> roi_heads      boxes, classes and masks, from the first 4 levels
+
+    torch's own generator chooses the anchors and proposals that a step is trained on.
+
+    Args:
+        backbone: whose features are layer1 to layer4.
+        num_classes: of the data set; the background is none of them.
+        options: see there.
+    """
+
+    def __init__(self, backbone: Backbone, num_classes: int, options: RCNNOptions) -> None:
+        super().__init__()
+        assert backbone.names == LEVELS
+        self.backbone = backbone
+        norm = options.norm_of_heads
+        norm_layer = None if norm == "none" else nn.BatchNorm2d
+        strides = (*backbone.strides, 2 * backbone.strides[-1])
+        heads = CascadeHeads if options.cascade else RoIHeads
+        self.fpn = FeaturePyramidNetwork(backbone.channels, options.channels, LastLevelMaxPool(), norm_layer)
+        self.rpn = ProposalNetwork(strides, options)
+        self.roi_heads = heads(num_classes, backbone.strides, options, norm_layer)
+        if norm == "sync":
+            self.fpn = nn.SyncBatchNorm.convert_sync_batchnorm(self.fpn)
+            self.roi_heads = nn.SyncBatchNorm.convert_sync_batchnorm(self.roi_heads)
+        self._has_frozen_heads = norm == "frozen"
+        for module in self._list_frozen():
+            module.requires_grad_(False)
+        self.train()
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses of a training step, by name, always all of them."""
+        return ("objectness", "rpn_boxes", *self.roi_heads.loss_names)
+
+    def forward(
+        self, images: Tensor, instances: Sequence[Target] | Sequence[tuple[int, int]]
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Return the losses of a training step, or in evaluation the detections of each image.
+
+        Args:
+            images: (B, 3, H, W), normalised, then padded with zeros at the right and at the bottom.
+            instances: in training the images' targets; in evaluation their sizes (height, width) without the padding,
+                in pixels.
+
+        Returns:
+            In training scalars by `loss_names`, to be added up; in evaluation boxes in pixels of the images.
+        """
+        levels = self.pyramid(images)
+        pooled = levels[: len(self.backbone.names)]
+        if self.training:
+            targets = cast(Sequence[Target], instances)
+            proposals, losses = self.rpn.propose(images, levels, [target.size for target in targets], targets)
+            return losses | self.roi_heads.compute_losses(pooled, proposals, targets)
+        sizes = cast(Sequence[tuple[int, int]], instances)
+        proposals, _ = self.rpn.propose(images, levels, sizes)
+        return self.roi_heads(pooled, proposals, sizes)
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Map images (B, 3, H, W) to the levels of the pyramid, strides 4 to 64."""
+        features = OrderedDict(zip(self.backbone.names, self.backbone(images), strict=True))
+        return list(self.fpn(features).values())
+
+    def train(self, mode: bool = True) -> "RCNN":
+        """Set training or evaluation mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._list_frozen():
+            module.eval()
+        return self
+
+    def _list_frozen(self) -> list[nn.Module]:
+        modules = [module for part in (self.fpn, self.roi_heads) for module in part.modules()]
+        return [module for module in modules if self._has_frozen_heads and isinstance(module, nn.BatchNorm2d)]
+
+
+def build_rcnn(name: str, num_classes: int, **options: Any) -> RCNN:
+    """Build a detector with random weights.
+
+    Args:
+        name: of the backbone, one of `list_models()`.
+        num_classes: of the data set; the background is none of them.
+        options: of `RCNNOptions`, whose defaults are the paper's.
+
+    Raises:
+        ConfigError: see `build_model` and `RCNNOptions`.
+    """
+    settings = RCNNOptions(**options)
+    backbone = build_model(
+        name,
+        zero_gamma=settings.zero_gamma,
+        features_only=True,
+        out_features=LEVELS,
+        freeze_at=settings.freeze_at,
+        norm=settings.norm,
+    )
+    assert isinstance(backbone, Backbone)
+    return RCNN(backbone, num_classes, settings)
