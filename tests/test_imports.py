@@ -15,7 +15,7 @@ PACKAGE = Path(resnest_imagenet.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 # Leaves: every room may use them, and they use none of ours (distributed and randomness: only errors).
-LEAVES = {"errors", "randomness", "files", "extensions"}
+LEAVES = {"errors", "randomness", "files", "extensions", "instances"}
 MEASURING = LEAVES | {
     "config",
     "options",
@@ -31,6 +31,7 @@ MEASURING = LEAVES | {
 MAY_IMPORT = {
     "errors": set(),
     "randomness": set(),
+    "instances": set(),
     "compute": {"errors"},
     "options": set(),
     "recipe": {"options"},
