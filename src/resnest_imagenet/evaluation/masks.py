@@ -89,6 +89,8 @@ def encode_patch(patch: Patch, size: tuple[int, int]) -> RunLengths:
     meets = np.flatnonzero(edges[1:] == edges[:-1])
     edges = np.delete(edges, np.concatenate([meets, meets + 1]))
     counts = np.diff(edges, prepend=0, append=height * width).tolist()
+    if counts[-1] == 0:
+        del counts[-1]
     return import_masks().frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
