@@ -28,10 +28,10 @@ BOXES = [
 ]
 
 
-def draw_cells(count=len(BOXES), side=28, seed=0):
+def draw_cells(side=28, seed=0):
     """Draw probabilities with some structure: smooth noise."""
     torch.manual_seed(seed)
-    coarse = torch.randn(count, 1, 6, 6)
+    coarse = torch.randn(len(BOXES), 1, 6, 6)
     return torch.nn.functional.interpolate(coarse, size=side, mode="bicubic")[:, 0].mul(3).sigmoid()
 
 

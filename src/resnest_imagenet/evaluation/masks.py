@@ -98,7 +98,9 @@ def encode_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) ->
     """Return the masks of n objects as compressed run-length codes of the whole image, without its size.
 
     Args:
-        probabilities, boxes, size: see `paste_masks`.
+        probabilities: float32 (n, m, m), see `paste_masks`.
+        boxes: float32 (n, 4).
+        size: (height, width) of the image.
     """
     return [encode_patch(patch, size)["counts"] for patch in paste_masks(probabilities, boxes, size)]
 
