@@ -80,6 +80,8 @@ ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py"} | DETECTORS
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
 ONLY_IN["matplotlib"] = {"evaluation/charts.py", "reports/report.py", "reports/explain_pictures.py"}
+ONLY_IN["pycocotools"] = {"evaluation/boxes.py", "evaluation/masks.py"}
+ONLY_IN["hotcoco"] = {"evaluation/boxes.py"}
 ONLY_IN["captum"] = {"inference/explain.py"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py"}
 
