@@ -6,7 +6,7 @@ A configuration is composed by Hydra, then checked against these classes; what p
 from collections.abc import Mapping
 from functools import cache
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, Field, WrapValidator, create_model, model_validator
 
@@ -26,7 +26,9 @@ from resnest_imagenet.options import (
     keep_own,
 )
 from resnest_imagenet.recipe import (
+    BoxProtocolOptions,
     ClassificationRecipe,
+    DetectionRecipe,
     EvalOptions,
     Protocol,
     Recipe,
@@ -58,6 +60,8 @@ class DataOptions(Options):
     root: Place
     train_dir: Place
     val_dir: Place
+    train_json: Place | None  # of kind=coco; null: annotations/instances_<train_dir>.json
+    val_json: Place | None
     on_error: Literal["raise", "substitute"]  # training images that cannot be decoded
     max_errors: Annotated[int, Field(ge=0)]  # on_error=substitute: how many of them, per rank
     # Of kind=webdataset: training images are shuffled within so many shards at a time; null: over the whole set.
@@ -93,6 +97,9 @@ class OwnProtocolOptions(Protocol):
     def list_changes(self) -> dict[str, Any]:
         """Return what is not the network's own, as `EvalTransform` takes it."""
         return {option: value for option, value in self if value != "own"}
+
+
+AnyProtocolOptions: TypeAlias = OwnProtocolOptions | RegionProtocolOptions | BoxProtocolOptions
 
 
 class CheckpointOptions(Options):
@@ -149,7 +156,7 @@ class EvalConfig(Options):
     device: Device
     out: Place | None
     predictions: Place | None
-    protocol: OwnProtocolOptions | RegionProtocolOptions  # of the weights' task: see `choose_schema`
+    protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
     model: NetworkOptions | None
     data: DataOptions
     loader: LoaderOptions
@@ -177,7 +184,7 @@ class InferenceConfig(Options):
 class PredictConfig(InferenceConfig):
     """resnest-predict."""
 
-    protocol: OwnProtocolOptions | RegionProtocolOptions  # of the weights' task: see `choose_schema`
+    protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
     ckpt: Place
     model: NetworkOptions | None
     images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
@@ -214,7 +221,7 @@ class ComparedDataOptions(Options):
 class CompareConfig(InferenceConfig):
     """resnest-compare."""
 
-    protocol: OwnProtocolOptions | RegionProtocolOptions  # of the weights' task: see `choose_schema`
+    protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
     ckpt: Annotated[list[Place], Field(min_length=2)]
     models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
     images: Place | None  # a folder, for classification with one folder per true class, in place of data.root
@@ -253,7 +260,7 @@ class ExportConfig(Options):
     format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
     sizes: Literal["any", "crop"] | None  # of a graph's images; null: any in ONNX, the crop's in torch.export's program
     crop: Crop | None  # with the protocol: what the others tell their readers, and are tried at; null: its own
-    protocol: OwnProtocolOptions | RegionProtocolOptions  # see `choose_schema`; of segmentation the run's
+    protocol: AnyProtocolOptions  # see `choose_schema`; of segmentation the run's
     out: Place | None
 
     @model_validator(mode="after")
@@ -360,8 +367,18 @@ class ShardDataConfig(Options):
 
 # Commands whose protocol is of the weights' task.
 _OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig)
+# The kinds of protocols, by an option that no other kind has, with the names of some.
+_PROTOCOLS: dict[str, tuple[type[Protocol], tuple[str, ...]]] = {
+    "order": (OwnProtocolOptions, ("paper", "ecentercrop", "full")),
+    "name": (RegionProtocolOptions, ("whole", "slide", "centre", "published")),
+    "short_side": (BoxProtocolOptions, ("coco",)),
+}
 # By task; other packages may add some.
-RECIPES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "classification": ClassificationRecipe,
+    "segmentation": SegmentationRecipe,
+    "detection": DetectionRecipe,
+}
 extensions.tasks.reserve(RECIPES)
 
 
@@ -381,7 +398,7 @@ def find_outside_task(name: str) -> extensions.Task | None:
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
     """Return a schema as it is for each task; where it is of one already, or of none, itself."""
     if schema in _OF_ANY_TASK:
-        return [_specialise(schema, protocol=protocol) for protocol in (OwnProtocolOptions, RegionProtocolOptions)]
+        return [_specialise(schema, protocol=protocol) for protocol, _ in _PROTOCOLS.values()]
     if not issubclass(schema, TrainConfig) or schema.model_fields["train"].annotation is not Recipe:
         return [schema]
     outside = [task.recipe for task in extensions.tasks.read().values()]
@@ -401,21 +418,25 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
         ConfigError: there is no such task, or the protocol is another's.
     """
     protocol = values.get("protocol")
-    is_of_regions = isinstance(protocol, Mapping) and "name" in protocol
+    kind = _find_kind(protocol if isinstance(protocol, Mapping) else {})
     if schema in _OF_ANY_TASK:
-        return _specialise(schema, protocol=RegionProtocolOptions if is_of_regions else OwnProtocolOptions)
+        return _specialise(schema, protocol=_PROTOCOLS[kind][0])
     options = values.get("train")
     task = options.get("task") if isinstance(options, Mapping) else None
     if not issubclass(schema, TrainConfig) or not isinstance(task, str):
         return schema
     outside = find_outside_task(task)
     recipe: type[Recipe] = RECIPES[task] if outside is None else outside.recipe
-    if protocol is not None and is_of_regions != (recipe.PROTOCOL is RegionProtocolOptions):
-        others = ("paper", "ecentercrop", "full") if is_of_regions else ("whole", "slide", "centre", "published")
-        raise ConfigError(
-            f"protocol is not of train.task={task}: choose {', '.join(others)}, or start from +experiment="
-        )
+    own = _find_kind(recipe.PROTOCOL.model_fields)
+    if protocol is not None and kind != own:
+        names = ", ".join(_PROTOCOLS[own][1])
+        raise ConfigError(f"protocol is not of train.task={task}: choose {names}, or start from +experiment=")
     return _of_recipe(schema, recipe)
+
+
+def _find_kind(options: Mapping[str, Any]) -> str:
+    """Return which of `_PROTOCOLS` has such options."""
+    return next((option for option in _PROTOCOLS if option in options), "order")
 
 
 def _of_recipe(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:

@@ -43,6 +43,16 @@ class RegionProtocolOptions(Protocol):
     flip: bool  # the logits of the mirrored scene are added
 
 
+class BoxProtocolOptions(Protocol):
+    """How images are shown to a detector, and which of its detections count."""
+
+    short_side: Positive  # in pixels
+    longest: Positive  # bound of the long side in pixels; an image that would be longer is scaled to it
+    min_score: Share  # detections have a higher score
+    nms: Annotated[float, Field(gt=0, le=1)]  # IoU from which a detection is dropped for a better one of its class
+    detections: Positive  # at most so many of an image
+
+
 class Recipe(Options):
     """How to train; conf/recipe/ has the published recipes and the source of each value."""
 
@@ -179,6 +189,41 @@ class SegmentationRecipe(Recipe):
     def _check_scales(self) -> "SegmentationRecipe":
         if self.scales[0] > self.scales[1]:
             raise ValueError(f"train.scales={self.scales} must be the smallest and the largest")
+        return self
+
+
+class DetectionRecipe(Recipe):
+    """How to train a detector, as in the paper's Tables 5 and 6; options of the network are `RCNNOptions`."""
+
+    PROTOCOL: ClassVar[type[Protocol]] = BoxProtocolOptions
+
+    short_sides: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)]  # of an image, in pixels
+    sampling: Literal["range", "choice"]  # any whole number from the first to the last of them, or one of them
+    longest: Positive  # bound of the long side in pixels; an image that would be longer is scaled to it
+    cascade: bool
+    masks: bool
+    # sync: statistics over all ranks; alone and on CPUs each rank's own. frozen: those of the weights to start from.
+    norm: Literal["bn", "sync", "frozen"]
+    head_norm: Literal["bn", "sync", "frozen", "none"] | None  # null: as norm
+    freeze_at: Annotated[int, Field(ge=0, le=5)]
+    zero_gamma: bool
+    channels: Positive
+    anchor_sizes: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=5, max_length=5)]
+    canonical_size: Positive
+    samples: Positive
+    box_convs: Annotated[int, Field(ge=0)]
+    box_fcs: Positive
+    box_width: Positive
+    mask_convs: Annotated[int, Field(ge=0)]
+    # Before an evaluation the norms' statistics are replaced by their mean over so many batches of training; 0: not.
+    precise_batches: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> "DetectionRecipe":
+        if self.short_sides != sorted(set(self.short_sides)):
+            raise ValueError(f"train.short_sides={self.short_sides} must rise")
+        if self.sampling == "range" and len(self.short_sides) != 2:
+            raise ValueError(f"train.short_sides={self.short_sides} must be the least and the largest: sampling=range")
         return self
 
 

@@ -1,0 +1,258 @@
+"""Images to the boxes and masks of their objects, as in the paper's Tables 5 and 6."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from resnest_imagenet.compute import autocast, place
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.data.coco import Instances, open_coco
+from resnest_imagenet.data.instance_geometry import InstanceTransform
+from resnest_imagenet.data.instance_loader import STRIDE, InstanceLoader
+from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
+from resnest_imagenet.data.source import print_notes, require_same_classes
+from resnest_imagenet.distributed import Ranks, launched_as, sum_over_ranks
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
+from resnest_imagenet.evaluation.ground_truth import GroundTruth, read_ground_truth
+from resnest_imagenet.evaluation.score import Score
+from resnest_imagenet.instances import Target
+from resnest_imagenet.models.batch import require_batch
+from resnest_imagenet.models.cost import count_kept_rcnn, count_rcnn
+from resnest_imagenet.models.precise import estimate_norms
+from resnest_imagenet.models.rcnn import RCNN, build_rcnn
+from resnest_imagenet.models.zoo import find_pixels, require_model
+from resnest_imagenet.randomness import Draws
+from resnest_imagenet.recipe import BoxProtocolOptions, DetectionRecipe
+from resnest_imagenet.tasks.digests import describe_images
+from resnest_imagenet.tasks.task import Evaluate, Pause
+from resnest_imagenet.weights.detection import read_options, start_rcnn
+
+Batch = tuple[Tensor, list[Target]]  # images (B, 3, H, W), normalised and padded; the objects of each
+
+NUM_SHOWN = 4  # images of a batch
+
+
+class Detection:
+    """Implements `tasks.task.Task`."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        recipe = self._recipe = cast(DetectionRecipe, config.train)
+        self._protocol = cast(BoxProtocolOptions, config.protocol)
+        require_model(config.model.name)
+        data = config.data
+        if data.kind != "coco":
+            raise ConfigError(f"data.kind={data.kind}: a detector is trained on data=coco")
+        self._train = open_coco(data.root, "train", data.train_json, data.train_dir, masks=recipe.masks)
+        self._val = open_coco(data.root, "val", data.val_json, data.val_dir, masks=recipe.masks)
+        self.train_set, self.val_set = self._train.images, self._val.images
+        require_same_classes(self.train_set, self.val_set)
+        if launched_as().rank == 0:
+            print_notes(self.train_set, self.val_set)
+        self.classes = self._train.classes
+        self._truth = read_truth(self._val, recipe.masks)
+        network = config.model.model_copy(update={"num_classes": len(self.classes)})
+        self.config = config.model_copy(update={"model": network})
+        self.metric = "mask_ap" if recipe.masks else "box_ap"
+        self.head: tuple[str, ...] = ("fpn", "rpn", "roi_heads")
+        self._options = read_options(recipe.model_dump(), self._protocol.model_dump())
+        self._build("bn")  # the options fit together
+        require_batch(
+            config.model.name, recipe.batch_size, min(recipe.short_sides), build=lambda: self._build().backbone
+        )
+
+    def _build(self, norm: str | None = None) -> RCNN:
+        options = self._options | ({"norm": norm} if norm else {})
+        return build_rcnn(self.config.model.name, len(self.classes), **options)
+
+    @property
+    def _largest(self) -> tuple[int, int]:
+        """Height and width of the largest batch, in pixels."""
+        short_side, longest = max(self._recipe.short_sides), self._recipe.longest
+        height, width = (math.ceil(side / STRIDE) * STRIDE for side in (min(short_side, longest), longest))
+        return height, width
+
+    def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
+        """See `Task`."""
+        config, files = self.config, {"training": self.train_set, "val": self.val_set}
+        return {
+            "model.name": config.model.name,
+            "data.kind": config.data.kind,
+            "evaluation": describe_protocol(self._protocol),
+            "classes": list(self.classes),
+            "training objects": self._train.digest(),
+            "val objects": self._val.digest(),
+            **describe_images(files, config.data.digest, ranks, tick),
+        }
+
+    def count_kept_bytes(self, enough: float = 0) -> int:
+        """See `Task`; of the largest images."""
+        recipe = self._recipe
+        with autocast(torch.device("cpu"), recipe.precision):
+            name, num_classes = self.config.model.name, len(self.classes)
+            return count_kept_rcnn(name, num_classes, self._largest, recipe.batch_size, **self._options)
+
+    def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
+        """See `Task`; batch norms are synchronised where ranks are several and the device has that."""
+        recipe = self._recipe
+        torch.manual_seed(self.config.seed)
+        launch = launched_as()
+        can_synchronise = launch.world_size > 1 and device.type == "cuda"
+        norm = "bn" if recipe.norm == "sync" and not can_synchronise else recipe.norm
+        if norm != recipe.norm and launch.world_size > 1 and launch.rank == 0 and device.type == "cpu":
+            print("train.norm=sync: on a CPU the statistics of batch norms are each rank's own", flush=True)
+        model = self._build(norm)
+        if is_new and recipe.init_from is not None:
+            loaded = start_rcnn(model, self.config.model.name, self.classes, recipe.init_from)
+            if launch.rank == 0:
+                print(f"starting from {recipe.init_from}: {loaded}", flush=True)
+        return place(model, device)
+
+    def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
+        """See `Task`; a batch has images of portrait or of landscape format."""
+        return BatchPlan(
+            num_samples=len(self._train),
+            batch_size=self._recipe.batch_size,
+            num_batches=num_batches,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            shuffle=True,
+            seed=self.config.seed,
+            groups=self._train.groups,
+        )
+
+    def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
+        """See `Task`."""
+        data, recipe = self.config.data, self._recipe
+        sides = recipe.short_sides
+        if recipe.sampling == "range":
+            sides = list(range(sides[0], sides[1] + 1))
+        transform = InstanceTransform(self.config.seed, tuple(sides), recipe.longest)
+        max_errors = data.max_errors if data.on_error == "substitute" else 0
+        pixels, workers = find_pixels(self.config.model.name), self.config.loader.workers
+        return InstanceLoader(self._train, plan, transform, ranks.device, pixels, workers, max_errors)
+
+    def build_evaluation(self, ranks: Ranks) -> Evaluate:
+        """See `Task`; with `precise_batches` the network's norms get their statistics before."""
+        recipe, workers = self._recipe, self.config.loader.workers
+        loader = build_val_loader(self._val, self._protocol, self.config.model.name, ranks, workers)
+        precise = self._build_precise(ranks) if recipe.precise_batches else None
+
+        def evaluate(model: nn.Module, pause: Pause) -> Score:
+            if precise is not None:
+                precise(model)
+            name = self.val_set.name
+            return self._describe_boxes(
+                measure_boxes(
+                    model, loader, ranks, self._truth, recipe.precision, pause, name, masks=recipe.masks
+                )
+            )
+
+        return evaluate
+
+    def _build_precise(self, ranks: Ranks) -> Callable[[nn.Module], object]:
+        """Return what computes the norms' statistics over the first batches of the first epoch."""
+        recipe = self._recipe
+        per_epoch = len(self._train) // recipe.batch_size // ranks.world_size * ranks.world_size
+        loader = self.build_loader(self.plan_batches(per_epoch, ranks), ranks)
+        draws = Draws(self.config.seed, 0, 0)
+
+        def estimate(model: nn.Module) -> None:
+            draws.seed_torch()
+            epochs = itertools.chain.from_iterable(loader.batches(epoch) for epoch in itertools.count())
+            batches = itertools.islice(epochs, recipe.precise_batches)
+            average = lambda values: sum_over_ranks(values) / ranks.world_size  # noqa: E731
+            estimate_norms(model, batches, lambda batch: self.loss(model, batch, draws), average)
+
+        return estimate
+
+    def _describe_boxes(self, scores: BoxScores) -> Score:
+        values = {name: 0.0 if value is None else value for name, value in scores.values().items()}
+        shown = ", ".join(
+            f"{kind.kind} AP {values[f'{kind.kind}_ap']:.2f} (AP50 {values[f'{kind.kind}_ap50']:.2f}, "
+            f"AP75 {values[f'{kind.kind}_ap75']:.2f})"
+            for kind in scores.kinds
+        )
+        protocol = describe_protocol(self._protocol)
+        return Score(
+            values={**values, "count": len(self._val), "protocol": protocol},
+            text=f"{shown} of {len(self._val)} images ({protocol})",
+            files={},
+        )
+
+    def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
+        """Return the losses of proposals, boxes and masks."""
+        images, targets = batch
+        with autocast(images.device, self._recipe.precision):
+            return network(images, targets)
+
+    def blank_batch(self, device: torch.device) -> Batch:
+        """See `Task`: of the largest images, without objects; channels_last like the loader's batches."""
+        recipe, size = self._recipe, self._largest
+        images = torch.zeros(recipe.batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
+        nothing = torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        target = Target(0, size, size, *nothing, masks=[] if recipe.masks else None)
+        return images, [target] * recipe.batch_size
+
+    def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
+        """See `Task`."""
+        raise NotImplementedError
+
+    def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
+        """See `Task`."""
+        config, name = self.config, self.config.model.name
+        started = time.perf_counter()
+        images, _ = next(iter(self.build_loader(plan, ranks).batches(epoch=0)))
+        seconds = time.perf_counter() - started
+        stages = count_rcnn(name, len(self.classes), self._largest, **self._options)
+        parameters, multiply_adds = (
+            sum(getattr(stage, quantity) for stage in stages) for quantity in ("parameters", "multiply_adds")
+        )
+        kind = f"{'Cascade ' if self._recipe.cascade else ''}{'Mask' if self._recipe.masks else 'Faster'} R-CNN"
+        height, width = self._largest
+        return {
+            "network": f"{kind} on {name}, {len(self.classes)} classes ({parameters / 1e6:.2f} M parameters, "
+            f"{multiply_adds / 1e9:.1f} GFLOPs at {height} x {width})",
+            "data": f"{len(self._train):,} training and {len(self._val):,} val images in {config.data.root}, "
+            f"{len(self._train.boxes):,} objects to learn from",
+            "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
+            "evaluation": describe_protocol(self._protocol),
+        }
+
+
+def read_truth(instances: Instances, masks: bool) -> GroundTruth:
+    """Return the objects that an evaluation on these images counts, crowds among them."""
+    ids, sizes, categories = instances.image_ids, instances.sizes, instances.category_ids
+    return read_ground_truth(instances.json, ids, sizes, categories, instances.classes, masks=masks)
+
+
+def build_val_loader(
+    instances: Instances, protocol: BoxProtocolOptions, name: str, ranks: Ranks, workers: int | None
+) -> InstanceLoader:
+    """Build what yields each image of an evaluation once, over all ranks, one a batch: so none has others' padding.
+
+    Args:
+        instances: of `open_coco`.
+        protocol: how images are shown.
+        name: of the backbone, which decides how pixels are normalised.
+        ranks: who takes part.
+        workers: processes of the loader; None: this process's cores, at most 8.
+    """
+    plan = plan_evaluation(len(instances), 1, ranks.rank, ranks.world_size)
+    transform = InstanceTransform(0, (protocol.short_side,), protocol.longest, flip=0)
+    return InstanceLoader(instances, plan, transform, ranks.device, find_pixels(name), workers)
+
+
+def describe_protocol(protocol: BoxProtocolOptions) -> str:
+    """Return how images are shown and detections chosen, in words."""
+    return (
+        f"short side {protocol.short_side}, long side at most {protocol.longest}, scores above {protocol.min_score:g}, "
+        f"NMS {protocol.nms:g}, {protocol.detections} detections"
+    )
