@@ -305,6 +305,15 @@ class DemoScenesConfig(Options):
     val_scenes: Positive
 
 
+class DemoObjectsConfig(Options):
+    """resnest-data demo task=detection."""
+
+    out: Place
+    seed: Seed
+    train_images: Positive
+    val_images: Positive
+
+
 class PrepareDataConfig(Options):
     """resnest-data prepare."""
 
@@ -332,7 +341,10 @@ class FolderOptions(Options):
 class CheckedDataOptions(FolderOptions):
     """A data set in any layout of files."""
 
-    kind: Literal["folder", "ade20k", "cityscapes", "masks"]
+    kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"]
+    # Of kind=coco; null: annotations/instances_<train_dir or val_dir>.json.
+    train_json: Place | None
+    val_json: Place | None
 
 
 class CheckDataConfig(Options):
