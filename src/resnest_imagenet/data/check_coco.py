@@ -59,8 +59,15 @@ def check_coco(
     for name, (images, json) in places.items():
         if images is not None:
             part, sizes = _list_part(root, name, images, json)
+            for path in sorted(expected.keys() & sizes):
+                part.add("in train and val", path, "both annotation files name it")
             parts.append(part)
             expected |= sizes
+    for folder in sorted({part.name for part in parts if part.images}):  # two parts may share one
+        names = (f"{folder}/{image}" for image in Listing(os.path.join(root, folder)).walk(""))
+        part = next(part for part in parts if part.name == folder)
+        for path in sorted(set(names) - expected.keys()):
+            part.add("unlisted image", path, "no annotation file names it")
     findings = [finding for part in parts for finding in part.findings]
     for path, size in examine_images(parts, root, workers or count_cores(), findings, judge_upright).items():
         if size != expected[path]:
@@ -105,8 +112,6 @@ def _compare(part: Part, file: CocoFile, folder: Path, shown: str, is_training: 
     missing = set(find_missing(folder, file.files))
     for name in sorted(missing):
         part.add("missing image", f"{part.name}/{name}", f"an image of {shown}")
-    for name in sorted(set(Listing(str(folder)).walk("")).difference(file.files)):
-        part.add("unlisted image", f"{part.name}/{name}", f"not in {shown}")
     if not file.files:
         part.add("no images", part.name, f"{shown} has none")
     instances = select_objects(file, folder, is_training)

@@ -231,6 +231,16 @@ def clip_boxes(file: CocoFile) -> tuple[np.ndarray, np.ndarray]:
     return corners, (corners[:, 2:] - corners[:, :2] > NO_AREA).all(1)
 
 
+def require_separate_images(train: Instances, val: Instances) -> None:
+    """Raise a DataError where an image is in both parts, which may share a folder."""
+    if train.images.root.resolve() != val.images.root.resolve():
+        return
+    shared = np.intersect1d(train.images.files, val.images.files)
+    if len(shared):
+        name = os.fsdecode(shared[0])
+        raise DataError(f"{train.images.root / name}: of {len(shared):,} images in both {train.json} and {val.json}")
+
+
 def describe_skipped(path: Path, skipped: dict[str, int]) -> tuple[str, ...]:
     """Return a line about how much of a file is skipped, by what it is; () where nothing is."""
     parts = [f"{count:,} {what}" for what, count in skipped.items() if count]
