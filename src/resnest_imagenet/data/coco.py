@@ -25,6 +25,7 @@ from resnest_imagenet.instances import Mask
 
 NO_AREA = 1e-5  # pixels: a box that is not wider or higher has no area (detectron2, Boxes.nonempty)
 JSON_FOLDER = "annotations"
+FOLDERS = {"train": "train2017", "val": "val2017"}
 Part = Literal["train", "val"]
 
 
@@ -122,7 +123,8 @@ def open_coco(
         root: the data set's folder.
         part: which options name it in an error's line: data.<part>_json and data.<part>_dir.
         json: the annotation file, below root or anywhere; None: annotations/instances_<images>.json.
-        images: the folder of the images, below root or anywhere; None: train2017 or val2017.
+        images: the folder of the images, below root or anywhere; None: train2017 or val2017, which train and val stand
+            for, too, where there are no such folders.
         masks: whether the masks of the objects are wanted: needs pycocotools.
         is_training: skip images without objects, otherwise keep every image and require what COCO's evaluation reads;
             None: of the training part.
@@ -153,7 +155,9 @@ def find_files(root: str, part: Part, json: str | None, images: str | None) -> t
 
     Args: see `open_coco`.
     """
-    images = images or f"{part}2017"
+    images = images or part
+    if not os.path.isdir(os.path.join(root, images)):
+        images = FOLDERS.get(images, images)
     folder = find_part(root, images, f"data.{part}_dir")
     path = Path(root, json or f"{JSON_FOLDER}/instances_{folder.name}.json")
     if not path.is_file():
@@ -225,6 +229,16 @@ def clip_boxes(file: CocoFile) -> tuple[np.ndarray, np.ndarray]:
     limits = np.tile(file.sizes[file.images][:, ::-1], 2)  # of image -1, the last: not used
     corners = corners.clip(0, limits)
     return corners, (corners[:, 2:] - corners[:, :2] > NO_AREA).all(1)
+
+
+def require_separate_images(train: Instances, val: Instances) -> None:
+    """Raise a DataError where an image is in both parts, which may share a folder."""
+    if train.images.root.resolve() != val.images.root.resolve():
+        return
+    shared = np.intersect1d(train.images.files, val.images.files)
+    if len(shared):
+        name = os.fsdecode(shared[0])
+        raise DataError(f"{train.images.root / name}: of {len(shared):,} images in both {train.json} and {val.json}")
 
 
 def describe_skipped(path: Path, skipped: dict[str, int]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """The JSON files of COCO's layout: images, annotations and categories, read into arrays.
 
 A file of 490 MB with 860,000 annotations took 20 s of CPU time and 960 MB, of which the file's text is 490 and 320
-stay; `json.load` alone takes 27 s and 3.3 GB, orjson 13 s and 4.2 GB. So the standard library reads it, and its hook for
-objects packs each annotation as soon as it is parsed.
+stay; `json.load` alone takes 27 s and 3.3 GB, orjson 13 s and 4.2 GB. So the standard library reads it, and its hook
+for objects packs each annotation as soon as it is parsed.
 """
 
 import json
@@ -77,9 +77,9 @@ class _Fault(str):
 class _Annotations:
     """Packs annotations as the parser meets them."""
 
-    def __init__(self, masks: bool, evaluated: bool) -> None:
+    def __init__(self, masks: bool, evaluated: bool, needs_masks: bool) -> None:
         self._masks = MaskPacker() if masks else None
-        self._evaluated = evaluated
+        self._evaluated, self._needs_masks = evaluated, needs_masks
         self._ids, self._images, self._categories = array("q"), array("q"), array("q")
         self._crowds, self._boxes = array("b"), array("d")
 
@@ -91,10 +91,10 @@ class _Annotations:
             return _Fault(fault)
         is_crowd = bool(value.get("iscrowd", 0))
         if self._masks is not None:
-            if "segmentation" not in value:
+            if self._needs_masks and "segmentation" not in value:
                 return _Fault(f"{_name(value)}has no segmentation")
             try:
-                self._masks.add(None if is_crowd else value["segmentation"])
+                self._masks.add(None if is_crowd else value.get("segmentation"))
             except ValueError as error:
                 return _Fault(f"{_name(value)}{error}")
         self._ids.append(value["id"])
@@ -147,18 +147,19 @@ def _describe(value: dict[str, Any], key: str, wanted: str) -> str:
     return f"{key}={text if len(text) < 60 else text[:57] + '...'} is not {wanted}"
 
 
-def read_coco(path: Path, masks: bool = False, evaluated: bool = False) -> CocoFile:
+def read_coco(path: Path, masks: bool = False, evaluated: bool = False, needs_masks: bool = True) -> CocoFile:
     """Read a JSON file.
 
     Args:
         path: of the file.
-        masks: whether masks are wanted, and an annotation without one is a fault.
+        masks: whether masks are wanted.
         evaluated: whether what only the evaluation reads must be there.
+        needs_masks: whether an annotation without a segmentation is a fault, where masks are wanted.
 
     Raises:
         DataError: it is no such file, or not in COCO's layout.
     """
-    annotations = _Annotations(masks, evaluated)
+    annotations = _Annotations(masks, evaluated, needs_masks)
     content = _parse(path, annotations)
     missing = [key for key in KEYS if not isinstance(content.get(key), list)]
     if missing:

@@ -225,15 +225,19 @@ def decode_upright(encoded: bytes) -> Image.Image:
     Raises:
         BadImage: it cannot be used.
     """
-    picture = decode_picture(encoded)
+    picture, turn = decode_picture(encoded), find_turn(encoded)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def find_turn(encoded: bytes) -> Image.Transpose | None:
+    """Return what turns a decoded image upright, by its EXIF orientation; None where it is."""
     if not any(mark in encoded for mark in _EXIF):
-        return picture
-    turn = None
+        return None
     # Whatever a damaged EXIF raises: it is no orientation.
     with suppress(Exception), _without_warnings(), Image.open(io.BytesIO(encoded)) as image:
         if image.format != "TIFF":  # which Pillow has turned
-            turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    return picture if turn is None else picture.transpose(turn)
+            return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return None
 
 
 def decode_indices(encoded: bytes) -> Image.Image:
