@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.config import EvalConfig, OwnProtocolOptions
+from resnest_imagenet.config import AnyProtocolOptions, EvalConfig, OwnProtocolOptions
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.recipe import RegionProtocolOptions
+from resnest_imagenet.recipe import BoxProtocolOptions, RegionProtocolOptions
 
 if TYPE_CHECKING:
     import torch
@@ -104,20 +104,37 @@ def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.devic
     return format_regions(segmenter, regions)
 
 
-def take_own_protocol(protocol: OwnProtocolOptions | RegionProtocolOptions) -> OwnProtocolOptions:
+def take_own_protocol(protocol: AnyProtocolOptions) -> OwnProtocolOptions:
     """Return the protocol of a network of classification; a ConfigError for another task's."""
-    if isinstance(protocol, RegionProtocolOptions):
-        raise ConfigError(f"protocol={protocol.name} is of segmentation: choose own, paper, ecentercrop or full")
-    return protocol
-
-
-def take_region_protocol(protocol: OwnProtocolOptions | RegionProtocolOptions) -> RegionProtocolOptions | None:
-    """Return the protocol of a network of segmentation, None for its own; a ConfigError for another task's."""
-    if isinstance(protocol, RegionProtocolOptions):
+    if isinstance(protocol, OwnProtocolOptions):
         return protocol
-    if protocol.list_changes():
-        raise ConfigError("protocol is of classification: choose own, whole, slide, centre or published")
-    return None
+    raise ConfigError(f"{_describe_protocol(protocol)}: choose own, paper, ecentercrop or full")
+
+
+def take_region_protocol(protocol: AnyProtocolOptions) -> RegionProtocolOptions | None:
+    """Return the protocol of a network of segmentation, None for its own; a ConfigError for another task's."""
+    if isinstance(protocol, RegionProtocolOptions) or is_own_protocol(protocol):
+        return protocol if isinstance(protocol, RegionProtocolOptions) else None
+    raise ConfigError(f"{_describe_protocol(protocol)}: choose own, whole, slide, centre or published")
+
+
+def take_box_protocol(protocol: AnyProtocolOptions) -> BoxProtocolOptions | None:
+    """Return the protocol of a detector, None for its own; a ConfigError for another task's."""
+    if isinstance(protocol, BoxProtocolOptions) or is_own_protocol(protocol):
+        return protocol if isinstance(protocol, BoxProtocolOptions) else None
+    raise ConfigError(f"{_describe_protocol(protocol)}: choose own or coco")
+
+
+def is_own_protocol(protocol: AnyProtocolOptions) -> bool:
+    """Return whether it is that of the network's own evaluation."""
+    return isinstance(protocol, OwnProtocolOptions) and not protocol.list_changes()
+
+
+def _describe_protocol(protocol: AnyProtocolOptions) -> str:
+    """Return the start of a line about a protocol of another task."""
+    if isinstance(protocol, RegionProtocolOptions):
+        return f"protocol={protocol.name} is of segmentation"
+    return f"protocol is of {'detection' if isinstance(protocol, BoxProtocolOptions) else 'classification'}"
 
 
 def main() -> None:

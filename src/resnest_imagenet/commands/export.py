@@ -3,11 +3,10 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
-from resnest_imagenet.commands.evaluate import take_own_protocol
+from resnest_imagenet.commands.evaluate import is_own_protocol, take_own_protocol
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.recipe import RegionProtocolOptions
 
 if TYPE_CHECKING:
     from resnest_imagenet.weights.load import Weights
@@ -47,7 +46,7 @@ def export_segmenter(config: ExportConfig, weights: "Weights") -> str:
     from resnest_imagenet.weights.graphs import export_deeplab_graph
     from resnest_imagenet.weights.hub_deeplab import export_deeplab_folder
 
-    if config.model is not None or isinstance(config.protocol, RegionProtocolOptions) or config.protocol.list_changes():
+    if config.model is not None or not is_own_protocol(config.protocol):
         raise ConfigError(
             f"model and protocol are of classification: {config.ckpt} is of segmentation and has its run's"
         )

@@ -1,7 +1,6 @@
 """The loader of images with objects: worker processes decode and resize, the device normalises and pads."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,31 +12,11 @@ from resnest_imagenet.data.instance_geometry import InstanceTransform
 from resnest_imagenet.data.loader import choose_workers
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.substitution import Substitution
-from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.data.workers import Samples, WorkerLoader
 from resnest_imagenet.instances import Target
+from resnest_imagenet.models.zoo import Pixels
 
 STRIDE = 32  # of a backbone: the sides of a batch are multiples of it
-
-
-@dataclass(frozen=True)
-class PixelRule:
-    """How pixels are normalised.
-
-    Attributes:
-        mean, std: of red, green and blue, in 0..255.
-        bgr: whether the network takes blue first, as those of MSRA (mean 123.675 116.28 103.53, std 1 1 1).
-    """
-
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
-    bgr: bool = False
-
-    def restore(self, images: Tensor) -> np.ndarray:
-        """Return normalised images (B, 3, H, W) as they were: uint8 RGB (B, H, W, 3), the mean in the padding."""
-        values = images.float().permute(0, 2, 3, 1).cpu().numpy()
-        values = (values[..., ::-1] if self.bgr else values) * np.array(self.std, np.float32)
-        return (values + np.array(self.mean, np.float32)).round().clip(0, 255).astype(np.uint8)
 
 
 class _InstanceSamples(Samples):
@@ -74,7 +53,7 @@ class InstanceLoader:
         plan: BatchPlan,
         transform: InstanceTransform,
         device: torch.device,
-        pixels: PixelRule | None = None,
+        pixels: Pixels,
         workers: int | None = None,
         max_errors: int = 0,
     ) -> None:
@@ -85,13 +64,13 @@ class InstanceLoader:
             plan: their order; in training with `instances.groups`.
             transform: of training, or of evaluation: one size and no flip.
             device: where the batches are wanted.
-            pixels: how they are normalised; None: as for ImageNet.
+            pixels: how they are normalised; see `find_pixels`.
             workers: processes; None: see `choose_workers`.
             max_errors: how many images that cannot be used may be replaced, see `Substitution`; with 0 the first is a
                 DataError.
         """
         self.plan = plan
-        self.pixels = pixels or PixelRule()
+        self.pixels = pixels
         self.substitution = Substitution(instances.images, max_errors, instances.name_fault)
         samples = _InstanceSamples(instances, transform, self.substitution)
         self._loader = WorkerLoader(samples, plan, device, choose_workers(workers))
@@ -102,7 +81,14 @@ class InstanceLoader:
             yield pad_images(images, self.pixels, self._device), [target.to(self._device) for target in targets]
 
 
-def pad_images(images: list[Tensor], pixels: PixelRule, device: torch.device) -> Tensor:
+def restore_pixels(images: Tensor, pixels: Pixels) -> np.ndarray:
+    """Return normalised images (B, 3, H, W) as they were: uint8 RGB (B, H, W, 3), the mean in the padding."""
+    values = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(pixels.std, np.float32)
+    values = (values + np.array(pixels.mean, np.float32)).round().clip(0, 255).astype(np.uint8)
+    return values[..., ::-1] if pixels.is_bgr else values
+
+
+def pad_images(images: list[Tensor], pixels: Pixels, device: torch.device) -> Tensor:
     """Normalise images and put them into one batch, with 0 around them.
 
     Args:
@@ -115,12 +101,11 @@ def pad_images(images: list[Tensor], pixels: PixelRule, device: torch.device) ->
     """
     height, width = (-(-max(image.shape[side] for image in images) // STRIDE) * STRIDE for side in (0, 1))
     batch = torch.zeros(len(images), height, width, 3, device=device)
-    order = slice(None, None, -1) if pixels.bgr else slice(None)
-    mean, std = (torch.tensor(values[order], device=device) for values in (pixels.mean, pixels.std))
+    mean, std = (torch.tensor(values, device=device) for values in (pixels.mean, pixels.std))
     for place, image in zip(batch, images, strict=True):
         part = image.to(device, non_blocking=True)
         rows, columns = part.shape[:2]
-        values = (part.flip(2) if pixels.bgr else part).reshape(rows, columns * 3).float()
+        values = (part.flip(2) if pixels.is_bgr else part).reshape(rows, columns * 3).float()
         # By rows, since a CPU is slow on an inner axis of three.
         values.sub_(mean.repeat(columns)).div_(std.repeat(columns))
         place[:rows, :columns] = values.view(rows, columns, 3)

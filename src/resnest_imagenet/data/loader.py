@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Loader(Protocol):
     plan: BatchPlan
     substitution: Substitution
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Any]]:
         """Yield (images, labels) from the rank's `start`-th batch of the epoch on.
 
         images: float32 (B, 3, crop, crop), normalised, channels_last in memory; labels: int64 (B,); both on the

@@ -5,10 +5,15 @@ from collections.abc import Callable
 from resnest_imagenet import extensions
 from resnest_imagenet.config import TrainConfig, find_outside_task
 from resnest_imagenet.tasks.classification import Classification
+from resnest_imagenet.tasks.detection import Detection
 from resnest_imagenet.tasks.segmentation import Segmentation
 from resnest_imagenet.tasks.task import Task
 
-TASKS: dict[str, Callable[[TrainConfig], Task]] = {"classification": Classification, "segmentation": Segmentation}
+TASKS: dict[str, Callable[[TrainConfig], Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "detection": Detection,
+}
 
 
 def open_task(config: TrainConfig) -> Task:

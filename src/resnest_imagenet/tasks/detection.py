@@ -150,9 +150,7 @@ class Detection:
                 precise(model)
             name = self.val_set.name
             return self._describe_boxes(
-                measure_boxes(
-                    model, loader, ranks, self._truth, recipe.precision, pause, name, masks=recipe.masks
-                )
+                measure_boxes(model, loader, ranks, self._truth, recipe.precision, pause, name, masks=recipe.masks)
             )
 
         return evaluate
