@@ -198,7 +198,7 @@ class DetectionRecipe(Recipe):
     PROTOCOL: ClassVar[type[Protocol]] = BoxProtocolOptions
 
     short_sides: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)]  # of an image, in pixels
-    sampling: Literal["range", "choice"]  # any whole number from the first to the last of them, or one of them
+    side_sampling: Literal["range", "choice"]  # any whole number from the first to the last of them, or one of them
     longest: Positive  # bound of the long side in pixels; an image that would be longer is scaled to it
     cascade: bool
     masks: bool
@@ -222,8 +222,8 @@ class DetectionRecipe(Recipe):
     def _check_sides(self) -> "DetectionRecipe":
         if self.short_sides != sorted(set(self.short_sides)):
             raise ValueError(f"train.short_sides={self.short_sides} must rise")
-        if self.sampling == "range" and len(self.short_sides) != 2:
-            raise ValueError(f"train.short_sides={self.short_sides} must be the least and the largest: sampling=range")
+        if self.side_sampling == "range" and len(self.short_sides) != 2:
+            raise ValueError(f"train.short_sides={self.short_sides} must be the least and the largest: side_sampling=range")
         return self
 
 

@@ -17,7 +17,7 @@ from resnest_imagenet.data.instance_geometry import InstanceTransform
 from resnest_imagenet.data.instance_loader import STRIDE, InstanceLoader
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import print_notes, require_same_classes
+from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes
 from resnest_imagenet.distributed import Ranks, launched_as, sum_over_ranks
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
@@ -52,7 +52,8 @@ class Detection:
             raise ConfigError(f"data.kind={data.kind}: a detector is trained on data=coco")
         self._train = open_coco(data.root, "train", data.train_json, data.train_dir, masks=recipe.masks)
         self._val = open_coco(data.root, "val", data.val_json, data.val_dir, masks=recipe.masks)
-        self.train_set, self.val_set = self._train.images, self._val.images
+        self.train_set: ImageSource = self._train.images
+        self.val_set: ImageSource = self._val.images
         require_same_classes(self.train_set, self.val_set)
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
@@ -132,7 +133,7 @@ class Detection:
         """See `Task`."""
         data, recipe = self.config.data, self._recipe
         sides = recipe.short_sides
-        if recipe.sampling == "range":
+        if recipe.side_sampling == "range":
             sides = list(range(sides[0], sides[1] + 1))
         transform = InstanceTransform(self.config.seed, tuple(sides), recipe.longest)
         max_errors = data.max_errors if data.on_error == "substitute" else 0
