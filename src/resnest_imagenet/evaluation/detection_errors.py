@@ -183,10 +183,8 @@ def _match(
     """Find the detections that are correct or have found a crowd, by COCO's rule, the most certain first."""
     fits = np.where(is_same, overlaps, 0)
     fits[fits < MATCHING] = 0
-    has_match = fits.any(1)
-    for row in order:
-        if not has_match[row]:
-            continue
+    has_match = set(np.flatnonzero((fits > 0).any(axis=1)).tolist())
+    for row in filter(has_match.__contains__, order):
         for is_crowd in (False, True):
             values = np.where(crowds == is_crowd, fits[row], 0)
             if values.any():
@@ -214,14 +212,15 @@ def _weigh(
     is_correct = outcomes == Outcome.CORRECT
     ap50 = _average_precision(table.labels[order], is_correct[order], counts)
     # An object that is not found gets the most certain of the detections whose place or class is wrong.
-    rows = order[np.isin(outcomes[order], (Outcome.LOCALISATION, Outcome.CLASS)) & ~is_found[objects[order]]]
+    is_close = np.isin(outcomes, (Outcome.LOCALISATION, Outcome.CLASS))
+    rows = order[is_close[order] & ~is_found[objects[order]]]
     _, first = np.unique(objects[rows], return_index=True)
     is_best = np.zeros(len(table), bool)
     is_best[rows[first]] = True
     gains = {}
     for error in ERRORS:
-        is_wrong = outcomes == error
-        fixed = is_wrong & is_best
+        is_wrong: np.ndarray = np.equal(outcomes, error)
+        fixed: np.ndarray = np.logical_and(is_wrong, is_best)
         labels = np.where(fixed, truth.labels[objects], table.labels)
         kept = order[~is_wrong[order] | fixed[order]]
         better = _average_precision(labels[kept], (is_correct | fixed)[kept], counts)
