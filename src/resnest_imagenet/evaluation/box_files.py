@@ -1,0 +1,196 @@
+"""The files that describe a detector: ap.csv, precision_recall.csv, errors.csv and detections.json.
+
+The first three are written and read back here; `evaluation.detections` reads results in COCO's form.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation.boxes import FIGURES, RECALLS, BoxScores
+from resnest_imagenet.evaluation.cells import guard, unguard
+from resnest_imagenet.evaluation.detection_errors import ERRORS, MISSED, DetectionErrors, Outcome, find_errors
+from resnest_imagenet.evaluation.detections import DetectionTable, list_results
+from resnest_imagenet.evaluation.ground_truth import GroundTruth
+
+_CURVES = (None, 0.5, 0.75)  # IoUs of precision_recall.csv; None: the mean over all
+_COUNTED = (Outcome.CORRECT.name.lower(), *(error.name.lower() for error in ERRORS), MISSED)
+_AP_COLUMNS = ("kind", "class", "category_id", "objects", "detections", *FIGURES)
+_CURVE_COLUMNS = ("kind", "class", "iou", *(f"{recall:.2f}" for recall in RECALLS))
+_ERROR_COLUMNS = ("kind", "class", *_COUNTED)
+ALL_CLASSES = ""  # stands in errors.csv for the AP50 that each kind of error costs
+
+Cell = float | None
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class in one of the files.
+
+    Attributes:
+        kind: "box" or "mask".
+        name: of the class.
+        values: by the name of the column; None where the class has no objects that it could be computed of.
+    """
+
+    kind: str
+    name: str
+    values: dict[str, Cell]
+
+
+def encode_ap(scores: BoxScores, truth: GroundTruth) -> bytes:
+    """Return the content of ap.csv: a row for boxes, and for masks, of each class.
+
+    The class with its number in the data set, its objects that are no crowds, its detections, and the twelve figures in
+    percent; a cell is empty where there are no such objects.
+
+    Args:
+        scores: of the evaluation.
+        truth: of the set.
+    """
+    objects = truth.count_objects().tolist()
+    detections = np.bincount(scores.detections.labels, minlength=len(truth.classes)).tolist()
+    rows = []
+    for kind in scores.kinds:
+        columns = [_list_cells(kind.per_class(name)) for name in FIGURES]
+        for label, (name, number) in enumerate(zip(truth.classes, truth.category_ids.tolist(), strict=True)):
+            figures = [column[label] for column in columns]
+            rows.append((kind.kind, guard(name), number, objects[label], detections[label], *figures))
+    return _encode(_AP_COLUMNS, rows)
+
+
+def encode_curves(scores: BoxScores, truth: GroundTruth) -> bytes:
+    """Return the content of precision_recall.csv: a row for each class with objects, and IoU.
+
+    The precision in percent at each of 101 recalls, at IoUs of .50 and .75, and averaged over all ("mean").
+    """
+    rows = [
+        (kind.kind, guard(name), "mean" if iou is None else f"{iou:.2f}", *_list_cells(curve))
+        for kind in scores.kinds
+        for iou in _CURVES
+        for name, curve in zip(truth.classes, kind.precision_at(iou), strict=True)
+        if not np.isnan(curve[0])
+    ]
+    return _encode(_CURVE_COLUMNS, rows)
+
+
+def encode_errors(table: DetectionTable, truth: GroundTruth, errors: Iterable[DetectionErrors]) -> bytes:
+    """Return the content of errors.csv: of each class its detections by outcome, and its missed objects.
+
+    A last row for boxes, and for masks, has no class: under "correct" the AP50 in percent, and under each kind of error
+    by how many points it would be higher without it.
+
+    Args:
+        table: the detections.
+        truth: of the set.
+        errors: of `find_errors`, of boxes, and of masks where there are some.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for found in errors:
+        counts = found.count(table, truth)
+        for label, name in enumerate(truth.classes):
+            rows.append((found.kind, guard(name), *(int(counts[column][label]) for column in _COUNTED)))
+        gains = (found.gains[column] for column in _COUNTED[1:])
+        rows.append((found.kind, ALL_CLASSES, *_list_cells(np.array([found.ap50, *gains]))))
+    return _encode(_ERROR_COLUMNS, rows)
+
+
+def encode_found_errors(scores: BoxScores, truth: GroundTruth) -> bytes:
+    """Find what is wrong with the detections of an evaluation, and return the content of errors.csv."""
+    errors = [find_errors(scores.detections, truth, kind.kind) for kind in scores.kinds]
+    return encode_errors(scores.detections, truth, errors)
+
+
+def encode_detections(table: DetectionTable, truth: GroundTruth) -> bytes:
+    """Return the content of detections.json: COCO's results with boxes, and masks where there are some.
+
+    Other than what servers get of masks, it has the boxes of the network beside them.
+    """
+    rows: Iterator[dict[str, Any]] = list_results(table, truth, "box")
+    if table.masks is not None:
+        masks = list_results(table, truth, "mask")
+        rows = (box | {"segmentation": mask["segmentation"]} for box, mask in zip(rows, masks, strict=True))
+    return f"[{_join(map(json.dumps, rows))}]\n".encode()
+
+
+def _join(lines: Iterable[str]) -> str:
+    return ",\n".join(lines)
+
+
+def read_ap(path: Path) -> list[ClassRow]:
+    """Read what `encode_ap` returned.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    return _read(path, _AP_COLUMNS)
+
+
+def read_curves(path: Path) -> dict[tuple[str, str, str], np.ndarray]:
+    """Read what `encode_curves` returned: the precision in percent at RECALLS by kind, IoU and class.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    curves = {}
+    for kind, name, iou, *cells in _read_rows(path, _CURVE_COLUMNS):
+        curves[kind, iou, unguard(name)] = np.array(_read_cells(path, cells), np.float64)
+    return curves
+
+
+def read_errors(path: Path) -> list[ClassRow]:
+    """Read what `encode_errors` returned; the rows without a class have the name ALL_CLASSES.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    return _read(path, _ERROR_COLUMNS)
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> list[ClassRow]:
+    rows = []
+    for kind, name, *cells in _read_rows(path, columns):
+        values = dict(zip(columns[2:], _read_cells(path, cells), strict=True))
+        rows.append(ClassRow(kind, unguard(name), values))
+    return rows
+
+
+def _read_rows(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        if tuple(header) != columns:
+            raise ValueError(f"its first line is not {','.join(columns[:5])},...")
+        if any(len(row) != len(columns) for row in rows):
+            raise ValueError("its rows are not of one length")
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: not of an evaluation of a detector ({error})") from error
+    return rows
+
+
+def _read_cells(path: Path, cells: Sequence[str]) -> list[Cell]:
+    try:
+        return [float(cell) if cell else None for cell in cells]
+    except ValueError as error:
+        raise DataError(f"{path}: not of an evaluation of a detector ({error})") from error
+
+
+def _list_cells(values: np.ndarray) -> list[Any]:
+    """Return numbers of six digits, and empty texts for what is NaN."""
+    return ["" if np.isnan(value) else float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _encode(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    # All names in quotes: a line break of any kind may be in one.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", errors="surrogateescape")

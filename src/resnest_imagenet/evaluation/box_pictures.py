@@ -1,0 +1,116 @@
+"""Detections to look at: boxes, masks, names and scores, drawn on a picture."""
+
+import colorsys
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from resnest_imagenet.errors import printable
+
+_GOLDEN = 0.618034  # of a turn between the hues of two classes, so that any few of them differ
+_LIGHT = 140  # luminance from which on letters are black
+_PADDING = 2  # around letters, in pixels
+_FONT_SIZES = (10, 28)  # of the smallest and of the largest picture
+
+
+def make_box_palette(num_classes: int) -> np.ndarray:
+    """Return a colour for each class, uint8 (num_classes, 3): bright, and those of neighbours far apart."""
+    hues = [(0.58 + _GOLDEN * label) % 1 for label in range(num_classes)]
+    colours = [
+        colorsys.hsv_to_rgb(hue, 0.85 - 0.3 * (n // 13 % 2), 1.0 - 0.25 * (n // 7 % 2)) for n, hue in enumerate(hues)
+    ]
+    return (np.array(colours).reshape(-1, 3) * 255).round().astype(np.uint8)
+
+
+def draw_detections(
+    picture: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    palette: np.ndarray,
+    scores: np.ndarray | None = None,
+    masks: Sequence[np.ndarray] | None = None,
+    opacity: float = 0.45,
+) -> np.ndarray:
+    """Return a picture with its detections, or its objects, uint8 (H, W, 3); the first lies on top.
+
+    Args:
+        picture: uint8 (H, W, 3).
+        boxes: (n, 4), x1 y1 x2 y2 in pixels of the picture.
+        labels: (n,), class indices.
+        classes: K names; letters that the font lacks are drawn as boxes.
+        palette: uint8 (K, 3), a colour for each class.
+        scores: (n,), 0..1, written beside the names; None: names only.
+        masks: n of bool (H, W); None: boxes only.
+        opacity: of the masks, 0 to 1.
+    """
+    height, width = picture.shape[:2]
+    order = range(len(boxes) - 1, -1, -1)
+    if masks is not None:
+        picture = _paint_masks(picture, [masks[row] for row in order], [palette[labels[row]] for row in order], opacity)
+    image = Image.fromarray(picture)
+    pen = ImageDraw.Draw(image)
+    thickness = max(1, round(min(height, width) / 240))
+    font = _load_font(int(np.clip(min(height, width) / 24, *_FONT_SIZES)))
+    outlines = [_round_box(box, width, height) for box in np.asarray(boxes, np.float64).tolist()]
+    for row in order:
+        pen.rectangle(outlines[row], outline=_colour(palette, labels[row]), width=thickness)
+    # After all boxes, so that no line crosses a name.
+    for row in order:
+        text = printable(classes[labels[row]])
+        if scores is not None:
+            text += f" {scores[row]:.2f}"
+        _write(pen, text, outlines[row], _colour(palette, labels[row]), font, (width, height))
+    return np.asarray(image)
+
+
+def _paint_masks(
+    picture: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[np.ndarray], opacity: float
+) -> np.ndarray:
+    """Return a picture, uint8 (H, W, 3), under the colours of masks: where several lie over each other, of the last."""
+    painted, is_covered = picture.copy(), np.zeros(picture.shape[:2], bool)
+    for mask, colour in zip(masks, colours, strict=True):
+        painted[mask] = colour
+        is_covered |= mask
+    mixed = (1 - opacity) * picture[is_covered] + opacity * painted[is_covered]
+    painted[is_covered] = mixed.round().astype(np.uint8)
+    return painted
+
+
+def _round_box(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the first and the last pixel of a box in each direction, within the picture."""
+    x1, y1 = (int(np.clip(np.floor(value), 0, side - 1)) for value, side in zip(box[:2], (width, height), strict=True))
+    x2, y2 = (
+        int(np.clip(np.ceil(value) - 1, 0, side - 1)) for value, side in zip(box[2:], (width, height), strict=True)
+    )
+    return x1, y1, max(x1, x2), max(y1, y2)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    text: str,
+    box: tuple[int, int, int, int],
+    colour: tuple[int, ...],
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    size: tuple[int, int],
+) -> None:
+    """Write a name on a ground of its class's colour: above the box, or within it where the picture ends."""
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+    width, height = int(right - left) + 2 * _PADDING, int(bottom - top) + 2 * _PADDING
+    x = max(0, min(box[0], size[0] - width))
+    y = box[1] - height if box[1] >= height else min(box[1], max(0, size[1] - height))
+    pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
+    ink = (0, 0, 0) if np.dot(colour, (0.299, 0.587, 0.114)) > _LIGHT else (255, 255, 255)
+    pen.text((x + _PADDING - left, y + _PADDING - top), text, fill=ink, font=font)
+
+
+def _colour(palette: np.ndarray, label: int) -> tuple[int, ...]:
+    return tuple(palette[label].tolist())
+
+
+@cache
+def _load_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Return Pillow's own font: none is looked for on the machine, so that pictures are the same everywhere."""
+    return ImageFont.load_default(size)
