@@ -223,7 +223,9 @@ class DetectionRecipe(Recipe):
         if self.short_sides != sorted(set(self.short_sides)):
             raise ValueError(f"train.short_sides={self.short_sides} must rise")
         if self.side_sampling == "range" and len(self.short_sides) != 2:
-            raise ValueError(f"train.short_sides={self.short_sides} must be the least and the largest: side_sampling=range")
+            raise ValueError(
+                f"train.short_sides={self.short_sides}: side_sampling=range takes the least and the largest"
+            )
         return self
 
 

@@ -19,11 +19,14 @@ def run(config: EvalConfig) -> None:
     """Evaluate and print the table."""
     from resnest_imagenet.distributed import launched_as
     from resnest_imagenet.tasks.evaluate_checkpoint import format_results
+    from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     weights, device = read_network(config)
     if weights.task == SEGMENTATION:
         text = evaluate_scenes(config, weights, device)
+    elif weights.task == DETECTION:
+        text = evaluate_objects(config, weights, device)
     else:
         text = format_results(evaluate_images(config, weights, device))
     if launched_as().rank == 0:
@@ -33,13 +36,14 @@ def run(config: EvalConfig) -> None:
 def read_network(config: EvalConfig) -> tuple["Weights", "torch.device"]:
     """Return the weights, of any task, and the device, after what can be refused before."""
     from resnest_imagenet.inference.images import prepare_inference
+    from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.load import TASK, read_weights
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     name = config.model.name if config.model else None
     outputs = {"out": config.out, "predictions": config.predictions}
     device = prepare_inference([name], config.loader.name, config.device, outputs)
-    return read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION)), device
+    return read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION)), device
 
 
 def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.device") -> list["CropResult"]:
@@ -102,6 +106,37 @@ def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.devic
     if launched_as().rank == 0 and config.predictions is not None:
         write_scenes(Path(config.predictions), segmenter, scenes, regions)
     return format_regions(segmenter, regions)
+
+
+def evaluate_objects(config: EvalConfig, weights: "Weights", device: "torch.device") -> str:
+    """Evaluate a detector likewise; return the table."""
+    from resnest_imagenet.data.coco import open_coco
+    from resnest_imagenet.data.source import print_notes
+    from resnest_imagenet.distributed import launched_as
+    from resnest_imagenet.inference.detector import open_detector
+    from resnest_imagenet.tasks.evaluate_detection import (
+        evaluate_detector,
+        format_scores,
+        write_detections,
+        write_scores,
+    )
+
+    given = take_box_protocol(config.protocol)
+    if config.crop is not None or config.compile:
+        raise ConfigError("crop and compile are of classification: set protocol.short_side=... of protocol=coco")
+    detector = open_detector(weights, protocol=given, device=device)
+    data = config.data
+    # Without data=coco the folder is COCO's own.
+    val_dir = data.val_dir if data.kind == "coco" or data.val_dir != "val" else None
+    instances = open_coco(data.root, "val", data.val_json, val_dir, masks=detector.finds_masks)
+    if launched_as().rank == 0:
+        print_notes(instances.images)
+    scores, truth = evaluate_detector(detector, instances, precision=config.precision, workers=config.loader.workers)
+    if launched_as().rank == 0 and config.out is not None:
+        write_scores(Path(config.out), detector, scores, truth)
+    if launched_as().rank == 0 and config.predictions is not None:
+        write_detections(Path(config.predictions), scores, truth)
+    return format_scores(detector, scores, truth)
 
 
 def take_own_protocol(protocol: AnyProtocolOptions) -> OwnProtocolOptions:

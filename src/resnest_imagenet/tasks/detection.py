@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -14,12 +15,14 @@ from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.coco import Instances, open_coco
 from resnest_imagenet.data.instance_geometry import InstanceTransform
-from resnest_imagenet.data.instance_loader import STRIDE, InstanceLoader
+from resnest_imagenet.data.instance_loader import STRIDE, InstanceLoader, restore_pixels
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes
 from resnest_imagenet.distributed import Ranks, launched_as, sum_over_ranks
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.box_files import encode_ap, encode_detections, encode_found_errors
+from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, read_ground_truth
 from resnest_imagenet.evaluation.score import Score
@@ -32,6 +35,7 @@ from resnest_imagenet.models.zoo import find_pixels, require_model
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.recipe import BoxProtocolOptions, DetectionRecipe
 from resnest_imagenet.tasks.digests import describe_images
+from resnest_imagenet.tasks.pictures import tile
 from resnest_imagenet.tasks.task import Evaluate, Pause
 from resnest_imagenet.weights.detection import read_options, start_rcnn
 
@@ -183,7 +187,11 @@ class Detection:
         return Score(
             values={**values, "count": len(self._val), "protocol": protocol},
             text=f"{shown} of {len(self._val)} images ({protocol})",
-            files={},
+            files={
+                "ap.csv": partial(encode_ap, scores, self._truth),
+                "errors.csv": partial(encode_found_errors, scores, self._truth),
+                "detections.json": partial(encode_detections, scores.detections, self._truth),
+            },
         )
 
     def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
@@ -201,8 +209,22 @@ class Detection:
         return images, [target] * recipe.batch_size
 
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
-        """See `Task`."""
-        raise NotImplementedError
+        """See `Task`: each image with its objects."""
+        images, targets = batch[0][:NUM_SHOWN].clone(), batch[1][:NUM_SHOWN]
+        pixels, classes, palette = (
+            find_pixels(self.config.model.name),
+            self.classes,
+            make_box_palette(len(self.classes)),
+        )
+
+        def draw() -> np.ndarray:
+            pictures = []
+            for picture, target in zip(restore_pixels(images, pixels), targets, strict=True):
+                boxes, labels = target.boxes.cpu().numpy(), target.labels.cpu().numpy()
+                pictures.append(draw_detections(picture, boxes, labels, classes, palette))
+            return tile(pictures)
+
+        return draw
 
     def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
         """See `Task`."""

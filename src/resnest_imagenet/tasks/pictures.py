@@ -21,13 +21,13 @@ def draw_samples(images: Tensor) -> np.ndarray:
 
 
 def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Draw pictures uint8 (S, S, 3) in rows and columns: uint8 (H, W, 3)."""
+    """Draw pictures of one size, uint8 (h, w, 3), in rows and columns: uint8 (H, W, 3)."""
     columns = math.ceil(math.sqrt(len(pictures)))
-    step = pictures[0].shape[0] + 2 * MARGIN
-    sheet = Image.new("RGB", (step * columns, step * math.ceil(len(pictures) / columns)), "white")
+    height, width = (side + 2 * MARGIN for side in pictures[0].shape[:2])
+    sheet = Image.new("RGB", (width * columns, height * math.ceil(len(pictures) / columns)), "white")
     for number, pixels in enumerate(pictures):
         row, column = divmod(number, columns)
-        sheet.paste(Image.fromarray(pixels), (column * step + MARGIN, row * step + MARGIN))
+        sheet.paste(Image.fromarray(pixels), (column * width + MARGIN, row * height + MARGIN))
     return np.asarray(sheet)
 
 

@@ -1,0 +1,110 @@
+"""Trained networks that find objects."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from resnest_imagenet.compute import place
+from resnest_imagenet.distributed import choose_device
+from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.models.rcnn import RCNN
+from resnest_imagenet.recipe import BoxProtocolOptions
+from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
+from resnest_imagenet.weights.load import Weights, read_weights
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A network that is not trained any further.
+
+    Attributes:
+        weights: what their source tells; the tensors themselves are the module's.
+        name: of the backbone.
+        classes: of its outputs, in order.
+        protocol: how it sees images, and which of its detections count.
+        module: maps normalised images (B, 3, H, W) and the sizes within to `Detections`.
+    """
+
+    weights: Weights
+    name: str
+    classes: tuple[str, ...]
+    protocol: BoxProtocolOptions
+    module: RCNN
+
+    @property
+    def source(self) -> str:
+        """Where its weights are from, as the user gave it."""
+        return self.weights.source
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.module.parameters()).device
+
+    @property
+    def finds_masks(self) -> bool:
+        """Whether it finds masks too."""
+        return self.module.roi_heads.masks is not None
+
+
+def open_detector(
+    source: Weights | str | PathLike[str],
+    choice: str = "auto",
+    protocol: BoxProtocolOptions | Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto",
+) -> Detector:
+    """Read a network to evaluate or predict with.
+
+    Args:
+        source: a checkpoint of a run of this task, or what `read_weights` has made of it.
+        choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
+        protocol: how it is to see images, or what is not its run's of short_side, longest, min_score, nms and
+            detections; None: as in its run's evaluation after each epoch.
+        device: where it computes: "auto", "cpu", "cuda", or torch's own.
+
+    Returns:
+        The network, in evaluation mode; its parameters need no gradients.
+
+    Raises:
+        UserError: the weights cannot be read or do not fit, the protocol is not valid, or there is no such device.
+    """
+    place_on = choose_device(device)
+    weights = source if isinstance(source, Weights) else read_weights(source, choice, (DETECTION,))
+    shown = _read_protocol(weights, protocol)
+    module = restore_rcnn(weights, shown.model_dump()).eval().requires_grad_(False)
+    assert weights.model and weights.classes
+    described = replace(weights, tensors={})
+    return Detector(described, weights.model, tuple(weights.classes), shown, place(module, place_on))
+
+
+def take_detector(network: Detector | str | PathLike[str]) -> Detector:
+    """Return the network that a library function was given; one that is named is opened.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(network, Detector):
+        return network
+    if not isinstance(network, str | PathLike):
+        raise ConfigError(
+            f"the network is a {type(network).__name__}: give what open_detector(...) returns, or a checkpoint's path"
+        )
+    return open_detector(network)
+
+
+def _read_protocol(weights: Weights, protocol: BoxProtocolOptions | Mapping[str, Any] | None) -> BoxProtocolOptions:
+    if isinstance(protocol, BoxProtocolOptions):
+        return protocol
+    try:
+        own = BoxProtocolOptions.model_validate((weights.run or {})["protocol"]).model_dump()
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
+    try:
+        return BoxProtocolOptions.model_validate({**own, **(protocol or {})})
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ConfigError(f"protocol.{'.'.join(map(str, detail['loc']))}: {detail['msg'].lower()}") from error

@@ -1,0 +1,111 @@
+"""How well a trained network finds the objects of a data set."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from resnest_imagenet import distributed
+from resnest_imagenet.data.coco import Instances
+from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation.box_files import encode_detections
+from resnest_imagenet.evaluation.boxes import FIGURES, BoxScores, measure_boxes
+from resnest_imagenet.evaluation.ground_truth import GroundTruth
+from resnest_imagenet.files import replacing
+from resnest_imagenet.inference.detector import Detector
+from resnest_imagenet.inference.options import check_arguments
+from resnest_imagenet.supervision import EVALUATING, supervise
+from resnest_imagenet.tasks.detection import build_val_loader, describe_protocol, read_truth
+
+
+def evaluate_detector(
+    detector: Detector, instances: Instances, *, precision: str = "fp32", workers: int | None = None
+) -> tuple[BoxScores, GroundTruth]:
+    """Evaluate a network by its protocol, each image once; under torchrun the ranks share the images.
+
+    The figures are pycocotools', the reference.
+
+    Args:
+        detector: of `open_detector`.
+        instances: of `open_coco`, with every image, and with masks where the network finds some.
+        precision: fp32, bf16 or fp16.
+        workers: processes of the loader; None: this process's cores, at most 8.
+
+    Returns:
+        The detections with COCO's figures, and the objects that they were compared with.
+
+    Raises:
+        DataError: an image cannot be used, or the classes are not the network's.
+        UserError: for what else a user can cause, as one line.
+    """
+    asked = check_arguments(precision=precision, workers=workers)
+    if detector.classes != instances.classes:
+        raise DataError(
+            f"{instances.json}: its {len(instances.classes)} classes are not the {len(detector.classes)} of "
+            f"{detector.source}, in the same order"
+        )
+    truth = read_truth(instances, detector.finds_masks)
+    with distributed.join(detector.device) as ranks, supervise(ranks) as watch:
+        loader = build_val_loader(instances, detector.protocol, detector.name, ranks, asked.workers)
+
+        def before_batch(batch: int, is_everywhere: bool) -> None:
+            watch.at(0, batch, EVALUATING)
+
+        name: Callable[[int], str] = instances.images.name
+        options: dict[str, Any] = {"masks": detector.finds_masks, "evaluator": "pycocotools"}
+        return measure_boxes(detector.module, loader, ranks, truth, precision, before_batch, name, **options), truth
+
+
+def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: GroundTruth) -> None:
+    """Write the figures of a network as JSON, in percent; AP of each class by its name.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    weights = detector.weights
+    per_class = {
+        kind.kind: dict(zip(truth.classes, (round(float(ap), 4) for ap in kind.per_class("ap")), strict=True))
+        for kind in scores.kinds
+    }
+    results: dict[str, Any] = {
+        "task": "detection",
+        "model": detector.name,
+        "ckpt": detector.source,
+        "is_average": weights.is_average,
+        "epoch": weights.epoch,
+        "training": weights.training,
+        "results": [
+            {
+                "protocol": describe_protocol(detector.protocol),
+                **scores.values(),
+                "count": len(truth.image_ids),
+                "ap_per_class": {
+                    kind: {name: None if ap != ap else ap for name, ap in values.items()}
+                    for kind, values in per_class.items()
+                },
+            }
+        ],
+    }
+    with replacing(path) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
+
+
+def write_detections(path: Path, scores: BoxScores, truth: GroundTruth) -> None:
+    """Write the detections in the form of COCO's results, with the data set's own numbers.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(encode_detections(scores.detections, truth))
+
+
+def format_scores(detector: Detector, scores: BoxScores, truth: GroundTruth) -> str:
+    """Return a table for people: COCO's twelve figures."""
+    kinds = scores.kinds
+    lines = ["%".rjust(10) + "".join(kind.kind.rjust(8) for kind in kinds)]
+    for name in FIGURES:
+        cells = ["-" if (value := kind.figures[name]) is None else f"{value:.2f}" for kind in kinds]
+        lines.append(name.upper().replace("_", " ").rjust(10) + "".join(cell.rjust(8) for cell in cells))
+    lines.append(f"{len(truth.image_ids)} images, {len(truth)} objects: {describe_protocol(detector.protocol)}")
+    return "\n".join(lines)
