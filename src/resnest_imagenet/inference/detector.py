@@ -76,9 +76,10 @@ def open_detector(
     weights = source if isinstance(source, Weights) else read_weights(source, choice, (DETECTION,))
     shown = _read_protocol(weights, protocol)
     module = restore_rcnn(weights, shown.model_dump()).eval().requires_grad_(False)
+    place(module, place_on)
     assert weights.model and weights.classes
     described = replace(weights, tensors={})
-    return Detector(described, weights.model, tuple(weights.classes), shown, place(module, place_on))
+    return Detector(described, weights.model, tuple(weights.classes), shown, module)
 
 
 def take_detector(network: Detector | str | PathLike[str]) -> Detector:

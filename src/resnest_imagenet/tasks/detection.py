@@ -211,11 +211,8 @@ class Detection:
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
         """See `Task`: each image with its objects."""
         images, targets = batch[0][:NUM_SHOWN].clone(), batch[1][:NUM_SHOWN]
-        pixels, classes, palette = (
-            find_pixels(self.config.model.name),
-            self.classes,
-            make_box_palette(len(self.classes)),
-        )
+        pixels, classes = find_pixels(self.config.model.name), self.classes
+        palette = make_box_palette(len(classes))
 
         def draw() -> np.ndarray:
             pictures = []

@@ -1,6 +1,7 @@
 """How well a trained network finds the objects of a data set."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: Groun
     """
     weights = detector.weights
     per_class = {
-        kind.kind: dict(zip(truth.classes, (round(float(ap), 4) for ap in kind.per_class("ap")), strict=True))
+        kind.kind: {
+            name: None if math.isnan(ap) else ap
+            for name, ap in zip(truth.classes, kind.per_class("ap").tolist(), strict=True)
+        }
         for kind in scores.kinds
     }
     results: dict[str, Any] = {
@@ -79,10 +83,7 @@ def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: Groun
                 "protocol": describe_protocol(detector.protocol),
                 **scores.values(),
                 "count": len(truth.image_ids),
-                "ap_per_class": {
-                    kind: {name: None if ap != ap else ap for name, ap in values.items()}
-                    for kind, values in per_class.items()
-                },
+                "ap_per_class": per_class,
             }
         ],
     }
