@@ -26,6 +26,7 @@ from resnest_imagenet.config import (
     PredictConfig,
     ReportConfig,
     Table3Config,
+    TablesConfig,
     TrainConfig,
     choose_schema,
     list_places,
@@ -380,6 +381,7 @@ def list_keys(values, prefix=""):
         ("info", InfoConfig, ["model=resnest50"]),
         ("export", ExportConfig, ["model=resnest50"]),
         ("table3", Table3Config, []),
+        ("tables", TablesConfig, []),
         *((f"data_{name}", action.schema, []) for name, action in data.ACTIONS.items()),
         *((f"data_demo_{task}", action.schema, []) for task, action in data.DEMOS.items()),
         ("train", TrainConfig, ["data=webdataset"]),
@@ -404,7 +406,7 @@ for name in sys.argv[1:]:
 from resnest_imagenet.commands.launch import find_conf
 print(json.dumps([helps, imported, "hydra" in sys.modules, str(find_conf())]))
 """
-COMMANDS = ["train", "evaluate", "predict", "compare", "explain", "report", "export", "info", "table3"]
+COMMANDS = ["train", "evaluate", "predict", "compare", "explain", "report", "export", "info", "table3", "tables"]
 
 
 def ask_for_help(folder, *names, **environment):
@@ -421,7 +423,7 @@ def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
     assert has_hydra and imported == {name: [] for name in COMMANDS}
     for name, text in helps.items():
         assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
-        assert "resnest50_fast_2s1x64d" in text or name in ("table3", "compare", "report"), name
+        assert "resnest50_fast_2s1x64d" in text or name in ("table3", "tables", "compare", "report"), name
     assert "experiment: deeplabv3_resnest101_ade20k, deeplabv3_" in helps["train"]
     assert "resnest101, resnest101_fast" in helps["train"]
 
