@@ -107,9 +107,13 @@ import hubconf
 from resnest_imagenet import build_model, list_models
 build_model("resnest14_half", 2)
 print(*sorted({"resnest50", "tinynet", "othernet"} & set(list_models())), callable(hubconf.resnest50), flush=True)
-sys.argv = ["resnest-train", "data.root=/x", *sys.argv[1:]]
 from resnest_imagenet.commands.train import main
-main()
+for option in sys.argv[1:]:
+    sys.argv = ["resnest-train", "data.root=/x", option]
+    try:
+        main()
+    except SystemExit as error:
+        print(error.code, flush=True)
 """
 FAILURE = "package broken: its entry point all = broken_code:register failed: ZeroDivisionError: division by zero "
 FAILURE += "(broken_code.py, line 2)"
@@ -126,23 +130,18 @@ def broken(tmp_path):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("option", "code", "message"),
-    [
-        ("model.name=othernet", 2, f"unknown model 'othernet', and {FAILURE}"),
-        ("model.name=tinynet", 3, "data.root=/x: no such folder"),
-        ("+experiment=demo", 3, "data.root=/x: no such folder"),
-    ],
-)
-def test_a_package_that_fails_is_one_line_that_names_it(option, code, message, installed, broken):
+def test_a_package_that_fails_is_one_line_that_names_it(installed, broken):
     """Without a traceback; what is there works as without the package, and what is not may be the package's."""
+    runs = {"model.name=othernet": (2, f"unknown model 'othernet', and {FAILURE}")}
+    runs |= dict.fromkeys(("model.name=tinynet", "+experiment=demo"), (3, "data.root=/x: no such folder"))
     environment = {**os.environ, **with_packages(installed, broken, DOCS.parents[1])}
-    command = [sys.executable, "-c", ASK_BOTH, option]
+    command = [sys.executable, "-c", ASK_BOTH, *runs]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=broken)
-    assert (result.returncode, result.stdout) == (code, "resnest50 tinynet True\n"), result.stderr
-    warning, line = result.stderr.splitlines()
+    assert result.stdout.splitlines() == ["resnest50 tinynet True", *(str(code) for code, _ in runs.values())]
+    warning, *lines = result.stderr.splitlines()
     assert warning == f"WARNING: {FAILURE}"
-    assert line.startswith("resnest-train: ") and message in line
+    for line, (_, message) in zip(lines, runs.values(), strict=True):
+        assert line.startswith("resnest-train: ") and message in line
 
 
 @pytest.fixture
