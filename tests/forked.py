@@ -58,7 +58,7 @@ def train_on_ranks(
     for rank, (file, environment) in enumerate(zip(files, _launch_ranks(world_size), strict=True)):
         place = folders[rank] if folders else Path.cwd()
         arguments = (config.model_dump(), environment, place, file, tuple(faults), options)
-        processes.append(_start_server().Process(target=_train, args=arguments, daemon=True))
+        processes.append(start_server().Process(target=_train, args=arguments, daemon=True))
         processes[-1].start()
     for process in processes:
         process.join(240)
@@ -67,10 +67,10 @@ def train_on_ranks(
 
 def compute_on_ranks(compute: Callable[[Ranks], Any], world_size: int) -> list[Any]:
     """Return what a function of a module returns on each of several ranks that have met, by rank."""
-    queue = _start_server().SimpleQueue()
+    queue = start_server().SimpleQueue()
     processes = []
     for environment in _launch_ranks(world_size):
-        processes.append(_start_server().Process(target=_compute, args=(compute, environment, queue), daemon=True))
+        processes.append(start_server().Process(target=_compute, args=(compute, environment, queue), daemon=True))
         processes[-1].start()
     for process in processes:
         process.join(240)
@@ -88,7 +88,7 @@ def _launch_ranks(world_size: int) -> Iterator[dict[str, Any]]:
 
 
 @cache
-def _start_server() -> Any:
+def start_server() -> Any:
     """Return what makes processes: a process of its own, without threads, imports torch once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["faults.preload", __name__])  # the first that asks decides: for all tests

@@ -8,12 +8,14 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from conftest import CPU, LAUNCHED, SMALL, newest_checkpoint, run_module
 from faults.harness import Command, Place
+from forked import start_server
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.distributed import join, launched_as
+from resnest_imagenet.distributed import gather, join, launched_as
 from resnest_imagenet.errors import ConfigError, DistributedError, Stopped
 from resnest_imagenet.training.stopping import StopRequest
 
@@ -36,12 +38,13 @@ def test_two_ranks_equal_one_process_that_accumulates(demo_images, place):
         # At 48 pixels layer3's maps hold one 3x3 block.
         options += ("train.policy=resnest", "train.jitter=0.4", "train.erasing=0.5", "train.cutmix_alpha=1.0")
         options += ("train.dropblock=0.2", "train.crop=48", "train.dropout=0.2", "train.mixup_per_sample=true")
+        options += ("train.epochs=1", "train.warmup_epochs=0")
         run = place.new_run()
         trainer = Command(place, "train", *SMALL, f"data.root={demo_images}", f"run_dir={run}", *options, ranks=ranks)
         assert trainer.wait() == [0] * ranks, trainer.output
-        assert trainer.output.count("epoch 2/2: loss") == 1  # one rank speaks
+        assert trainer.output.count("epoch 1/1: loss") == 1  # one rank speaks
         checkpoint = load_checkpoint(newest_checkpoint(run))
-        assert checkpoint["step"] == 12
+        assert checkpoint["step"] == 6
         models[ranks] = checkpoint["model"]
         assert json.loads((run / "environment.json").read_text())["ranks"] == ranks
     parameters = [name for name, _ in build_model("resnest14_half", 10).named_parameters()]
@@ -136,21 +139,25 @@ def test_a_rank_that_never_comes_is_named_and_a_signal_ends_the_wait(launched):
         assert time.monotonic() - started < 3
 
 
-JOIN_TWICE = """
-import os
-import torch
-from resnest_imagenet.distributed import gather, join
-for value in (1, 10):
-    with join(torch.device("cpu"), 20) as ranks:
-        os.write(1, f"{gather(value + ranks.rank, ranks)}\\n".encode())  # both into one pipe: whole lines
-"""
+def gather_twice(environment, queue):
+    """Join and gather twice in this process, a rank."""
+    os.environ.update(environment)
+    for value in (1, 10):
+        with join(CPU, 20) as ranks:
+            queue.put(gather(value + ranks.rank, ranks))
 
 
 @pytest.mark.process
-def test_ranks_join_a_second_time(tmp_path):
-    """As in a script under torchrun that calls `evaluate` twice."""
-    (tmp_path / "join_twice.py").write_text(JOIN_TWICE)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    result = run_module("join_twice", ranks=2, env={"PYTHONPATH": path})
-    assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == ["[1, 2]", "[1, 2]", "[10, 11]", "[10, 11]"]
+def test_ranks_join_a_second_time():
+    """As in a script under torchrun, which has the store, that calls `evaluate` twice."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    queue, processes = start_server().SimpleQueue(), []
+    for rank in "01":
+        environment = LAUNCHED | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(store.port)}
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        processes.append(start_server().Process(target=gather_twice, args=(environment, queue), daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(queue.get() for _ in range(4)) == [[1, 2], [1, 2], [10, 11], [10, 11]]

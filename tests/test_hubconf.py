@@ -55,21 +55,11 @@ def run_isolated(script, torch_home):
 
 
 @pytest.mark.process
-def test_every_network_is_an_entry_and_nothing_else_is(torch_home):
-    script = """
+def test_networks_from_a_clone_and_from_a_folder(torch_home):
+    """Every network is an entry, and nothing else is."""
+    script = f"""
 print(*torch.hub.list(*clone, **options))
 print(torch.hub.help(*clone, "resnest50", trust_repo=True, skip_validation=True))
-"""
-    names, text = (lines := run_isolated(script, torch_home))[0], "\n".join(lines[1:])
-    assert names.split() == sorted(["deeplabv3", *list_models()])
-    assert text.startswith("resnest50 in training mode, with random weights or published ones.\n")
-    assert "the images that these are evaluated on: a" in text and "usually 224 pixels" in text
-    assert 'pretrained: True for the authors\' weights; or "timm:NAME" or a file.' in text
-
-
-@pytest.mark.process
-def test_networks_from_a_clone_and_from_a_folder(torch_home):
-    script = f"""
 for repository, source in ((*clone, "github"), ({str(REPOSITORY)!r}, "local")):
     model = torch.hub.load(repository, "resnest14_half", source=source, num_classes=3, dropout=0.2, **options)
     print(type(model).__name__, model.fc.out_features, model.dropout.p, model.training)
@@ -77,8 +67,13 @@ print(torch.hub.load(*clone, "resnet50d", **options).fc.out_features)
 print(torch.hub.load(*clone, "deeplabv3", "resnest14_half", num_classes=4, channels=32, **options).head.classify)
 print(sys.modules["resnest_imagenet"].__file__)
 """
-    *networks, peer, classifier, file = run_isolated(script, torch_home)
-    assert networks == ["ResNeSt 3 0.2 True"] * 2
+    names, *text, clones, folders, peer, classifier, file = run_isolated(script, torch_home)
+    assert names.split() == sorted(["deeplabv3", *list_models()])
+    text = "\n".join(text)
+    assert text.startswith("resnest50 in training mode, with random weights or published ones.\n")
+    assert "the images that these are evaluated on: a" in text and "usually 224 pixels" in text
+    assert 'pretrained: True for the authors\' weights; or "timm:NAME" or a file.' in text
+    assert clones == folders == "ResNeSt 3 0.2 True"
     assert peer == "1000" and classifier.startswith("Conv2d(32, 4, ")
     assert Path(file) == torch_home / "hub/OWNER_resnest-imagenet_main/src/resnest_imagenet/__init__.py"
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
-from resnest_imagenet.commands.launch import explain_composition, find_conf, quote_place
+from resnest_imagenet.commands.launch import check_config, explain_composition, find_conf, quote_place
 from resnest_imagenet.config import (
     CompareConfig,
     EvalConfig,
@@ -26,12 +26,13 @@ from resnest_imagenet.config import (
     PredictConfig,
     ReportConfig,
     Table3Config,
+    TablesConfig,
     TrainConfig,
     choose_schema,
     list_places,
     option_names,
 )
-from resnest_imagenet.errors import explain_runtime
+from resnest_imagenet.errors import ConfigError, explain_runtime
 from resnest_imagenet.supervision import supervise
 
 
@@ -45,11 +46,6 @@ def call(command, arguments, monkeypatch, capsys):
         code = error.code
     lines = capsys.readouterr().err.strip().splitlines()
     return code, lines
-
-
-# Of 900 steps, the first 100 of a warm-up.
-STEPS = ("data.root=/x", "train.epochs=null", "train.steps=900", "train.dropblock=0", "train.warmup_epochs=null")
-STEPS += ("train.warmup_steps=100",)
 
 
 @pytest.mark.slow
@@ -69,22 +65,9 @@ STEPS += ("train.warmup_steps=100",)
         (["experiment=resnest50"], "experiment is added, not overridden: write +experiment=..."),
         (["data.root=/x", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
         (["data.root=/x", "train.epochs=abc"], "train.epochs=abc: input should be a valid integer"),
-        (["data.root=/x", "train.epochs=1.5"], "train.epochs=1.5: input should be a valid integer"),
-        (["data.root=/x", "train.epochs=true"], "train.epochs=true: input should be a valid integer"),
-        (["data.root=/x", "train.nesterov=3"], "train.nesterov=3: input should be a valid boolean"),
-        (["data.root=/x", "train.epochs=0"], "train.epochs=0: input should be greater than or equal to 1"),
         (
             ["data.root=/x", "train.batch_size=1"],
             "train.batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
-        ),
-        (["data.root=/x", "train.momentum=1"], "train.momentum=1: input should be less than 1"),
-        (["data.root=/x", "train.precision=fp8"], "train.precision=fp8: input should be 'fp32', 'bf16' or 'fp16'"),
-        (["data.root=/x", "train.crop=[224]"], "train.crop=[224]: input should be a valid integer"),
-        (["data.root=/x", "protocol.ratio=1.5"], "protocol.ratio=1.5: input should be less than or equal to 1"),
-        (["data.root=/x", "protocol.ratio=0"], "protocol.ratio=0: input should be greater than 0"),
-        (
-            ["data.root=/x", "protocol.order=crop"],
-            "protocol.order=crop: input should be 'resize_crop' or 'crop_resize'",
         ),
         (["data.root=/x", "eval.ratio=0.9"], "unknown option eval.ratio"),
         (["protocol=ecentrecrop"], "unknown protocol 'ecentrecrop'; did you mean 'ecentercrop'?"),
@@ -94,66 +77,22 @@ STEPS += ("train.warmup_steps=100",)
         (["data.root"], "cannot read data.root: write option=value"),
         (["data.root=/x", "train.lr=inf"], "train.lr=inf: input should be a finite number"),
         (["model=null"], "a group cannot be null: write group=NAME"),
-        (["data.root=/x", "train.warmup_epochs=300"], "train.warmup_epochs=300.0 must be less than train.epochs=270"),
-        (["data.root=/x", "train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
-        (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
         (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts train.step_epochs=30"),
         (["data.root=/x", "train.init_from="], "train.init_from=: string should have at least 1 character"),
-        (["data.root=/x", "data.shuffle_shards=4"], "data.shuffle_shards=4 needs data=webdataset"),
-        (["data.root=/x", "train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
         (["train.lr_per_256=0.1"], "train.lr_per_256 is now train.lr: write train.lr=..."),
         (["data.root=/x", "+train.lr_per_256=0.1"], "train.lr_per_256 is now train.lr: write train.lr=..."),
         (
             ["data.root=/x", "~train.lr", "+train.lr_per_256=0.1"],
             "train.lr_per_256 is now train.lr: write train.lr=...",
         ),
-        (
-            ["data.root=/x", "train.task=clasification"],
-            "unknown train.task 'clasification'; did you mean 'classification'?",
-        ),
         (["data.root=/x", "train.task=other"], "unknown train.task 'other'"),
-        (["data.root=/x", "train.task=null"], "train.task=null: input should be a valid string"),
-        (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
-        (["task=other"], "unknown task 'other' (classification, segmentation)"),
+        (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
         (
             ["data.root=/x", "data.kind=folders"],
             "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
         ),
-        (["data.root=/x", "train.epochs=null"], "give train.epochs=... or train.steps=..."),
-        (["data.root=/x", "train.steps=9"], "train.epochs=270 and train.steps=9: set one of them to null"),
-        (["data.root=/x", "train.warmup_epochs=null"], "give train.warmup_epochs=... or train.warmup_steps=..."),
-        (
-            ["data.root=/x", "train.warmup_steps=9"],
-            "train.warmup_epochs=5.0 and train.warmup_steps=9: set one of them to null",
-        ),
-        (
-            ["data.root=/x", "train.steps=9", "train.epochs=null"],
-            "train.dropblock=0.1 rises by epoch: give train.epochs=..., not train.steps",
-        ),
-        (
-            [*STEPS, "train.steps=900", "train.warmup_steps=900"],
-            "train.warmup_steps=900 must be less than train.steps=900",
-        ),
-        ([*STEPS, "train.schedule=milestones"], "train.schedule=milestones needs train.milestones=[...]"),
-        (
-            [*STEPS, "train.schedule=milestones", "train.milestones=[80,60]"],
-            "train.milestones=[80, 60] must rise",
-        ),
-        (
-            [*STEPS, "train.schedule=milestones", "train.milestones=[600,900]"],
-            "train.milestones=[600, 900] must be less than train.steps=900",
-        ),
-        (
-            [*STEPS, "train.schedule=milestones", "train.milestones=100"],
-            "train.warmup_steps=100 outlasts train.milestones=[100]",
-        ),
-        (
-            ["data.root=/x", "train.clip_norm=1", "train.clip_value=2"],
-            "give either train.clip_norm=1.0 or train.clip_value=2.0",
-        ),
-        (["data.root=/x", "train.betas=[0.9]"], "train.betas=[0.9]: list should have at least 2 items"),
-        (["data.root=/x", "train.optimizer=adam"], "train.optimizer=adam: input should be 'sgd', 'adamw' or 'lamb'"),
-        (["data.root=/x", "eval.every_epochs=0"], "eval.every_epochs=0: input should be greater than or equal to 1"),
+        (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
+        (["task=other"], "unknown task 'other' (classification, segmentation)"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
@@ -162,6 +101,72 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, m
     assert len(lines) == 1
     assert lines[0].startswith("resnest-train: ")
     assert message in lines[0]
+
+
+# Of 900 steps, the first 100 of a warm-up.
+STEPS = ("train.epochs=null", "train.steps=900", "train.dropblock=0", "train.warmup_epochs=null")
+STEPS += ("train.warmup_steps=100",)
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """A configuration of training, composed once: that takes longer than checking it."""
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return compose("train", ["data.root=/x"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["train.epochs=1.5"], "train.epochs=1.5: input should be a valid integer"),
+        (["train.epochs=true"], "train.epochs=true: input should be a valid integer"),
+        (["train.nesterov=3"], "train.nesterov=3: input should be a valid boolean"),
+        (["train.epochs=0"], "train.epochs=0: input should be greater than or equal to 1"),
+        (["train.momentum=1"], "train.momentum=1: input should be less than 1"),
+        (["train.precision=fp8"], "train.precision=fp8: input should be 'fp32', 'bf16' or 'fp16'"),
+        (["train.crop=[224]"], "train.crop=[224]: input should be a valid integer"),
+        (["protocol.ratio=1.5"], "protocol.ratio=1.5: input should be less than or equal to 1"),
+        (["protocol.ratio=0"], "protocol.ratio=0: input should be greater than 0"),
+        (["protocol.order=crop"], "protocol.order=crop: input should be 'resize_crop' or 'crop_resize'"),
+        (["train.warmup_epochs=300"], "train.warmup_epochs=300.0 must be less than train.epochs=270"),
+        (["train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
+        (["data.shuffle_shards=4"], "data.shuffle_shards=4 needs data=webdataset"),
+        (["train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
+        (["train.task=clasification"], "unknown train.task 'clasification'; did you mean 'classification'?"),
+        (["train.task=null"], "train.task=null: input should be a valid string"),
+        (["train.epochs=null"], "give train.epochs=... or train.steps=..."),
+        (["train.steps=9"], "train.epochs=270 and train.steps=9: set one of them to null"),
+        (["train.warmup_epochs=null"], "give train.warmup_epochs=... or train.warmup_steps=..."),
+        (["train.warmup_steps=9"], "train.warmup_epochs=5.0 and train.warmup_steps=9: set one of them to null"),
+        (
+            ["train.steps=9", "train.epochs=null"],
+            "train.dropblock=0.1 rises by epoch: give train.epochs=..., not train.steps",
+        ),
+        (
+            [*STEPS, "train.steps=900", "train.warmup_steps=900"],
+            "train.warmup_steps=900 must be less than train.steps=900",
+        ),
+        ([*STEPS, "train.schedule=milestones"], "train.schedule=milestones needs train.milestones=[...]"),
+        ([*STEPS, "train.schedule=milestones", "train.milestones=[80,60]"], "train.milestones=[80, 60] must rise"),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=[600,900]"],
+            "train.milestones=[600, 900] must be less than train.steps=900",
+        ),
+        (
+            [*STEPS, "train.schedule=milestones", "train.milestones=100"],
+            "train.warmup_steps=100 outlasts train.milestones=[100]",
+        ),
+        (["train.clip_norm=1", "train.clip_value=2"], "give either train.clip_norm=1.0 or train.clip_value=2.0"),
+        (["train.betas=[0.9]"], "train.betas=[0.9]: list should have at least 2 items"),
+        (["train.optimizer=adam"], "train.optimizer=adam: input should be 'sgd', 'adamw' or 'lamb'"),
+        (["eval.every_epochs=0"], "eval.every_epochs=0: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_value_is_one_line(options, message, composed):
+    """The command then leaves with 2: see the test above, which has one of each kind."""
+    with pytest.raises(ConfigError) as error:
+        check_config(OmegaConf.merge(composed, OmegaConf.from_dotlist(list(options))), TrainConfig)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -282,9 +287,19 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     assert call(data, [], monkeypatch, capsys) == (0, [])
 
 
+@pytest.fixture
+def shared_repository(monkeypatch):
+    """Hydra copies the repository of conf/ for each group that it lists, for a second in all: it changes none here."""
+    from hydra._internal.config_repository import CachingConfigRepository
+
+    monkeypatch.setattr(
+        CachingConfigRepository, "__init__", lambda self, own: vars(self).update(delegate=own, cache={})
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("action", data.ACTIONS)
-def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, monkeypatch, capsys):
+def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, shared_repository, monkeypatch, capsys):
     assert f"\n  {action:<9}{data.ACTIONS[action].summary}\n" in data.format_usage()
     monkeypatch.setattr(sys, "argv", ["/bin/resnest-data", action, "--help"])
     with pytest.raises(SystemExit, match="0"):
@@ -294,7 +309,7 @@ def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, mon
     assert f"\n  resnest-data {action} " in help_text
 
 
-def test_the_demo_of_another_task_has_its_own_help(monkeypatch, capsys):
+def test_the_demo_of_another_task_has_its_own_help(shared_repository, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["/bin/resnest-data", "demo", "task=segmentation", "--help"])
     with pytest.raises(SystemExit, match="0"):
         data.main()
@@ -380,6 +395,7 @@ def list_keys(values, prefix=""):
         ("info", InfoConfig, ["model=resnest50"]),
         ("export", ExportConfig, ["model=resnest50"]),
         ("table3", Table3Config, []),
+        ("tables", TablesConfig, []),
         *((f"data_{name}", action.schema, []) for name, action in data.ACTIONS.items()),
         *((f"data_demo_{task}", action.schema, []) for task, action in data.DEMOS.items()),
         ("train", TrainConfig, ["data=webdataset"]),
@@ -394,6 +410,8 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
 # Runs each command with --help, as python -m does: prints the help and what is then imported that takes long.
 HELP = """
 import contextlib, io, json, runpy, sys
+from hydra._internal.config_repository import CachingConfigRepository as Repository
+Repository.__init__ = lambda self, own: vars(self).update(delegate=own, cache={})  # as in shared_repository
 helps, imported = {}, {}
 for name in sys.argv[1:]:
     sys.argv = ["resnest-" + name, "--help"]
@@ -402,9 +420,9 @@ for name in sys.argv[1:]:
     helps[name] = text.getvalue()
     imported[name] = sorted({"torch", "timm", "torchvision", "nvidia.dali", "matplotlib", "captum"} & set(sys.modules))
 from resnest_imagenet.commands.launch import find_conf
-print(json.dumps([helps, imported, "hydra" in sys.modules, str(find_conf())]))
+print(json.dumps([helps, imported, str(find_conf())]))
 """
-COMMANDS = ["train", "evaluate", "predict", "compare", "explain", "report", "export", "info", "table3"]
+COMMANDS = ["train", "evaluate", "predict", "compare", "explain", "report", "export", "info", "table3", "tables"]
 
 
 def ask_for_help(folder, *names, **environment):
@@ -417,11 +435,11 @@ def ask_for_help(folder, *names, **environment):
 @pytest.mark.process
 def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
     """--help answers at once because torch is not imported. From any folder."""
-    helps, imported, has_hydra, _ = ask_for_help(tmp_path, *COMMANDS)
-    assert has_hydra and imported == {name: [] for name in COMMANDS}
+    helps, imported, _ = ask_for_help(tmp_path, *COMMANDS)
+    assert imported == {name: [] for name in COMMANDS}
     for name, text in helps.items():
         assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
-        assert "resnest50_fast_2s1x64d" in text or name in ("table3", "compare", "report"), name
+        assert "resnest50_fast_2s1x64d" in text or name in ("table3", "tables", "compare", "report"), name
     assert "experiment: deeplabv3_resnest101_ade20k, deeplabv3_" in helps["train"]
     assert "resnest101, resnest101_fast" in helps["train"]
 
@@ -437,7 +455,7 @@ def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
     inside = site / "resnest_imagenet" / "conf"
     assert (inside.parent / "py.typed").is_file()
     assert list_files(inside) == list_files(find_conf())
-    helps, _, _, conf = ask_for_help(tmp_path, "train", "data", PYTHONPATH=str(site))
+    helps, _, conf = ask_for_help(tmp_path, "train", "data", PYTHONPATH=str(site))
     assert all(f"resnest-{name} " in text for name, text in helps.items())
     assert conf == str(inside)
 

@@ -149,14 +149,14 @@ def compute_on_rank(ranks):
 def test_any_number_of_ranks():
     alone = compute_on_rank(ALONE)
     assert alone[3] == [(number, True) for number in range(len(SIZES))]
-    for world_size in (2, 3):
-        results = compute_on_ranks(compute_on_rank, world_size)
-        for result in results:
-            for values, expected in zip(result[:3], alone[:3], strict=True):
-                np.testing.assert_array_equal(values, expected)
-        common = len(SIZES) // world_size
-        for rank, (*_, calls) in enumerate(results):
-            assert calls == [(batch, batch < common) for batch in range(len(range(rank, len(SIZES), world_size)))]
+    world_size = 3  # 5 scenes: 2, 2 and 1
+    results = compute_on_ranks(compute_on_rank, world_size)
+    for result in results:
+        for values, expected in zip(result[:3], alone[:3], strict=True):
+            np.testing.assert_array_equal(values, expected)
+    common = len(SIZES) // world_size
+    for rank, (*_, calls) in enumerate(results):
+        assert calls == [(batch, batch < common) for batch in range(len(range(rank, len(SIZES), world_size)))]
 
 
 def test_a_missing_scene_is_an_error():

@@ -11,6 +11,7 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.tasks.classification import build_train_transform
+from scene_files import write_masks
 
 
 @pytest.mark.parametrize("name", ["dali", "torchvision"])
@@ -46,4 +47,45 @@ def test_a_bad_image_is_named(tmp_path):
     (tmp_path / "train" / "x" / "0.jpg").write_text("<html>")
     config = compose_config("data_preview", PreviewDataConfig, f"data.root={tmp_path}", f"out={tmp_path / 'sheet.png'}")
     with pytest.raises(DataError, match="x/0.jpg: not a readable image"):
+        write_preview(config)
+
+
+def test_scenes_are_under_their_masks_after_the_same_crop(tmp_path):
+    """Each cell is made from the files by the transform itself, at the mask's labelled pixels half its colour."""
+    from resnest_imagenet.data.geometry import SceneTransform
+    from resnest_imagenet.tasks.preview import CAPTION, MARGIN, write_preview  # late: it imports torchvision
+
+    root, out = write_masks(tmp_path / "set"), tmp_path / "sheet.png"
+    options = ("+experiment=demo_segmentation", f"data.root={root}", f"out={out}", "images=2", "epochs=2", "seed=5")
+    sizes = ("train.crop=40", "train.base=48", "train.blur=0.5", "loader=dali", "loader.workers=0", "device=cpu")
+    config = compose_config("data_preview", PreviewDataConfig, *options, *sizes)
+    assert write_preview(config) == 2
+    sheet = np.array(Image.open(out)).astype(int)
+    assert sheet.shape == (2 * (40 + MARGIN + CAPTION), 3 * (40 + MARGIN) + MARGIN, 3)
+    recipe = config.train
+    transform = SceneTransform(40, 48, 5, tuple(recipe.scales), recipe.blur)
+    colours = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0)}  # PASCAL VOC's
+    for row, sample in enumerate((0, 2)):
+        picture = Image.open(root / f"images/train/{sample}.jpg").convert("RGB")
+        mask = np.array(Image.open(root / f"masks/train/{sample}.png"))
+        top = row * (40 + MARGIN + CAPTION) + CAPTION
+        for epoch in range(2):
+            left = MARGIN + (1 + epoch) * (40 + MARGIN)
+            shown = sheet[top : top + 40, left : left + 40]
+            pixels, labels = transform.apply(picture, mask, epoch, sample)
+            assert (labels == 255).any() and (labels < 3).any()
+            expected = pixels.astype(float)
+            for label, colour in colours.items():
+                expected[labels == label] = (expected[labels == label] + colour) / 2
+            assert np.abs(shown - expected).max() <= 1
+
+
+def test_a_bad_mask_is_named(tmp_path):
+    from resnest_imagenet.tasks.preview import write_preview  # late: it imports torchvision
+
+    root = write_masks(tmp_path)
+    (root / "masks/train/0.png").write_text("<html>")
+    options = ("+experiment=demo_segmentation", f"data.root={root}", f"out={tmp_path / 'sheet.png'}", "device=cpu")
+    config = compose_config("data_preview", PreviewDataConfig, *options)
+    with pytest.raises(DataError, match=r"0\.jpg: its mask .*0\.png: "):
         write_preview(config)

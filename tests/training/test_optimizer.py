@@ -1,4 +1,5 @@
 import io
+import re
 from functools import cache
 
 import pytest
@@ -24,8 +25,9 @@ def recipe_of(*overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", [name for name in list_models() if not re.search("101|200|269", name)])
 def test_exactly_convolution_and_fc_weights_decay(name):
+    """The deeper ones repeat the blocks of those with 50 layers."""
     with torch.device("meta"):
         model = build_model(name)
     expected = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)}

@@ -1,6 +1,7 @@
 """DeepLabV3 on ResNeSt-50 side by side with torchvision's on timm's: a training step, an evaluation, the memory kept.
 
-python tools/benchmarks/bench_segmentation.py [--batch 2] [--crop 480] [--rounds 7] [--threads 2] [--out FILE.json]
+python tools/benchmarks/bench_segmentation.py [--batch 2] [--crop 480] [--rounds 7] [--threads 2] [--profile]
+       [--out FILE.json]
 python tools/benchmarks/bench_segmentation.py --report FILE.json   (the tables, for docs/performance_segmentation.md)
 
 Rounds are interleaved; a figure is the median over the rounds of the ratio to "ours", with the range of the rounds.
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--part", choices=("step", "evaluation"), nargs="+", default=["step", "evaluation"])
+    parser.add_argument("--profile", action="store_true", help="list the operators of a step too: minutes more")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
@@ -158,7 +160,7 @@ def main() -> None:
         rounds, kept = bench_step(args.batch, args.crop)
         seconds = measure(rounds, args.rounds)
         part = {"title": f"Training step, {size}", "seconds": seconds, "kept": kept}
-        result["parts"].append(part | {"profile": profile_steps(rounds, CPU)})
+        result["parts"].append(part | {"profile": profile_steps(rounds, CPU) if args.profile else {}})
         del rounds
     if "evaluation" in args.part:
         seconds = measure(bench_evaluation(args.batch, args.crop), args.rounds)

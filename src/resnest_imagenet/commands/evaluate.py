@@ -102,7 +102,7 @@ def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.devic
         print_notes(scenes.images)
     regions = evaluate_segmenter(segmenter, scenes, precision=config.precision, workers=config.loader.workers)
     if launched_as().rank == 0 and config.out is not None:
-        write_regions(Path(config.out), segmenter, regions)
+        write_regions(Path(config.out), segmenter, kind, regions)
     if launched_as().rank == 0 and config.predictions is not None:
         write_scenes(Path(config.predictions), segmenter, scenes, regions)
     return format_regions(segmenter, regions)

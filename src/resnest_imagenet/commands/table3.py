@@ -11,15 +11,12 @@ from resnest_imagenet.errors import printable
 def run(config: Table3Config) -> None:
     """Print the table."""
     from resnest_imagenet.evaluation.results import read_measured
-    from resnest_imagenet.reports.table3 import build_table, format_table
+    from resnest_imagenet.reports.table3 import build_table, format_table, list_strangers
 
     measured, skipped = read_measured(config.results, load_recipes())
-    rows = build_table(measured)
-    known = {row["model"] for row in rows}
-    skipped += [f"{result.source}: {result.model} has no row" for result in measured if result.model not in known]
-    for line in skipped:
+    for line in skipped + list_strangers(measured):
         print(printable(f"resnest-table3: skipped: {line}"), file=sys.stderr)
-    print(format_table(rows, config.format))
+    print(format_table(build_table(measured), config.format))
 
 
 def load_recipes() -> dict[str, dict[str, Any]]:

@@ -1,12 +1,12 @@
-"""Accuracies that were measured: the file they are written to, and what is read back from files and run folders."""
+"""Figures that were measured: the files they are written to, and what is read back from files and run folders."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
@@ -15,6 +15,7 @@ from resnest_imagenet.files import read_matching, require_file
 from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
+MIOU = "miou"  # the metric of segmentation
 
 
 class CropResult(Options):
@@ -37,7 +38,7 @@ class CropResult(Options):
 
 
 class Results(Options):
-    """A results file, of resnest-eval out=...
+    """A results file of classification, of resnest-eval out=...
 
     Attributes:
         model: name of the network.
@@ -55,6 +56,48 @@ class Results(Options):
     epoch: int | None
     training: dict[str, Any] | None
     results: list[CropResult]
+
+
+class RegionResult(Options):
+    """How well the pixels of a set of scenes are classified, under one protocol.
+
+    Attributes:
+        protocol: how the scenes were shown.
+        miou, miou_present: mean IoU over all classes, and over those in the ground truth, in percent.
+        pixel_accuracy: percent.
+        count: scenes.
+        iou: percent, by class; the classes in the order of the network's outputs.
+    """
+
+    protocol: str
+    miou: float
+    miou_present: float
+    pixel_accuracy: float
+    count: int
+    iou: dict[str, float]
+
+
+class RegionResults(Options):
+    """A results file of segmentation, of resnest-eval out=...
+
+    Attributes:
+        task: what tells it from another task's.
+        model: name of the backbone.
+        ckpt: what was evaluated.
+        data: layout of the scenes that it was evaluated on: ade20k, cityscapes or masks.
+        is_average: whether it was the moving average of the weights.
+        epoch, training: epochs done and all training options, where the checkpoint knows them.
+        results: one for each protocol.
+    """
+
+    task: Literal["segmentation"]
+    model: str
+    ckpt: str
+    data: str
+    is_average: bool
+    epoch: int | None
+    training: dict[str, Any] | None
+    results: list[RegionResult]
 
 
 @dataclass(frozen=True)
@@ -81,7 +124,43 @@ class Measured:
     source: str
 
 
+@dataclass(frozen=True)
+class MeasuredRegions:
+    """One evaluation of segmentation that was measured here.
+
+    Attributes:
+        model: name of the backbone.
+        data: layout of the scenes: ade20k, cityscapes or masks.
+        miou, pixel_accuracy: percent.
+        count, num_classes: scenes and classes that it was measured on.
+        recipe: what the weights were trained with, or where they come from.
+        protocol: how the scenes were shown.
+        source: the file that it is read from.
+    """
+
+    model: str
+    data: str
+    miou: float
+    pixel_accuracy: float
+    count: int
+    num_classes: int
+    recipe: str
+    protocol: str
+    source: str
+
+
+Result = Measured | MeasuredRegions
+
+
 def read_measured(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[list[Measured], list[str]]:
+    """Read results files and run folders of classification; see `read_all_measured`."""
+    results, skipped = read_all_measured(patterns, recipes, (TOP1,))
+    return [result for result in results if isinstance(result, Measured)], skipped
+
+
+def read_all_measured(
+    patterns: list[str], recipes: dict[str, dict[str, Any]], metrics: Sequence[str] = (TOP1, MIOU)
+) -> tuple[list[Result], list[str]]:
     """Read results files and run folders.
 
     A run folder stands for the results files in it, or without any for its last evaluation.
@@ -89,32 +168,35 @@ def read_measured(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tu
     Args:
         patterns: paths, or patterns with * of which what is no result is skipped.
         recipes: the values of each recipe by its name: what a run changed is named.
+        metrics: of the evaluations that are wanted; others are no results.
 
     Returns:
-        The accuracies, and a line for everything that was skipped.
+        The figures, and a line for everything that was skipped.
 
     Raises:
         ConfigError: for a path that is not there, or holds no results.
     """
-    measured: dict[Path, list[Measured]] = {}
-    contents, skipped = read_matching(patterns, lambda path: dict(_read(path, recipes)))
+    measured: dict[Path, list[Result]] = {}
+    contents, skipped = read_matching(patterns, lambda path: dict(_read(path, recipes, metrics)))
     for by_file in contents:  # a file may be named, and be in a folder that is named
         measured |= by_file
     return [result for results in measured.values() for result in results], skipped
 
 
-def _read(path: Path, recipes: dict[str, dict[str, Any]]) -> Iterator[tuple[Path, list[Measured]]]:
-    """Yield the files of a path with the accuracies in them."""
+def _read(
+    path: Path, recipes: dict[str, dict[str, Any]], metrics: Sequence[str]
+) -> Iterator[tuple[Path, list[Result]]]:
+    """Yield the files of a path with the figures in them."""
     if not path.exists():
         raise ConfigError(f"results={path}: no such file or run folder")
     if path.is_file():
-        yield path, _read_results(path, recipes)
+        yield path, _read_results(path, recipes, metrics)
         return
     files = list_results(path)
     for file in files:
-        yield file, _read_results(file, recipes)
+        yield file, _read_results(file, recipes, metrics)
     if not files:
-        yield path, [_read_run(path, recipes)]
+        yield path, [_read_run(path, recipes, metrics)]
 
 
 def list_results(folder: Path) -> list[Path]:
@@ -155,9 +237,9 @@ def read_values(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measured]:
+def _read_results(path: Path, recipes: dict[str, dict[str, Any]], metrics: Sequence[str]) -> list[Result]:
     try:
-        content = Results.model_validate_json(path.read_bytes())
+        content = _RESULTS.validate_json(path.read_bytes())
         if content.training is None:
             recipe = f"weights {content.ckpt}"
         else:
@@ -167,11 +249,29 @@ def _read_results(path: Path, recipes: dict[str, dict[str, Any]]) -> list[Measur
                 recipe += ", not the moving average"
     except (OSError, ValidationError, LookupError, TypeError) as error:
         raise ConfigError(f"results={path}: not a file of resnest-eval out=...") from error
-    model, classes, source = content.model, content.num_classes, str(path)
-    return [
-        Measured(model, result.crop, result.top1, result.count, classes, recipe, result.protocol, source)
-        for result in content.results
-    ]
+    metric = MIOU if isinstance(content, RegionResults) else TOP1
+    if metric not in metrics:
+        raise ConfigError(_refuse_metric(metric, path, metrics))
+    return list(_list_measured(content, recipe, str(path)))
+
+
+_RESULTS: TypeAdapter[Results | RegionResults] = TypeAdapter(Results | RegionResults)
+
+
+def _list_measured(content: Results | RegionResults, recipe: str, source: str) -> Iterator[Result]:
+    model = content.model
+    if isinstance(content, Results):
+        for of_crop in content.results:
+            top1, count, protocol = of_crop.top1, of_crop.count, of_crop.protocol
+            yield Measured(model, of_crop.crop, top1, count, content.num_classes, recipe, protocol, source)
+        return
+    for regions in content.results:
+        figures = regions.miou, regions.pixel_accuracy, regions.count, len(regions.iou)
+        yield MeasuredRegions(model, content.data, *figures, recipe, regions.protocol, source)
+
+
+def _refuse_metric(metric: str, path: Path, metrics: Sequence[str]) -> str:
+    return f"results={path}: its evaluations are of {metric}, not of {' or '.join(metrics)}"
 
 
 def has_accuracy(evaluation: dict[str, Any]) -> bool:
@@ -179,29 +279,37 @@ def has_accuracy(evaluation: dict[str, Any]) -> bool:
     return name_metric(evaluation) == TOP1 and {TOP1, "crop", "count", "protocol"} <= evaluation.keys()
 
 
-def _read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Measured:
+def _read_run(folder: Path, recipes: dict[str, dict[str, Any]], metrics: Sequence[str]) -> Result:
     """Return the last evaluation of a run."""
     path = folder / "metrics.jsonl"
     try:
         config, last = read_values(folder / "config.yaml"), read_events(path, {"eval": ("epoch",)})[-1]
         metric = name_metric(last)
-        if metric == TOP1:
-            return _measure_run(config, last, recipes, str(path))
+        measured = _measure_run(config, last, recipes, str(path)) if metric in metrics else None
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"results={folder}: not a run folder with an evaluation") from error
-    raise ConfigError(f"results={folder}: its evaluations are of {metric}, not of {TOP1}")
+    if measured is None:
+        raise ConfigError(_refuse_metric(metric, folder, metrics))
+    return measured
 
 
 def _measure_run(
     config: dict[str, Any], evaluation: dict[str, Any], recipes: dict[str, dict[str, Any]], source: str
-) -> Measured:
-    require_numbers(evaluation, ("crop", "count"))
+) -> Result:
+    require_numbers(evaluation, ("count",))
     recipe = _describe(config["train"], recipes, evaluation["epoch"], evaluation.get("step"))
     model, num_classes, protocol = config["model"]["name"], config["model"]["num_classes"], evaluation["protocol"]
     if not (isinstance(model, str) and isinstance(num_classes, int) and isinstance(protocol, str)):
         raise TypeError(f"{model}, {num_classes}, {protocol}")
-    crop, count = evaluation["crop"], evaluation["count"]
-    return Measured(model, crop, evaluation[TOP1], count, num_classes, recipe, protocol, source)
+    count = evaluation["count"]
+    if name_metric(evaluation) == TOP1:
+        require_numbers(evaluation, ("crop",))
+        return Measured(model, evaluation["crop"], evaluation[TOP1], count, num_classes, recipe, protocol, source)
+    require_numbers(evaluation, ("pixel_accuracy",))
+    data, figures = config["data"]["kind"], (evaluation[MIOU], evaluation["pixel_accuracy"], count, num_classes)
+    if not isinstance(data, str):
+        raise TypeError(f"{data}")
+    return MeasuredRegions(model, data, *figures, recipe, protocol, source)
 
 
 def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int, step: int | None) -> str:

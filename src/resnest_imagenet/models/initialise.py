@@ -14,6 +14,8 @@ def initialise(model: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
             "fan_out" (torchvision, timm, the released PyTorch code): convolutions only; fan: outputs of all groups.
     """
     for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.is_meta:
+            continue  # nothing is there to draw, and torch takes its time for it
         if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and mode == "fan_in"):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None and mode == "fan_in":

@@ -72,6 +72,12 @@ def build_table(measured: list[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
+def list_strangers(measured: list[Measured]) -> list[str]:
+    """Return a line for each result that has no row."""
+    models = {row.model for row in PAPER}
+    return [f"{result.source}: {result.model} has no row" for result in measured if result.model not in models]
+
+
 def format_table(rows: list[dict[str, Any]], form: str) -> str:
     """Return the table as "markdown", "csv" (one line per row and accuracy) or "json"."""
     if form == "json":
@@ -92,7 +98,7 @@ def _format_markdown(rows: list[dict[str, Any]]) -> str:
             if crop in row["top1_paper"]:
                 cells.append(f"{row['top1_paper'][crop]:.2f}")
             here = [result for result in row["measured"] if result["crop"] == crop]
-            cells.append("; ".join(f"{result['top1']:.2f} [{_number(notes, _note(result))}]" for result in here))
+            cells.append("; ".join(f"{result['top1']:.2f} [{number_note(notes, _note(result))}]" for result in here))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *([""] if notes else []), *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
@@ -110,7 +116,7 @@ def _note(result: dict[str, Any]) -> str:
     return f"{result['recipe']}; {result['protocol']}{data}"
 
 
-def _number(notes: list[str], note: str) -> int:
+def number_note(notes: list[str], note: str) -> int:
     """Return a note's number, counted from 1; add it if it is new."""
     if note not in notes:
         notes.append(note)

@@ -1,8 +1,6 @@
 """How well a trained network segments a data set."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +11,7 @@ from resnest_imagenet.data.scenes import Scenes
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.region_files import encode_scenes
 from resnest_imagenet.evaluation.regions import Regions, measure_regions
+from resnest_imagenet.evaluation.results import RegionResult, RegionResults
 from resnest_imagenet.files import replacing
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.inference.segmenter import Segmenter
@@ -53,33 +52,39 @@ def evaluate_segmenter(
         )
 
 
-def write_regions(path: Path, segmenter: Segmenter, regions: Regions) -> None:
-    """Write the figures of a network as JSON: in percent, the IoU of each class by its name.
+def write_regions(path: Path, segmenter: Segmenter, data: str, regions: Regions) -> None:
+    """Write the figures of a network as JSON, for `read_all_measured`: in percent, the IoU of each class by its name.
+
+    Args:
+        path: of the file.
+        segmenter: the network.
+        data: layout of the scenes that it was evaluated on.
+        regions: its evaluation.
 
     Raises:
         StorageError: the file cannot be written.
     """
     weights = segmenter.weights
-    results: dict[str, Any] = {
-        "task": "segmentation",
-        "model": segmenter.name,
-        "ckpt": segmenter.source,
-        "is_average": weights.is_average,
-        "epoch": weights.epoch,
-        "training": weights.training,
-        "results": [
-            {
-                "protocol": segmenter.protocol.text,
-                "miou": regions.miou,
-                "miou_present": regions.miou_present,
-                "pixel_accuracy": regions.pixel_accuracy,
-                "count": regions.count,
-                "iou": dict(zip(segmenter.classes, regions.iou.tolist(), strict=True)),
-            }
-        ],
-    }
+    result = RegionResult(
+        protocol=segmenter.protocol.text,
+        miou=regions.miou,
+        miou_present=regions.miou_present,
+        pixel_accuracy=regions.pixel_accuracy,
+        count=regions.count,
+        iou=dict(zip(segmenter.classes, regions.iou.tolist(), strict=True)),
+    )
+    results = RegionResults(
+        task="segmentation",
+        model=segmenter.name,
+        ckpt=segmenter.source,
+        data=data,
+        is_average=weights.is_average,
+        epoch=weights.epoch,
+        training=weights.training,
+        results=[result],
+    )
     with replacing(path) as file:
-        file.write(json.dumps(results, indent=2).encode() + b"\n")
+        file.write(results.model_dump_json(indent=2).encode() + b"\n")
 
 
 def write_scenes(path: Path, segmenter: Segmenter, scenes: Scenes, regions: Regions) -> None:

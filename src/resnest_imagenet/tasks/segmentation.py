@@ -139,9 +139,8 @@ class Segmentation:
 
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """See `Task`."""
-        data, recipe = self.config.data, self._recipe
-        scales = (recipe.scales[0], recipe.scales[1])
-        transform = SceneTransform(recipe.crop, recipe.base, self.config.seed, scales, recipe.blur)
+        data = self.config.data
+        transform = build_scene_transform(self._recipe, self.config.seed)
         max_errors = data.max_errors if data.on_error == "substitute" else 0
         return SceneLoader(self._train, plan, transform, ranks.device, self.config.loader.workers, max_errors)
 
@@ -229,6 +228,12 @@ class Segmentation:
             "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
             "evaluation": self._protocol.text,
         }
+
+
+def build_scene_transform(recipe: SegmentationRecipe, seed: int) -> SceneTransform:
+    """Return what training does to a scene."""
+    scales = (recipe.scales[0], recipe.scales[1])
+    return SceneTransform(recipe.crop, recipe.base, seed, scales, recipe.blur)
 
 
 def masked_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
