@@ -13,8 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-segmentation test test-quick fault-test lint bench bench-segmentation growth bench-gpu \
-  bench-data lock clean
+.PHONY: help setup demo demo-segmentation test test-quick fault-test lint bench bench-segmentation \
+  bench-detection growth bench-gpu bench-data lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -65,6 +65,11 @@ bench-segmentation: $(READY) ## compare DeepLabV3 with torchvision's on timm's b
 	$(BIN)/python tools/benchmarks/bench_segmentation.py --out docs/performance_segmentation.json
 	$(BIN)/python tools/benchmarks/bench_segmentation.py --report docs/performance_segmentation.json \
 	  > docs/performance_segmentation.md
+
+bench-detection: $(READY) ## compare Faster R-CNN with torchvision's on timm's backbone, side by side: 20 minutes
+	$(BIN)/python tools/benchmarks/bench_detection.py --out docs/performance_detection.json
+	$(BIN)/python tools/benchmarks/bench_detection.py --report docs/performance_detection.json \
+	  > docs/performance_detection.md
 
 growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
 	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json

@@ -11,6 +11,7 @@ import naive_detector as naive
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.instances import Target
 from resnest_imagenet.models.cost import count_kept_rcnn, count_rcnn
+from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.rcnn_options import CASCADE_STAGES, PLAIN_STAGES, RCNNOptions
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -508,6 +509,19 @@ def test_norms_and_frozen_stages(norm, head_norm):
             for ours, expected in zip(model.eval()(make_images(torch.float32), SIZES),
                                       plain.eval()(make_images(torch.float32), SIZES), strict=True):  # fmt: skip
                 assert torch.equal(ours.boxes, expected.boxes) and len(ours)
+
+
+@pytest.mark.parametrize("norm", ["bn", "sync"])
+def test_can_be_folded(norm):
+    """All of its norms, and the detections stay."""
+    model = build(norm=norm, masks=True, cascade=True, min_score=0.1).eval()
+    folded = fold_batch_norms(model)
+    assert not any(isinstance(module, NORMS) for module in folded.modules())
+    with torch.no_grad():
+        for ours, expected in zip(folded(make_images(), SIZES), model(make_images(), SIZES), strict=True):
+            assert len(ours) > 3 and torch.equal(ours.labels, expected.labels)
+            for name in ("boxes", "scores", "masks"):
+                torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=0, atol=1e-7)
 
 
 def test_boxes_have_float32_under_autocast():

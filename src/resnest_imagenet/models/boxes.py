@@ -80,7 +80,7 @@ def pool_boxes(
         options: aligned, sampling and canonical_size.
 
     Returns:
-        (boxes of all images, C, side, side).
+        (boxes of all images, C, side, side), in channels_last where the levels are.
     """
     first, last = (int(stride).bit_length() - 1 for stride in (strides[0], strides[-1]))
     level_of = LevelMapper(first, last, options.canonical_size)(list(boxes))
@@ -92,7 +92,9 @@ def pool_boxes(
         for level, stride, place in zip(map(widen, levels), strides, places, strict=True)
     ]
     joined = torch.cat(pooled)
-    return torch.zeros_like(joined).index_copy(0, torch.cat(places), joined)
+    is_last = levels[0].is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    return torch.zeros_like(joined, memory_format=layout).index_copy(0, torch.cat(places), joined)
 
 
 class BoxHead(nn.Module):

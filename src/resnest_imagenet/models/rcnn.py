@@ -17,6 +17,7 @@ from resnest_imagenet.models.features import STAGES, Backbone
 from resnest_imagenet.models.proposals import ProposalNetwork
 from resnest_imagenet.models.rcnn_options import RCNNOptions
 from resnest_imagenet.models.roi_heads import RoIHeads
+from resnest_imagenet.models.taps import use_taps
 from resnest_imagenet.models.zoo import build_model
 
 LEVELS = tuple(STAGES)[1:]  # of the backbone: strides 4 to 32
@@ -53,6 +54,8 @@ class RCNN(nn.Module):
         if norm == "sync":
             self.fpn = nn.SyncBatchNorm.convert_sync_batchnorm(self.fpn)
             self.roi_heads = nn.SyncBatchNorm.convert_sync_batchnorm(self.roi_heads)
+        for part in (self.fpn, self.rpn.head, self.roi_heads):
+            use_taps(part)
         self._has_frozen_heads = norm == "frozen"
         for module in self._list_frozen():
             module.requires_grad_(False)

@@ -1,8 +1,8 @@
 """3x3 convolutions whose weights' gradient is computed as products of matrices, one for each of the nine weights.
 
 oneDNN's gradient of such weights is several times slower than its forward pass where the batch is small and the
-channels are many, as in the heads of segmentation networks (make bench-segmentation). A product also skips
-what a large dilation puts outside the map.
+channels are many, as in the heads of segmentation networks (make bench-segmentation) and of detectors. A product also
+skips what a large dilation puts outside the map.
 """
 
 from typing import Any
@@ -14,18 +14,18 @@ from torch.autograd.function import once_differentiable
 
 
 class TapConv2d(nn.Conv2d):
-    """A 3x3 convolution of stride 1 without bias that keeps the size; result and keys are those of `nn.Conv2d`.
+    """A 3x3 convolution of stride 1 that keeps the size; result and keys are those of `nn.Conv2d`.
 
     Products are used in training on a CPU in full precision, in channels_last; anything else is torch's convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dilation: int = 1) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
+    def __init__(self, in_channels: int, out_channels: int, dilation: int = 1, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H, W)."""
         if self._is_product(x):
-            return _Convolve.apply(x, self.weight, self.dilation[0])
+            return _Convolve.apply(x, self.weight, self.bias, self.dilation[0])
         return super().forward(x)
 
     def _is_product(self, x: Tensor) -> bool:
@@ -33,22 +33,39 @@ class TapConv2d(nn.Conv2d):
             x.device.type == "cpu"
             and torch.is_grad_enabled()
             and self.weight.requires_grad
-            and self.bias is None  # a folded batch norm brings one
             and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
             and x.is_contiguous(memory_format=torch.channels_last)
         )
 
 
+def use_taps(module: nn.Module) -> None:
+    """Put a `TapConv2d` with the same parameters in place of each convolution in a module that one can compute."""
+    for name, child in module.named_children():
+        if type(child) is nn.Conv2d and _fits(child):
+            with torch.device("meta"):  # no first weights, which would draw from torch's generator
+                bias = child.bias is not None
+                tap = TapConv2d(child.in_channels, child.out_channels, child.dilation[0], bias)
+            tap.weight, tap.bias = child.weight, child.bias
+            setattr(module, name, tap)
+        else:
+            use_taps(child)
+
+
+def _fits(module: nn.Conv2d) -> bool:
+    shape = module.kernel_size, module.stride, module.groups, module.padding_mode
+    return shape == ((3, 3), (1, 1), 1, "zeros") and module.padding == module.dilation
+
+
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
-        return F.conv2d(x, weight, padding=dilation, dilation=dilation)
+        return F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         size = [ctx.dilation] * 2
         of_x = None
@@ -56,7 +73,8 @@ class _Convolve(torch.autograd.Function):
             of_x, _, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, [1, 1], size, size, False, [0, 0], 1, [True, False, False]
             )
-        return of_x, _differentiate_weight(x, gradient, ctx.dilation), None
+        of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return of_x, _differentiate_weight(x, gradient, ctx.dilation), of_bias, None
 
 
 def _differentiate_weight(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
