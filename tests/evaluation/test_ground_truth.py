@@ -49,8 +49,10 @@ def test_objects_of_other_images_and_categories_are_not_read(tmp_path):
     content = draw_objects(0)
     content["annotations"][1]["image_id"] = 999
     content["annotations"][2]["category_id"] = "disk"
+    assert len(read_truth(tmp_path / "instances.json", content)) == len(content["annotations"]) - 2
     del content["annotations"][3]["image_id"]
-    assert len(read_truth(tmp_path / "instances.json", content)) == len(content["annotations"]) - 3
+    with pytest.raises(DataError, match="annotation 4 is no object with an image_id"):
+        read_truth(tmp_path / "instances.json", content)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_a_wrong_object_is_named(tmp_path, change, line):
         ("[" * 100_000, "not JSON: "),
         ("[]", "it has no list of annotations"),
         ('{"annotations": {}}', "it has no list of annotations"),
-        ('{"annotations": [3]}', "annotation 1 is no object"),
+        ('{"annotations": [3]}', "annotation 1 is no object with an image_id"),
         ('{"annotations": []}', "no objects in the 7 images, so that there is nothing to evaluate"),
         (None, "No such file or directory"),
     ],
