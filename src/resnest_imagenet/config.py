@@ -305,6 +305,15 @@ class DemoScenesConfig(Options):
     val_scenes: Positive
 
 
+class DemoObjectsConfig(Options):
+    """resnest-data demo task=detection."""
+
+    out: Place
+    seed: Seed
+    train_images: Positive
+    val_images: Positive
+
+
 class PrepareDataConfig(Options):
     """resnest-data prepare."""
 
@@ -324,15 +333,24 @@ class FolderOptions(Options):
     def _check(self) -> "FolderOptions":
         if self.train_dir is None and self.val_dir is None:
             raise ValueError("data.train_dir=null and data.val_dir=null leave nothing")
-        if PurePath(self.train_dir or "").name == PurePath(self.val_dir or "").name:
+        if not self._may_share_folder() and PurePath(self.train_dir or "").name == PurePath(self.val_dir or "").name:
             raise ValueError(f"data.train_dir={self.train_dir} and data.val_dir={self.val_dir} have the same name")
         return self
+
+    def _may_share_folder(self) -> bool:
+        return False
 
 
 class CheckedDataOptions(FolderOptions):
     """A data set in any layout of files."""
 
-    kind: Literal["folder", "ade20k", "cityscapes", "masks"]
+    kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"]
+    # Of kind=coco; null: annotations/instances_<train_dir or val_dir>.json.
+    train_json: Place | None
+    val_json: Place | None
+
+    def _may_share_folder(self) -> bool:
+        return self.kind == "coco" and self.train_json != self.val_json
 
 
 class CheckDataConfig(Options):

@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
     MODEL = 3  # dropout and the like, in one batch
     APPEARANCE = 4  # of one sample: policy, colours
     ERASING = 5  # in the images of one batch
+    SIZE = 6  # and flip of one image with objects
 
 
 def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.random.Generator:

@@ -11,6 +11,7 @@ from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.config import (
     CheckDataConfig,
     DemoDataConfig,
+    DemoObjectsConfig,
     DemoScenesConfig,
     Options,
     PrepareDataConfig,
@@ -36,6 +37,14 @@ def write_demo_with_masks(config: DemoScenesConfig) -> None:
     print(f"{'wrote' if new else 'already there:'} the demo scenes in {config.out}")
 
 
+def write_demo_with_boxes(config: DemoObjectsConfig) -> None:
+    """Write the demo objects."""
+    from resnest_imagenet.data.demo_objects import write_demo_objects
+
+    new = write_demo_objects(Path(config.out), config.seed, config.train_images, config.val_images)
+    print(f"{'wrote' if new else 'already there:'} the demo objects in {config.out}")
+
+
 def prepare(config: PrepareDataConfig) -> None:
     """Unpack ImageNet."""
     from resnest_imagenet.data.prepare import prepare_images
@@ -47,6 +56,7 @@ def prepare(config: PrepareDataConfig) -> None:
 def check(config: CheckDataConfig) -> None:
     """Check a data set, print the table and write the report; faults raise a DataError after both."""
     from resnest_imagenet.data.check import check_images, format_report, write_report
+    from resnest_imagenet.data.check_coco import check_coco
     from resnest_imagenet.data.check_scenes import check_scenes
     from resnest_imagenet.files import require_writable
 
@@ -54,7 +64,12 @@ def check(config: CheckDataConfig) -> None:
         require_writable(Path(config.out), "out")
     data = config.data
     places = (data.root, data.train_dir, data.val_dir, config.workers)
-    report = check_images(*places) if data.kind == "folder" else check_scenes(data.kind, *places)
+    if data.kind == "folder":
+        report = check_images(*places)
+    elif data.kind == "coco":
+        report = check_coco(*places, data.train_json, data.val_json)
+    else:
+        report = check_scenes(data.kind, *places)
     if config.out:  # first: the table may meet a closed pipe
         write_report(report, Path(config.out))
     print(format_report(report))
@@ -94,7 +109,8 @@ ACTIONS = {
     "demo": Action(
         DemoDataConfig,
         write_demo,
-        "write the demo images: ten classes of shapes and textures; with task=segmentation scenes with masks",
+        "write the demo images: ten classes of shapes and textures; with task=segmentation scenes with masks, "
+        "with task=detection objects with boxes and masks",
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
     "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
@@ -105,7 +121,10 @@ ACTIONS = {
 
 # The demo images of the other tasks; the primary configuration is conf/data_demo_<task>.yaml. They are chosen before
 # Hydra reads the command line: there `task` is a group of conf/, and no option of a command can have a group's name.
-DEMOS = {"segmentation": Action(DemoScenesConfig, write_demo_with_masks, "write scenes with masks")}
+DEMOS = {
+    "segmentation": Action(DemoScenesConfig, write_demo_with_masks, "write scenes with masks"),
+    "detection": Action(DemoObjectsConfig, write_demo_with_boxes, "write objects with boxes and masks"),
+}
 
 
 def choose_demo(words: list[str]) -> tuple[str, Action]:

@@ -44,6 +44,9 @@ FAULTS = (
     "wrong mask",  # no class indices
     "unknown label",
     "other size",  # of the mask
+    # Of images with objects, see check_coco.py:
+    "no annotations",  # no JSON file
+    "bad annotations",  # or one of them
 )
 NOTES = (
     "in two classes",
@@ -59,6 +62,10 @@ NOTES = (
     "twice in a part",
     "absent class",  # of no mask
     "palette mask",  # its indices are the classes
+    # Of images with objects:
+    "skipped objects",
+    "unlisted image",  # which the annotations do not name
+    "id 0",  # of an annotation
 )
 
 # How files begin that hold an image, and where: of the formats that are taken and of those that are not.

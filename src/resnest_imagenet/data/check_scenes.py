@@ -9,7 +9,7 @@ import numpy as np
 
 from resnest_imagenet.data.check import Part, Report, guess_folder, watch
 from resnest_imagenet.data.decoding import BadImage, open_image
-from resnest_imagenet.data.examine import Examined, Finding, count_cores, examine_files
+from resnest_imagenet.data.examine import Examined, Finding, Judge, count_cores, examine_files
 from resnest_imagenet.data.scenes import VOID, Layout, choose_layout, decode_mask, describe_sizes, pair_files
 from resnest_imagenet.data.source import require_separate
 from resnest_imagenet.errors import DataError
@@ -49,7 +49,7 @@ def check_scenes(
         parts.append(part)
         mask_of |= dict(zip(part.images, masks, strict=True))
     findings = [finding for part in parts for finding in part.findings]
-    sizes = _examine_images(parts, root, workers, findings)
+    sizes = examine_images(parts, root, workers, findings)
     table = layout.read_table(len(classes)).tobytes()
     mask_sizes = _examine_masks(parts, mask_of, root, workers, table, findings)
     for image, size in sizes.items():
@@ -87,12 +87,22 @@ def _list_part(layout: Layout, root: str, name: str, option: str) -> tuple[Part,
     return part, [f"{mask_root}/{mask}" for mask in pairing.masks]
 
 
-def _examine_images(parts: list[Part], root: str, workers: int, findings: list[Finding]) -> Sizes:
-    """Return the sizes of the images that can be used; what is wrong with them, or odd, goes to the findings."""
+def examine_images(
+    parts: list[Part], root: str, workers: int, findings: list[Finding], judge: Judge | None = None
+) -> Sizes:
+    """Return the sizes of the images that can be used; what is wrong with them, or odd, goes to the findings.
+
+    Args:
+        parts: whose images are examined.
+        root: the data set's folder.
+        workers: processes.
+        findings: gets some more.
+        judge: see `examine_files`.
+    """
     part_of = {path: part.name for part in parts for path in part.images}
     originals: dict[bytes, str] = {}
     sizes: Sizes = {}
-    for result in watch(examine_files(root, list(part_of), workers), root, "images", len(part_of)):
+    for result in watch(examine_files(root, list(part_of), workers, judge), root, "images", len(part_of)):
         findings += result.findings
         if result.sha256 and result.size:
             sizes[result.path] = result.size

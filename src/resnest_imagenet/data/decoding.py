@@ -11,7 +11,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -63,6 +63,18 @@ _EXTRAS = {b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"sRGB", b"gAMA
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _BITS_AT = 24  # byte of a PNG: bits per value
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its colour type
+# EXIF, as JPEGs, PNGs and WebPs mark it; its tag, and what turns an image upright.
+_EXIF = (b"Exif", b"eXIf", b"EXIF")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # The filters of warnings belong to the process, not to a thread.
 _filters = threading.Lock()
 
@@ -79,7 +91,7 @@ class Fault:
         "wrong mode",
         "too large",
         "damaged",
-        # Of a scene's mask:
+        # Of a scene's mask, the last also of an image with objects:
         "wrong mask",
         "unknown label",
         "other size",
@@ -205,6 +217,27 @@ def decode_picture(encoded: bytes) -> Image.Image:
             grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
             return Image.fromarray(np.repeat(grey[..., None], 3, axis=-1))
         return image.convert("RGB")
+
+
+def decode_upright(encoded: bytes) -> Image.Image:
+    """Decode an image as `decode_picture` does, then turn it as its EXIF orientation has it.
+
+    Raises:
+        BadImage: it cannot be used.
+    """
+    picture, turn = decode_picture(encoded), find_turn(encoded)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def find_turn(encoded: bytes) -> Image.Transpose | None:
+    """Return what turns a decoded image upright, by its EXIF orientation; None where it is."""
+    if not any(mark in encoded for mark in _EXIF):
+        return None
+    # Whatever a damaged EXIF raises: it is no orientation.
+    with suppress(Exception), _without_warnings(), Image.open(io.BytesIO(encoded)) as image:
+        if image.format != "TIFF":  # which Pillow has turned
+            return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return None
 
 
 def decode_indices(encoded: bytes) -> Image.Image:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from multiprocessing import active_children
@@ -48,7 +48,7 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def transform(self, content: Any, epoch: int, index: int, used: int) -> Any:
-        """Return what a batch holds of a sample: what torch's `default_collate` takes, the same kind for all.
+        """Return what a batch holds of a sample: what `collate` takes, the same kind for all.
 
         Args:
             content: what `read(used)` returned.
@@ -56,6 +56,10 @@ class Samples(Dataset[Any], ABC):
             index: of the sample in the plan: its random draws are this one's.
             used: of what is used: its labels are this one's.
         """
+
+    def collate(self, contents: list[Any]) -> Any:
+        """Return what a batch is of what `transform` returned; by default torch's `default_collate` of it."""
+        return default_collate(contents)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = key
@@ -98,8 +102,11 @@ class _Keys:
             yield [(self.epoch, index) for index in indices.tolist()]
 
 
-def _collate(samples: list[Any] | BadImage | LoadingError) -> Any:
-    return default_collate(samples) if isinstance(samples, list) else samples
+def _collate(collate: Callable[[list[Any]], Any], samples: list[Any] | BadImage | LoadingError) -> Any:
+    if not isinstance(samples, list):
+        return samples
+    contents, used = zip(*samples, strict=True)
+    return collate(list(contents)), torch.tensor(used)
 
 
 def _set_up_worker(parent: int, worker: int) -> None:
@@ -154,12 +161,12 @@ class WorkerLoader:
             multiprocessing_context="fork" if self._num_workers and sys.platform == "linux" else None,
             persistent_workers=self._num_workers > 0,
             worker_init_fn=partial(_set_up_worker, os.getpid()),
-            collate_fn=_collate,
+            collate_fn=partial(_collate, self._samples.collate),
             pin_memory=self._device.type == "cuda",
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Yield what `Samples.transform` returns, collated, from the rank's `start`-th batch of the epoch on.
+        """Yield what `Samples.collate` returns, from the rank's `start`-th batch of the epoch on.
 
         Raises:
             DataError: for a sample that cannot be used and may not be replaced.

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from resnest_imagenet.data.coco import Instances
+from resnest_imagenet.data.masks import count_pixels
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.masks import import_masks, measure_area
 
@@ -53,6 +55,17 @@ class GroundTruth:
     def count_objects(self) -> np.ndarray:
         """Return the objects of each class that are no crowd, int64 (K,)."""
         return np.bincount(self.labels[~self.crowds], minlength=len(self.classes))
+
+
+def open_ground_truth(instances: Instances, *, masks: bool) -> GroundTruth:
+    """Read the objects that count in an evaluation, crowds too; see `read_ground_truth`.
+
+    Args:
+        instances: the set, of `open_coco`.
+        masks: whether the masks are read too.
+    """
+    numbers = (instances.image_ids, instances.sizes, instances.category_ids)
+    return read_ground_truth(instances.json, *numbers, instances.classes, masks=masks)
 
 
 def read_ground_truth(
@@ -198,4 +211,7 @@ def _encode(segmentation: Any, size: Size) -> bytes:
             return mask.frPyObjects(segmentation, *size)["counts"]
         except (TypeError, OverflowError, ValueError) as error:
             raise ValueError("its run-length code has other things than lengths") from error
-    return counts.encode() if isinstance(counts, str) else counts
+    code = counts.encode("ascii", "replace") if isinstance(counts, str) else b""
+    if count_pixels(code) != size[0] * size[1]:
+        raise ValueError("its run-length code is damaged, or not of so many pixels")
+    return code

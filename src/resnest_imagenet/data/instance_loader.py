@@ -1,0 +1,127 @@
+"""The loader of images with objects: worker processes decode and resize, the device normalises and pads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resnest_imagenet.data.coco import Instances
+from resnest_imagenet.data.instance_geometry import InstanceTransform
+from resnest_imagenet.data.loader import choose_workers
+from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.substitution import Substitution
+from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.data.workers import Samples, WorkerLoader
+from resnest_imagenet.instances import Target
+
+STRIDE = 32  # of a backbone: the sides of a batch are multiples of it
+
+
+@dataclass(frozen=True)
+class PixelRule:
+    """How pixels are normalised.
+
+    Attributes:
+        mean, std: of red, green and blue, in 0..255.
+        bgr: whether the network takes blue first, as those of MSRA (mean 123.675 116.28 103.53, std 1 1 1).
+    """
+
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    bgr: bool = False
+
+    def restore(self, images: Tensor) -> np.ndarray:
+        """Return normalised images (B, 3, H, W) as they were: uint8 RGB (B, H, W, 3), the mean in the padding."""
+        values = images.float().permute(0, 2, 3, 1).cpu().numpy()
+        values = (values[..., ::-1] if self.bgr else values) * np.array(self.std, np.float32)
+        return (values + np.array(self.mean, np.float32)).round().clip(0, 255).astype(np.uint8)
+
+
+class _InstanceSamples(Samples):
+    """Images uint8 (H, W, 3) with their targets; a batch is a list of each."""
+
+    def __init__(self, instances: Instances, transform: InstanceTransform, substitution: Substitution) -> None:
+        super().__init__(substitution)
+        self.instances = instances
+        self.rule = transform
+
+    def read(self, index: int) -> Any:
+        return self.instances.read(index)
+
+    def transform(self, content: Any, epoch: int, index: int, used: int) -> tuple[Tensor, Target]:
+        pixels, target = self.rule.apply(content, *self.instances.objects(used), epoch, index, used)
+        return torch.from_numpy(pixels), target
+
+    def collate(self, contents: list[Any]) -> tuple[list[Tensor], list[Target]]:
+        images, targets = zip(*contents, strict=True)
+        return list(images), list(targets)
+
+
+class InstanceLoader:
+    """Implements `data.loader.Loader` for images with objects.
+
+    `batches` yields images float32 (B, 3, H, W), normalised, channels_last in memory, and B targets with their tensors
+    on the device, masks on the host. Each image lies in the top left corner, 0 around it; H and W are the least
+    multiples of STRIDE that hold all. The target of a substitute has the index of the image that it is.
+    """
+
+    def __init__(
+        self,
+        instances: Instances,
+        plan: BatchPlan,
+        transform: InstanceTransform,
+        device: torch.device,
+        pixels: PixelRule | None = None,
+        workers: int | None = None,
+        max_errors: int = 0,
+    ) -> None:
+        """Prepare to load.
+
+        Args:
+            instances: the images and their objects.
+            plan: their order; in training with `instances.groups`.
+            transform: of training, or of evaluation: one size and no flip.
+            device: where the batches are wanted.
+            pixels: how they are normalised; None: as for ImageNet.
+            workers: processes; None: see `choose_workers`.
+            max_errors: how many images that cannot be used may be replaced, see `Substitution`; with 0 the first is a
+                DataError.
+        """
+        self.plan = plan
+        self.pixels = pixels or PixelRule()
+        self.substitution = Substitution(instances.images, max_errors, instances.name_fault)
+        samples = _InstanceSamples(instances, transform, self.substitution)
+        self._loader = WorkerLoader(samples, plan, device, choose_workers(workers))
+        self._device = device
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, list[Target]]]:
+        for images, targets in self._loader.batches(epoch, start):
+            yield pad_images(images, self.pixels, self._device), [target.to(self._device) for target in targets]
+
+
+def pad_images(images: list[Tensor], pixels: PixelRule, device: torch.device) -> Tensor:
+    """Normalise images and put them into one batch, with 0 around them.
+
+    Args:
+        images: uint8 (H, W, 3), RGB, of any sizes.
+        pixels: how they are normalised.
+        device: where the batch is wanted.
+
+    Returns:
+        float32 (B, 3, H, W), channels_last in memory, H and W multiples of STRIDE.
+    """
+    height, width = (-(-max(image.shape[side] for image in images) // STRIDE) * STRIDE for side in (0, 1))
+    batch = torch.zeros(len(images), height, width, 3, device=device)
+    order = slice(None, None, -1) if pixels.bgr else slice(None)
+    mean, std = (torch.tensor(values[order], device=device) for values in (pixels.mean, pixels.std))
+    for place, image in zip(batch, images, strict=True):
+        part = image.to(device, non_blocking=True)
+        rows, columns = part.shape[:2]
+        values = (part.flip(2) if pixels.bgr else part).reshape(rows, columns * 3).float()
+        # By rows, since a CPU is slow on an inner axis of three.
+        values.sub_(mean.repeat(columns)).div_(std.repeat(columns))
+        place[:rows, :columns] = values.view(rows, columns, 3)
+    return batch.permute(0, 3, 1, 2)

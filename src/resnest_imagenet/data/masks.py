@@ -1,0 +1,204 @@
+"""Masks of objects: checked and packed as they are read, then scaled and mirrored with their image.
+
+pycocotools encodes and decodes run-length codes; polygons alone need no library.
+"""
+
+import importlib.util
+import itertools
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.instances import Mask
+
+_BITS = 5  # of a number in each character of a run-length code
+_MORE, _SIGN = 0x20, 0x10  # bits of a character: another one follows; of a number's last: it is negative
+_FIRST = 48  # the character "0" stands for 0
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMasks(Sequence[Mask]):
+    """The masks of M objects in a few arrays, so that worker processes share the memory of a whole data set.
+
+    Attributes:
+        coordinates: float32 (C,), x y x y ... of all polygons; float32 moves a coordinate by 3e-5 pixels at most.
+        bounds: int64 (P + 1,), polygon p has coordinates[bounds[p] : bounds[p + 1]].
+        polygons: int64 (M, 2), object m has the polygons from the first number to below the second.
+        codes: all run-length codes, compressed, one behind another.
+        places: int64 (M, 2), where object m's code begins and ends; the same number twice: it has polygons.
+        sizes: int32 (M, 2), (height, width) of a run-length code; 0 of polygons.
+    """
+
+    coordinates: np.ndarray
+    bounds: np.ndarray
+    polygons: np.ndarray
+    codes: bytes
+    places: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.polygons)
+
+    @overload
+    def __getitem__(self, index: int) -> Mask: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Mask]: ...
+
+    def __getitem__(self, index: int | slice) -> Mask | list[Mask]:
+        """Return a mask, polygons as float64; [] where an object has none."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        begin, end = self.places[index].tolist()
+        if end > begin:
+            return {"size": self.sizes[index].tolist(), "counts": self.codes[begin:end]}
+        bounds = self.bounds[slice(*(self.polygons[index] + (0, 1)))].tolist()
+        return [self.coordinates[start:stop].astype(np.float64) for start, stop in itertools.pairwise(bounds)]
+
+    @property
+    def is_empty(self) -> np.ndarray:
+        """Whether an object has no mask, bool (M,)."""
+        return (self.polygons[:, 0] == self.polygons[:, 1]) & (self.places[:, 0] == self.places[:, 1])
+
+    def select(self, indices: np.ndarray) -> "PackedMasks":
+        """Return the masks of some objects, in the given order, over the same memory."""
+        rows = {name: getattr(self, name)[indices] for name in ("polygons", "places", "sizes")}
+        return replace(self, **rows)
+
+
+class MaskPacker:
+    """Takes masks as a JSON file has them, one by one."""
+
+    def __init__(self) -> None:
+        self._coordinates, self._bounds = array("f"), array("q", [0])
+        self._polygons, self._places, self._sizes = array("q"), array("q"), array("i")
+        self._codes = bytearray()
+
+    def add(self, mask: Any) -> None:
+        """Take the mask of one object; None: it has none.
+
+        Polygons of fewer than three points, or of half a point, are skipped, as detectron2 does
+        (detectron2/data/datasets/coco.py).
+
+        Raises:
+            ValueError: it is no mask; it has not been taken.
+        """
+        num_polygons, num_bytes, size = len(self._bounds) - 1, len(self._codes), (0, 0)
+        if isinstance(mask, dict):
+            code, size = _read_run_lengths(mask)
+            self._codes += code
+        elif mask is not None:
+            self._add_polygons(mask)
+        self._polygons.extend((num_polygons, len(self._bounds) - 1))
+        self._places.extend((num_bytes, len(self._codes)))
+        self._sizes.extend(size)
+
+    def _add_polygons(self, polygons: Any) -> None:
+        before, num_bounds = len(self._coordinates), len(self._bounds)
+        try:
+            for polygon in polygons:
+                if not isinstance(polygon, list):
+                    raise TypeError
+                if len(polygon) >= 6 and len(polygon) % 2 == 0:
+                    self._coordinates.extend(polygon)
+                    self._bounds.append(len(self._coordinates))
+        except TypeError:
+            del self._coordinates[before:], self._bounds[num_bounds:]
+            what = "neither lists of numbers (polygons) nor a run-length code with size and counts"
+            raise ValueError(f"its segmentation is {what}") from None
+
+    def pack(self) -> PackedMasks:
+        """Return all that has been taken."""
+        return PackedMasks(
+            np.frombuffer(self._coordinates, np.float32) if self._coordinates else np.zeros(0, np.float32),
+            np.array(self._bounds, np.int64),
+            np.array(self._polygons, np.int64).reshape(-1, 2),
+            bytes(self._codes),
+            np.array(self._places, np.int64).reshape(-1, 2),
+            np.array(self._sizes, np.int32).reshape(-1, 2),
+        )
+
+
+def require_pycocotools() -> None:
+    """Raise a ConfigError where the library of run-length codes is not installed."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ConfigError("masks need pycocotools: add the extra [detection] of resnest-imagenet")
+
+
+def _read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
+    """Return a code, compressed, and its (height, width); a ValueError tells what is wrong."""
+    size, counts = mask.get("size"), mask.get("counts")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise ValueError("the size of its segmentation is not [height, width]")
+    height, width = size
+    if isinstance(counts, str):
+        code = counts.encode("ascii", "replace")
+        num_pixels = count_pixels(code)
+    elif isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts):
+        num_pixels = sum(counts)
+    else:
+        raise ValueError("the counts of its segmentation are neither a string nor whole numbers")
+    if num_pixels != height * width:
+        what = "are damaged" if num_pixels is None else f"are of {num_pixels:,} pixels"
+        raise ValueError(f"the counts of its segmentation {what}, its size is {height} x {width}")
+    if isinstance(counts, list):
+        from pycocotools.mask import frPyObjects
+
+        code = frPyObjects({"size": size, "counts": counts}, height, width)["counts"]
+    return code, (height, width)
+
+
+def count_pixels(code: bytes) -> int | None:
+    """Return how many pixels a compressed run-length code is of; None: it is none.
+
+    pycocotools decodes some damaged codes to whatever stood in the memory. A run is a number of 5 bits a character, the
+    lowest first; from the fourth on it is the difference to the last but one (cocoapi, common/maskApi.c).
+    """
+    values = np.frombuffer(code, np.uint8).astype(np.int64) - _FIRST
+    ends = np.flatnonzero(values & _MORE == 0)
+    if len(ends) == 0 or ends[-1] != len(values) - 1 or values.min() < 0 or values.max() >= 64:
+        return None
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends + 1 - starts
+    if lengths.max() > 7:  # more bits than a run has
+        return None
+    digits = np.arange(len(values)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((values & 31) << _BITS * digits, starts)
+    runs[values[ends] & _SIGN > 0] -= (1 << _BITS * lengths)[values[ends] & _SIGN > 0]
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return None if runs.min() < 0 else int(runs.sum())
+
+
+def move_mask(mask: Mask, original: tuple[int, int], size: tuple[int, int], is_mirrored: bool) -> Mask | None:
+    """Scale a mask with its image, then mirror it from left to right.
+
+    A run-length code is scaled by Pillow's nearest filter, as in detectron2.
+
+    Args:
+        mask: polygons or a run-length code.
+        original: (height, width) of the image.
+        size: (height, width) of the image as it is shown.
+        is_mirrored: whether that is mirrored.
+
+    Returns:
+        None where nothing of a run-length code is left.
+    """
+    (height, width), (new_height, new_width) = original, size
+    if isinstance(mask, list):
+        factors = np.array([new_width / width, new_height / height])
+        moved = [(polygon.reshape(-1, 2) * factors) for polygon in mask]
+        if is_mirrored:
+            for polygon in moved:
+                polygon[:, 0] = new_width - polygon[:, 0]
+        return [polygon.ravel() for polygon in moved]
+    from pycocotools.mask import decode, encode
+
+    # By columns, as codes run: Pillow sees the mask on its side.
+    pixels = np.array(Image.fromarray(decode(mask).T).resize((new_height, new_width), Image.Resampling.NEAREST))
+    if is_mirrored:
+        pixels = np.ascontiguousarray(pixels[::-1])
+    return encode(pixels.T) if pixels.any() else None
