@@ -278,7 +278,10 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     assert call(data, ["demo", f"out={tmp_path / 'scenes'}", *small], monkeypatch, capsys)[0] == 0
     assert len(list((tmp_path / "scenes/masks/train").iterdir())) == 2
     code, lines = call(data, ["demo", "task=segmentatoin", f"out={tmp_path / 'x'}"], monkeypatch, capsys)
-    tasks = "(classification, segmentation)"
+    small = ["task=detection", "train_images=2", "val_images=1"]
+    assert call(data, ["demo", f"out={tmp_path / 'objects'}", *small], monkeypatch, capsys)[0] == 0
+    assert len(list((tmp_path / "objects/train2017").iterdir())) == 2
+    tasks = "(classification, segmentation, detection)"
     assert (code, lines) == (2, [f"resnest-data: unknown task 'segmentatoin'; did you mean 'segmentation'? {tasks}"])
     code, lines = call(data, ["demmo"], monkeypatch, capsys)
     assert (code, lines) == (2, ["resnest-data: unknown action 'demmo'; did you mean 'demo'?"])

@@ -148,18 +148,26 @@ EXPECTED = sorted([*FILES, *LINKS, *ODD, ("other file", "train/n09999999/Thumbs.
 
 
 # Kinds of findings about scenes: see test_check_scenes.py.
+OF_OBJECTS = {"no annotations", "bad annotations", "skipped objects", "unlisted image", "id 0"}  # test_check_coco.py
 OF_SCENES = {"missing mask", "missing image", "wrong mask", "unknown label", "other size"}
 OF_SCENES |= {"twice in a part", "absent class", "palette mask"}
 
 
 def test_the_planted_tree_has_every_kind():
     planted = {kind for kind, _ in EXPECTED} | {"crash", "missing folder", "no class folders"}
-    assert planted | OF_SCENES == {*FAULTS, *NOTES}
+    assert planted | OF_SCENES | OF_OBJECTS == {*FAULTS, *NOTES}
 
 
 def test_finds_what_was_planted_and_nothing_else(planted, tmp_path, capfd):
     out = tmp_path / "reports/report.json"
-    data = {"kind": "folder", "root": str(planted), "train_dir": "train", "val_dir": "val"}
+    data = {
+        "kind": "folder",
+        "root": str(planted),
+        "train_dir": "train",
+        "val_dir": "val",
+        "train_json": None,
+        "val_json": None,
+    }
     with pytest.raises(DataError) as caught:
         check(CheckDataConfig(data=data, out=str(out), workers=2))
     printed = capfd.readouterr()

@@ -85,7 +85,14 @@ def test_finds_what_was_planted_and_nothing_else(tmp_path, capfd):
     assert details["images/train/0.jpg"] == "no masks/train/0.png"
     assert details["masks/train/4.png"] == "22 x 30 pixels, the image 30 x 24"
     assert details["images/train/9.jpg"] == "the same as images/train/8.jpg"
-    data = {"kind": "masks", "root": str(tmp_path), "train_dir": "train", "val_dir": "val"}
+    data = {
+        "kind": "masks",
+        "root": str(tmp_path),
+        "train_dir": "train",
+        "val_dir": "val",
+        "train_json": None,
+        "val_json": None,
+    }
     with pytest.raises(DataError, match="faults: 8 "):
         check(CheckDataConfig(data=data, out=None, workers=2))
     lines = capfd.readouterr().out.splitlines()

@@ -12,9 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from resnest_imagenet.data.decoding import MAX_SIDE, BadImage, Fault, decode, decode_by_pillow, find_fault, is_ordinary
+from resnest_imagenet.data.decoding import (
+    MAX_SIDE,
+    BadImage,
+    Fault,
+    decode,
+    decode_by_pillow,
+    decode_upright,
+    find_fault,
+    is_ordinary,
+)
 
 MUTATIONS = 1000
 # It smooths what a damaged progressive JPEG lacks in another way (4 of 8,000 mutations).
@@ -295,3 +304,23 @@ def test_one_bad_file_in_a_large_batch_is_named_or_replaced(passes, of_dali):
 def test_a_bad_image_keeps_its_fault_between_processes():
     error = pickle.loads(pickle.dumps(BadImage(Fault("damaged", "a line"))))
     assert (error.fault, str(error)) == (Fault("damaged", "a line"), "a line")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_upright_images_are_those_of_pillows_own_turn(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 11, 3), np.uint8)
+    Image.fromarray(pixels).save(file, form, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    assert np.array_equal(decode_upright(file.getvalue()), expected)
+
+
+def test_a_damaged_exif_turns_nothing():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(file, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode_upright(file.getvalue()).size == (4, 3)
+    Image.new("RGB", (4, 3)).save(file := io.BytesIO(), "JPEG", comment=b"Exif")
+    assert decode_upright(file.getvalue()).size == (4, 3)

@@ -1,24 +1,29 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from box_sets import CATEGORY_IDS, CLASSES, draw_detections, draw_objects, read_truth
+from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.box_files import (
     ALL_CLASSES,
     encode_ap,
     encode_curves,
     encode_detections,
-    encode_found_errors,
+    encode_errors,
+    encode_images,
+    list_files,
     read_ap,
     read_curves,
     read_errors,
+    read_images,
 )
 from resnest_imagenet.evaluation.boxes import FIGURES, score_detections
-from resnest_imagenet.evaluation.detection_errors import find_errors
+from resnest_imagenet.evaluation.detection_errors import Outcome, find_errors
 from resnest_imagenet.evaluation.detections import read_results
 
 
@@ -36,6 +41,10 @@ def write(folder, content):
     path = folder / "file.csv"
     path.write_bytes(content)
     return path
+
+
+def find_all(scores, truth):
+    return [find_errors(scores.detections, truth, kind) for kind in ("box", "mask")]
 
 
 def test_average_precision_of_classes(truth, scores, tmp_path):
@@ -67,7 +76,7 @@ def test_curves(truth, scores, tmp_path):
 
 
 def test_errors(truth, scores, tmp_path):
-    rows = read_errors(write(tmp_path, encode_found_errors(scores, truth)))
+    rows = read_errors(write(tmp_path, encode_errors(scores.detections, truth, find_all(scores, truth))))
     assert [row.name for row in rows] == [*CLASSES, ALL_CLASSES] * 2
     for kind in ("box", "mask"):
         errors = find_errors(scores.detections, truth, kind)
@@ -86,7 +95,7 @@ def test_detections(truth, scores, tmp_path):
     for name in ("images", "boxes", "scores", "labels"):
         np.testing.assert_array_equal(getattr(read, name), getattr(table, name))
     assert read.masks == table.masks
-    assert list(json.loads(path.read_bytes())[0]) == ["image_id", "category_id", "bbox", "score", "segmentation"]
+    assert list(json.loads(path.read_bytes())[0]) == ["image_id", "category_id", "score", "bbox", "segmentation"]
     boxes_only = score_detections(draw_detections(1, truth), truth, masks=False)
     path.write_bytes(encode_detections(boxes_only.detections, truth))
     assert read_results(path, truth).masks is None
@@ -94,8 +103,40 @@ def test_detections(truth, scores, tmp_path):
     assert {row.kind for row in rows} == {"box"}
 
 
+def name_images(count):
+    names = np.array([b"a,\nb.jpg", *(b"%d.jpg" % number for number in range(1, count))])
+    return ImageFolder(Path("/photos"), CLASSES, names, np.zeros(count, np.int64))
+
+
+def test_images(truth, scores, tmp_path):
+    table, errors = scores.detections, find_all(scores, truth)[0]
+    images = name_images(len(truth.image_ids))
+    rows = read_images(write(tmp_path, encode_images(errors, table, truth, images)))
+    assert [row.file for row in rows] == [images.name(index) for index in range(len(images))]
+    assert rows[0].file == "/photos/a,\nb.jpg"
+    for index, row in enumerate(rows):
+        certain = errors.outcomes[(table.images == index) & (table.scores >= 0.5)]
+        assert row.objects == ((truth.images == index) & ~truth.crowds).sum()
+        assert (row.correct, row.wrong) == ((certain == Outcome.CORRECT).sum(), (certain > Outcome.IGNORED).sum())
+        assert row.num_faults == row.objects - row.correct + row.wrong
+    assert sum(row.correct for row in rows) > 0 and sum(row.wrong for row in rows) > 0
+
+
+def test_all_files(truth, scores):
+    table, errors = scores.detections, find_all(scores, truth)
+    images = name_images(len(truth.image_ids))
+    contents = {name: encode() for name, encode in list_files(scores, truth, images).items()}
+    assert contents == {
+        "ap.csv": encode_ap(scores, truth),
+        "precision_recall.csv": encode_curves(scores, truth),
+        "errors.csv": encode_errors(table, truth, errors),
+        "images.csv": encode_images(errors[0], table, truth, images),
+        "detections.json": encode_detections(table, truth),
+    }
+
+
 @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"x" * 200_000, None])
-@pytest.mark.parametrize("read", [read_ap, read_curves, read_errors])
+@pytest.mark.parametrize("read", [read_ap, read_curves, read_errors, read_images])
 def test_other_files_are_named(read, content, tmp_path):
     path = tmp_path / "file.csv"
     if content is not None:

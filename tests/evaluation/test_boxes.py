@@ -266,7 +266,7 @@ def test_numbers_are_the_data_sets_own(tmp_path):
     table = draw_detections(0, truth, masks=True)
     rows = {kind: json.loads(encode_results(table, truth, kind)) for kind in ("box", "mask")}
     for kind, key in (("box", "bbox"), ("mask", "segmentation")):
-        assert len(rows[kind]) == len(table) and list(rows[kind][0]) == ["image_id", "category_id", key, "score"]
+        assert len(rows[kind]) == len(table) and list(rows[kind][0]) == ["image_id", "category_id", "score", key]
         assert [row["category_id"] for row in rows[kind]] == CATEGORY_IDS[table.labels].tolist()
         assert [row["image_id"] for row in rows[kind]] == truth.image_ids[table.images].tolist()
     assert rows["mask"][0]["segmentation"]["size"] == list(SIZE)

@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 from box_sets import SIZE, draw_objects, read_truth
+from coco_files import describe_image, describe_object, write_part
 from conftest import ALONE
 from forked import compute_on_ranks
+from resnest_imagenet.data.coco import open_coco
+from resnest_imagenet.data.instance_geometry import InstanceTransform
+from resnest_imagenet.data.instance_loader import InstanceLoader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.errors import DataError, NonFiniteError
 from resnest_imagenet.evaluation.boxes import measure_boxes
 from resnest_imagenet.evaluation.detections import bring_back, detect_over_ranks, encode_results, read_results
+from resnest_imagenet.evaluation.ground_truth import open_ground_truth
 from resnest_imagenet.instances import Detections, Target
 
 SHOWN = (64, 80)  # the size that images of SIZE are shown in
@@ -198,3 +203,50 @@ def test_no_results(tmp_path):
     (tmp_path / "results.json").write_text("[]")
     table = read_results(tmp_path / "results.json", truth)
     assert len(table) == 0 and encode_results(table, truth, "box") == b"[]\n"
+
+
+class Oracle(nn.Module):
+    """Finds all objects of a set that are no crowds, in order, as they are shown."""
+
+    def __init__(self, instances):
+        super().__init__()
+        self._instances = instances
+        self._next = 0
+
+    def forward(self, images, sizes):
+        found = []
+        for height, width in sizes:
+            boxes, labels, masks = self._instances.objects(self._next)
+            original = torch.from_numpy(self._instances.sizes[self._next])
+            scales = torch.tensor([width, height, width, height]) / original.flip(0).repeat(2)
+            assert masks is not None
+            full = torch.ones(len(boxes), 28, 28)
+            found.append(Detections(torch.from_numpy(boxes) * scales, full[:, 0, 0], torch.from_numpy(labels), full))
+            self._next += 1
+        return found
+
+
+def test_the_whole_path_from_files(tmp_path):
+    """Images of two formats, scaled up; crowds and boxes of no area are in the file, and what fits scores 100."""
+    annotations = [
+        describe_object(3, 10),
+        describe_object(4, 10, (1, 1, 3, 3), 20, iscrowd=1),
+        describe_object(5, 20, (2, 3, 11, 7), 7, area=77),
+        describe_object(6, 40, (5, 5, 8, 12), 7, area=96),
+    ]
+    for annotation in annotations:
+        x, y, width, height = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    images = [describe_image(number, *size) for number, size in ((40, (20, 33)), (10, (30, 20)), (20, (31, 21)))]
+    instances = open_coco(str(write_part(tmp_path, "val", images, annotations)), "val", masks=True)
+    plan = plan_evaluation(len(instances), 2, 0, 1)
+    transform = InstanceTransform(0, (48,), 70, flip=0)
+    loader = InstanceLoader(instances, plan, transform, torch.device("cpu"), workers=0)
+    truth = open_ground_truth(instances, masks=True)
+    assert len(truth) == 4 and truth.crowds.sum() == 1
+    scores = measure_boxes(Oracle(instances), loader, ALONE, truth, name=instances.images.name, masks=True)
+    for name in ("box_ap", "mask_ap", "box_ar100", "mask_ar1"):
+        assert scores.values()[name] == pytest.approx(100)
+    table = scores.detections
+    np.testing.assert_allclose(table.boxes, [[4, 3, 8, 6], [2, 3, 11, 7], [5, 5, 8, 12]], atol=1e-4)
+    assert truth.image_ids[table.images].tolist() == [10, 20, 40]

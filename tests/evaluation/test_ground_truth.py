@@ -6,6 +6,8 @@ import pytest
 from box_sets import CATEGORY_IDS, CLASSES, SIZE, draw_objects, read_truth
 from resnest_imagenet.errors import DataError
 
+DAMAGED = "its run-length code is damaged, or not of so many pixels"
+
 
 def test_what_is_read(tmp_path):
     content = draw_objects(0)
@@ -49,8 +51,10 @@ def test_objects_of_other_images_and_categories_are_not_read(tmp_path):
     content = draw_objects(0)
     content["annotations"][1]["image_id"] = 999
     content["annotations"][2]["category_id"] = "disk"
+    assert len(read_truth(tmp_path / "instances.json", content)) == len(content["annotations"]) - 2
     del content["annotations"][3]["image_id"]
-    assert len(read_truth(tmp_path / "instances.json", content)) == len(content["annotations"]) - 3
+    with pytest.raises(DataError, match="annotation 4 is no object with an image_id"):
+        read_truth(tmp_path / "instances.json", content)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,9 @@ def test_objects_of_other_images_and_categories_are_not_read(tmp_path):
         ({"segmentation": [["a", "b"]]}, "its segmentation has a polygon that is no list of x and y"),
         ({"segmentation": [[1, 2]]}, "its segmentation has a polygon that is no list of x and y"),
         ({"segmentation": {"size": [1, 2], "counts": "a"}}, f"its mask is of an image of [1, 2], not of {list(SIZE)}"),
+        ({"segmentation": {"size": list(SIZE), "counts": "0\x00"}}, DAMAGED),
+        ({"segmentation": {"size": list(SIZE), "counts": "_f3"}}, DAMAGED),
+        ({"segmentation": {"size": list(SIZE), "counts": 5}}, DAMAGED),
         ({"segmentation": {"size": list(SIZE), "counts": ["a"]}}, "its run-length code has other things than lengths"),
         ({"segmentation": {"size": list(SIZE), "counts": [-5]}}, "its run-length code has other things than lengths"),
     ],
@@ -86,7 +93,7 @@ def test_a_wrong_object_is_named(tmp_path, change, line):
         ("[" * 100_000, "not JSON: "),
         ("[]", "it has no list of annotations"),
         ('{"annotations": {}}', "it has no list of annotations"),
-        ('{"annotations": [3]}', "annotation 1 is no object"),
+        ('{"annotations": [3]}', "annotation 1 is no object with an image_id"),
         ('{"annotations": []}', "no objects in the 7 images, so that there is nothing to evaluate"),
         (None, "No such file or directory"),
     ],

@@ -205,7 +205,7 @@ def _parse(path: Path, annotations: _Annotations) -> dict[str, Any]:
         text = _read_text(path)
         content = json.loads(text, object_hook=annotations.take)
     except json.JSONDecodeError as error:
-        is_near_end = len(text) - error.pos < _LONGEST_WORD and error.msg != "Extra data"
+        is_near_end = len(text) - error.pos < _LONGEST_WORD and error.msg != "Extra data" and error.pos > 0
         is_cut = is_near_end or error.msg.startswith("Unterminated string")
         what = "ends too early: is it cut off?" if is_cut else f"not JSON ({error.msg})"
         raise DataError(f"{path}: {what} (line {error.lineno}, character {error.colno})") from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
+from PIL import Image
 
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.instances import Mask
@@ -175,7 +176,7 @@ def count_pixels(code: bytes) -> int | None:
 def move_mask(mask: Mask, original: tuple[int, int], size: tuple[int, int], is_mirrored: bool) -> Mask | None:
     """Scale a mask with its image, then mirror it from left to right.
 
-    A run-length code takes the value at each pixel's centre, as Pillow's nearest filter does.
+    A run-length code is scaled by Pillow's nearest filter, as in detectron2.
 
     Args:
         mask: polygons or a run-length code.
@@ -196,9 +197,8 @@ def move_mask(mask: Mask, original: tuple[int, int], size: tuple[int, int], is_m
         return [polygon.ravel() for polygon in moved]
     from pycocotools.mask import decode, encode
 
-    rows = (2 * np.arange(new_height) + 1) * height // (2 * new_height)
-    columns = (2 * np.arange(new_width) + 1) * width // (2 * new_width)
+    # By columns, as codes run: Pillow sees the mask on its side.
+    pixels = np.array(Image.fromarray(decode(mask).T).resize((new_height, new_width), Image.Resampling.NEAREST))
     if is_mirrored:
-        columns = columns[::-1]
-    pixels = decode(mask).T.take(columns, 0).take(rows, 1)  # by columns, as codes run
+        pixels = np.ascontiguousarray(pixels[::-1])
     return encode(pixels.T) if pixels.any() else None

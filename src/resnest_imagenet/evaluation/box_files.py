@@ -1,23 +1,25 @@
-"""The files that describe a detector: ap.csv, precision_recall.csv, errors.csv and detections.json.
+"""The files that describe a detector: ap.csv, precision_recall.csv, errors.csv, images.csv and detections.json.
 
-The first three are written and read back here; `evaluation.detections` reads results in COCO's form.
+All but the last are written and read back here; `evaluation.detections` reads results in COCO's form.
 """
 
 import csv
 import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.boxes import FIGURES, RECALLS, BoxScores
 from resnest_imagenet.evaluation.cells import guard, unguard
 from resnest_imagenet.evaluation.detection_errors import ERRORS, MISSED, DetectionErrors, Outcome, find_errors
-from resnest_imagenet.evaluation.detections import DetectionTable, list_results
+from resnest_imagenet.evaluation.detections import DetectionTable, Kind, encode_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth
 
 _CURVES = (None, 0.5, 0.75)  # IoUs of precision_recall.csv; None: the mean over all
@@ -25,6 +27,8 @@ _COUNTED = (Outcome.CORRECT.name.lower(), *(error.name.lower() for error in ERRO
 _AP_COLUMNS = ("kind", "class", "category_id", "objects", "detections", *FIGURES)
 _CURVE_COLUMNS = ("kind", "class", "iou", *(f"{recall:.2f}" for recall in RECALLS))
 _ERROR_COLUMNS = ("kind", "class", *_COUNTED)
+_IMAGE_COLUMNS = ("file", "objects", "correct", "wrong")
+SHOWN = 0.5  # score from which on a detection counts in images.csv
 ALL_CLASSES = ""  # stands in errors.csv for the AP50 that each kind of error costs
 
 Cell = float | None
@@ -43,6 +47,20 @@ class ClassRow:
     kind: str
     name: str
     values: dict[str, Cell]
+
+
+class ImageRow(NamedTuple):
+    """An image in images.csv: see `encode_images`."""
+
+    file: str
+    objects: int
+    correct: int
+    wrong: int
+
+    @property
+    def num_faults(self) -> int:
+        """Objects that are not found, and detections that are wrong."""
+        return self.objects - self.correct + self.wrong
 
 
 def encode_ap(scores: BoxScores, truth: GroundTruth) -> bytes:
@@ -102,26 +120,54 @@ def encode_errors(table: DetectionTable, truth: GroundTruth, errors: Iterable[De
     return _encode(_ERROR_COLUMNS, rows)
 
 
-def encode_found_errors(scores: BoxScores, truth: GroundTruth) -> bytes:
-    """Find what is wrong with the detections of an evaluation, and return the content of errors.csv."""
-    errors = [find_errors(scores.detections, truth, kind.kind) for kind in scores.kinds]
-    return encode_errors(scores.detections, truth, errors)
-
-
 def encode_detections(table: DetectionTable, truth: GroundTruth) -> bytes:
-    """Return the content of detections.json: COCO's results with boxes, and masks where there are some.
+    """Return the content of detections.json: COCO's results with boxes, and masks beside them where there are some."""
+    kinds: tuple[Kind, ...] = ("box",) if table.masks is None else ("box", "mask")
+    return encode_results(table, truth, *kinds)
 
-    Other than what servers get of masks, it has the boxes of the network beside them.
+
+def encode_images(errors: DetectionErrors, table: DetectionTable, truth: GroundTruth, images: ImageSource) -> bytes:
+    """Return the content of images.csv: a row for each image.
+
+    Its file, its objects that are no crowds, and of the detections with a score of at least .5 how many are correct,
+    and how many are wrong.
+
+    Args:
+        errors: of `find_errors`.
+        table: the detections.
+        truth: of the set.
+        images: the set.
     """
-    rows: Iterator[dict[str, Any]] = list_results(table, truth, "box")
-    if table.masks is not None:
-        masks = list_results(table, truth, "mask")
-        rows = (box | {"segmentation": mask["segmentation"]} for box, mask in zip(rows, masks, strict=True))
-    return f"[{_join(map(json.dumps, rows))}]\n".encode()
+    is_shown = table.scores >= SHOWN
+    is_wrong = is_shown & np.isin(errors.outcomes, ERRORS)
+    is_correct = is_shown & (errors.outcomes == int(Outcome.CORRECT))
+    selected = (truth.images[~truth.crowds], table.images[is_correct], table.images[is_wrong])
+    counts = [np.bincount(numbers, minlength=len(images)).tolist() for numbers in selected]
+    files = [os.path.abspath(images.name(index)) for index in range(len(images))]  # begins with a slash
+    return _encode(_IMAGE_COLUMNS, zip(files, *counts, strict=True))
 
 
-def _join(lines: Iterable[str]) -> str:
-    return ",\n".join(lines)
+def list_files(scores: BoxScores, truth: GroundTruth, images: ImageSource) -> dict[str, Callable[[], bytes]]:
+    """Return the files that describe a detector, by name: each function returns the content.
+
+    Args:
+        scores: of the evaluation.
+        truth: of the set.
+        images: the set.
+    """
+    table = scores.detections
+
+    @cache
+    def find() -> list[DetectionErrors]:
+        return [find_errors(table, truth, kind.kind) for kind in scores.kinds]
+
+    return {
+        "ap.csv": partial(encode_ap, scores, truth),
+        "precision_recall.csv": partial(encode_curves, scores, truth),
+        "errors.csv": lambda: encode_errors(table, truth, find()),
+        "images.csv": lambda: encode_images(find()[0], table, truth, images),
+        "detections.json": partial(encode_detections, table, truth),
+    }
 
 
 def read_ap(path: Path) -> list[ClassRow]:
@@ -143,6 +189,19 @@ def read_curves(path: Path) -> dict[tuple[str, str, str], np.ndarray]:
     for kind, name, iou, *cells in _read_rows(path, _CURVE_COLUMNS):
         curves[kind, iou, unguard(name)] = np.array(_read_cells(path, cells), np.float64)
     return curves
+
+
+def read_images(path: Path) -> list[ImageRow]:
+    """Read what `encode_images` returned.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    rows = []
+    for file, *cells in _read_rows(path, _IMAGE_COLUMNS):
+        counts = [int(cell or 0) for cell in _read_cells(path, cells)]
+        rows.append(ImageRow(file, *counts))
+    return rows
 
 
 def read_errors(path: Path) -> list[ClassRow]:

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,44 +185,32 @@ def detect_over_ranks(
     return collector.gather(ranks, name, precision)
 
 
-def list_results(table: DetectionTable, truth: GroundTruth, kind: Kind) -> Iterator[dict[str, Any]]:
-    """Yield detections as COCO's results have them, with the data set's own numbers.
+def encode_results(table: DetectionTable, truth: GroundTruth, *kinds: Kind) -> bytes:
+    """Return the content of a file in the form of COCO's results, with the data set's own numbers.
 
-    Those of masks have no boxes: where both are there, COCO's evaluation takes the area of the box for that of the
-    object.
+    It has the numbers that were evaluated, to the last digit. Servers take a file of boxes, and one of masks: where a
+    file has both, COCO's evaluation of masks takes the areas of the boxes for those of the objects.
 
     Args:
-        table: the detections.
+        table: the detections, with masks where these are wanted.
         truth: of the set.
-        kind: whether the results are to be evaluated as boxes or as masks, which the table must have then.
+        kinds: "box", "mask", or both.
     """
-    image_ids, category_ids = truth.image_ids[table.images].tolist(), truth.category_ids[table.labels].tolist()
-    scores = table.scores.tolist()
-    objects: Iterable[tuple[str, Any]]
-    if kind == "box":
-        objects = (("bbox", box) for box in table.boxes.tolist())
-    else:
+    columns = [truth.image_ids[table.images].tolist(), truth.category_ids[table.labels].tolist(), table.scores.tolist()]
+    texts = [
+        f'"image_id": {image}, "category_id": {category}, "score": {score}'
+        for image, category, score in zip(*columns, strict=True)
+    ]
+    if "box" in kinds:
+        texts = [f'{text}, "bbox": {box}' for text, box in zip(texts, table.boxes.tolist(), strict=True)]
+    if "mask" in kinds:
         assert table.masks is not None
-        sizes = truth.sizes[table.images].tolist()
-        objects = (
-            ("segmentation", {"size": size, "counts": counts.decode("ascii")})
-            for size, counts in zip(sizes, table.masks, strict=True)
-        )
-    for image, category, (key, value), score in zip(image_ids, category_ids, objects, scores, strict=True):
-        yield {"image_id": image, "category_id": category, key: value, "score": score}
-
-
-def encode_results(table: DetectionTable, truth: GroundTruth, kind: Kind) -> bytes:
-    """Return the content of a file in the form of COCO's results, which its servers accept; see `list_results`.
-
-    The numbers are those that were evaluated, to the last digit.
-    """
-    rows = (json.dumps(row) for row in list_results(table, truth, kind))
-    return f"[{_join(rows)}]\n".encode()
-
-
-def _join(rows: Iterable[str]) -> str:
-    return ",\n".join(rows)
+        codes = zip(texts, truth.sizes[table.images].tolist(), table.masks, strict=True)
+        texts = [
+            f'{text}, "segmentation": {{"size": {size}, "counts": {json.dumps(counts.decode("ascii"))}}}'
+            for text, size, counts in codes
+        ]
+    return ("[" + ",\n".join(f"{{{text}}}" for text in texts) + "]\n").encode()
 
 
 def read_results(path: Path, truth: GroundTruth) -> DetectionTable:

@@ -1,13 +1,15 @@
 """The objects that a detector should find in the images of a set, from a file in COCO's form."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from resnest_imagenet.data.coco import Instances
+from resnest_imagenet.data.masks import count_pixels
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.masks import import_masks, measure_area
 
@@ -55,6 +57,17 @@ class GroundTruth:
         return np.bincount(self.labels[~self.crowds], minlength=len(self.classes))
 
 
+def open_ground_truth(instances: Instances, *, masks: bool) -> GroundTruth:
+    """Read the objects that count in an evaluation, crowds too; see `read_ground_truth`.
+
+    Args:
+        instances: the set, of `open_coco`.
+        masks: whether the masks are read too.
+    """
+    numbers = (instances.image_ids, instances.sizes, instances.category_ids)
+    return read_ground_truth(instances.json, *numbers, instances.classes, masks=masks)
+
+
 def read_ground_truth(
     path: Path,
     image_ids: np.ndarray,
@@ -84,24 +97,19 @@ def read_ground_truth(
         ConfigError: pycocotools is not installed.
     """
     sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
-    index_of = {number: index for index, number in enumerate(image_ids.tolist())}
-    label_of = {number: label for label, number in enumerate(category_ids.tolist())}
-    rows: list[tuple[float, ...]] = []
-    codes: list[bytes] = []
-    for name, annotation in _list_annotations(path):
-        image, label = (_look_up(annotation, *key) for key in (("image_id", index_of), ("category_id", label_of)))
-        if image is None or label is None:
-            continue
-        size = (int(sizes[image, 0]), int(sizes[image, 1]))
-        try:
-            box = _read_box(annotation)
-            if masks:
-                codes.append(_encode(annotation.get("segmentation"), size))
-            area = _read_area(annotation, box, codes[-1] if masks else None, size)
-        except ValueError as error:
-            raise DataError(f"{path}: {name}: {error}") from error
-        rows.append((image, label, *box, area, bool(annotation.get("iscrowd", 0))))
-    table = np.array(rows, np.float64).reshape(-1, 8)
+    packer = _Packer(path, image_ids, sizes, category_ids, masks)
+    try:
+        content = json.loads(path.read_bytes(), object_hook=packer.take)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise DataError(f"{path}: {reason}") from error
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise DataError(f"{path}: it has no list of annotations")
+    for number, annotation in enumerate(annotations, start=1):
+        if annotation is not None:  # not packed
+            raise DataError(f"{path}: annotation {number} is no object with an image_id")
+    table = np.array(packer.rows, np.float64).reshape(-1, 8)
     truth = GroundTruth(
         *(image_ids, sizes, category_ids, tuple(classes)),
         *(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2:6], table[:, 6]),
@@ -109,29 +117,54 @@ def read_ground_truth(
     )
     if truth.crowds.all():
         raise DataError(f"{path}: no objects in the {len(image_ids)} images, so that there is nothing to evaluate")
-    return replace(truth, masks=tuple(codes)) if masks else truth
+    return replace(truth, masks=tuple(packer.codes)) if masks else truth
 
 
-def _list_annotations(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the annotations of a file, each with a name for messages."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise DataError(f"{path}: {reason}") from error
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list):
-        raise DataError(f"{path}: it has no list of annotations")
-    for number, annotation in enumerate(annotations):
-        name = f"annotation {number + 1}"
-        if not isinstance(annotation, dict):
-            raise DataError(f"{path}: {name} is no object")
-        yield f"{name} (id {annotation['id']})" if "id" in annotation else name, annotation
+class _Packer:
+    """Takes what is needed of each annotation as it is parsed: as dictionaries they fill seven times the file's size.
+
+    Attributes:
+        rows: image, class, x, y, width, height, area and whether it is a crowd, of each object.
+        codes: its mask, where masks are read.
+    """
+
+    def __init__(
+        self, path: Path, image_ids: np.ndarray, sizes: np.ndarray, category_ids: np.ndarray, masks: bool
+    ) -> None:
+        self._path, self._masks = path, masks
+        self._sizes: list[list[int]] = sizes.tolist()
+        self._images = {number: index for index, number in enumerate(image_ids.tolist())}
+        self._labels = {number: label for label, number in enumerate(category_ids.tolist())}
+        self._count = 0
+        self.rows: list[tuple[float, ...]] = []
+        self.codes: list[bytes] = []
+
+    def take(self, value: dict[str, Any]) -> dict[str, Any] | None:
+        """Pack an object that is an annotation, and return None; return any other as it is."""
+        if "image_id" not in value:
+            return value
+        self._count += 1
+        image, label = _look_up(value["image_id"], self._images), _look_up(value.get("category_id"), self._labels)
+        if image is not None and label is not None:
+            try:
+                self._pack(value, image, label)
+            except ValueError as error:
+                name = f"annotation {self._count}" + (f" (id {value['id']})" if "id" in value else "")
+                raise DataError(f"{self._path}: {name}: {error}") from error
+        return None
+
+    def _pack(self, value: Mapping[str, Any], image: int, label: int) -> None:
+        height, width = self._sizes[image]
+        box = _read_box(value)
+        code = _encode(value.get("segmentation"), (height, width)) if self._masks else None
+        area = _read_area(value, box, code, (height, width))
+        self.rows.append((image, label, *box, area, bool(value.get("iscrowd", 0))))
+        if code is not None:
+            self.codes.append(code)
 
 
-def _look_up(annotation: Mapping[str, Any], key: str, numbers: Mapping[Any, int]) -> int | None:
-    value = annotation.get(key)
-    return numbers.get(value) if isinstance(value, int | float) else None
+def _look_up(number: Any, places: Mapping[Any, int]) -> int | None:
+    return places.get(number) if isinstance(number, int | float) else None
 
 
 def _read_box(annotation: Mapping[str, Any]) -> list[float]:
@@ -178,4 +211,7 @@ def _encode(segmentation: Any, size: Size) -> bytes:
             return mask.frPyObjects(segmentation, *size)["counts"]
         except (TypeError, OverflowError, ValueError) as error:
             raise ValueError("its run-length code has other things than lengths") from error
-    return counts.encode() if isinstance(counts, str) else counts
+    code = counts.encode("ascii", "replace") if isinstance(counts, str) else b""
+    if count_pixels(code) != size[0] * size[1]:
+        raise ValueError("its run-length code is damaged, or not of so many pixels")
+    return code
