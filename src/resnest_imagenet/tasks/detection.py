@@ -4,7 +4,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes
 from resnest_imagenet.distributed import Ranks, launched_as, sum_over_ranks
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.box_files import encode_ap, encode_detections, encode_found_errors
+from resnest_imagenet.evaluation.box_files import list_files
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, read_ground_truth
@@ -187,11 +186,7 @@ class Detection:
         return Score(
             values={**values, "count": len(self._val), "protocol": protocol},
             text=f"{shown} of {len(self._val)} images ({protocol})",
-            files={
-                "ap.csv": partial(encode_ap, scores, self._truth),
-                "errors.csv": partial(encode_found_errors, scores, self._truth),
-                "detections.json": partial(encode_detections, scores.detections, self._truth),
-            },
+            files=list_files(scores, self._truth, self.val_set),
         )
 
     def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
