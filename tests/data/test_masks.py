@@ -11,7 +11,10 @@ SIZES = [((20, 30), (40, 60)), ((20, 30), (13, 47)), ((20, 30), (20, 30)), ((31,
 
 def test_packs_polygons_and_codes_and_selects_some():
     packer = MaskPacker()
-    polygons = [[0.5, 1.25, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8.0]]
+    polygons = [
+        [0.5, 100.07, 3, 4, 5, 6],  # no float32
+        [1, 2, 3, 4, 5, 6, 7, 8.0],
+    ]
     masks = [polygons, {"size": [2, 3], "counts": "06"}, None, [polygons[1]], {"size": [3, 2], "counts": "15"}]
     for mask in masks:
         packer.add(mask)

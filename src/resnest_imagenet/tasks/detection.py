@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.coco import Instances, open_coco
+from resnest_imagenet.data.coco import Instances, open_coco, require_separate_images
 from resnest_imagenet.data.instance_geometry import InstanceTransform
 from resnest_imagenet.data.instance_loader import STRIDE, InstanceLoader, restore_pixels
 from resnest_imagenet.data.loader import Loader
@@ -57,6 +57,7 @@ class Detection:
         self._val = open_coco(data.root, "val", data.val_json, data.val_dir, masks=recipe.masks)
         self.train_set: ImageSource = self._train.images
         self.val_set: ImageSource = self._val.images
+        require_separate_images(self._train, self._val)
         require_same_classes(self.train_set, self.val_set)
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
