@@ -438,6 +438,28 @@ def test_every_parameter_has_a_gradient_where_there_is_nothing_to_learn(objects,
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
+@pytest.mark.parametrize("part", ["all", "some"])
+def test_boxes_that_a_stage_moves_out_of_the_image(part):
+    """In training the next stage does not see them, all parameters have a gradient still; in evaluation they stay."""
+    model, images, targets = build(torch.float32, cascade=True, samples=40), make_images(torch.float32), make_targets()
+    first = model.roi_heads.stages[0]
+    nn.init.zeros_(first.regress.weight)
+    # In tenths of a box's width: boxes in the right part of an image leave it, or all do.
+    first.regress.bias.data = torch.tensor([5000.0 if part == "all" else 15.0, 0, 0, 0])
+    seen = []
+    for stage in model.roi_heads.stages:
+        stage.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    losses = model.train()(images, targets)
+    sum(losses.values()).backward()
+    assert seen[0] > seen[1] and (seen[1] == 0) == (part == "all") == (losses["classes2"] == 0)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    seen.clear()
+    with torch.no_grad():
+        model.eval()(images, SIZES)
+    assert len(set(seen)) == 1 and seen[0] > 0
+
+
 def test_no_proposals_give_no_detections():
     model = build(torch.float32, masks=True, cascade=True).eval()
     with torch.no_grad():
