@@ -13,14 +13,15 @@ from resnest_imagenet.data import reading
 from resnest_imagenet.data.coco import open_coco
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.instance_geometry import InstanceTransform
-from resnest_imagenet.data.instance_loader import InstanceLoader, PixelRule, pad_images
+from resnest_imagenet.data.instance_loader import InstanceLoader, pad_images, restore_pixels
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.errors import DataError, LoadingError
+from resnest_imagenet.models.zoo import find_pixels
 
 pytestmark = pytest.mark.process
 TRAIN = InstanceTransform(5, tuple(range(40, 61)), longest=80)
 VAL = InstanceTransform(5, (50,), longest=80, flip=0.0)
-MSRA = PixelRule((123.675, 116.28, 103.53), (1.0, 1.0, 1.0), bgr=True)
+RGB, MSRA = find_pixels("resnest50"), find_pixels("resnet50_msra")
 BAD = (2, 5, 6)
 NUM_IMAGES = 14
 
@@ -39,7 +40,7 @@ def instances(root):
     return open_coco(str(root), "train")
 
 
-def train_on(instances, workers=0, rank=0, world_size=1, max_errors=0, pixels=None):
+def train_on(instances, workers=0, rank=0, world_size=1, max_errors=0, pixels=RGB):
     num_batches = len(instances) // 3
     plan = BatchPlan(len(instances), 3, num_batches, rank, world_size, shuffle=True, seed=1, groups=instances.groups)
     return InstanceLoader(instances, plan, TRAIN, CPU, pixels, workers, max_errors)
@@ -53,7 +54,7 @@ def assert_equal(batches, expected):
             assert torch.equal(target.boxes, other.boxes) and torch.equal(target.labels, other.labels)
 
 
-@pytest.mark.parametrize("pixels", [PixelRule(), MSRA])
+@pytest.mark.parametrize("pixels", [RGB, MSRA])
 def test_training_yields_padded_batches_as_the_contract_says(instances, pixels):
     loader = train_on(instances, pixels=pixels)
     seen = []
@@ -65,14 +66,14 @@ def test_training_yields_padded_batches_as_the_contract_says(instances, pixels):
         for image, target, index in zip(images, targets, indices.tolist(), strict=True):
             shown, expected = TRAIN.apply(instances.read(index), *instances.objects(index), 1, index)
             height, width = expected.size
-            values = (shown.astype(np.float64) - pixels.mean) / pixels.std
-            values = values[..., ::-1] if pixels.bgr else values
+            values = shown[..., ::-1] if pixels.is_bgr else shown
+            values = (values.astype(np.float64) - pixels.mean) / pixels.std
             assert np.allclose(image[:, :height, :width].permute(1, 2, 0), values, atol=2e-5)
             assert image[:, height:].abs().sum() == 0 and image[:, :, width:].abs().sum() == 0
             assert target.original == tuple(instances.sizes[index].tolist()) and target.masks is None
             assert torch.equal(target.boxes, expected.boxes) and torch.equal(target.labels, expected.labels)
             assert target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64
-            assert (pixels.restore(images)[indices.tolist().index(index), :height, :width] == shown).all()
+            assert (restore_pixels(images, pixels)[indices.tolist().index(index), :height, :width] == shown).all()
         seen += indices.tolist()
         assert len({size[1] > size[0] for size in instances.sizes[indices]}) == 1  # of one format
     assert len(seen) == 12
@@ -97,7 +98,7 @@ def test_masks_come_from_workers(tmp_path):
     write_part(tmp_path, "train", [describe_image(1), describe_image(2)], objects)
     instances = open_coco(str(tmp_path), "train", masks=True)
     plan = BatchPlan(2, 2, 1, shuffle=True, seed=1)
-    _, targets = next(InstanceLoader(instances, plan, TRAIN, CPU, workers=1).batches(0))
+    _, targets = next(InstanceLoader(instances, plan, TRAIN, CPU, RGB, workers=1).batches(0))
     for target in targets:
         expected = TRAIN.apply(instances.read(target.index), *instances.objects(target.index), 0, target.index)[1]
         assert len(target.masks) == len(target.boxes) == (2, 1)[target.index]
@@ -116,7 +117,7 @@ def test_evaluation_yields_each_image_once_on_one_rank(root, batch_size):
     seen = []
     for rank in range(2):
         plan = plan_evaluation(len(instances), batch_size, rank, 2)
-        for images, targets in InstanceLoader(instances, plan, VAL, CPU, workers=1).batches(0):
+        for images, targets in InstanceLoader(instances, plan, VAL, CPU, RGB, workers=1).batches(0):
             assert len(images) == len(targets) <= batch_size
             for target in targets:
                 scale = min(50 / min(target.original), 80 / max(target.original))
@@ -127,7 +128,7 @@ def test_evaluation_yields_each_image_once_on_one_rank(root, batch_size):
 
 def test_an_image_without_objects_has_an_empty_target(tmp_path):
     instances = open_coco(str(write_set(tmp_path)), "val")
-    loader = InstanceLoader(instances, plan_evaluation(2, 2, 0, 1), VAL, CPU, workers=0)
+    loader = InstanceLoader(instances, plan_evaluation(2, 2, 0, 1), VAL, CPU, RGB, workers=0)
     _, targets = next(loader.batches(0))
     assert [len(target) for target in targets] == [1, 0]
     assert targets[1].boxes.shape == (0, 4) and targets[1].boxes.dtype == torch.float32
@@ -171,6 +172,6 @@ def test_a_failing_storage_is_no_bad_image(instances, monkeypatch):
 
 def test_padding_is_zero_after_normalisation_and_at_least_one_stride():
     images = [torch.full((5, 7, 3), 255, dtype=torch.uint8), torch.zeros(33, 2, 3, dtype=torch.uint8)]
-    batch = pad_images(images, PixelRule(), CPU)
+    batch = pad_images(images, RGB, CPU)
     assert batch.shape == (2, 3, 64, 32)
     assert (batch != 0).sum().item() == 3 * (5 * 7 + 33 * 2)

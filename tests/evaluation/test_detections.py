@@ -21,6 +21,7 @@ from resnest_imagenet.evaluation.boxes import measure_boxes
 from resnest_imagenet.evaluation.detections import bring_back, detect_over_ranks, encode_results, read_results
 from resnest_imagenet.evaluation.ground_truth import open_ground_truth
 from resnest_imagenet.instances import Detections, Target
+from resnest_imagenet.models.zoo import find_pixels
 
 SHOWN = (64, 80)  # the size that images of SIZE are shown in
 PADDED = (64, 96)
@@ -241,7 +242,7 @@ def test_the_whole_path_from_files(tmp_path):
     instances = open_coco(str(write_part(tmp_path, "val", images, annotations)), "val", masks=True)
     plan = plan_evaluation(len(instances), 2, 0, 1)
     transform = InstanceTransform(0, (48,), 70, flip=0)
-    loader = InstanceLoader(instances, plan, transform, torch.device("cpu"), workers=0)
+    loader = InstanceLoader(instances, plan, transform, torch.device("cpu"), find_pixels("resnest50"), workers=0)
     truth = open_ground_truth(instances, masks=True)
     assert len(truth) == 4 and truth.crowds.sum() == 1
     scores = measure_boxes(Oracle(instances), loader, ALONE, truth, name=instances.images.name, masks=True)

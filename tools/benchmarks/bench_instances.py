@@ -37,6 +37,7 @@ from resnest_imagenet.data.instance_geometry import InstanceTransform
 from resnest_imagenet.data.instance_loader import InstanceLoader
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD
+from resnest_imagenet.models.zoo import Pixels
 
 BATCH, BATCHES = 2, 32  # in a pass, over the files as often as it takes
 EDGE = 4  # batches at either end of a pass that are not timed: as much work is then begun as is left over
@@ -146,7 +147,7 @@ def plain_torchvision(instances: Instances, workers: int) -> Pass:
 def ours(instances: Instances, workers: int) -> Pass:
     """Our loader; each pass is another epoch."""
     plan = BatchPlan(len(instances), BATCH, BATCHES, shuffle=True)
-    loader = InstanceLoader(instances, plan, InstanceTransform(0, SIZES, LONGEST), CPU, workers=workers)
+    loader = InstanceLoader(instances, plan, InstanceTransform(0, SIZES, LONGEST), CPU, Pixels(), workers)
     epochs = itertools.count()
     return lambda: _check(loader.batches(next(epochs)))
 

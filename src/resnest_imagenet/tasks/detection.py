@@ -23,7 +23,7 @@ from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.box_files import list_files
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
-from resnest_imagenet.evaluation.ground_truth import GroundTruth, read_ground_truth
+from resnest_imagenet.evaluation.ground_truth import open_ground_truth
 from resnest_imagenet.evaluation.score import Score
 from resnest_imagenet.instances import Target
 from resnest_imagenet.models.batch import require_batch
@@ -62,7 +62,7 @@ class Detection:
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
         self.classes = self._train.classes
-        self._truth = read_truth(self._val, recipe.masks)
+        self._truth = open_ground_truth(self._val, masks=recipe.masks)
         network = config.model.model_copy(update={"num_classes": len(self.classes)})
         self.config = config.model_copy(update={"model": network})
         self.metric = "mask_ap" if recipe.masks else "box_ap"
@@ -239,12 +239,6 @@ class Detection:
             "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
             "evaluation": describe_protocol(self._protocol),
         }
-
-
-def read_truth(instances: Instances, masks: bool) -> GroundTruth:
-    """Return the objects that an evaluation on these images counts, crowds among them."""
-    ids, sizes, categories = instances.image_ids, instances.sizes, instances.category_ids
-    return read_ground_truth(instances.json, ids, sizes, categories, instances.classes, masks=masks)
 
 
 def build_val_loader(

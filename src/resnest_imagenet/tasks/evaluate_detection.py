@@ -9,14 +9,14 @@ from typing import Any
 from resnest_imagenet import distributed
 from resnest_imagenet.data.coco import Instances
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.evaluation.box_files import encode_detections
 from resnest_imagenet.evaluation.boxes import FIGURES, BoxScores, measure_boxes
-from resnest_imagenet.evaluation.ground_truth import GroundTruth
+from resnest_imagenet.evaluation.detections import encode_results
+from resnest_imagenet.evaluation.ground_truth import GroundTruth, open_ground_truth
 from resnest_imagenet.files import replacing
 from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.supervision import EVALUATING, supervise
-from resnest_imagenet.tasks.detection import build_val_loader, describe_protocol, read_truth
+from resnest_imagenet.tasks.detection import build_val_loader, describe_protocol
 
 
 def evaluate_detector(
@@ -45,7 +45,7 @@ def evaluate_detector(
             f"{instances.json}: its {len(instances.classes)} classes are not the {len(detector.classes)} of "
             f"{detector.source}, in the same order"
         )
-    truth = read_truth(instances, detector.finds_masks)
+    truth = open_ground_truth(instances, masks=detector.finds_masks)
     with distributed.join(detector.device) as ranks, supervise(ranks) as watch:
         loader = build_val_loader(instances, detector.protocol, detector.name, ranks, asked.workers)
 
@@ -92,13 +92,17 @@ def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: Groun
 
 
 def write_detections(path: Path, scores: BoxScores, truth: GroundTruth) -> None:
-    """Write the detections in the form of COCO's results, with the data set's own numbers.
+    """Write the boxes in the form of COCO's results, and masks into a file beside it, NAME_masks.json.
+
+    Two files, since COCO's evaluation of masks takes the area of a box for the mask's where a result has both.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: a file cannot be written.
     """
-    with replacing(path) as file:
-        file.write(encode_detections(scores.detections, truth))
+    for kind in scores.kinds:
+        place = path if kind.kind == "box" else path.with_stem(f"{path.stem}_masks")
+        with replacing(place) as file:
+            file.write(encode_results(scores.detections, truth, kind.kind))
 
 
 def format_scores(detector: Detector, scores: BoxScores, truth: GroundTruth) -> str:
