@@ -86,15 +86,20 @@ def pool_boxes(
     level_of = LevelMapper(first, last, options.canonical_size)(list(boxes))
     numbers = [torch.full_like(of_image[:, :1], number) for number, of_image in enumerate(boxes)]
     rois = torch.cat((torch.cat(numbers), torch.cat(list(boxes))), dim=1)
-    places = [(level_of == number).nonzero().flatten() for number in range(len(levels))]
-    pooled = [
-        ops.roi_align(level, rois[place].to(level.dtype), side, 1 / stride, options.sampling, options.aligned)
-        for level, stride, place in zip(map(widen, levels), strides, places, strict=True)
-    ]
-    joined = torch.cat(pooled)
     is_last = levels[0].is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    return torch.zeros_like(joined, memory_format=layout).index_copy(0, torch.cat(places), joined)
+    pooled = torch.empty(
+        (len(rois), levels[0].shape[1], side, side),
+        dtype=torch.promote_types(levels[0].dtype, torch.float32),
+        device=rois.device,
+        memory_format=torch.channels_last if is_last else torch.contiguous_format,
+    ).zero_()
+    for number, (level, stride) in enumerate(zip(map(widen, levels), strides, strict=True)):
+        place = (level_of == number).nonzero().flatten()
+        # Also where there are none: the level gets a gradient. index_copy would keep a copy for the backward pass.
+        pooled[place] = ops.roi_align(
+            level, rois[place].to(level.dtype), side, 1 / stride, options.sampling, options.aligned
+        )
+    return pooled
 
 
 class BoxHead(nn.Module):
