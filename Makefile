@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-segmentation test test-quick fault-test lint bench bench-segmentation \
+.PHONY: help setup demo demo-segmentation demo-detection test test-quick fault-test lint bench bench-segmentation \
   bench-detection growth bench-gpu bench-data lock clean
 
 help: ## show this list
@@ -42,6 +42,13 @@ demo-segmentation: $(READY) ## the same for scenes, from the demo's network: som
 	$(BIN)/resnest-train +experiment=demo_segmentation data.root=data/demo-scenes \
 	  train.init_from=runs/demo/checkpoints/best.pt
 	$(BIN)/resnest-eval ckpt=runs/demo_segmentation/checkpoints/best.pt data.root=data/demo-scenes
+
+demo-detection: $(READY) ## the same for objects and their masks, from the demo's network: some minutes more
+	test -e runs/demo/checkpoints/best.pt || $(MAKE) demo
+	$(BIN)/resnest-data demo task=detection out=data/demo-objects
+	$(BIN)/resnest-train +experiment=demo_detection data.root=data/demo-objects \
+	  train.init_from=runs/demo/checkpoints/best.pt
+	$(BIN)/resnest-eval ckpt=runs/demo_detection/checkpoints/best.pt data.root=data/demo-objects
 
 test: $(READY) ## run the tests, in at most 4 processes
 	$(BIN)/python -m pytest $(PARALLEL)

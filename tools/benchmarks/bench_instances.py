@@ -37,7 +37,7 @@ from resnest_imagenet.data.instance_geometry import InstanceTransform
 from resnest_imagenet.data.instance_loader import InstanceLoader
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.transforms import MEAN, STD
-from resnest_imagenet.models.zoo import Pixels
+from resnest_imagenet.instances import Pixels
 
 BATCH, BATCHES = 2, 32  # in a pass, over the files as often as it takes
 EDGE = 4  # batches at either end of a pass that are not timed: as much work is then begun as is left over

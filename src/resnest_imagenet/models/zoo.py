@@ -15,25 +15,9 @@ from resnest_imagenet import extensions
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.models.features import STAGES, Backbone, Norm
 from resnest_imagenet.models.initialise import initialise
+from resnest_imagenet.instances import Pixels
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import Implementation
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What a detector's images are normalised with; a loader takes these three as they are.
-
-    The defaults are those of the authors' ResNeSt configurations (detectron2-ResNeSt, configs/COCO-Detection/
-    faster_rcnn_ResNeSt_50_FPN_syncbn_range-scale_1x.yaml): not the last digit of the classifiers' mean.
-
-    Attributes:
-        mean, std: of the channels in their order, of pixels 0 to 255.
-        is_bgr: whether blue comes first.
-    """
-
-    mean: tuple[float, float, float] = (123.68, 116.779, 103.939)
-    std: tuple[float, float, float] = (58.393, 57.12, 57.375)
-    is_bgr: bool = False
 
 
 @dataclass(frozen=True)

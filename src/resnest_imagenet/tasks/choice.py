@@ -5,14 +5,20 @@ from collections.abc import Callable
 from resnest_imagenet import extensions
 from resnest_imagenet.config import TrainConfig, find_outside_task
 from resnest_imagenet.tasks.classification import Classification
-from resnest_imagenet.tasks.detection import Detection
 from resnest_imagenet.tasks.segmentation import Segmentation
 from resnest_imagenet.tasks.task import Task
+
+
+def _open_detection(config: TrainConfig) -> Task:
+    from resnest_imagenet.tasks.detection import Detection  # late: torchvision's detectors take a second to import
+
+    return Detection(config)
+
 
 TASKS: dict[str, Callable[[TrainConfig], Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
-    "detection": Detection,
+    "detection": _open_detection,
 }
 
 
