@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -23,9 +22,6 @@ from torch import nn
 
 import tiny_task
 from faulty_task import Fault, open_with
-
-# libyaml's parser in place of PyYAML's own: Hydra reads some 25 files for each of the suite's 500 configurations.
-yaml.SafeLoader = yaml.CSafeLoader
 
 # Before Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():

@@ -180,6 +180,7 @@ def test_a_wrong_value_is_one_line(options, message, composed):
         (predict, ["ckpt=x.pt", "images={}/val"], 4, "x.pt: no such checkpoint"),
         (predict, ["ckpt=x.pt", "images={}/val", "model=resnet5"], 2, "did you mean 'resnet50'?"),
         (compare, ["ckpt=[a.pt,b.pt]"], 2, "give either data.root=... or images=..."),
+        (data, ["check", "data=ade20k", "data.root={}"], 2, "data is no group of this command: set data.root, data."),
         (compare, ["ckpt=[a.pt]", "images={}/val"], 2, "ckpt=['a.pt']: list should have at least 2 items"),
         (compare, ["ckpt=a.pt,b.pt", "images={}/val"], 2, "write a list as [a,b]"),
         (

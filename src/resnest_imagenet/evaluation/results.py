@@ -16,6 +16,7 @@ from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
 MIOU = "miou"  # the metric of segmentation
+_OF_REGIONS = b'"task": "segmentation"'  # in its results files
 
 
 class CropResult(Options):
@@ -192,22 +193,22 @@ def _read(
     if path.is_file():
         yield path, _read_results(path, recipes, metrics)
         return
-    files = list_results(path)
+    files = list_results(path, metrics)
     for file in files:
         yield file, _read_results(file, recipes, metrics)
     if not files:
         yield path, [_read_run(path, recipes, metrics)]
 
 
-def list_results(folder: Path) -> list[Path]:
-    """Return the files of resnest-eval out=... in a folder, without those of segmentation."""
+def list_results(folder: Path, metrics: Sequence[str]) -> list[Path]:
+    """Return the files of resnest-eval out=... in a folder that are of some metrics."""
     files = [path for path in sorted(folder.glob("*.json")) if path.is_file()]
     try:
         contents = [path.read_bytes() for path in files]
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    pairs = zip(files, contents, strict=True)
-    return [path for path, content in pairs if b'"results"' in content and b'"task": "segmentation"' not in content]
+    results = [(path, content) for path, content in zip(files, contents, strict=True) if b'"results"' in content]
+    return [path for path, content in results if (MIOU if _OF_REGIONS in content else TOP1) in metrics]
 
 
 class _PlainLoader(yaml.SafeLoader):

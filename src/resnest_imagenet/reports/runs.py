@@ -7,7 +7,7 @@ from typing import Any
 
 from resnest_imagenet.config import flatten
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.events import name_metric, read_events
+from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
 from resnest_imagenet.evaluation.results import Measured, has_accuracy, list_results, read_measured, read_values
@@ -101,7 +101,7 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     evaluations = [event for event in events if event["event"] == "eval"]
     if len({name_metric(event) for event in evaluations}) > 1:
         raise ConfigError(f"{metrics}: its evaluations are not all of the same metric")
-    results = [str(path) for path in list_results(folder)]
+    results = [str(path) for path in list_results(folder, (TOP1,))]
     if not results and evaluations and has_accuracy(evaluations[-1]):
         results = [str(folder)]
     iou, scenes = folder / "iou.csv", folder / "scenes.csv"
