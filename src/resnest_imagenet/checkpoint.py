@@ -107,7 +107,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     has_digest = False
     try:
-        data = _read(path)
+        data = read_file(path)
         has_digest = _check_digest(data, path)
         if path.suffix == ".safetensors":
             return parse_safetensors(data)
@@ -134,8 +134,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path) -> bytes:
-    """Return what is in a file; where its storage fails, try again."""
+def read_file(path: Path) -> bytes:
+    """Return what is in a file; where its storage fails, try again.
+
+    Raises:
+        CheckpointError: missing, or not to be read.
+        StorageError: the storage fails.
+    """
     for seconds in (*SECONDS_BETWEEN_READS, None):
         try:
             if not path.is_file():

@@ -38,12 +38,13 @@ def read_network(config: EvalConfig) -> tuple["Weights", "torch.device"]:
     from resnest_imagenet.inference.images import prepare_inference
     from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.load import TASK, read_weights
+    from resnest_imagenet.weights.published_rcnn import adopt_rcnn
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     name = config.model.name if config.model else None
     outputs = {"out": config.out, "predictions": config.predictions}
     device = prepare_inference([name], config.loader.name, config.device, outputs)
-    return read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION)), device
+    return adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION))), device
 
 
 def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.device") -> list["CropResult"]:

@@ -13,8 +13,9 @@ from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.recipe import BoxProtocolOptions
-from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
+from resnest_imagenet.weights.detection import DETECTION, PUBLISHED_PROTOCOL, restore_rcnn
 from resnest_imagenet.weights.load import Weights, read_weights
+from resnest_imagenet.weights.published_rcnn import adopt_rcnn
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ def open_detector(
     """Read a network to evaluate or predict with.
 
     Args:
-        source: a checkpoint of a run of this task, or what `read_weights` has made of it.
+        source: a checkpoint of a run of this task, a file of another program's detector (`adopt_rcnn`), or what
+            `read_weights` has made of it.
         choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
         protocol: how it is to see images, or what is not its run's of short_side, longest, min_score, nms and
-            detections; None: as in its run's evaluation after each epoch.
+            detections; None: as in its run's evaluation after each epoch, or as published detectors are tested.
         device: where it computes: "auto", "cpu", "cuda", or torch's own.
 
     Returns:
@@ -74,6 +76,7 @@ def open_detector(
     """
     place_on = choose_device(device)
     weights = source if isinstance(source, Weights) else read_weights(source, choice, (DETECTION,))
+    weights = adopt_rcnn(weights)
     shown = _read_protocol(weights, protocol)
     module = restore_rcnn(weights, shown.model_dump()).eval().requires_grad_(False)
     place(module, place_on)
@@ -100,8 +103,9 @@ def take_detector(network: Detector | str | PathLike[str]) -> Detector:
 def _read_protocol(weights: Weights, protocol: BoxProtocolOptions | Mapping[str, Any] | None) -> BoxProtocolOptions:
     if isinstance(protocol, BoxProtocolOptions):
         return protocol
+    published = {"protocol": PUBLISHED_PROTOCOL} if weights.rcnn_options else {}
     try:
-        own = BoxProtocolOptions.model_validate((weights.run or {})["protocol"]).model_dump()
+        own = BoxProtocolOptions.model_validate((weights.run or published)["protocol"]).model_dump()
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
     try:

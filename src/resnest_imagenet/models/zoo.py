@@ -13,11 +13,16 @@ from torch import nn
 
 from resnest_imagenet import extensions
 from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.instances import Pixels
 from resnest_imagenet.models.features import STAGES, Backbone, Norm
 from resnest_imagenet.models.initialise import initialise
-from resnest_imagenet.instances import Pixels
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import Implementation
+
+# The mean and deviation that torchvision's and timm's networks were trained with: .485 .456 .406, .229 .224 .225.
+_IMAGENET_PIXELS = Pixels((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+# As Caffe read pictures; conv1 has the standard deviation in its weights (detectron2, config/defaults.py, PIXEL_MEAN).
+_CAFFE_PIXELS = Pixels((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), is_bgr=True)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class PeerSpec:
     timm_name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     strides_first: bool = False
-    pixels: Pixels = Pixels()
+    pixels: Pixels = _IMAGENET_PIXELS
 
 
 _SKNET101 = {  # timm registers no SKNet-101: its SKNet-50 with the depth of a ResNet-101
@@ -43,9 +48,6 @@ _SKNET101 = {  # timm registers no SKNet-101: its SKNet-50 with the depth of a R
     "base_width": 4,
     "block_args": {"sk_kwargs": {"rd_ratio": 1 / 16, "rd_divisor": 32, "split_input": False}},
 }
-
-# As Caffe read pictures; conv1 has the standard deviation in its weights (detectron2, config/defaults.py, PIXEL_MEAN).
-_CAFFE_PIXELS = Pixels((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), is_bgr=True)
 
 ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
     # The family as released (official repository).
@@ -124,6 +126,12 @@ def find_pixels(name: str) -> Pixels:
     """Return what the images of a detector on this network are normalised with."""
     spec = ARCHITECTURES.get(name)
     return spec.pixels if isinstance(spec, PeerSpec) else Pixels()
+
+
+def strides_first(name: str) -> bool:
+    """Return whether a network's blocks halve their map in the first 1x1 convolution, as MSRA's do."""
+    spec = ARCHITECTURES.get(name)
+    return isinstance(spec, PeerSpec) and spec.strides_first
 
 
 def count_outputs(model: nn.Module, name: str) -> int:

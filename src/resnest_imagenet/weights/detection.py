@@ -12,9 +12,11 @@ from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.models.rcnn import RCNN, build_rcnn
 from resnest_imagenet.models.rcnn_options import RCNNOptions
 from resnest_imagenet.weights.load import TASK, Weights, describe_other_task, match_tensors, read_weights
+from resnest_imagenet.weights.published_rcnn import DETECTION, adopt_rcnn
 
-DETECTION = "detection"  # the task of the checkpoints that hold a detector
 _BACKBONE = "backbone."
+# How the published detectors are tested (detectron2-ResNeSt's and torchvision's configurations).
+PUBLISHED_PROTOCOL = {"short_side": 800, "longest": 1333, "min_score": 0.05, "nms": 0.5, "detections": 100}
 
 
 def read_options(recipe: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,8 +36,10 @@ def start_rcnn(
 ) -> str:
     """Load the weights that a source has into a new detector; return which, in words.
 
-    The backbone's come from any weights of a classification network, and from the checkpoint of a run of detection; the
-    other parts come with those, but for layers of another shape or for other classes.
+    The backbone's come from any weights of a classification network, from the checkpoint of a run of detection, and
+    from a file of another program's detector (`adopt_rcnn`). Of a detector the other parts come with them (pyramid,
+    proposals, each stage of boxes, masks), each where it has the same layers; rows of classes where the classes are
+    the same, in any order. A file that does not name its classes has those of the data set where it has as many.
 
     Args:
         model: to be changed.
@@ -47,21 +51,65 @@ def start_rcnn(
     Raises:
         UserError: the weights cannot be read, or are not all of this network's backbone.
     """
-    weights = read_weights(source, choice, (TASK, DETECTION))
-    _load_backbone(model, name, weights)
+    weights = adopt_rcnn(read_weights(source, choice, (TASK, DETECTION)))
     if weights.task != DETECTION:
+        _load_backbone(model, name, weights)
         return "its backbone"
     own = model.state_dict()
-    is_same = weights.classes is not None and tuple(weights.classes) == tuple(classes)
-    skipped = () if is_same else _list_classifiers(own)
-    fitting = {
-        key: tensor
-        for key, tensor in weights.tensors.items()
-        if key in own and not key.startswith(_BACKBONE) and key not in skipped and tensor.shape == own[key].shape
-    }
+    fitting = _list_fitting(own, weights.tensors)
+    rows = _find_rows(weights, classes)
+    for key in [key for key in fitting if _is_of_classes(key)]:
+        tensor = None if rows is None else _order_classes(key, weights.tensors[key], rows)
+        if tensor is None or tensor.shape != own[key].shape:
+            del fitting[key]
+        else:
+            fitting[key] = tensor
+    _load_backbone(model, name, weights)
     model.load_state_dict(fitting, strict=False)
     rest = [key for key in own if not key.startswith(_BACKBONE) and key not in fitting]
     return "all of it" if not rest else f"all of it but {len(rest)} tensors of other layers or classes"
+
+
+def _list_fitting(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of those parts behind the backbone that have the same layers, whatever their classes are."""
+    fitting: dict[str, Tensor] = {}
+    for part in {_name_part(key) for key in own} - {"backbone"}:
+        ours = {key: value.shape for key, value in own.items() if _name_part(key) == part}
+        theirs = {key: value for key, value in tensors.items() if _name_part(key) == part}
+        layers = {key: shape for key, shape in ours.items() if not _is_of_classes(key)}
+        if layers == {key: value.shape for key, value in theirs.items() if not _is_of_classes(key)}:
+            fitting |= {key: value for key, value in theirs.items() if key in ours}
+    return fitting
+
+
+def _name_part(key: str) -> str:
+    """Return the part of a detector that a tensor is of: backbone, fpn, rpn, roi_heads.masks or roi_heads.stages.K."""
+    parts = key.split(".")
+    return ".".join(parts[: {"roi_heads": 3 if parts[1] == "stages" else 2}.get(parts[0], 1)])
+
+
+def _is_of_classes(key: str) -> bool:
+    """Return whether a tensor's rows are classes."""
+    return any(part in key for part in (".classify.", ".regress.", ".mask_fcn_logits."))
+
+
+def _find_rows(weights: Weights, classes: Sequence[str]) -> Tensor | None:
+    """Return which of the weights' classes each class is, or None where they are not the same."""
+    num_classes = len(weights.tensors["roi_heads.stages.0.classify.bias"]) - 1
+    if weights.classes is None:
+        return torch.arange(num_classes) if num_classes == len(classes) else None
+    index_of = {name: index for index, name in enumerate(weights.classes)}
+    is_same = len(index_of) == num_classes and index_of.keys() == set(classes)
+    return torch.tensor([index_of[name] for name in classes]) if is_same else None
+
+
+def _order_classes(key: str, tensor: Tensor, rows: Tensor) -> Tensor:
+    """Return a tensor whose rows are classes with these in another order."""
+    if ".classify." in key:
+        return tensor[torch.cat((torch.zeros(1, dtype=torch.int64), 1 + rows))]
+    if ".regress." in key:  # four rows for each class, or for all of them
+        return tensor if len(tensor) == 4 else tensor.unflatten(0, (-1, 4))[rows].flatten(0, 1)
+    return tensor[rows]
 
 
 def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) -> RCNN:
@@ -74,6 +122,9 @@ def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) ->
     Raises:
         CheckpointError: not those of a run of detection, or they do not fit its configuration.
     """
+    weights = adopt_rcnn(weights)
+    if weights.rcnn_options is not None:
+        return _restore_published(weights, weights.rcnn_options, {**PUBLISHED_PROTOCOL, **(protocol or {})})
     # Bare weights have a classification's task: nothing tells theirs.
     if weights.run is None or weights.training is None or weights.classes is None or weights.model is None:
         raise CheckpointError(f"{weights.source}: not the checkpoint of a run: start one from it, train.init_from=...")
@@ -87,6 +138,19 @@ def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) ->
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
     _require_equal_shapes(model.state_dict(), weights)
+    model.load_state_dict(weights.tensors)
+    return model
+
+
+def _restore_published(weights: Weights, options: Mapping[str, Any], protocol: Mapping[str, Any]) -> RCNN:
+    assert weights.model is not None
+    num_classes = len(weights.tensors["roi_heads.stages.0.classify.bias"]) - 1
+    if weights.classes is None:
+        raise CheckpointError(
+            f"{weights.source}: nothing tells the names of its {num_classes} classes: start a run from it, "
+            "train.init_from=..."
+        )
+    model = build_rcnn(weights.model, num_classes, norm="bn", **options, **read_options({}, protocol))
     model.load_state_dict(weights.tensors)
     return model
 
@@ -108,8 +172,3 @@ def _load_backbone(model: RCNN, name: str, weights: Weights) -> None:
         tensors = {key.removeprefix(_BACKBONE): tensors[key] for key in tensors if key.startswith(_BACKBONE)}
     _, matched = match_tensors(replace(weights, tensors=tensors), name)
     model.backbone.load_state_dict({key: matched[key] for key in model.backbone.state_dict()})
-
-
-def _list_classifiers(own: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the tensors whose rows are classes."""
-    return {key for key in own if any(part in key for part in (".classify.", ".regress.", ".mask_fcn_logits."))}

@@ -1,9 +1,10 @@
-"""How others name a ResNeSt's tensors, and a DeepLabV3's.
+"""How others name a ResNeSt's tensors, a ResNet's, and a DeepLabV3's.
 
 official        zhanghang1989/ResNeSt, and this project's own names; timm's are the same
 mmpretrain      backbone.*, head.fc.*
 mmsegmentation  backbone.*, with stem.0 to stem.7; beside it decode_head.*, auxiliary_head.*
-detectron2      stem.*, res2..res5.*; no classifier
+detectron2      stem.*, res2..res5.*; no classifier, or a ResNet's stem.fc.*
+caffe2          conv1_w, res2_0_branch2a_w, ...: of a ResNet of MSRA's in detectron2's files
 encoding        of a DeepLabV3 in PyTorch-Encoding: pretrained.* (official), head.*, auxlayer.*
 """
 
@@ -33,6 +34,35 @@ _DETECTRON2: Rules = [
     (r"layer(\d)\.0\.downsample\.2\.", lambda m: f"res{int(m[1]) + 1}.0.shortcut.norm."),
     (r"layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
 ]
+# Of a network without split attention, torchvision's names on our side.
+_DETECTRON2_RESNET: Rules = [
+    (r"(?=conv1\.|fc\.)", lambda m: "stem."),
+    (r"bn1\.", lambda m: "stem.conv1.norm."),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.", lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.norm."),
+    (r"layer(\d)\.0\.downsample\.0\.", lambda m: f"res{int(m[1]) + 1}.0.shortcut."),
+    (r"layer(\d)\.0\.downsample\.1\.", lambda m: f"res{int(m[1]) + 1}.0.shortcut.norm."),
+    (r"layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
+]
+_OF_NORM = {"weight": "gamma", "bias": "beta"}
+_CAFFE2: Rules = [
+    (r"conv1\.weight", lambda m: "conv1_w"),
+    (r"bn1\.(\w+)", lambda m: f"res_conv1_bn_{_OF_NORM.get(m[1], m[1])}"),
+    (r"layer(\d)\.(\d+)\.conv(\d)\.weight", lambda m: f"{_name_branch(m)}_w"),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.(\w+)", lambda m: f"{_name_branch(m)}_bn_{_OF_NORM.get(m[4], m[4])}"),
+    (r"layer(\d)\.0\.downsample\.0\.weight", lambda m: f"res{int(m[1]) + 1}_0_branch1_w"),
+    (
+        r"layer(\d)\.0\.downsample\.1\.(\w+)",
+        lambda m: f"res{int(m[1]) + 1}_0_branch1_bn_{_OF_NORM.get(m[2], m[2])}",
+    ),
+    (r"fc\.(.)\w+", lambda m: f"fc1000_{m[1]}"),
+]
+# Beside a network: the momentum of its training, and a bias of its first convolution, which detectron2 does not read.
+_UNREAD = {"caffe2": re.compile(r".*_momentum|conv1_b")}
+
+
+def _name_branch(match: re.Match[str]) -> str:
+    return f"res{int(match[1]) + 1}_{match[2]}_branch2{'abc'[int(match[3]) - 1]}"
+
 
 _ENCODING: Rules = [
     (r"backbone\.", lambda m: "pretrained."),
@@ -53,7 +83,14 @@ def rename(key: str, layout: str) -> str | None:
         return None if key.startswith("fc.") else f"backbone.{_apply(_MMSEGMENTATION, key)}"
     if layout == "detectron2":
         return None if key.startswith("fc.") else _apply(_DETECTRON2, key)
+    if layout in ("detectron2_resnet", "caffe2"):
+        return _apply(_DETECTRON2_RESNET if layout == "detectron2_resnet" else _CAFFE2, key)
     return key
+
+
+def is_unread(key: str, layout: str) -> bool:
+    """Return whether a file of a layout may have this key beside a network's."""
+    return layout in _UNREAD and _UNREAD[layout].fullmatch(key) is not None
 
 
 def recognise(keys: Collection[str]) -> str:
@@ -62,6 +99,10 @@ def recognise(keys: Collection[str]) -> str:
         return "mmpretrain"
     if "backbone.stem.0.weight" in keys:
         return "mmsegmentation"
+    if "res2_0_branch2a_w" in keys:
+        return "caffe2"
+    if "stem.conv1.weight" in keys:
+        return "detectron2_resnet"
     return "detectron2" if "stem.conv1_1.weight" in keys else "official"
 
 

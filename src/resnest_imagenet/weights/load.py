@@ -21,12 +21,14 @@ from resnest_imagenet.models.zoo import (
     find_head,
     list_models,
     require_model,
+    strides_first,
     usual_crop,
 )
 from resnest_imagenet.options import Crop
 from resnest_imagenet.recipe import ProtocolOptions
 from resnest_imagenet.weights.folders import is_described, read_folder
-from resnest_imagenet.weights.layouts import recognise, rename
+from resnest_imagenet.weights.layouts import is_unread, recognise, rename
+from resnest_imagenet.weights.pickles import load_pickle
 from resnest_imagenet.weights.published import fetch, find_timm_test
 
 TASK = "classification"  # that of the zoo's networks; a checkpoint that names none is of before there were others
@@ -58,6 +60,7 @@ class Weights:
         run: the whole configuration of the run, in this project's checkpoints.
         task: that it was trained for: another than classification only of this project's checkpoints.
         palette: red, green and blue of each class, 0 to 255, where the source tells.
+        rcnn_options: of a detector that another program trained, see `adopt_rcnn`.
     """
 
     source: str
@@ -72,6 +75,7 @@ class Weights:
     run: dict[str, Any] | None = None
     task: str = TASK
     palette: list[list[int]] | None = None
+    rcnn_options: dict[str, Any] | None = None
 
 
 def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Collection[str] = (TASK,)) -> Weights:
@@ -79,8 +83,8 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
 
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
-            "state_dict" or "model"; a folder of resnest-export format=hub with a network of segmentation; or published
-            weights, official:NAME or timm:NAME.
+            "state_dict" or "model"; a .pkl file: likewise, of numpy arrays; a folder of resnest-export format=hub with
+            a network of segmentation; or published weights, official:NAME or timm:NAME.
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
         tasks: whose checkpoints are taken.
 
@@ -95,7 +99,7 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
     # Not a file, and like no path: a published name, or a misspelt one.
     is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
     path, model = fetch(source) if is_published else (Path(source), None)
-    content = read_folder(path) if is_described(path) else load_checkpoint(path)
+    content = _read_content(path)
     if {"config", "epoch"} <= content.keys():
         require_task(content, source, tasks)
     state, is_average = _choose_state(content, choice, source)
@@ -107,6 +111,12 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
         classes = None if outputs is None else list_classes(None, len(outputs))
         return replace(weights, model=model, classes=classes, crop=crop, protocol=protocol)
     return _add_description(weights, content) if {"config", "classes", "epoch"} <= content.keys() else weights
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    if is_described(path):
+        return read_folder(path)
+    return load_pickle(path) if path.suffix == ".pkl" else load_checkpoint(path)
 
 
 def require_task(content: dict[str, Any], source: str, tasks: Collection[str]) -> None:
@@ -294,8 +304,9 @@ def _match(weights: Weights, name: str) -> tuple[str | None, dict[str, Tensor]]:
     """Return what does not fit, or None, and the tensors by the network's own key names."""
     expected = _list_expected(name) if name in ARCHITECTURES else _build_expected(name)
     classifier = _list_classifier(name, expected)
-    names = _list_names(name, expected, weights)
-    unused = dict(weights.tensors)
+    layout = recognise(weights.tensors)
+    names = _list_names(name, expected, layout)
+    unused = {key: value for key, value in weights.tensors.items() if not is_unread(key, layout)}
     matched = {}
     for key, value in expected.items():
         key_in_file = names[key]
@@ -337,11 +348,12 @@ def _list_classifier(name: str, keys: Iterable[str]) -> list[str]:
     return [key for key in (f"{head}.weight", f"{head}.bias") if key in keys]
 
 
-def _list_names(name: str, expected: dict[str, Tensor], weights: Weights) -> dict[str, str | None]:
+def _list_names(name: str, expected: dict[str, Tensor], layout: str) -> dict[str, str | None]:
     """Return what a file calls each of a network's tensors; None for one that its layout does not have."""
     if name in ARCHITECTURES:
-        layout = recognise(weights.tensors)
-        return {key: rename(key, layout) for key in expected}
+        # MSRA's names are of a network whose blocks have their strides in the first convolution: no other has them.
+        known = "official" if layout == "caffe2" and not strides_first(name) else layout
+        return {key: rename(key, known) for key in expected}
     # A registered network may be a wrapper itself: what is taken off the file's keys is taken off its own.
     return dict(zip(expected, _without_wrappers(expected), strict=True))
 

@@ -1,0 +1,170 @@
+"""Detectors that other programs trained, as weights of this project's."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.instances import Pixels
+from resnest_imagenet.models.coco_classes import NOTHING, coco_categories, coco_classes
+from resnest_imagenet.models.proposals import Anchors
+from resnest_imagenet.models.rcnn import build_rcnn
+from resnest_imagenet.models.rcnn_options import RCNNOptions
+from resnest_imagenet.models.resnest import ResNeStSpec
+from resnest_imagenet.models.zoo import ARCHITECTURES, find_pixels
+from resnest_imagenet.weights.layouts import recognise
+from resnest_imagenet.weights.load import Weights
+from resnest_imagenet.weights.rcnn_layouts import BACKBONES, BLOCKS, infer_options, recognise_rcnn, rename_rcnn
+
+DETECTION = "detection"  # the task of the checkpoints that hold a detector
+
+_BUFFER = re.compile(r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d")
+_RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
+
+
+def adopt_rcnn(weights: Weights) -> Weights:
+    """Return the detector of a file of another program as one of ours; any other weights as they are.
+
+    Taken are detectron2's and detectron2-ResNeSt's Faster, Cascade, Mask and Cascade Mask R-CNN with a feature pyramid,
+    and torchvision's second versions (fasterrcnn_resnet50_fpn_v2, maskrcnn_resnet50_fpn_v2). Names and shapes tell the
+    network; those with COCO's classes get their names. Of torchvision's 91 outputs the ten that stand for no class are
+    dropped.
+
+    Returns:
+        Weights of task "detection" with tensors of our names, model, classes (None where they are not COCO's) and
+        rcnn_options.
+
+    Raises:
+        CheckpointError: names the first key that is missing, superfluous or of another shape, or what else differs.
+    """
+    layout = recognise_rcnn(weights.tensors)
+    if layout is None:
+        return weights
+    if "roi_heads.box_head.fc6.weight" in weights.tensors:
+        raise CheckpointError(
+            f"{weights.source}: of torchvision's first version of its detectors, whose frozen norms divide without an "
+            "epsilon: take fasterrcnn_resnet50_fpn_v2 or maskrcnn_resnet50_fpn_v2"
+        )
+    tensors = dict(weights.tensors)
+    buffers = {key: tensors.pop(key) for key in weights.tensors if _BUFFER.fullmatch(key)}
+    tensors = _move_background(tensors) if layout == "detectron2" else _drop_nothing(tensors)
+    options = infer_options(tensors, layout)
+    name, matched = _choose_backbone(replace(weights, tensors=tensors), layout, options, buffers)
+    num_classes = len(matched["roi_heads.stages.0.classify.bias"]) - 1
+    classes = coco_classes() if num_classes == len(coco_classes()) else None
+    _check_buffers(weights.source, name, buffers)
+    return replace(weights, tensors=matched, model=name, classes=classes, task=DETECTION, rcnn_options=options)
+
+
+def _move_background(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return detectron2's tensors with the background first among the classes."""
+    classifier = re.compile(r"roi_heads\.box_predictor\.(\d\.)?cls_score\.(weight|bias)")
+    return {
+        key: torch.cat((tensor[-1:], tensor[:-1])) if classifier.fullmatch(key) and tensor.ndim else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def _drop_nothing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return torchvision's tensors without boxes and masks of the background, and without classes that are none."""
+    predictor, masks = "roi_heads.box_predictor", "roi_heads.mask_predictor.mask_fcn_logits"
+    counts = {len(tensors[key]) for key in (f"{predictor}.cls_score.bias",) if key in tensors and tensors[key].ndim}
+    (count,) = counts or (0,)
+    categories = coco_categories()
+    are_cocos = count == 1 + len(categories)
+    outputs = [k for k in range(1, count) if not are_cocos or categories[k - 1] != NOTHING]
+    taken = dict(tensors)
+    for kind in ("weight", "bias"):
+        rows = {f"{predictor}.cls_score.{kind}": [0, *outputs], f"{masks}.{kind}": outputs}
+        rows[f"{predictor}.bbox_pred.{kind}"] = [4 * output + side for output in outputs for side in range(4)]
+        for key, chosen in rows.items():
+            expected = 4 * count if "bbox_pred" in key else count
+            if key in taken and taken[key].shape[:1] == (expected,):
+                taken[key] = taken[key][chosen]
+    return taken
+
+
+def _choose_backbone(
+    weights: Weights, layout: str, options: Mapping[str, Any], buffers: Mapping[str, Tensor]
+) -> tuple[str, dict[str, Tensor]]:
+    """Return the first network of the zoo that the weights fit as a backbone, and the tensors by our names."""
+    problems = []
+    for name in _list_candidates(weights, layout, buffers):
+        problem, matched = _match(weights, name, layout, options)
+        if not problem:
+            return name, matched
+        problems.append(f"{problem}: not all the weights of {describe_rcnn(options)} on {name}")
+    if not problems:
+        raise CheckpointError(f"{weights.source}: a detector on a backbone that is none of this project's networks")
+    raise CheckpointError(f"{weights.source}: {problems[0]}")
+
+
+def _list_candidates(weights: Weights, layout: str, buffers: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield the networks with as many blocks as a file's backbone."""
+    blocks: dict[int, int] = {}
+    for key in weights.tensors:
+        if match := re.fullmatch(BLOCKS[layout], key):
+            blocks[int(match[1])] = 1 + max(int(match[2]), blocks.get(int(match[1]), 0) - 1)
+    layers = tuple(count for _, count in sorted(blocks.items()))
+    if recognise(_take_backbone(weights.tensors, layout)) == "detectron2":
+        for name, spec in ARCHITECTURES.items():
+            if isinstance(spec, ResNeStSpec) and spec.layers == layers:
+                yield name
+    elif layers in _RESNETS:
+        # detectron2's own ResNets are MSRA's, but for those that say how the pixels of torchvision's are normalised.
+        std = buffers.get("pixel_std")
+        is_msra = layout == "detectron2" and (std is None or bool((std == 1).all()))
+        yield _RESNETS[layers] + ("_msra" if is_msra else "")
+
+
+def _take_backbone(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    prefix = BACKBONES[layout]
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _match(
+    weights: Weights, name: str, layout: str, options: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Tensor]]:
+    """Return what does not fit, or None, and the tensors by our names."""
+    classifier = next((value for key, value in weights.tensors.items() if key.endswith("cls_score.bias")), None)
+    num_classes = len(classifier) - 1 if classifier is not None and classifier.ndim and len(classifier) > 1 else 1
+    with torch.device("meta"):
+        expected = build_rcnn(name, num_classes, **{**options, "norm": "bn"}).state_dict()
+    names = rename_rcnn(expected, layout, recognise(_take_backbone(weights.tensors, layout)), options)
+    unused, matched = dict(weights.tensors), {}
+    for key, own in expected.items():
+        tensor = unused.pop(names[key], None)
+        if tensor is None and key.endswith(".num_batches_tracked"):
+            tensor = torch.zeros((), dtype=torch.int64)
+        if tensor is None:
+            return f"{names[key]} is missing", {}
+        if tensor.shape != own.shape:
+            return f"{names[key]} has shape {tuple(tensor.shape)}, not {tuple(own.shape)}", {}
+        if own.is_floating_point() and not tensor.is_floating_point():
+            return f"{names[key]} is no tensor of floating-point numbers", {}
+        matched[key] = tensor
+    return (f"unexpected key {min(unused)}" if unused else None), matched
+
+
+def describe_rcnn(options: Mapping[str, Any]) -> str:
+    """Return what a detector is called."""
+    return f"a {'Cascade ' if options.get('cascade') else ''}{'Mask' if options.get('masks') else 'Faster'} R-CNN"
+
+
+def _check_buffers(source: str, name: str, buffers: Mapping[str, Tensor]) -> None:
+    """Compare what a file tells of its pixels and anchors with what this network has."""
+    pixels: Pixels = find_pixels(name)
+    options = RCNNOptions()
+    cells = Anchors(options.anchor_sizes, options.anchor_ratios, ()).cells
+    own: dict[str, Any] = {"pixel_mean": pixels.mean, "pixel_std": pixels.std}
+    own |= {f"proposal_generator.anchor_generator.cell_anchors.{k}": cell for k, cell in enumerate(cells)}
+    for key, value in buffers.items():
+        expected = torch.tensor(own.get(key, ()), dtype=torch.float64)
+        if value.numel() != expected.numel() or not torch.allclose(
+            value.double().flatten(), expected.flatten(), atol=1e-2
+        ):
+            raise CheckpointError(f"{source}: {key} is not that of a detector on {name}: another network")
