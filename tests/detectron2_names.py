@@ -27,59 +27,72 @@ def list_tensors(
         classes: without the background.
     """
     shapes = {}
+    inputs = list_bottom_up(shapes, layers, stem, resnest, planes)
+    for stage, of in enumerate(inputs, 2):
+        add_conv(shapes, f"backbone.fpn_lateral{stage}", channels, of, 1, norms)
+        add_conv(shapes, f"backbone.fpn_output{stage}", channels, channels, 3, norms)
+    rpn = "proposal_generator.rpn_head"
+    add_conv(shapes, f"{rpn}.conv", channels, channels, 3, normed=False)
+    add_conv(shapes, f"{rpn}.objectness_logits", 3, channels, 1, normed=False)
+    add_conv(shapes, f"{rpn}.anchor_deltas", 12, channels, 1, normed=False)
+    for number in (".0", ".1", ".2") if cascade else ("",):
+        for k in range(convs):
+            add_conv(shapes, f"roi_heads.box_head{number}.conv{k + 1}", channels, channels, 3, norms)
+        for k in range(fcs):
+            add_linear(shapes, f"roi_heads.box_head{number}.fc{k + 1}", width, width if k else 49 * channels)
+        add_linear(shapes, f"roi_heads.box_predictor{number}.cls_score", classes + 1, width)
+        add_linear(shapes, f"roi_heads.box_predictor{number}.bbox_pred", 4 if cascade else 4 * classes, width)
+    for k in range(4 if masks else 0):
+        add_conv(shapes, f"roi_heads.mask_head.mask_fcn{k + 1}", channels, channels, 3, norms)
+    if masks:
+        shapes["roi_heads.mask_head.deconv.weight"] = (channels, channels, 2, 2)
+        shapes["roi_heads.mask_head.deconv.bias"] = (channels,)
+        add_conv(shapes, "roi_heads.mask_head.predictor", classes, channels, 1, normed=False)
+    return shapes
 
-    def conv(name, outputs, inputs, kernel=1, normed=True, at="norm"):
-        shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
-        names = {f"{name}.{at}.{kind}" for kind in ("weight", "bias", *STATISTICS)} if normed else {f"{name}.bias"}
-        shapes.update(dict.fromkeys(sorted(names), (outputs,)))
 
-    def linear(name, outputs, inputs):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
-
+def list_bottom_up(shapes, layers, stem, resnest, planes):
+    """Add the backbone's tensors; return the channels of res2 to res5."""
     bottom = "backbone.bottom_up"
     for number, (outputs, inputs) in enumerate([(stem, 3), (stem, stem), (2 * stem, stem)] if resnest else [], 1):
-        conv(f"{bottom}.stem.conv1_{number}", outputs, inputs, 3)
+        add_conv(shapes, f"{bottom}.stem.conv1_{number}", outputs, inputs, 3)
     if not resnest:
-        conv(f"{bottom}.stem.conv1", 64, 3, 7)
+        add_conv(shapes, f"{bottom}.stem.conv1", 64, 3, 7)
     inputs = 2 * stem if resnest else 64
     for stage, blocks in enumerate(layers, 2):
         p = planes * 2 ** (stage - 2)
         for block in range(blocks):
             name = f"{bottom}.res{stage}.{block}"
-            conv(f"{name}.conv1", p, inputs)
-            if resnest:  # radix 2: two groups, and a small network of attention
-                inner, split = max(p // 2, 32), f"{name}.conv2"
-                shapes[f"{split}.conv.weight"] = (2 * p, p // 2, 3, 3)
-                for layer, outputs, of in (("fc1", inner, p), ("fc2", 2 * p, inner)):
-                    shapes[f"{split}.{layer}.weight"], shapes[f"{split}.{layer}.bias"] = (outputs, of, 1, 1), (outputs,)
-                for norm, size in (("bn0", 2 * p), ("bn1", inner)):
-                    shapes.update({f"{split}.{norm}.{kind}": (size,) for kind in ("weight", "bias", *STATISTICS)})
+            add_conv(shapes, f"{name}.conv1", p, inputs)
+            if resnest:
+                add_split_attention(shapes, f"{name}.conv2", p)
             else:
-                conv(f"{name}.conv2", p, p, 3)
-            conv(f"{name}.conv3", 4 * p, p)
+                add_conv(shapes, f"{name}.conv2", p, p, 3)
+            add_conv(shapes, f"{name}.conv3", 4 * p, p)
             if not block:
-                conv(f"{name}.shortcut", 4 * p, inputs)
+                add_conv(shapes, f"{name}.shortcut", 4 * p, inputs)
             inputs = 4 * p
-        conv(f"backbone.fpn_lateral{stage}", channels, inputs, 1, norms)
-        conv(f"backbone.fpn_output{stage}", channels, channels, 3, norms)
-    rpn = "proposal_generator.rpn_head"
-    conv(f"{rpn}.conv", channels, channels, 3, normed=False)
-    conv(f"{rpn}.objectness_logits", 3, channels, 1, normed=False)
-    conv(f"{rpn}.anchor_deltas", 12, channels, 1, normed=False)
-    for number in (".0", ".1", ".2") if cascade else ("",):
-        for k in range(convs):
-            conv(f"roi_heads.box_head{number}.conv{k + 1}", channels, channels, 3, norms)
-        for k in range(fcs):
-            linear(f"roi_heads.box_head{number}.fc{k + 1}", width, width if k else 49 * channels)
-        linear(f"roi_heads.box_predictor{number}.cls_score", classes + 1, width)
-        linear(f"roi_heads.box_predictor{number}.bbox_pred", 4 if cascade else 4 * classes, width)
-    for k in range(4 if masks else 0):
-        conv(f"roi_heads.mask_head.mask_fcn{k + 1}", channels, channels, 3, norms)
-    if masks:
-        shapes["roi_heads.mask_head.deconv.weight"] = (channels, channels, 2, 2)
-        shapes["roi_heads.mask_head.deconv.bias"] = (channels,)
-        conv("roi_heads.mask_head.predictor", classes, channels, 1, normed=False)
-    return shapes
+    return [4 * planes * 2**stage for stage in range(4)]
+
+
+def add_conv(shapes, name, outputs, inputs, kernel=1, normed=True):
+    shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
+    names = [f"{name}.norm.{kind}" for kind in ("weight", "bias", *STATISTICS)] if normed else [f"{name}.bias"]
+    shapes.update(dict.fromkeys(names, (outputs,)))
+
+
+def add_linear(shapes, name, outputs, inputs):
+    shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+
+def add_split_attention(shapes, name, p):
+    """Radix 2: a convolution of two groups, and a small network of attention."""
+    inner = max(p // 2, 32)
+    shapes[f"{name}.conv.weight"] = (2 * p, p // 2, 3, 3)
+    for layer, outputs, inputs in (("fc1", inner, p), ("fc2", 2 * p, inner)):
+        shapes[f"{name}.{layer}.weight"], shapes[f"{name}.{layer}.bias"] = (outputs, inputs, 1, 1), (outputs,)
+    for norm, size in (("bn0", 2 * p), ("bn1", inner)):
+        shapes.update({f"{name}.{norm}.{kind}": (size,) for kind in ("weight", "bias", *STATISTICS)})
 
 
 def draw_tensors(shapes, seed=0, dtype=torch.float64):

@@ -92,15 +92,16 @@ def _choose_backbone(
     weights: Weights, layout: str, options: Mapping[str, Any], buffers: Mapping[str, Tensor]
 ) -> tuple[str, dict[str, Tensor]]:
     """Return the first network of the zoo that the weights fit as a backbone, and the tensors by our names."""
-    problems = []
+    problems: list[tuple[int, str]] = []
     for name in _list_candidates(weights, layout, buffers):
         problem, matched = _match(weights, name, layout, options)
         if not problem:
             return name, matched
-        problems.append(f"{problem}: not all the weights of {describe_rcnn(options)} on {name}")
+        problems.append((len(matched), f"{problem}: not all the weights of {describe_rcnn(options)} on {name}"))
     if not problems:
         raise CheckpointError(f"{weights.source}: a detector on a backbone that is none of this project's networks")
-    raise CheckpointError(f"{weights.source}: {problems[0]}")
+    _, nearest = max(problems, key=lambda problem: problem[0])
+    raise CheckpointError(f"{weights.source}: {nearest}")
 
 
 def _list_candidates(weights: Weights, layout: str, buffers: Mapping[str, Tensor]) -> Iterator[str]:
@@ -129,23 +130,23 @@ def _take_backbone(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tens
 def _match(
     weights: Weights, name: str, layout: str, options: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Tensor]]:
-    """Return what does not fit, or None, and the tensors by our names."""
+    """Return what does not fit first, or None, and the tensors before it by our names."""
     classifier = next((value for key, value in weights.tensors.items() if key.endswith("cls_score.bias")), None)
     num_classes = len(classifier) - 1 if classifier is not None and classifier.ndim and len(classifier) > 1 else 1
     with torch.device("meta"):
         expected = build_rcnn(name, num_classes, **{**options, "norm": "bn"}).state_dict()
     names = rename_rcnn(expected, layout, recognise(_take_backbone(weights.tensors, layout)), options)
-    unused, matched = dict(weights.tensors), {}
+    unused, matched = dict(weights.tensors), dict[str, Tensor]()
     for key, own in expected.items():
         tensor = unused.pop(names[key], None)
         if tensor is None and key.endswith(".num_batches_tracked"):
             tensor = torch.zeros((), dtype=torch.int64)
         if tensor is None:
-            return f"{names[key]} is missing", {}
+            return f"{names[key]} is missing", matched
         if tensor.shape != own.shape:
-            return f"{names[key]} has shape {tuple(tensor.shape)}, not {tuple(own.shape)}", {}
+            return f"{names[key]} has shape {tuple(tensor.shape)}, not {tuple(own.shape)}", matched
         if own.is_floating_point() and not tensor.is_floating_point():
-            return f"{names[key]} is no tensor of floating-point numbers", {}
+            return f"{names[key]} is no tensor of floating-point numbers", matched
         matched[key] = tensor
     return (f"unexpected key {min(unused)}" if unused else None), matched
 
