@@ -209,6 +209,11 @@ class DetectionRecipe(Recipe):
     zero_gamma: bool
     channels: Positive
     anchor_sizes: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=5, max_length=5)]
+    # torchvision's own values of the next three, and of rpn_convs in its second versions: true, false, 2 and 2.
+    anchors_rounded: bool
+    aligned: bool
+    sampling: Annotated[int, Field(ge=0)]
+    rpn_convs: Positive
     canonical_size: Positive
     samples: Positive
     box_convs: Annotated[int, Field(ge=0)]

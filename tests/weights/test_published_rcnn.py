@@ -1,8 +1,10 @@
 """Detectors of other programs: their numbers, all 17 rows' names, and each way in which a file does not fit."""
 
 import functools
+import json
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -358,11 +360,31 @@ def test_torchvisions_detectors_find_the_same(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_recipe_can_have_torchvisions_network():
+    """With the options that it has otherwise, a run starts from all of the file."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
+
+    from conftest import compose_config
+    from resnest_imagenet.config import TrainConfig
+    from resnest_imagenet.models.rcnn_options import RCNNOptions
+    from resnest_imagenet.weights.detection import read_options
+    from resnest_imagenet.weights.published_rcnn import adopt_rcnn
+
+    options = ["rpn_convs=2", "anchors_rounded=true", "aligned=false", "sampling=2"]
+    options = ["+experiment=faster_rcnn_resnet50", "model=resnet50", *(f"train.{option}" for option in options)]
+    config = compose_config("train", TrainConfig, *options, "data.root=/coco")
+    recipe = RCNNOptions(**read_options(config.train.model_dump(), config.protocol.model_dump()))
+    with torch.device("meta"):
+        weights = adopt_rcnn(Weights("a.pth", fasterrcnn_resnet50_fpn_v2(weights_backbone=None).state_dict()))
+    torchvisions = RCNNOptions(**{**weights.rcnn_options, "mask_convs": 4, "norm": "sync", "head_norm": None})
+    lists = {"anchor_sizes": torchvisions.anchor_sizes}
+    assert weights.model == "resnet50" and replace(recipe, **lists) == torchvisions
+
+
+@pytest.mark.slow
 def test_resnest_eval_takes_a_file(tmp_path, capsys):
     """By names of classes and COCO's ids; the results say that no run of this project trained it."""
     pytest.importorskip("pycocotools")
-    import json
-
     from coco_files import describe_image, describe_object, write_part
     from conftest import compose_config
     from resnest_imagenet.commands import evaluate
@@ -372,14 +394,14 @@ def test_resnest_eval_takes_a_file(tmp_path, capsys):
     categories = [{"id": k, "name": name} for k, name in enumerate(coco_categories(), 1) if name != "N/A"]
     root = write_part(tmp_path, "val", [describe_image(1)], [describe_object(1, 1, category=90)], categories)
     source = write_pickle(tmp_path / "a.pkl", draw_small(cascade=True))
-    files = {name: str(tmp_path / f"{name}.json") for name in ("out", "predictions")}
+    files = {name: tmp_path / f"{name}.json" for name in ("out", "predictions")}
     options = [f"{name}={path}" for name, path in files.items()]
     shown = ["protocol=coco", "protocol.short_side=32", "protocol.longest=64", "protocol.min_score=0"]
     options += [f"ckpt={source}", f"data.root={root}", "loader.workers=0", "device=cpu", *shown]
     evaluate.run(compose_config("eval", EvalConfig, *options))
     out = capsys.readouterr().out
     assert "1 images, 1 objects: short side 32, long side at most 64, scores above 0," in out
-    results, detections = (json.loads(open(path).read()) for path in files.values())
+    results, detections = (json.loads(path.read_bytes()) for path in files.values())
     assert (results["model"], results["training"], results["ckpt"]) == (NAME, None, str(source))
     assert len(results["results"][0]["ap_per_class"]["box"]) == 80
     assert {detection["category_id"] for detection in detections} <= {category["id"] for category in categories}
