@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.classifier import open_classifier
     from resnest_imagenet.inference.compare import compare
     from resnest_imagenet.inference.compare_masks import compare_masks
+    from resnest_imagenet.inference.compare_objects import compare_objects
     from resnest_imagenet.inference.explain import explain
     from resnest_imagenet.inference.predict import predict
     from resnest_imagenet.inference.segment import segment
@@ -21,6 +22,7 @@ __all__ = [
     "build_model",
     "compare",
     "compare_masks",
+    "compare_objects",
     "evaluate",
     "explain",
     "list_models",
@@ -38,6 +40,7 @@ _MODULES = {
     "build_model": "models.zoo",
     "compare": "inference.compare",
     "compare_masks": "inference.compare_masks",
+    "compare_objects": "inference.compare_objects",
     "evaluate": "tasks.evaluate_checkpoint",
     "explain": "inference.explain",
     "list_models": "models.zoo",

@@ -74,7 +74,7 @@ def open_detector(
     """
     place_on = choose_device(device)
     weights = source if isinstance(source, Weights) else read_weights(source, choice, (DETECTION,))
-    shown = _read_protocol(weights, protocol)
+    shown = read_protocol(weights, protocol)
     module = restore_rcnn(weights, shown.model_dump()).eval().requires_grad_(False)
     place(module, place_on)
     assert weights.model and weights.classes
@@ -97,7 +97,19 @@ def take_detector(network: Detector | str | PathLike[str]) -> Detector:
     return open_detector(network)
 
 
-def _read_protocol(weights: Weights, protocol: BoxProtocolOptions | Mapping[str, Any] | None) -> BoxProtocolOptions:
+def read_protocol(
+    weights: Weights, protocol: BoxProtocolOptions | Mapping[str, Any] | None = None
+) -> BoxProtocolOptions:
+    """Return how a run's network sees images, and which of its detections count.
+
+    Args:
+        weights: of the run's checkpoint.
+        protocol: as `open_detector` takes it.
+
+    Raises:
+        CheckpointError: its configuration does not tell.
+        ConfigError: the protocol is not valid.
+    """
     if isinstance(protocol, BoxProtocolOptions):
         return protocol
     try:

@@ -260,7 +260,4 @@ def build_val_loader(
 
 def describe_protocol(protocol: BoxProtocolOptions) -> str:
     """Return how images are shown and detections chosen, in words."""
-    return (
-        f"short side {protocol.short_side}, long side at most {protocol.longest}, scores above {protocol.min_score:g}, "
-        f"NMS {protocol.nms:g}, {protocol.detections} detections"
-    )
+    return protocol.text

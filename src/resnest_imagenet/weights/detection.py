@@ -64,6 +64,13 @@ def start_rcnn(
     return "all of it" if not rest else f"all of it but {len(rest)} tensors of other layers or classes"
 
 
+def name_rcnn(weights: Weights) -> str:
+    """Return what a detector of a run's checkpoint is called: "Mask R-CNN on resnest50"."""
+    recipe = weights.training or {}
+    kind = f"{'Cascade ' if recipe.get('cascade') else ''}{'Mask ' if recipe.get('masks') else ''}R-CNN"
+    return f"{'Faster R-CNN' if kind == 'R-CNN' else kind} on {weights.model}"
+
+
 def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) -> RCNN:
     """Build the network of a run's checkpoint, on the CPU, and load its weights.
 
