@@ -16,6 +16,7 @@ from resnest_imagenet.options import (
     IS_PATH,
     Crop,
     Device,
+    Fraction,
     Options,
     Place,
     Positive,
