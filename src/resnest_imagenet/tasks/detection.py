@@ -61,7 +61,7 @@ class Detection:
         require_same_classes(self.train_set, self.val_set)
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
-        self.classes = self._train.classes
+        self.classes, self.category_ids = self._train.classes, self._train.category_ids
         self._truth = open_ground_truth(self._val, masks=recipe.masks)
         network = config.model.model_copy(update={"num_classes": len(self.classes)})
         self.config = config.model_copy(update={"model": network})
