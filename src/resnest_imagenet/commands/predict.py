@@ -137,9 +137,8 @@ def detect_objects(
             lines.append(format_objects(image, detector.classes, config.top))
             num_objects += len(image)
     if out is not None:
-        lines.append(
-            f"{out}: images: {len(detected)}, objects above {score:g}: {num_objects}{describe_numbers(Path(out), detected)}"
-        )
+        numbers = describe_numbers(Path(out), detected)
+        lines.append(f"{out}: images: {len(detected)}, objects above {score:g}: {num_objects}{numbers}")
     return "\n".join(lines), list(detected.skipped)
 
 
