@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import overload
 
 import numpy as np
 import torch
@@ -25,6 +26,27 @@ from resnest_imagenet.instances import Detections
 from resnest_imagenet.models.zoo import find_pixels
 
 SCORE = 0.5  # that objects are above, where nobody says another
+
+
+@dataclass(frozen=True, eq=False)
+class _DecodedMasks(Sequence[np.ndarray]):
+    """The pixels of masks, by their run-length codes."""
+
+    codes: tuple[bytes, ...]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(index, slice):
+            return _DecodedMasks(self.codes[index], self.size)
+        return decode_mask(self.codes[index], self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +78,10 @@ class DetectedImage:
         height, width = self.pixels.shape[:2]
         return height, width
 
-    def decode_mask(self, row: int) -> np.ndarray:
-        """Return the pixels of an object's mask, bool (H, W); the network must find masks."""
-        assert self.masks is not None
-        return decode_mask(self.masks[row], self.size)
+    @property
+    def decoded_masks(self) -> Sequence[np.ndarray] | None:
+        """The n masks, bool (H, W), each decoded when it is asked for: many take more memory than the image."""
+        return None if self.masks is None else _DecodedMasks(self.masks, self.size)
 
 
 @dataclass(frozen=True)

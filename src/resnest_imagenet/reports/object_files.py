@@ -60,8 +60,8 @@ def draw_objects(image: DetectedImage, classes: Sequence[str], palette: np.ndarr
         classes: names, in the order of the indices.
         palette: uint8 (K, 3), a colour for each class.
     """
-    masks = None if image.masks is None else [image.decode_mask(row) for row in range(len(image))]
-    return draw_detections(image.pixels, image.boxes, image.labels, classes, palette, image.scores, masks)
+    columns = (image.boxes, image.labels, classes, palette, image.scores, image.decoded_masks)
+    return draw_detections(image.pixels, *columns)
 
 
 def describe_numbers(out: Path, detected: DetectedImages) -> str:
