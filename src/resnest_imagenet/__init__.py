@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.compare import compare
     from resnest_imagenet.inference.compare_masks import compare_masks
     from resnest_imagenet.inference.compare_objects import compare_objects
+    from resnest_imagenet.inference.detect import detect
+    from resnest_imagenet.inference.detector import open_detector
     from resnest_imagenet.inference.explain import explain
     from resnest_imagenet.inference.predict import predict
     from resnest_imagenet.inference.segment import segment
@@ -23,11 +25,13 @@ __all__ = [
     "compare",
     "compare_masks",
     "compare_objects",
+    "detect",
     "evaluate",
     "explain",
     "list_models",
     "load_backbone",
     "open_classifier",
+    "open_detector",
     "open_segmenter",
     "predict",
     "register_model",
@@ -41,11 +45,13 @@ _MODULES = {
     "compare": "inference.compare",
     "compare_masks": "inference.compare_masks",
     "compare_objects": "inference.compare_objects",
+    "detect": "inference.detect",
     "evaluate": "tasks.evaluate_checkpoint",
     "explain": "inference.explain",
     "list_models": "models.zoo",
     "load_backbone": "weights.load",
     "open_classifier": "inference.classifier",
+    "open_detector": "inference.detector",
     "open_segmenter": "inference.segmenter",
     "predict": "inference.predict",
     "register_model": "extensions",

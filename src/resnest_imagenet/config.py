@@ -190,6 +190,7 @@ class PredictConfig(InferenceConfig):
     model: NetworkOptions | None
     images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
     top: Positive
+    score: Fraction | None  # of detection; null: 0.5
     out: Place | None
 
 

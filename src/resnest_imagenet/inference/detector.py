@@ -46,6 +46,11 @@ class Detector:
         return next(self.module.parameters()).device
 
     @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The numbers of the classes in files of COCO's form: the data set's own, or 1 to K."""
+        return tuple(self.weights.category_ids or range(1, len(self.classes) + 1))
+
+    @property
     def finds_masks(self) -> bool:
         """Whether it finds masks too."""
         return self.module.roi_heads.masks is not None

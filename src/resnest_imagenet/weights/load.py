@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -34,8 +34,11 @@ TASK = "classification"  # that of the zoo's networks; a checkpoint that names n
 _USES = {
     TASK: "start a run from it, train.init_from=...",
     "segmentation": "resnest-eval, resnest-predict, resnest-compare and resnest-export take it",
+    "detection": "resnest-eval and resnest-predict take it",
 }
 _COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
+_NUMBERS = TypeAdapter(list[int])
+T = TypeVar("T")
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
 # mmpretrain, Lightning and timm.
 _CONTAINERS = (("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"))
@@ -58,6 +61,7 @@ class Weights:
         run: the whole configuration of the run, in this project's checkpoints.
         task: that it was trained for: another than classification only of this project's checkpoints.
         palette: red, green and blue of each class, 0 to 255, where the source tells.
+        category_ids: the data set's own numbers of the classes, where the source tells.
     """
 
     source: str
@@ -72,6 +76,7 @@ class Weights:
     run: dict[str, Any] | None = None
     task: str = TASK
     palette: list[list[int]] | None = None
+    category_ids: list[int] | None = None
 
 
 def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Collection[str] = (TASK,)) -> Weights:
@@ -152,7 +157,8 @@ def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
         raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
     crop, protocol = _read_evaluation(content["config"])
     known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
-    known["palette"] = _read_palette(content.get("palette"), len(classes))
+    known["palette"] = _read_of_classes(_COLOURS, content.get("palette"), len(classes))
+    known["category_ids"] = _read_of_classes(_NUMBERS, content.get("category_ids"), len(classes))
     return replace(weights, model=name, run=content["config"], task=content.get("task", TASK), **known)
 
 
@@ -165,13 +171,13 @@ def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOption
         return None, None
 
 
-def _read_palette(palette: Any, num_classes: int) -> list[list[int]] | None:
-    """Return the colours of the classes that a checkpoint has; None where it has none, or something else."""
+def _read_of_classes(kind: TypeAdapter[list[T]], content: Any, num_classes: int) -> list[T] | None:
+    """Return what a checkpoint has of each class; None where it has nothing, or something else."""
     try:
-        colours = _COLOURS.validate_python(palette, strict=True)
+        values = kind.validate_python(content, strict=True)
     except ValidationError:
         return None
-    return colours if len(colours) == num_classes else None
+    return values if len(values) == num_classes else None
 
 
 def _find_published_test(source: str, model: str) -> tuple[int | None, ProtocolOptions | None]:
