@@ -33,5 +33,6 @@ def describe_object_input(weights: Weights, protocol: BoxProtocolOptions | None 
             "mean": pixels.mean,
             "std": pixels.std,
             "classes": weights.classes,
+            "category_ids": weights.category_ids,
         }
     )

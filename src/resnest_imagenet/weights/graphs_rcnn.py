@@ -240,6 +240,8 @@ def _make_onnx(graph: RCNNGraph, form: _GraphForm, metadata: dict[str, str]) -> 
         dynamic_shapes=any_side,
     )
     assert program is not None
+    for port in program.model_proto.graph.output:
+        port.type.tensor_type.shape.dim[0].dim_param = "detections"
     return encode_onnx(program.model_proto, metadata)
 
 

@@ -34,7 +34,7 @@ TASK = "classification"  # that of the zoo's networks; a checkpoint that names n
 _USES = {
     TASK: "start a run from it, train.init_from=...",
     "segmentation": "resnest-eval, resnest-predict, resnest-compare and resnest-export take it",
-    "detection": "resnest-eval and resnest-predict take it",
+    "detection": "resnest-eval, resnest-predict, resnest-compare and resnest-export take it",
 }
 _COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
 _NUMBERS = TypeAdapter(list[int])
