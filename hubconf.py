@@ -121,8 +121,8 @@ def rcnn(
     """Faster, Mask or Cascade R-CNN on any of these networks, in training mode, with random weights or trained ones.
 
     Maps images (B, 3, H, W), padded with zeros at the right and at the bottom to multiples of 32, and the (height,
-    width) of each without the padding to what it finds: boxes, scores, labels and masks of each; in training mode, where
-    it takes targets in place of the sizes, to its losses. With weights, its attributes are the run's: classes, and
+    width) of each without the padding to what it finds: boxes, scores, labels and masks of each; in training mode, in
+    which targets take the place of the sizes, to its losses. With weights, its attributes are the run's: classes, and
     pixels (mean and std of 0..255, and whether blue comes first), by which images are normalised.
 
     Args:

@@ -150,7 +150,9 @@ def test_equal_detectors_differ_nowhere(checkpoints, photos):
     comparison = resnest_imagenet.compare_objects([network] * 2, min(photos.iterdir()), score=SCORE)
     assert comparison.differing.tolist() == [0] and len(comparison.order) == 0 and comparison.found.sum()
     assert "Nowhere: all detections match." in render_object_comparison(comparison)
-    with pytest.raises(ConfigError, match=r"^score=0.1 is below min_score=0.3, with which .* was opened: open it with "):
+    with pytest.raises(
+        ConfigError, match=r"^score=0.1 is below min_score=0.3, with which .* was opened: open it with "
+    ):
         resnest_imagenet.compare_objects([network] * 2, photos, score=0.1)
     with pytest.raises(ConfigError, match="^networks: give two networks or more$"):
         resnest_imagenet.compare_objects([network], photos)
@@ -167,7 +169,10 @@ def test_refusals(checkpoints, photos, tmp_path):
     save_checkpoint(content, tmp_path / "other.pt")
     first, both = checkpoints[0], f"ckpt=[{checkpoints[0]},{checkpoints[1]}]"
     for options, message in (
-        ([f"ckpt=[{first},{tmp_path}/cls.pt]"], "best.pt is of detection, .*cls.pt of classification: compare networks"),
+        (
+            [f"ckpt=[{first},{tmp_path}/cls.pt]"],
+            "best.pt is of detection, .*cls.pt of classification: compare networks",
+        ),
         ([f"ckpt=[{first},{tmp_path}/other.pt]"], "best.pt has cross as class 4, .*other.pt other: compare networks"),
         ([both, "crop=64"], "^crop is of classification: .*best.pt is of detection, and sees images one at a time"),
         ([both, "loader.workers=1"], "^loader is of classification: "),

@@ -90,7 +90,7 @@ def test_an_onnx_graph_of_any_size_finds_what_the_network_does(network, checkpoi
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [port.name for port in session.get_outputs()]
     assert names == ["boxes", "scores", "labels", "masks"]
-    assert [port.shape for port in session.get_outputs()][0] == ["detections", 4]
+    assert session.get_outputs()[0].shape == ["detections", 4]
     for arguments in ((96, 128, (90, 121)), (160, 96, (160, 96)), (128, 224, (97, 220))):
         images, size, expected = find(network, *arguments)
         outputs = session.run(names, {"images": images.numpy(), "size": size.numpy()})
@@ -125,7 +125,10 @@ def test_a_state_dict_has_the_networks_own_names(form, network, checkpoint, tmp_
 @pytest.mark.parametrize(
     ("layout", "names"),
     [
-        ("mmdetection", {"backbone.stem.0.weight": "conv1.0.weight", "backbone.stem.7.running_mean": "bn1.running_mean"}),
+        (
+            "mmdetection",
+            {"backbone.stem.0.weight": "conv1.0.weight", "backbone.stem.7.running_mean": "bn1.running_mean"},
+        ),
         ("detectron2", {"stem.conv1_1.weight": "conv1.0.weight", "res2.0.conv1.norm.bias": "layer1.0.bn1.bias"}),
     ],
 )

@@ -178,9 +178,7 @@ def _refuse_options(config: CompareConfig, task: str) -> None:
     }
     for name, is_given in given.items():
         if is_given:
-            raise ConfigError(
-                f"{name} is of classification: {config.ckpt[0]} is of {task}, and {what_they_do[task]}"
-            )
+            raise ConfigError(f"{name} is of classification: {config.ckpt[0]} is of {task}, and {what_they_do[task]}")
 
 
 def _list_scenes(config: CompareConfig, segmenter: "Segmenter") -> "ImageFolder":

@@ -79,7 +79,9 @@ def export_detector(config: ExportConfig, weights: "Weights") -> str:
         values = protocol.model_dump() if protocol else None
         return export_rcnn_graph(weights, describe, config.out, protocol=values, **options)
     if config.crop is not None or protocol is not None:
-        raise ConfigError(f"crop and protocol with format={config.format} are of classification: a detector has its run's")
+        raise ConfigError(
+            f"crop and protocol with format={config.format} are of classification: a detector has its run's"
+        )
     if config.format == "hub":
         return export_rcnn_folder(weights, describe, config.out)
     return export_rcnn(weights, config.out, layout=config.layout, form=config.format)

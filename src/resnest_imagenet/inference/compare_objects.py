@@ -154,8 +154,7 @@ class _Count:
                 shared[network] &= is_matched
             num_matched += len(pairs)
             self._matched += np.bincount(row[first].labels[pairs[:, 0]], minlength=len(self._matched))
-        for counts, image in zip(self.found, row, strict=True):
-            counts += np.bincount(image.labels, minlength=len(counts))
+        self.found += np.stack([np.bincount(image.labels, minlength=len(self._matched)) for image in row])
         # Each detection is in a pair with each other network.
         total = (len(row) - 1) * sum(map(len, row))
         self.differing.append(1 - 2 * num_matched / total if total else 0.0)

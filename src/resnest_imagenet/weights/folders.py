@@ -32,7 +32,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / SETTINGS}: cannot be read ({error}): export the network again") from error
     if not isinstance(content, dict) or not set(ENTRIES) <= content.keys():
         raise CheckpointError(
-            f"{folder}: not a folder with a network of segmentation or detection: give its file of weights, {folder / TENSORS}, "
-            "and the network's name"
+            f"{folder}: not a folder with a network of segmentation or detection: give its file of weights, "
+            f"{folder / TENSORS}, and the network's name"
         )
     return {**content, "model": load_checkpoint(folder / TENSORS)}

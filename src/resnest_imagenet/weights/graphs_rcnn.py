@@ -136,9 +136,7 @@ def _write_graph(
         )
     with replacing(file) as opened:
         opened.write(content)
-    return (
-        f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, {agreement.text}, SHA-256 {digest(file)}"
-    )
+    return f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, {agreement.text}, SHA-256 {digest(file)}"
 
 
 @dataclass(frozen=True)

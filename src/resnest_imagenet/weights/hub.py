@@ -161,7 +161,7 @@ def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
 
 
 def read_score(weights: Weights) -> str | None:
-    """Return Top-1, mIoU or AP in words where the checkpoint has it: a run's best.pt has that of its evaluated weights."""
+    """Return Top-1, mIoU or AP in words where a checkpoint has it: a run's best.pt has it of its evaluated weights."""
     if weights.training is None or Path(weights.source).name != "best.pt":
         return None
     content = load_checkpoint(weights.source)
