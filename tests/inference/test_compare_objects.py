@@ -67,6 +67,7 @@ def checkpoints(detection_run, tmp_path_factory):
             if key.endswith("classify.weight"):
                 change = torch.randn(value.shape, generator=generator)
                 content["model"][key] = value + 4 * change if name == "a" else value + change
+        (folder / name).mkdir()
         save_checkpoint(content, folder / name / "best.pt")
     return folder / "a/best.pt", folder / "b/best.pt"
 

@@ -115,11 +115,18 @@ def test_a_program_of_one_size_finds_what_the_network_does(network, checkpoint, 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_a_state_dict_has_the_networks_own_names(form, network, checkpoint, tmp_path, capsys):
+    from resnest_imagenet.weights.detection import start_rcnn
+
     out = tmp_path / f"out.{form}"
     export(checkpoint, f"format={form}", f"out={out}")
     line = rf"wrote {out}: {WORDS}, \d+ tensors, SHA-256 [0-9a-f]{{64}}\n"
     assert re.fullmatch(line, capsys.readouterr().out)
     assert_same(find(build_as_trained(load_checkpoint(out)))[2], find(network)[2])
+    model, own = build_as_trained(), network.state_dict()
+    assert start_rcnn(model, "resnest14_half", CLASSES, out).startswith("all of it")
+    for name, tensor in model.state_dict().items():
+        of_classes = any(part in name for part in ("classify", "regress", "mask_fcn_logits"))
+        assert of_classes or torch.equal(tensor, own[name]), name
 
 
 @pytest.mark.parametrize(

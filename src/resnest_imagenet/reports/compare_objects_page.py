@@ -1,5 +1,6 @@
 """A comparison of detectors as a page for a browser."""
 
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -77,15 +78,12 @@ def _render_image(comparison: ObjectComparison, index: int) -> str:
 def _draw(pixels: np.ndarray, image: DetectedImage, is_shared: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
     """Draw the detections of one network: those that all have in grey, below the others."""
     order = np.argsort(is_shared, kind="stable")
+    masks = None if image.masks is None else tuple(image.masks[row] for row in order.tolist())
+    shown = replace(image, pixels=pixels, masks=masks)
     labels = image.labels + len(classes) * is_shared  # the classes a second time, in grey
     palette = np.concatenate([make_box_palette(len(classes)), np.full((len(classes), 3), _SHARED, np.uint8)])
-    masks = None
-    if image.masks is not None:
-        whole = DetectedImage(image.file, pixels, image.boxes, image.scores, image.labels, image.masks)
-        masks = [whole.decode_mask(row) for row in order.tolist()]
-    return draw_detections(
-        pixels, image.boxes[order], labels[order], (*classes, *classes), palette, image.scores[order], masks
-    )
+    columns = (image.boxes[order], labels[order], (*classes, *classes), palette, image.scores[order])
+    return draw_detections(pixels, *columns, shown.decoded_masks)
 
 
 def _render_view(title: str, pixels: np.ndarray) -> str:

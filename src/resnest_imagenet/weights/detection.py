@@ -47,7 +47,7 @@ def start_rcnn(
     Raises:
         UserError: the weights cannot be read, or are not all of this network's backbone.
     """
-    weights = read_weights(source, choice, (TASK, DETECTION))
+    weights = recognise_own(read_weights(source, choice, (TASK, DETECTION)))
     _load_backbone(model, name, weights)
     if weights.task != DETECTION:
         return "its backbone"
@@ -62,6 +62,14 @@ def start_rcnn(
     model.load_state_dict(fitting, strict=False)
     rest = [key for key in own if not key.startswith(_BACKBONE) and key not in fitting]
     return "all of it" if not rest else f"all of it but {len(rest)} tensors of other layers or classes"
+
+
+def recognise_own(weights: Weights) -> Weights:
+    """Return the weights; bare ones with the names of `RCNN`, a file of resnest-export, as those of a detector."""
+    is_own = weights.run is None and {"fpn.inner_blocks.0.0.weight", "roi_heads.stages.0.classify.bias"} <= set(
+        weights.tensors
+    )
+    return replace(weights, task=DETECTION) if is_own else weights
 
 
 def name_rcnn(weights: Weights) -> str:

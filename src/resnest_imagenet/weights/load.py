@@ -84,7 +84,7 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
 
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
-            "state_dict" or "model"; a folder of resnest-export format=hub with a network of segmentation; or published
+            "state_dict" or "model"; a folder of resnest-export format=hub, not of classification; or published
             weights, official:NAME or timm:NAME.
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
         tasks: whose checkpoints are taken.
