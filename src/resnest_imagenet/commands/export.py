@@ -75,9 +75,10 @@ def export_detector(config: ExportConfig, weights: "Weights") -> str:
     protocol = take_box_protocol(config.protocol)
     describe = partial(describe_object_input, protocol=protocol)
     if config.format in ("onnx", "torch_export"):
-        options = {"crop": config.crop, "form": config.format, "sizes": config.sizes}
         values = protocol.model_dump() if protocol else None
-        return export_rcnn_graph(weights, describe, config.out, protocol=values, **options)
+        return export_rcnn_graph(
+            weights, describe, config.out, protocol=values, crop=config.crop, form=config.format, sizes=config.sizes
+        )
     if config.crop is not None or protocol is not None:
         raise ConfigError(
             f"crop and protocol with format={config.format} are of classification: a detector has its run's"

@@ -200,8 +200,8 @@ def format_objects_compared(comparison: ObjectComparison) -> str:
     heads = "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
     lines = [f"{'agreement %':>11}  {heads}  class (detections)"]
     for label in list_classes_by_agreement(comparison):
-        counts = zip(comparison.found[:, label].tolist(), widths, strict=True)
-        cells = "  ".join(f"{count:>{width},}" for count, width in counts)
+        columns = zip(comparison.found[:, label].tolist(), widths, strict=True)
+        cells = "  ".join(f"{count:>{width},}" for count, width in columns)
         lines.append(f"{comparison.agreement[label]:>11.2f}  {cells}  {printable(comparison.classes[label])}")
     lines.append(printable(describe_objects(comparison)))
     alone = comparison.num_alone
