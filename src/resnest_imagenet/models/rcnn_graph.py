@@ -58,10 +58,11 @@ class RCNNGraph(nn.Module):
         for logits, differences, of_level in zip(*rpn.head(levels), anchors, strict=True):
             certainty = logits.permute(0, 2, 3, 1).flatten()
             shifts = differences.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).reshape(-1, 4)
-            best = find_best(certainty, rpn.pre_nms_top_n())
+            # As many as there may be, whatever the level has: what is none has the score -inf.
+            values, best = _rank(certainty, rpn.pre_nms_top_n())
             decoded = _clip(rpn.box_coder.decode_single(shifts[best], of_level[best]), borders)
-            large = _find_large(decoded, rpn.min_size)
-            decoded, certainty = decoded[large], certainty[best][large].sigmoid()
+            is_proposal = (values > -torch.inf) & _are_large(decoded, rpn.min_size)
+            certainty = torch.where(is_proposal, values.sigmoid(), -torch.inf)
             kept = ops.nms(decoded, certainty, rpn.nms_thresh)
             boxes.append(decoded[kept])
             scores.append(certainty[kept])
@@ -91,7 +92,7 @@ class RCNNGraph(nn.Module):
         rows, labels = (scores > options.min_score).nonzero().unbind(1)
         scores = scores[rows, labels]
         boxes = _clip(boxes[rows, torch.zeros_like(labels) if boxes.shape[1] == 1 else labels], borders)
-        large = _find_large(boxes, MIN_SIDE)
+        large = _are_large(boxes, MIN_SIDE).nonzero().flatten()
         boxes, scores, labels = boxes[large], scores[large], labels[large]
         # Classes lie side by side, so that none suppresses another.
         apart = boxes + (labels * (borders.max() + 1))[:, None]
@@ -101,11 +102,16 @@ class RCNNGraph(nn.Module):
 
 
 def find_best(scores: Tensor, count: int) -> Tensor:
-    """Return the places of the `count` highest scores (n,), the highest first; all of them where they are fewer."""
-    # An exporter does not follow a minimum of n and a number.
-    padded = torch.cat((scores, scores.new_full((count,), -torch.inf)))
-    values, places = padded.topk(count)
+    """Return the places of the `count` highest scores (n,), the highest first; of all that are not -inf at most."""
+    values, places = _rank(scores, count)
     return places[(values > -torch.inf).nonzero().flatten()]
+
+
+def _rank(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` highest of scores (n,), the highest first, and their places; -inf and 0 beyond the last."""
+    # An exporter does not follow a minimum of n and a number.
+    values, places = torch.cat((scores, scores.new_full((count,), -torch.inf))).topk(count)
+    return values, torch.where(values > -torch.inf, places, 0)
 
 
 def _append_one(boxes: Tensor) -> Tensor:
@@ -117,6 +123,6 @@ def _clip(boxes: Tensor, borders: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), borders)
 
 
-def _find_large(boxes: Tensor, min_side: float) -> Tensor:
-    """Return the places of the boxes (n, 4) of this width and height or more; NaN is not large."""
-    return (boxes[:, 2:] - boxes[:, :2] >= min_side).all(1).nonzero().flatten()
+def _are_large(boxes: Tensor, min_side: float) -> Tensor:
+    """Return bool (n,): which boxes (n, 4) have this width and height or more; NaN is not large."""
+    return (boxes[:, 2:] - boxes[:, :2] >= min_side).all(1)

@@ -238,9 +238,10 @@ def _make_onnx(graph: RCNNGraph, form: _GraphForm, metadata: dict[str, str]) -> 
         dynamic_shapes=any_side,
     )
     assert program is not None
-    for port in program.model_proto.graph.output:
+    model = program.model_proto
+    for port in model.graph.output:
         port.type.tensor_type.shape.dim[0].dim_param = "detections"
-    return encode_onnx(program.model_proto, metadata)
+    return encode_onnx(model, metadata)
 
 
 def _load_onnx(content: bytes, form: _GraphForm) -> RunDetector:
