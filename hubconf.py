@@ -112,5 +112,46 @@ def deeplabv3(
     return model
 
 
+def rcnn(
+    backbone: str | None = None,
+    num_classes: int | None = None,
+    pretrained: bool | str | os.PathLike[str] = False,
+    **options: typing.Any,
+) -> typing.Any:
+    """Faster, Mask or Cascade R-CNN on any of these networks, in training mode, with random weights or trained ones.
+
+    Maps images (B, 3, H, W), padded with zeros at the right and at the bottom to multiples of 32, and the (height,
+    width) of each without the padding to what it finds: boxes, scores, labels and masks of each; in training mode, in
+    which targets take the place of the sizes, to its losses. With weights, its attributes are the run's: classes, and
+    pixels (mean and std of 0..255, and whether blue comes first), by which images are normalised.
+
+    Args:
+        backbone: name of another entry; None with pretrained, which tells it.
+        num_classes: of the data set, without the background; None likewise.
+        pretrained: a folder of resnest-export format=hub, or a checkpoint of a run of detection.
+        **options: of RCNNOptions of models/rcnn_options.py, such as masks=True; not with pretrained.
+
+    Raises:
+        ConfigError: (a ValueError) for options that there are not, or that pretrained tells.
+        CheckpointError: the weights cannot be read, or are not of detection.
+    """
+    from resnest_imagenet.models.rcnn import build_rcnn
+    from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
+    from resnest_imagenet.weights.load import read_weights
+
+    if not pretrained:
+        if backbone is None or num_classes is None:
+            raise errors.ConfigError("rcnn needs backbone and num_classes, or pretrained")
+        return build_rcnn(backbone, num_classes, **options)
+    if pretrained is True:
+        raise errors.ConfigError("there are no published weights of rcnn: give pretrained=FOLDER or a checkpoint")
+    if options or (backbone, num_classes) != (None, None):
+        raise errors.ConfigError(f"{pretrained} has its backbone, classes and options: give pretrained alone")
+    weights = read_weights(pretrained, tasks=(DETECTION,))
+    model = restore_rcnn(weights)
+    model.classes, model.pixels = weights.classes, zoo.find_pixels(weights.model)
+    return model
+
+
 for _name in zoo.list_models():
     globals()[_name] = _make_entry(_name)

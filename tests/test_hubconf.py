@@ -68,7 +68,7 @@ print(torch.hub.load(*clone, "deeplabv3", "resnest14_half", num_classes=4, chann
 print(sys.modules["resnest_imagenet"].__file__)
 """
     names, *text, clones, folders, peer, classifier, file = run_isolated(script, torch_home)
-    assert names.split() == sorted(["deeplabv3", *list_models()])
+    assert names.split() == sorted(["deeplabv3", "rcnn", *list_models()])
     text = "\n".join(text)
     assert text.startswith("resnest50 in training mode, with random weights or published ones.\n")
     assert "the images that these are evaluated on: a" in text and "usually 224 pixels" in text

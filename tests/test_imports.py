@@ -75,7 +75,9 @@ ONLY_IN = {
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
 ONLY_IN["triton"] = {"models/triton_splits.py"}
 # The parts of its detectors: see models/rcnn.py.
-DETECTORS = {f"models/{name}.py" for name in ("rcnn", "proposals", "boxes", "masks", "roi_heads", "cascade")}
+DETECTORS = {
+    f"models/{name}.py" for name in ("rcnn", "rcnn_graph", "proposals", "boxes", "masks", "roi_heads", "cascade")
+}
 ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py", "models/coco_classes.py"} | DETECTORS
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.classifier import open_classifier
     from resnest_imagenet.inference.compare import compare
     from resnest_imagenet.inference.compare_masks import compare_masks
+    from resnest_imagenet.inference.compare_objects import compare_objects
+    from resnest_imagenet.inference.detect import detect
+    from resnest_imagenet.inference.detector import open_detector
     from resnest_imagenet.inference.explain import explain
     from resnest_imagenet.inference.predict import predict
     from resnest_imagenet.inference.segment import segment
@@ -21,11 +24,14 @@ __all__ = [
     "build_model",
     "compare",
     "compare_masks",
+    "compare_objects",
+    "detect",
     "evaluate",
     "explain",
     "list_models",
     "load_backbone",
     "open_classifier",
+    "open_detector",
     "open_segmenter",
     "predict",
     "register_model",
@@ -38,11 +44,14 @@ _MODULES = {
     "build_model": "models.zoo",
     "compare": "inference.compare",
     "compare_masks": "inference.compare_masks",
+    "compare_objects": "inference.compare_objects",
+    "detect": "inference.detect",
     "evaluate": "tasks.evaluate_checkpoint",
     "explain": "inference.explain",
     "list_models": "models.zoo",
     "load_backbone": "weights.load",
     "open_classifier": "inference.classifier",
+    "open_detector": "inference.detector",
     "open_segmenter": "inference.segmenter",
     "predict": "inference.predict",
     "register_model": "extensions",

@@ -16,6 +16,7 @@ from resnest_imagenet.options import (
     IS_PATH,
     Crop,
     Device,
+    Fraction,
     Options,
     Place,
     Positive,
@@ -189,6 +190,7 @@ class PredictConfig(InferenceConfig):
     model: NetworkOptions | None
     images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
     top: Positive
+    score: Fraction | None  # of detection; null: 0.5
     out: Place | None
 
 
@@ -224,6 +226,7 @@ class CompareConfig(InferenceConfig):
     protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
     ckpt: Annotated[list[Place], Field(min_length=2)]
     models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
+    score: Fraction | None  # of detection: objects have a higher one; null: 0.5
     images: Place | None  # a folder, for classification with one folder per true class, in place of data.root
     data: ComparedDataOptions
     csv: Place | None
@@ -233,7 +236,7 @@ class CompareConfig(InferenceConfig):
     def _check(self) -> "CompareConfig":
         if (self.images is None) == (self.data.root is None):
             raise ValueError(
-                "give either data.root=... or images=..., a folder with one folder per true class (segmentation: any)"
+                "give either data.root=... or images=..., a folder with one folder per true class (other tasks: any)"
             )
         if self.models is not None and len(self.models) != len(self.ckpt):
             raise ValueError(f"models has {len(self.models)} names, ckpt {len(self.ckpt)}")
@@ -256,7 +259,7 @@ class ExportConfig(Options):
     ckpt: Place
     weights: Literal["auto", "model", "ema"]
     model: NetworkOptions | None
-    layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "detectron2"]
+    layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "mmdetection", "detectron2"]
     format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
     sizes: Literal["any", "crop"] | None  # of a graph's images; null: any in ONNX, the crop's in torch.export's program
     crop: Crop | None  # with the protocol: what the others tell their readers, and are tried at; null: its own

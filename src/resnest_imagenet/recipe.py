@@ -52,6 +52,14 @@ class BoxProtocolOptions(Protocol):
     nms: Annotated[float, Field(gt=0, le=1)]  # IoU from which a detection is dropped for a better one of its class
     detections: Positive  # at most so many of an image
 
+    @property
+    def text(self) -> str:
+        """How images are shown and detections chosen, in words."""
+        return (
+            f"short side {self.short_side}, long side at most {self.longest}, scores above {self.min_score:g}, "
+            f"NMS {self.nms:g}, {self.detections} detections"
+        )
+
 
 class Recipe(Options):
     """How to train; conf/recipe/ has the published recipes and the source of each value."""

@@ -154,14 +154,14 @@ def test_refusals(checkpoint, photos, tmp_path):
         "loader=dali": "^loader is of classification: |^loader=dali",
         "protocol=paper": "^protocol is of classification: choose own, whole, slide, centre or published$",
         f"out={tmp_path}/out.csv": r"out.csv: masks need a folder, and a table is of classification$",
-        f"out={photos}": "val holds images to segment: choose another folder$",
-        f"out={photos.parent}": "images holds images to segment: choose another folder$",
+        f"out={photos}": "val holds images that are asked about: choose another folder$",
+        f"out={photos.parent}": "images holds images that are asked about: choose another folder$",
     }.items():
         with pytest.raises(ConfigError, match=message) as error:
             predict(*given, option)
         assert "\n" not in str(error.value)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="^out=.*file/masks: cannot be written"):
+    with pytest.raises(ConfigError, match="^out=.*file/pictures: cannot be written"):
         predict(*given, f"out={tmp_path}/file")
 
 

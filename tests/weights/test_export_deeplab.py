@@ -258,7 +258,10 @@ def test_folders_that_cannot_be_read_are_a_line(folder, tmp_path):
         read_weights(broken, tasks=(SEGMENTATION,))
     for text, message in (
         ("{", "config.json: cannot be read .*: export the network again$"),
-        ('{"architecture": "resnest50d"}', "not a folder with a network of segmentation: give its file of weights, "),
+        (
+            '{"architecture": "resnest50d"}',
+            "not a folder with a network of segmentation or detection: give its file of weights, ",
+        ),
         ("[]", "not a folder with a network of segmentation"),
     ):
         settings.write_text(text)

@@ -65,6 +65,7 @@ def test_a_file_computes_what_detectron2_would(write, options, tmp_path):
     tensors = draw_small(**options)
     detector = open_detector(write(tmp_path / f"a.{'pkl' if write is write_pickle else 'pth'}", tensors))
     assert (detector.name, len(detector.classes), detector.classes[-1]) == (NAME, 80, "toothbrush")
+    assert detector.category_ids[:12] == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13) and detector.category_ids[-1] == 90
     assert detector.finds_masks == options.get("masks", False)
     assert detector.protocol.short_side == 800 and detector.weights.training is None
     model, s = detector.module.double(), {key: value.double() for key, value in tensors.items()}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnest_imagenet.commands.evaluate import take_own_protocol, take_region_protocol
+from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.errors import ConfigError
@@ -15,29 +15,43 @@ if TYPE_CHECKING:
     from resnest_imagenet.data.folder import ImageFolder
     from resnest_imagenet.inference.compare import Comparison
     from resnest_imagenet.inference.compare_masks import MaskComparison
+    from resnest_imagenet.inference.compare_objects import ObjectComparison
     from resnest_imagenet.inference.segmenter import Segmenter
     from resnest_imagenet.weights.load import Weights
 
 
 def run(config: CompareConfig) -> None:
     """Compare and print the tables; images that were skipped raise a DataError after it."""
-    from resnest_imagenet.inference.compare import format_comparison
-    from resnest_imagenet.inference.compare_masks import MaskComparison, format_masks
-
     comparison = compare_networks(config)
-    text = format_masks(comparison) if isinstance(comparison, MaskComparison) else format_comparison(comparison)
-    print(text, flush=True)
+    print(_format(comparison), flush=True)
     report_skipped(list(comparison.skipped))
 
 
-def compare_networks(config: CompareConfig) -> "Comparison | MaskComparison":
+def _format(comparison: "Comparison | MaskComparison | ObjectComparison") -> str:
+    from resnest_imagenet.inference.compare import Comparison, format_comparison
+    from resnest_imagenet.inference.compare_masks import MaskComparison, format_masks
+
+    if isinstance(comparison, Comparison):
+        return format_comparison(comparison)
+    if isinstance(comparison, MaskComparison):
+        return format_masks(comparison)
+    from resnest_imagenet.inference.compare_objects import format_objects_compared
+
+    return format_objects_compared(comparison)
+
+
+def compare_networks(config: CompareConfig) -> "Comparison | MaskComparison | ObjectComparison":
     """Compare, and write `config.csv` and `config.page` where they are set."""
-    from resnest_imagenet.weights.segmentation import SEGMENTATION
+    from resnest_imagenet.weights.load import TASK
 
     weights, device = _read_networks(config)
-    if weights[0].task == SEGMENTATION:
+    task = weights[0].task
+    if task == TASK:
+        return _compare_classifiers(config, weights, device)
+    _refuse_options(config, task)
+    if task == "segmentation":
         return _compare_segmenters(config, weights, device)
-    return _compare_classifiers(config, weights, device)
+    return _compare_detectors(config, weights, device)
 
 
 def _read_networks(config: CompareConfig) -> tuple[list["Weights"], "torch.device"]:
@@ -48,18 +62,23 @@ def _read_networks(config: CompareConfig) -> tuple[list["Weights"], "torch.devic
         UserError: for what else a user can cause, as one line.
     """
     from resnest_imagenet.inference.images import prepare_inference
+    from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.load import TASK, read_weights
+    from resnest_imagenet.weights.published_rcnn import adopt_rcnn
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     outputs = {"csv": config.csv, "page": config.page}
     device = prepare_inference(config.models or [], config.loader.name, config.device, outputs)
-    weights = [read_weights(source, config.weights, (TASK, SEGMENTATION)) for source in config.ckpt]
+    tasks = (TASK, SEGMENTATION, DETECTION)
+    weights = [adopt_rcnn(read_weights(source, config.weights, tasks)) for source in config.ckpt]
     first = weights[0]
     for other in weights[1:]:
         if other.task != first.task:
             raise ConfigError(
                 f"ckpt: {first.source} is of {first.task}, {other.source} of {other.task}: compare networks of one task"
             )
+    if config.score is not None and first.task != DETECTION:
+        raise ConfigError(f"score is of detection: {first.source} is of {first.task}")
     return weights, device
 
 
@@ -105,7 +124,6 @@ def _compare_segmenters(config: CompareConfig, weights: list["Weights"], device:
     from resnest_imagenet.inference.segmenter import open_segmenter
     from resnest_imagenet.reports.compare_masks_page import render_mask_comparison
 
-    _refuse_options(config)
     protocol = take_region_protocol(config.protocol)
     segmenters = [open_segmenter(source, protocol=protocol, device=device) for source in weights]
     comparison = compare_masks(segmenters, _list_scenes(config, segmenters[0]), precision=config.precision)
@@ -116,8 +134,45 @@ def _compare_segmenters(config: CompareConfig, weights: list["Weights"], device:
     return comparison
 
 
-def _refuse_options(config: CompareConfig) -> None:
+def _compare_detectors(config: CompareConfig, weights: list["Weights"], device: "torch.device") -> "ObjectComparison":
+    """Compare detectors."""
+    from resnest_imagenet.inference.compare_objects import compare_objects, encode_object_csv
+    from resnest_imagenet.inference.detect import SCORE
+    from resnest_imagenet.inference.detector import open_detector
+    from resnest_imagenet.reports.compare_objects_page import render_object_comparison
+
+    given, score = take_box_protocol(config.protocol), SCORE if config.score is None else config.score
+    protocol = {**(given.model_dump() if given else {}), "min_score": score}
+    detectors = [open_detector(source, protocol=protocol, device=device) for source in weights]
+    comparison = compare_objects(detectors, _list_objects(config), score=score, precision=config.precision)
+    for path, encode in ((config.csv, encode_object_csv), (config.page, render_object_comparison)):
+        if path is not None:
+            with replacing(Path(path)) as file:
+                file.write(encode(comparison).encode(errors="surrogateescape"))
+    return comparison
+
+
+def _list_objects(config: CompareConfig) -> "ImageFolder":
+    """Return the images of any folder, or those of a data set in COCO's layout."""
+    from resnest_imagenet.data.coco import open_coco
+    from resnest_imagenet.data.folder import ImageFolder
+    from resnest_imagenet.inference.images import list_images
+
+    if config.images is not None:
+        return list_images(config.images)
+    assert config.data.root is not None
+    val_dir = config.data.val_dir if config.data.val_dir != "val" else None  # COCO's own
+    images = open_coco(config.data.root, "val", None, val_dir, masks=False).images
+    assert isinstance(images, ImageFolder)  # objects are in no other source
+    return images
+
+
+def _refuse_options(config: CompareConfig, task: str) -> None:
     """Raise a ConfigError for the options of classification."""
+    what_they_do = {
+        "segmentation": "sees images at their own size, one at a time; protocol=slide or published has windows",
+        "detection": "sees images one at a time, at protocol.short_side=... of protocol=coco",
+    }
     given = {
         "crop": config.crop is not None,
         "models": config.models is not None,
@@ -125,10 +180,7 @@ def _refuse_options(config: CompareConfig) -> None:
     }
     for name, is_given in given.items():
         if is_given:
-            raise ConfigError(
-                f"{name} is of classification: {config.ckpt[0]} is of segmentation, and sees images at their own size, "
-                "one at a time; protocol=slide or published has windows"
-            )
+            raise ConfigError(f"{name} is of classification: {config.ckpt[0]} is of {task}, and {what_they_do[task]}")
 
 
 def _list_scenes(config: CompareConfig, segmenter: "Segmenter") -> "ImageFolder":

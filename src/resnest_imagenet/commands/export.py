@@ -3,7 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
-from resnest_imagenet.commands.evaluate import is_own_protocol, take_own_protocol
+from resnest_imagenet.commands.evaluate import is_own_protocol, take_box_protocol, take_own_protocol
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import ConfigError
@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 def run(config: ExportConfig) -> None:
     """Export, and print the line about what was written."""
+    from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.graphs import require_form
     from resnest_imagenet.weights.load import TASK, read_weights
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     require_form(config.format)
-    weights = read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION))
-    print(export_segmenter(config, weights) if weights.task == SEGMENTATION else export_classifier(config, weights))
+    export = {TASK: export_classifier, SEGMENTATION: export_segmenter, DETECTION: export_detector}
+    weights = read_weights(config.ckpt, config.weights, tuple(export))
+    print(export[weights.task](config, weights))
 
 
 def export_classifier(config: ExportConfig, weights: "Weights") -> str:
@@ -59,6 +61,31 @@ def export_segmenter(config: ExportConfig, weights: "Weights") -> str:
             weights, describe_scene_input, config.out, crop=config.crop, form=config.format, sizes=config.sizes
         )
     return export_deeplab(weights, config.out, layout=config.layout, form=config.format)
+
+
+def export_detector(config: ExportConfig, weights: "Weights") -> str:
+    """Export a detector likewise."""
+    from resnest_imagenet.inference.describe_objects import describe_object_input
+    from resnest_imagenet.weights.export_rcnn import export_rcnn
+    from resnest_imagenet.weights.graphs_rcnn import export_rcnn_graph
+    from resnest_imagenet.weights.hub_rcnn import export_rcnn_folder
+
+    if config.model is not None:
+        raise ConfigError(f"model is of classification: {config.ckpt} is of detection and has its run's")
+    protocol = take_box_protocol(config.protocol)
+    describe = partial(describe_object_input, protocol=protocol)
+    if config.format in ("onnx", "torch_export"):
+        values = protocol.model_dump() if protocol else None
+        return export_rcnn_graph(
+            weights, describe, config.out, protocol=values, crop=config.crop, form=config.format, sizes=config.sizes
+        )
+    if config.crop is not None or protocol is not None:
+        raise ConfigError(
+            f"crop and protocol with format={config.format} are of classification: a detector has its run's"
+        )
+    if config.format == "hub":
+        return export_rcnn_folder(weights, describe, config.out)
+    return export_rcnn(weights, config.out, layout=config.layout, form=config.format)
 
 
 def main() -> None:

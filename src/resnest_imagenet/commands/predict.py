@@ -1,10 +1,11 @@
-"""resnest-predict: the likeliest classes of images, or the class of each of their pixels."""
+"""resnest-predict: the likeliest classes of images, the class of each of their pixels, or the objects in them."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnest_imagenet.commands.evaluate import take_own_protocol, take_region_protocol
+from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.errors import ConfigError
@@ -17,17 +18,20 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.predict import Prediction
     from resnest_imagenet.weights.load import Weights
 
-TABLES = (".csv", ".json")  # the suffixes of out for networks of classification
+TABLES = (".csv", ".json")  # the suffixes of out for networks of classification and of detection
 
 
 def run(config: PredictConfig) -> None:
     """Predict and print the table; images that were skipped raise a DataError after it."""
     from resnest_imagenet.inference.predict import format_predictions
+    from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     weights, images, device = read_inputs(config)
     if weights.task == SEGMENTATION:
         text, skipped = segment_images(config, weights, images, device)
+    elif weights.task == DETECTION:
+        text, skipped = detect_objects(config, weights, images, device)
     else:
         predictions, skipped = predict_images(config, weights, images, device)
         text = format_predictions(predictions)
@@ -38,14 +42,19 @@ def run(config: PredictConfig) -> None:
 def read_inputs(config: PredictConfig) -> tuple["Weights", "ImageFolder", "torch.device"]:
     """Return the weights, of any task, the images and the device, after what can be refused before."""
     from resnest_imagenet.inference.images import list_images, prepare_inference
+    from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.load import TASK, read_weights
+    from resnest_imagenet.weights.published_rcnn import adopt_rcnn
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     name = config.model.name if config.model else None
     table = config.out if config.out is not None and Path(config.out).suffix in TABLES else None
     device = prepare_inference([name], config.loader.name, config.device, {"out": table})
     images = list_images(config.images)
-    return read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION)), images, device
+    weights = adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION)))
+    if config.score is not None and weights.task != DETECTION:
+        raise ConfigError(f"score is of detection: {config.ckpt} is of {weights.task}")
+    return weights, images, device
 
 
 def predict_images(
@@ -84,7 +93,12 @@ def segment_images(
     from resnest_imagenet.inference.segmenter import open_segmenter
     from resnest_imagenet.reports.mask_pictures import name_masks, write_mask
 
-    out = _choose_folder(config, images)
+    _refuse_options(
+        config, weights, "sees images at their own size, one at a time; protocol=slide or published has windows"
+    )
+    if config.out is not None and Path(config.out).suffix in TABLES:
+        raise ConfigError(f"out={config.out}: masks need a folder, and a table is of classification")
+    out = None if config.out is None else _choose_folder(config.out, images)
     segmenter = open_segmenter(weights, protocol=take_region_protocol(config.protocol), device=device)
     segmented = segment(segmenter, images, precision=config.precision)
     lines = []
@@ -98,27 +112,55 @@ def segment_images(
     return "\n".join(lines), list(segmented.skipped)
 
 
-def _choose_folder(config: PredictConfig, images: "ImageFolder") -> Path | None:
-    """Return the folder of the masks, or None; refuse the options of classification."""
+def detect_objects(
+    config: PredictConfig, weights: "Weights", images: "ImageFolder", device: "torch.device"
+) -> tuple[str, list[str]]:
+    """Find objects, and write them into `config.out` if it is set; return the table, and a line per skipped image."""
+    from tqdm import tqdm
+
+    from resnest_imagenet.inference.detect import SCORE, detect, format_objects
+    from resnest_imagenet.inference.detector import open_detector
+    from resnest_imagenet.reports.object_files import describe_numbers, open_files
+
+    _refuse_options(config, weights, "sees images one at a time, at protocol.short_side=... of protocol=coco")
+    given, score = take_box_protocol(config.protocol), SCORE if config.score is None else config.score
+    protocol = {**(given.model_dump() if given else {}), "min_score": score}
+    is_table = config.out is not None and Path(config.out).suffix in TABLES
+    out = config.out if config.out is None or is_table else _choose_folder(config.out, images)
+    detector = open_detector(weights, protocol=protocol, device=device)
+    detected = detect(detector, images, score=score, precision=config.precision)
+    lines, num_objects = [], 0
+    progress = tqdm(detected, unit="image", disable=None, dynamic_ncols=True, leave=False)
+    with nullcontext() if out is None else open_files(Path(out), detected) as write:
+        for image in progress:
+            if write is not None:
+                write(image)
+            lines.append(format_objects(image, detector.classes, config.top))
+            num_objects += len(image)
+    if out is not None:
+        numbers = describe_numbers(Path(out), detected)
+        lines.append(f"{out}: images: {len(detected)}, objects above {score:g}: {num_objects}{numbers}")
+    return "\n".join(lines), list(detected.skipped)
+
+
+def _refuse_options(config: PredictConfig, weights: "Weights", what_it_does: str) -> None:
+    """Refuse the options of classification for a network of another task."""
     given = {
         "crop": config.crop is not None,
         "model": config.model is not None,
         "loader": config.loader.name != "auto" or config.loader.workers is not None,
     }
-    if any(given.values()):
-        first = next(name for name, is_given in given.items() if is_given)
-        raise ConfigError(
-            f"{first} is of classification: {config.ckpt} is of segmentation, and sees images at their own size, "
-            "one at a time; protocol=slide or published has windows"
-        )
-    if config.out is None:
-        return None
-    out = Path(os.path.abspath(config.out))
-    if out.suffix in TABLES:
-        raise ConfigError(f"out={config.out}: masks need a folder, and a table is of classification")
+    first = next((name for name, is_given in given.items() if is_given), None)
+    if first is not None:
+        raise ConfigError(f"{first} is of classification: {config.ckpt} is of {weights.task}, and {what_it_does}")
+
+
+def _choose_folder(place: str, images: "ImageFolder") -> Path:
+    """Return the folder of the pictures."""
+    out = Path(os.path.abspath(place))
     if any(out in Path(images.name(index)).parents for index in range(len(images))):
-        raise ConfigError(f"out={config.out} holds images to segment: choose another folder")
-    require_writable(out / "masks", "out")
+        raise ConfigError(f"out={place} holds images that are asked about: choose another folder")
+    require_writable(out / "pictures", "out")
     return out
 
 

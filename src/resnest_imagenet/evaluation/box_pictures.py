@@ -1,7 +1,7 @@
 """Detections to look at: boxes, masks, names and scores, drawn on a picture."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -12,7 +12,6 @@ from resnest_imagenet.errors import printable
 _GOLDEN = 0.618034  # of a turn between the hues of two classes, so that any few of them differ
 _LIGHT = 140  # luminance from which on letters are black
 _PADDING = 2  # around letters, in pixels
-_FONT_SIZES = (10, 28)  # of the smallest and of the largest picture
 
 
 def make_box_palette(num_classes: int) -> np.ndarray:
@@ -49,11 +48,11 @@ def draw_detections(
     height, width = picture.shape[:2]
     order = range(len(boxes) - 1, -1, -1)
     if masks is not None:
-        picture = _paint_masks(picture, [masks[row] for row in order], [palette[labels[row]] for row in order], opacity)
+        picture = _paint_masks(picture, ((masks[row], palette[labels[row]]) for row in order), opacity)
     image = Image.fromarray(picture)
     pen = ImageDraw.Draw(image)
     thickness = max(1, round(min(height, width) / 240))
-    font = _load_font(int(np.clip(min(height, width) / 24, *_FONT_SIZES)))
+    font = _load_font(_choose_font_size(min(height, width)))
     outlines = [_round_box(box, width, height) for box in np.asarray(boxes, np.float64).tolist()]
     for row in order:
         pen.rectangle(outlines[row], outline=_colour(palette, labels[row]), width=thickness)
@@ -66,12 +65,10 @@ def draw_detections(
     return np.asarray(image)
 
 
-def _paint_masks(
-    picture: np.ndarray, masks: Sequence[np.ndarray], colours: Sequence[np.ndarray], opacity: float
-) -> np.ndarray:
+def _paint_masks(picture: np.ndarray, masks: Iterable[tuple[np.ndarray, np.ndarray]], opacity: float) -> np.ndarray:
     """Return a picture, uint8 (H, W, 3), under the colours of masks: where several lie over each other, of the last."""
     painted, is_covered = picture.copy(), np.zeros(picture.shape[:2], bool)
-    for mask, colour in zip(masks, colours, strict=True):
+    for mask, colour in masks:
         painted[mask] = colour
         is_covered |= mask
     mixed = (1 - opacity) * picture[is_covered] + opacity * painted[is_covered]
@@ -104,6 +101,15 @@ def _write(
     pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
     ink = (0, 0, 0) if np.dot(colour, (0.299, 0.587, 0.114)) > _LIGHT else (255, 255, 255)
     pen.text((x + _PADDING - left, y + _PADDING - top), text, fill=ink, font=font)
+
+
+def _choose_font_size(side: int) -> int:
+    """Return the height of letters for a picture's short side, in pixels.
+
+    Up to 600 pixels it grows with the picture; large pictures, which are looked at from further away, get larger ones
+    again, but not as fast.
+    """
+    return round(max(10, min(side / 30, 20), side / 56))
 
 
 def _colour(palette: np.ndarray, label: int) -> tuple[int, ...]:

@@ -80,7 +80,8 @@ def bring_back(detections: Detections, size: Size, original: Size) -> Detections
     return Detections(boxes[kept], detections.scores[kept].float(), detections.labels[kept], masks)
 
 
-def _is_finite(detections: Detections) -> bool:
+def is_finite(detections: Detections) -> bool:
+    """Return whether all numbers of detections are finite."""
     tensors = (detections.boxes, detections.scores, detections.masks)
     return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
@@ -95,9 +96,9 @@ class _Collector:
         self._seen = torch.zeros(num_images, 2, dtype=torch.int64)
 
     def add(self, image: int, size: Size, original: Size, detections: Detections) -> None:
-        is_finite = _is_finite(detections)
-        self._seen[image] += torch.tensor([1, is_finite])
-        if not is_finite:
+        has_numbers = is_finite(detections)
+        self._seen[image] += torch.tensor([1, has_numbers])
+        if not has_numbers:
             return
         found = bring_back(detections, size, original)
         if found.masks is not None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +26,9 @@ from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.inference.segmenter import Segmenter
 from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
+
+if TYPE_CHECKING:
+    from resnest_imagenet.inference.detector import Detector  # it imports torchvision
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name if words == name else f"{words} ({name})" for name, words in named)
 
 
-def distinguish(networks: Sequence[Classifier | Segmenter]) -> tuple[str, ...]:
+def distinguish(networks: "Sequence[Classifier | Segmenter | Detector]") -> tuple[str, ...]:
     """Return the networks' names; where two have the same, with what differs in their sources, or numbered."""
     names = [network.name for network in networks]
     if len(set(names)) < len(names):

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,9 @@ from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.inference.segment import SegmentedImages
 from resnest_imagenet.inference.segmenter import Segmenter, take_segmenter
+
+if TYPE_CHECKING:
+    from resnest_imagenet.inference.detector import Detector  # it imports torchvision
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,10 @@ def compare_masks(
     )
 
 
-def require_same_classes(segmenters: Sequence[Segmenter]) -> None:
+def require_same_classes(networks: "Sequence[Segmenter | Detector]") -> None:
     """Raise a ConfigError unless all networks have the same classes in the same order."""
-    first = segmenters[0]
-    for other in segmenters[1:]:
+    first = networks[0]
+    for other in networks[1:]:
         if other.classes == first.classes:
             continue
         if len(other.classes) != len(first.classes):

@@ -47,6 +47,11 @@ class Detector:
         return next(self.module.parameters()).device
 
     @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The numbers of the classes in files of COCO's form: the data set's own, or 1 to K."""
+        return tuple(self.weights.category_ids or range(1, len(self.classes) + 1))
+
+    @property
     def finds_masks(self) -> bool:
         """Whether it finds masks too."""
         return self.module.roi_heads.masks is not None
@@ -77,7 +82,7 @@ def open_detector(
     place_on = choose_device(device)
     weights = source if isinstance(source, Weights) else read_weights(source, choice, (DETECTION,))
     weights = adopt_rcnn(weights)
-    shown = _read_protocol(weights, protocol)
+    shown = read_protocol(weights, protocol)
     module = restore_rcnn(weights, shown.model_dump()).eval().requires_grad_(False)
     place(module, place_on)
     assert weights.model and weights.classes
@@ -100,7 +105,19 @@ def take_detector(network: Detector | str | PathLike[str]) -> Detector:
     return open_detector(network)
 
 
-def _read_protocol(weights: Weights, protocol: BoxProtocolOptions | Mapping[str, Any] | None) -> BoxProtocolOptions:
+def read_protocol(
+    weights: Weights, protocol: BoxProtocolOptions | Mapping[str, Any] | None = None
+) -> BoxProtocolOptions:
+    """Return how a run's network sees images, and which of its detections count.
+
+    Args:
+        weights: of the run's checkpoint.
+        protocol: as `open_detector` takes it.
+
+    Raises:
+        CheckpointError: its configuration does not tell.
+        ConfigError: the protocol is not valid.
+    """
     if isinstance(protocol, BoxProtocolOptions):
         return protocol
     published = {"protocol": PUBLISHED_PROTOCOL} if weights.rcnn_options else {}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from resnest_imagenet.config import Crop, Options, OwnProtocolOptions, Positive, Precision
+from resnest_imagenet.config import Crop, Fraction, Options, OwnProtocolOptions, Positive, Precision
 from resnest_imagenet.errors import ConfigError, suggest
 
 
@@ -36,6 +36,7 @@ class Arguments(Options):
     protocol: Annotated[OwnProtocolOptions, BeforeValidator(_fill_protocol)] | None = None
     top: Annotated[Positive, _INTEGER] = 1
     batch_size: Annotated[Positive, _INTEGER] = 1
+    score: Fraction = 0.5
     precision: Precision = "fp32"
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     workers: Annotated[int, Field(ge=0), _INTEGER] | None = None

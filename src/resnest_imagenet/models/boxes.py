@@ -17,7 +17,7 @@ from resnest_imagenet.models.rcnn_options import BoxWeights, RCNNOptions
 
 BOX_SIDE = 7  # of a box's pooled features
 BACKGROUND = 0  # index of the classifier; class k of the data set is k + 1, as in torchvision
-_MIN_SIDE = 1e-2  # of a detection, in pixels, as in torchvision
+MIN_SIDE = 1e-2  # of a detection, in pixels, as in torchvision
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def pool_boxes(
     rois = torch.cat((torch.cat(numbers), torch.cat(list(boxes))), dim=1)
     is_last = levels[0].is_contiguous(memory_format=torch.channels_last)
     pooled = torch.empty(
-        (len(rois), levels[0].shape[1], side, side),
+        (rois.shape[0], levels[0].shape[1], side, side),
         dtype=torch.promote_types(levels[0].dtype, torch.float32),
         device=rois.device,
         memory_format=torch.channels_last if is_last else torch.contiguous_format,
@@ -187,7 +187,7 @@ def select_detections(boxes: Tensor, probabilities: Tensor, size: tuple[int, int
     scores = scores[rows, labels]
     boxes = boxes[rows, torch.zeros_like(labels) if boxes.shape[1] == 1 else labels]
     boxes = ops.clip_boxes_to_image(boxes, size)
-    large = ops.remove_small_boxes(boxes, _MIN_SIDE)  # NaN is not large
+    large = ops.remove_small_boxes(boxes, MIN_SIDE)  # NaN is not large
     boxes, scores, labels = boxes[large], scores[large], labels[large]
     kept = ops.batched_nms(boxes, scores, labels, options.nms)[: options.detections]
     return Detections(boxes[kept], scores[kept], labels[kept])

@@ -40,6 +40,10 @@ class Anchors(nn.Module):
 
     def forward(self, images: ImageList, levels: list[Tensor]) -> list[Tensor]:
         """Return the anchors (n, 4) of each image, x1 y1 x2 y2 in pixels: by level, row, column and ratio."""
+        return [torch.cat(self.list_levels(levels))] * len(images.image_sizes)
+
+    def list_levels(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Return the anchors (n, 4) of each level (B, C, H, W), by row, column and ratio."""
         device = levels[0].device
         dtype = torch.promote_types(levels[0].dtype, torch.float32)
         anchors = []
@@ -48,7 +52,7 @@ class Anchors(nn.Module):
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             centres = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
             anchors.append((centres + torch.tensor(cell, dtype=dtype, device=device)).reshape(-1, 4))
-        return [torch.cat(anchors)] * len(images.image_sizes)
+        return anchors
 
 
 def _list_corners(size: float, ratios: Sequence[float], is_rounded: bool) -> list[list[float]]:

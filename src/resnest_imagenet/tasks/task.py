@@ -25,7 +25,8 @@ class Task(Protocol):
 
     It is opened before the ranks meet: it has listed its data and refused what cannot work. It holds nothing that a
     checkpoint would have to keep: what is random is a function of `Draws`. A task whose classes have colours may also
-    have `palette`, uint8 (K, 3): its checkpoints then have them too.
+    have `palette`, uint8 (K, 3), one whose data set numbers them `category_ids`, int64 (K,): its checkpoints then have
+    them too.
 
     Attributes:
         config: the run's, with what the data decides filled in, such as the number of classes.

@@ -40,7 +40,7 @@ class Saver:
         metric: that chooses the best network.
         identity: what must not change when a run is resumed, by option name.
         circumstances: what may change, but then the result is no longer the same bit for bit.
-        description: what readers of a checkpoint need besides: task, configuration, class names and their colours.
+        description: what readers of a checkpoint need besides: task, configuration, class names, colours and numbers.
     """
 
     run: RunFolder
@@ -54,7 +54,8 @@ class Saver:
     @staticmethod
     def of(run: RunFolder, ranks: Ranks, task: Task, plan: StepPlan, tick: Callable[[], None]) -> "Saver":
         """Describe a run; all ranks take part. `tick` is called from time to time while files are read."""
-        config, palette = task.config, getattr(task, "palette", None)
+        config = task.config
+        of_classes = {name: getattr(task, name, None) for name in ("palette", "category_ids")}
         return Saver(
             run,
             ranks,
@@ -67,7 +68,7 @@ class Saver:
                 "metric": task.metric,
                 "config": config.model_dump(),
                 "classes": list(task.classes),
-                **({} if palette is None else {"palette": palette.tolist()}),
+                **{name: values.tolist() for name, values in of_classes.items() if values is not None},
             },
         )
 

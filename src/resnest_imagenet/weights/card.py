@@ -47,6 +47,7 @@ class ImageInput:
 
 
 DescribeInput = Callable[[Weights, str], ImageInput]
+DescribeObjects = Callable[[Weights], dict[str, str]]  # of a detector
 DescribeScenes = Callable[[Weights, int], dict[str, str]]  # of a network of segmentation, tried at a crop
 
 

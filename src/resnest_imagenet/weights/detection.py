@@ -51,7 +51,7 @@ def start_rcnn(
     Raises:
         UserError: the weights cannot be read, or are not all of this network's backbone.
     """
-    weights = adopt_rcnn(read_weights(source, choice, (TASK, DETECTION)))
+    weights = adopt_rcnn(recognise_own(read_weights(source, choice, (TASK, DETECTION))))
     if weights.task != DETECTION:
         _load_backbone(model, name, weights)
         return "its backbone"
@@ -95,7 +95,7 @@ def _is_of_classes(key: str) -> bool:
 
 def _find_rows(weights: Weights, classes: Sequence[str]) -> Tensor | None:
     """Return which of the weights' classes each class is, or None where they are not the same."""
-    num_classes = len(weights.tensors["roi_heads.stages.0.classify.bias"]) - 1
+    num_classes = len(weights.tensors.get("roi_heads.stages.0.classify.bias", ())) - 1
     if weights.classes is None:
         return torch.arange(num_classes) if num_classes == len(classes) else None
     index_of = {name: index for index, name in enumerate(weights.classes)}
@@ -110,6 +110,21 @@ def _order_classes(key: str, tensor: Tensor, rows: Tensor) -> Tensor:
     if ".regress." in key:  # four rows for each class, or for all of them
         return tensor if len(tensor) == 4 else tensor.unflatten(0, (-1, 4))[rows].flatten(0, 1)
     return tensor[rows]
+
+
+def recognise_own(weights: Weights) -> Weights:
+    """Return the weights; bare ones with the names of `RCNN`, a file of resnest-export, as those of a detector."""
+    is_own = weights.run is None and {"fpn.inner_blocks.0.0.weight", "roi_heads.stages.0.classify.bias"} <= set(
+        weights.tensors
+    )
+    return replace(weights, task=DETECTION) if is_own else weights
+
+
+def name_rcnn(weights: Weights) -> str:
+    """Return what a detector is called: "Mask R-CNN on resnest50"."""
+    recipe = weights.training or weights.rcnn_options or {}
+    kind = f"{'Cascade ' if recipe.get('cascade') else ''}{'Mask ' if recipe.get('masks') else ''}R-CNN"
+    return f"{'Faster R-CNN' if kind == 'R-CNN' else kind} on {weights.model}"
 
 
 def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) -> RCNN:

@@ -41,12 +41,12 @@ def export_weights(
     """
     loaded = source if isinstance(source, Weights) else read_weights(source, weights)
     name, tensors = match_tensors(loaded, model)
-    _require_layout(layout, name, loaded.source)
+    require_layout(layout, name, loaded.source)
     if layout != "official" and name not in ARCHITECTURES:
         raise ConfigError(f"layout={layout} is known for this project's networks, and {loaded.source} holds a {name}")
     file = choose_file(loaded.source, out, f"{name}-{layout}.{form}")
     renamed = {rename(key, layout): value for key, value in tensors.items()}
-    return _write_tensors(file, {key: value for key, value in renamed.items() if key}, describe_weights(loaded, name))
+    return write_tensors(file, {key: value for key, value in renamed.items() if key}, describe_weights(loaded, name))
 
 
 def export_deeplab(
@@ -82,17 +82,17 @@ def export_deeplab(
     words = describe_deeplab(loaded)
     if layout == "official":
         tensors = {rename_deeplab(key, "encoding"): value for key, value in network.state_dict().items()}
-        return _write_tensors(file, tensors, words)
+        return write_tensors(file, tensors, words)
     assert loaded.model
-    _require_layout(layout, loaded.model, loaded.source)
+    require_layout(layout, loaded.model, loaded.source)
     renamed = {rename(key, layout): value for key, value in network.backbone.state_dict().items()}
     tensors = {key: value for key, value in renamed.items() if key}
-    return _write_tensors(
+    return write_tensors(
         file, tensors, f"the backbone alone of {words} (the heads of mmsegmentation have other layers)"
     )
 
 
-def _require_layout(layout: str, name: str, source: str) -> None:
+def require_layout(layout: str, name: str, source: str) -> None:
     """Raise a ConfigError where a layout has no names for a network's tensors."""
     if layout not in ("official", "timm") and not isinstance(ARCHITECTURES.get(name), ResNeStSpec):
         raise ConfigError(f"layout={layout} is known for ResNeSts, and {source} holds a {name}")
@@ -101,7 +101,7 @@ def _require_layout(layout: str, name: str, source: str) -> None:
         raise ConfigError(f"layout=timm: timm's {spec.timm_name} has other strides than {name}: use layout=official")
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor], words: str) -> str:
+def write_tensors(file: Path, tensors: dict[str, Tensor], words: str) -> str:
     """Write a state dict; return a line about the file, with some words about the network."""
     # Contiguous, whatever layout training used, and no views of larger memory.
     content = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}

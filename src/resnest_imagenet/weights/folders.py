@@ -21,7 +21,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     """Return what a checkpoint would hold: the entries of config.json, and the tensors as its "model".
 
     Args:
-        folder: of `export_deeplab_folder`.
+        folder: of `export_deeplab_folder` or `export_rcnn_folder`.
 
     Raises:
         CheckpointError: not such a folder, or its files are missing, unreadable or damaged.
@@ -32,7 +32,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / SETTINGS}: cannot be read ({error}): export the network again") from error
     if not isinstance(content, dict) or not set(ENTRIES) <= content.keys():
         raise CheckpointError(
-            f"{folder}: not a folder with a network of segmentation: give its file of weights, {folder / TENSORS}, "
-            "and the network's name"
+            f"{folder}: not a folder with a network of segmentation or detection: give its file of weights, "
+            f"{folder / TENSORS}, and the network's name"
         )
     return {**content, "model": load_checkpoint(folder / TENSORS)}

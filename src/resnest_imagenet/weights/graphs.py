@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from resnest_imagenet.weights.export import choose_file, describe_deeplab, descr
 from resnest_imagenet.weights.load import Weights, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
-_SUFFIXES = {"onnx": "onnx", "torch_export": "pt2"}
+SUFFIXES = {"onnx": "onnx", "torch_export": "pt2"}
 OPSET = 18  # what torch's translations are written in; any other is converted from it
 TOLERANCE = 1e-3  # of the largest logit, for the difference between the graph and the network
 
@@ -61,7 +62,7 @@ def export_graph(
     """
     require_form(form)
     network, loaded, card = open_network(source, describe, model, weights)
-    file = choose_file(loaded.source, out, f"{card.model}.{_SUFFIXES[form]}")
+    file = choose_file(loaded.source, out, f"{card.model}.{SUFFIXES[form]}")
     words = describe_weights(loaded, card.model)
     graph_form = _GraphForm(form, card.images.crop, _takes_any(form, sizes))
     return _write_graph(network, loaded.source, file, graph_form, card.to_metadata(), words)
@@ -99,7 +100,7 @@ def export_deeplab_graph(
     network.auxiliary = None
     assert loaded.training
     side = crop or loaded.training["crop"]
-    file = choose_file(loaded.source, out, f"deeplabv3_{loaded.model}.{_SUFFIXES[form]}")
+    file = choose_file(loaded.source, out, f"deeplabv3_{loaded.model}.{SUFFIXES[form]}")
     graph_form = _GraphForm(form, side, _takes_any(form, sizes))
     metadata = describe(loaded, side)
     return _write_graph(network, loaded.source, file, graph_form, metadata, describe_deeplab(loaded))
@@ -131,7 +132,7 @@ def _write_graph(
 ) -> str:
     """Write a network as a graph that has been run beside it; return a line about the file, with some words."""
     make, load = (_make_onnx, _load_onnx) if form.name == "onnx" else (_make_program, _load_program)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         content = make(fold_batch_norms(network), form, metadata)
         run = load(content)
     shapes = [(1, form.crop, form.crop), (3, form.crop, form.crop)]
@@ -192,8 +193,6 @@ def require_form(form: str) -> None:
 
 
 def _make_onnx(model: nn.Module, form: _GraphForm, metadata: dict[str, str]) -> bytes:
-    import onnx
-
     # Of any size: equal sides, or of 32 pixels, are taken for special.
     sides = (form.crop + 32, form.crop + 64) if form.takes_any else (form.crop, form.crop)
     any_side = {2: Dim("height"), 3: Dim("width")} if form.takes_any else {}
@@ -208,7 +207,18 @@ def _make_onnx(model: nn.Module, form: _GraphForm, metadata: dict[str, str]) -> 
         dynamic_shapes=({0: Dim("batch"), **any_side},),
     )
     assert program is not None
-    graph = program.model_proto
+    return encode_onnx(program.model_proto, metadata)
+
+
+def encode_onnx(graph: Any, metadata: dict[str, str]) -> bytes:
+    """Return an ONNX model with metadata as a file's content, after its check.
+
+    Args:
+        graph: of torch.onnx; to be changed.
+        metadata: texts by name.
+    """
+    import onnx
+
     for node in graph.graph.node:
         node.ClearField("metadata_props")  # lines and paths of our source
     for key, value in metadata.items():
@@ -227,7 +237,11 @@ def _load_onnx(content: bytes) -> Run:
 def _make_program(model: nn.Module, form: _GraphForm, metadata: dict[str, str]) -> bytes:
     # Of one size: other sizes would depend on the example's being even or odd, in every stage.
     images = torch.zeros(2, 3, form.crop, form.crop)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+    return encode_program(torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},)), metadata)
+
+
+def encode_program(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:
+    """Return a program with metadata, texts by name, as a file's content; the program is changed."""
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
             node.meta.pop("stack_trace", None)  # lines and paths of our source
@@ -241,7 +255,7 @@ def _load_program(content: bytes) -> Run:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep back the exporters' progress and warnings of their own parts; what fails is raised."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -161,11 +161,16 @@ def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
 
 
 def read_score(weights: Weights) -> str | None:
-    """Return Top-1 or mIoU in words where the checkpoint has it: a run's best.pt has that of its evaluated weights."""
+    """Return Top-1, mIoU or AP in words where a checkpoint has it: a run's best.pt has it of its evaluated weights."""
     if weights.training is None or Path(weights.source).name != "best.pt":
         return None
     content = load_checkpoint(weights.source)
-    metric = {"top1": ("Top-1", "images"), "miou": ("mIoU", "scenes")}.get(content.get("metric", "top1"))
+    metric = {
+        "top1": ("Top-1", "images"),
+        "miou": ("mIoU", "scenes"),
+        "box_ap": ("box AP", "images"),
+        "mask_ap": ("mask AP", "images"),
+    }.get(content.get("metric", "top1"))
     if metric is None:
         return None
     best = content.get("best", content.get("best_top1"))  # the latter in checkpoints of earlier versions

@@ -1,18 +1,13 @@
 """A network of segmentation as a folder: weights, a description that this project reads, and a card for people."""
 
-import json
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from resnest_imagenet.checkpoint import save_checkpoint
-from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.weights.card import DescribeScenes
-from resnest_imagenet.weights.export import describe_deeplab, digest, require_other
-from resnest_imagenet.weights.folders import README, SETTINGS, TENSORS
+from resnest_imagenet.weights.export import describe_deeplab, digest
+from resnest_imagenet.weights.folders import SETTINGS, TENSORS
 from resnest_imagenet.weights.hub import read_score
+from resnest_imagenet.weights.hub_folder import write_folder
 from resnest_imagenet.weights.load import Weights, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
@@ -74,41 +69,11 @@ def export_deeplab_folder(
     card = describe(loaded, loaded.training["crop"])
     name = f"deeplabv3_{loaded.model}"
     folder = Path(out or f"{name}-hub")
-    file, settings, readme = (folder / part for part in (TENSORS, SETTINGS, README))
-    for path in (folder, file):
-        require_other(loaded.source, folder, path)
-    require_writable(settings, "out")
-    # The settings come last, without which the folder is no network: no old ones for new weights.
-    settings.unlink(missing_ok=True)
-    save_checkpoint(tensors, file)
-    for path, text in ((readme, _write_readme(loaded, name, card)), (settings, _write_settings(loaded, card, tensors))):
-        with replacing(path) as opened:
-            opened.write(text.encode())
+    file = write_folder(folder, loaded, tensors, card, _write_readme(loaded, name, card))
     return (
         f"wrote {folder}: {describe_deeplab(loaded)}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
         "resnest-predict, resnest-eval and torch.hub's deeplabv3 take the folder"
     )
-
-
-def _write_settings(weights: Weights, card: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """Return what the checkpoint tells of its network, without places of the run's machine; the card beside it."""
-    run, training = weights.run, weights.training
-    assert run and training
-    content: dict[str, Any] = {
-        "task": weights.task,
-        "config": {
-            "model": run["model"],
-            "train": {name: value for name, value in training.items() if name != "init_from"},
-            "protocol": run["protocol"],
-            "data": {"kind": run["data"]["kind"]},
-        },
-        "classes": weights.classes,
-        "palette": weights.palette,
-        "epoch": weights.epoch,
-        "card": {name: card[name] for name in ("input", "output", "protocol", "mean", "std")},
-        "parameters": sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()),
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write_readme(weights: Weights, name: str, card: dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 official        zhanghang1989/ResNeSt, and this project's own names; timm's are the same
 mmpretrain      backbone.*, head.fc.*
 mmsegmentation  backbone.*, with stem.0 to stem.7; beside it decode_head.*, auxiliary_head.*
+mmdetection     backbone.*, as mmsegmentation
 detectron2      stem.*, res2..res5.*; no classifier, or a ResNet's stem.fc.*
 caffe2          conv1_w, res2_0_branch2a_w, ...: of a ResNet of MSRA's in detectron2's files
 encoding        of a DeepLabV3 in PyTorch-Encoding: pretrained.* (official), head.*, auxlayer.*
@@ -79,7 +80,7 @@ def rename(key: str, layout: str) -> str | None:
     """Return the name of an official key in a layout, or None where the layout has no such tensor."""
     if layout == "mmpretrain":
         return f"head.{key}" if key.startswith("fc.") else f"backbone.{_apply(_MMPRETRAIN, key)}"
-    if layout == "mmsegmentation":
+    if layout in ("mmsegmentation", "mmdetection"):
         return None if key.startswith("fc.") else f"backbone.{_apply(_MMSEGMENTATION, key)}"
     if layout == "detectron2":
         return None if key.startswith("fc.") else _apply(_DETECTRON2, key)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -36,8 +36,11 @@ TASK = "classification"  # that of the zoo's networks; a checkpoint that names n
 _USES = {
     TASK: "start a run from it, train.init_from=...",
     "segmentation": "resnest-eval, resnest-predict, resnest-compare and resnest-export take it",
+    "detection": "resnest-eval, resnest-predict, resnest-compare and resnest-export take it",
 }
 _COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
+_NUMBERS = TypeAdapter(list[int])
+T = TypeVar("T")
 # Where files keep the weights, and beside them their moving average: this project and torch.save users; torchvision;
 # mmpretrain, Lightning and timm.
 _CONTAINERS = (("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema"))
@@ -61,6 +64,7 @@ class Weights:
         task: that it was trained for: another than classification only of this project's checkpoints.
         palette: red, green and blue of each class, 0 to 255, where the source tells.
         rcnn_options: of a detector that another program trained, see `adopt_rcnn`.
+        category_ids: the data set's own numbers of the classes, where the source tells.
     """
 
     source: str
@@ -76,6 +80,7 @@ class Weights:
     task: str = TASK
     palette: list[list[int]] | None = None
     rcnn_options: dict[str, Any] | None = None
+    category_ids: list[int] | None = None
 
 
 def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Collection[str] = (TASK,)) -> Weights:
@@ -83,8 +88,8 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
 
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
-            "state_dict" or "model"; a .pkl file: likewise, of numpy arrays; a folder of resnest-export format=hub with
-            a network of segmentation; or published weights, official:NAME or timm:NAME.
+            "state_dict" or "model"; a .pkl file: likewise, of numpy arrays; a folder of resnest-export format=hub, not
+            of classification; or published weights, official:NAME or timm:NAME.
         choice: "model", "ema" (the moving average), or "auto": the moving average where the file has one.
         tasks: whose checkpoints are taken.
 
@@ -162,7 +167,8 @@ def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
         raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
     crop, protocol = _read_evaluation(content["config"])
     known = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
-    known["palette"] = _read_palette(content.get("palette"), len(classes))
+    known["palette"] = _read_of_classes(_COLOURS, content.get("palette"), len(classes))
+    known["category_ids"] = _read_of_classes(_NUMBERS, content.get("category_ids"), len(classes))
     return replace(weights, model=name, run=content["config"], task=content.get("task", TASK), **known)
 
 
@@ -175,13 +181,13 @@ def _read_evaluation(config: dict[str, Any]) -> tuple[int | None, ProtocolOption
         return None, None
 
 
-def _read_palette(palette: Any, num_classes: int) -> list[list[int]] | None:
-    """Return the colours of the classes that a checkpoint has; None where it has none, or something else."""
+def _read_of_classes(kind: TypeAdapter[list[T]], content: Any, num_classes: int) -> list[T] | None:
+    """Return what a checkpoint has of each class; None where it has nothing, or something else."""
     try:
-        colours = _COLOURS.validate_python(palette, strict=True)
+        values = kind.validate_python(content, strict=True)
     except ValidationError:
         return None
-    return colours if len(colours) == num_classes else None
+    return values if len(values) == num_classes else None
 
 
 def _find_published_test(source: str, model: str) -> tuple[int | None, ProtocolOptions | None]:

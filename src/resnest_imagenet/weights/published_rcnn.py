@@ -35,8 +35,8 @@ def adopt_rcnn(weights: Weights) -> Weights:
     dropped.
 
     Returns:
-        Weights of task "detection" with tensors of our names, model, classes (None where they are not COCO's) and
-        rcnn_options.
+        Weights of task "detection" with tensors of our names, model, rcnn_options, and COCO's classes and category_ids
+        (None where they are not COCO's).
 
     Raises:
         CheckpointError: names the first key that is missing, superfluous or of another shape, or what else differs.
@@ -55,9 +55,12 @@ def adopt_rcnn(weights: Weights) -> Weights:
     options = infer_options(tensors, layout)
     name, matched = _choose_backbone(replace(weights, tensors=tensors), layout, options, buffers)
     num_classes = len(matched["roi_heads.stages.0.classify.bias"]) - 1
-    classes = coco_classes() if num_classes == len(coco_classes()) else None
     _check_buffers(weights.source, name, buffers)
-    return replace(weights, tensors=matched, model=name, classes=classes, task=DETECTION, rcnn_options=options)
+    adopted = replace(weights, tensors=matched, model=name, task=DETECTION, rcnn_options=options)
+    if num_classes != len(coco_classes()):
+        return adopted
+    numbers = [number for number, category in enumerate(coco_categories(), 1) if category != NOTHING]
+    return replace(adopted, classes=coco_classes(), category_ids=numbers)
 
 
 def _move_background(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,92 @@
+"""A comparison of detectors as a page for a browser."""
+
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from resnest_imagenet.data.decoding import BadImage, decode_upright
+from resnest_imagenet.errors import UserError
+from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
+from resnest_imagenet.inference.compare_objects import (
+    MATCHING,
+    ObjectComparison,
+    describe_objects,
+    list_classes_by_agreement,
+)
+from resnest_imagenet.inference.detect import DetectedImage
+from resnest_imagenet.reports.page import embed_image, render_page, render_table
+
+PICTURES = 24  # at most
+SIDE = 480  # the longer one of each picture, in pixels, at most
+_SHARED = (150, 150, 150)  # of what all networks find
+
+
+def render_object_comparison(comparison: ObjectComparison) -> str:
+    """Return the HTML: the classes by their agreement, and the images whose detections differ most, side by side."""
+    shown = comparison.order[:PICTURES].tolist()
+    strips = "".join(_render_image(comparison, index) for index in shown)
+    protocols = "; ".join(
+        f"{name}: {protocol}" for name, protocol in zip(comparison.names, comparison.protocols, strict=True)
+    )
+    number = (
+        f"{len(shown)} of {len(comparison.order):,}, the largest shares of detections that do not match first. "
+        "What all networks find is grey."
+    )
+    body = f"""<p>{escape(describe_objects(comparison))}. {escape(protocols)}.</p>
+{_render_classes(comparison)}
+<h2>Where they differ</h2>
+<p>{number if shown else "Nowhere: all detections match."}</p>
+{strips}"""
+    return render_page(" against ".join(comparison.names), body)
+
+
+def _render_classes(comparison: ObjectComparison) -> str:
+    rows = [
+        (comparison.classes[label], f"{comparison.agreement[label]:.2f}", *comparison.found[:, label].tolist())
+        for label in list_classes_by_agreement(comparison)
+    ]
+    head = ("class", "agreement %", *(f"{name}: detections" for name in comparison.names))
+    text = (
+        f"Agreement: the detections that match one of another network, of the same class and with an IoU of "
+        f"{MATCHING:g} or more, of all detections; over all pairs of networks."
+    )
+    return f"<p>{text}</p>\n{render_table(head, rows)}"
+
+
+def _render_image(comparison: ObjectComparison, index: int) -> str:
+    file, alone = comparison.images.name(index), comparison.num_alone[index].tolist()
+    counts = zip(comparison.names, comparison.objects[index], alone, strict=True)
+    text = "; ".join(f"{name}: {len(image)} detections, {count} without a match" for name, image, count in counts)
+    share = f"{100 * comparison.differing[index]:.1f} % of the detections do not match"
+    caption = f"<div class=right>{escape(Path(file).name)}: {share}</div><div>{escape(text)}</div>"
+    try:
+        picture = decode_upright(comparison.images.read(index))
+    except (BadImage, UserError) as error:  # it has changed since it was looked at
+        return f"<figure><figcaption>{caption}(no picture: {escape(str(error))})</figcaption></figure>"
+    parts = zip(comparison.names, comparison.objects[index], comparison.shared[index], strict=True)
+    views = [_render_view("image", np.asarray(picture))]
+    views += [
+        _render_view(name, _draw(np.asarray(picture), image, is_shared, comparison.classes))
+        for name, image, is_shared in parts
+    ]
+    return f'<figure class="strip"><div class="views">{"".join(views)}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _draw(pixels: np.ndarray, image: DetectedImage, is_shared: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """Draw the detections of one network: those that all have in grey, below the others."""
+    order = np.argsort(is_shared, kind="stable")
+    masks = None if image.masks is None else tuple(image.masks[row] for row in order.tolist())
+    shown = replace(image, pixels=pixels, masks=masks)
+    labels = image.labels + len(classes) * is_shared  # the classes a second time, in grey
+    palette = np.concatenate([make_box_palette(len(classes)), np.full((len(classes), 3), _SHARED, np.uint8)])
+    columns = (image.boxes[order], labels[order], (*classes, *classes), palette, image.scores[order])
+    return draw_detections(pixels, *columns, shown.decoded_masks)
+
+
+def _render_view(title: str, pixels: np.ndarray) -> str:
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return f"<div><div>{escape(title)}</div>{embed_image(picture, title)}</div>"

@@ -1,0 +1,51 @@
+"""Pictures of images as files beside each other."""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain, count
+
+import numpy as np
+from PIL import Image
+
+
+def name_pictures(files: Sequence[str], ends: Sequence[str]) -> list[str]:
+    """Return what the names of each image's pictures begin with, so that no picture overwrites another.
+
+    It is the path below the folder that all images have in common, without the suffix; with it where only the suffix
+    tells two images apart, and with a number where that is not enough, as for "a" beside "a_overlay".
+
+    Args:
+        files: paths of images, all different.
+        ends: of the names of an image's pictures.
+    """
+    paths = shorten_paths(files)
+    short = [os.path.splitext(path)[0] for path in paths]
+    uses = Counter(_list_pictures(short, ends))
+    stems: list[str] = []
+    taken: set[str] = set()
+    for path, stem in zip(paths, short, strict=True):
+        is_clear = all(uses[name] == 1 for name in _list_pictures([stem], ends))
+        names = chain([stem] * is_clear, [path], (f"{path}-{number}" for number in count(2)))
+        chosen = next(name for name in names if taken.isdisjoint(_list_pictures([name], ends)))
+        taken.update(_list_pictures([chosen], ends))
+        stems.append(chosen)
+    return stems
+
+
+def shorten_paths(files: Sequence[str]) -> list[str]:
+    """Return paths below the folder that all files have in common."""
+    common = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
+    return [os.path.relpath(file, common) for file in files]
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return pixels, uint8 (H, W, 3), as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _list_pictures(stems: Iterable[str], ends: Sequence[str]) -> list[str]:
+    return [stem + end for stem in stems for end in ends]

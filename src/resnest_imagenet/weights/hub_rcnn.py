@@ -1,0 +1,84 @@
+"""A detector as a folder: weights, a description that this project reads, and a card for people."""
+
+from os import PathLike
+from pathlib import Path
+
+from resnest_imagenet.weights.card import DescribeObjects
+from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
+from resnest_imagenet.weights.export import digest
+from resnest_imagenet.weights.export_rcnn import describe_rcnn
+from resnest_imagenet.weights.folders import SETTINGS, TENSORS
+from resnest_imagenet.weights.hub import read_score
+from resnest_imagenet.weights.hub_folder import write_folder
+from resnest_imagenet.weights.load import Weights, read_weights
+
+_README = """---
+license: apache-2.0
+library_name: pytorch
+pipeline_tag: object-detection
+tags:
+- object-detection
+- resnest
+---
+# {name}
+
+Object detection by resnest-imagenet, the project around
+[ResNeSt: Split-Attention Networks](https://arxiv.org/abs/2004.08955): {words}.
+
+- Input: {channels} in 0..255; mean {mean}, std {std}; padded with zeros at the right and at the bottom to a multiple
+  of 32.
+- Output: of each image boxes, scores, labels, and masks where it finds them.
+- Evaluated as: {protocol}.
+{score}- Classes: `{settings}`.
+
+```python
+import torch
+
+model = torch.hub.load("OWNER/resnest-imagenet", "rcnn", pretrained="FOLDER").eval()
+(found,) = model(images, [(height, width)])  # found.boxes, .scores, .labels, .masks; model.classes are the names
+```
+
+In resnest-imagenet: `resnest-predict ckpt=FOLDER images=...`, `resnest-eval ckpt=FOLDER data.root=...`, and
+`resnest-train ... train.init_from=FOLDER`.
+"""
+
+
+def export_rcnn_folder(
+    source: Weights | str | PathLike[str],
+    describe: DescribeObjects,
+    out: str | PathLike[str] | None = None,
+    *,
+    weights: str = "auto",
+) -> str:
+    """Write model.safetensors, config.json and README.md; return a line about the folder.
+
+    `read_weights` takes the folder as it takes the checkpoint, of which it has the chosen weights; torch.hub's entry
+    rcnn likewise.
+
+    Args:
+        source: a checkpoint of a run of detection, or what `read_weights` has made of it.
+        describe: returns what another program must know of the network.
+        out: the folder; None: rcnn_MODEL-hub.
+        weights: "model", "ema" or "auto".
+
+    Raises:
+        UserError: for what a user can cause, as one line.
+    """
+    loaded = source if isinstance(source, Weights) else read_weights(source, weights, (DETECTION,))
+    tensors = restore_rcnn(loaded).state_dict()
+    card = describe(loaded)
+    name = f"rcnn_{loaded.model}"
+    folder = Path(out or f"{name}-hub")
+    score = read_score(loaded)
+    readme = _README.format(
+        **{key: card[key] for key in ("channels", "mean", "std", "protocol")},
+        name=name,
+        words=describe_rcnn(loaded),
+        score=f"- {score}\n" if score else "",
+        settings=SETTINGS,
+    )
+    file = write_folder(folder, loaded, tensors, card, readme)
+    return (
+        f"wrote {folder}: {describe_rcnn(loaded)}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
+        "resnest-predict, resnest-eval, resnest-compare and torch.hub's rcnn take the folder"
+    )
