@@ -53,6 +53,8 @@ class Detection:
         data = config.data
         if data.kind != "coco":
             raise ConfigError(f"data.kind={data.kind}: a detector is trained on data=coco")
+        if config.loader.name == "dali":
+            raise ConfigError("loader=dali: a detector's images are decoded without DALI: set loader=auto")
         self._train = open_coco(data.root, "train", data.train_json, data.train_dir, masks=recipe.masks)
         self._val = open_coco(data.root, "val", data.val_json, data.val_dir, masks=recipe.masks)
         self.train_set: ImageSource = self._train.images
@@ -118,6 +120,8 @@ class Detection:
             loaded = start_rcnn(model, self.config.model.name, self.classes, recipe.init_from)
             if launch.rank == 0:
                 print(f"starting from {recipe.init_from}: {loaded}", flush=True)
+        elif is_new and recipe.freeze_at and launch.rank == 0:
+            print(f"train.freeze_at={recipe.freeze_at}: what is frozen stays random without train.init_from", flush=True)
         return place(model, device)
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
