@@ -144,9 +144,9 @@ FIGURES |= {
 
 
 DETECTRON = {
-    **{name: COMMON[name] for name in ("step_epochs", "step_factor", "poly_power", "head_lr_factor", "compile")},
-    **{name: COMMON[name] for name in ("clip_norm", "clip_value", "max_skipped_steps", "betas", "eps", "init_from")},
-    "task": "detection", "optimizer": "sgd", "batch_size": 2, "global_batch": 16, "precision": "fp32",
+    **{name: COMMON[name] for name in ("step_factor", "poly_power", "head_lr_factor", "compile", "init_from")},
+    **{name: COMMON[name] for name in ("clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
+    "task": "detection", "optimizer": "sgd", "step_epochs": None, "batch_size": 2, "global_batch": 16, "precision": "fp32",
     "epochs": None, "steps": 90_000, "schedule": "milestones", "milestones": [60_000, 80_000],
     "lr": 0.02, "reference_batch": 16, "warmup_epochs": None, "warmup_steps": 1000, "warmup_start": 0.001,
     "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_biases": True, "decay_all": False,

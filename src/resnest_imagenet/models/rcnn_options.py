@@ -111,6 +111,10 @@ class RCNNOptions:
             raise ConfigError("anchor_sizes has a size for each of the 5 levels, and anchor_ratios a ratio or more")
         if self.box_fcs < 1:
             raise ConfigError(f"box_fcs={self.box_fcs}: a box head ends in 1 fully connected layer or more")
+        if self.max_positives < 1:
+            raise ConfigError(
+                f"samples={self.samples}: none would be a positive: set {math.ceil(1 / self.positive)} or more"
+            )
         if self.stages == ():
             raise ConfigError("stages is empty: a detector has 1 or more")
         if self.stages and len(self.stages) > 1 and not self.cascade:

@@ -65,6 +65,9 @@ class Detection:
             print_notes(self.train_set, self.val_set)
         self.classes = self._train.classes
         self._truth = open_ground_truth(self._val, masks=recipe.masks)
+        if config.model.num_classes not in (None, len(self.classes)):
+            there = f"{self._train.json} has {len(self.classes)} categories"
+            raise ConfigError(f"model.num_classes={config.model.num_classes}, but {there}: set model.num_classes=null")
         network = config.model.model_copy(update={"num_classes": len(self.classes)})
         self.config = config.model_copy(update={"model": network})
         self.metric = "mask_ap" if recipe.masks else "box_ap"
@@ -121,7 +124,7 @@ class Detection:
             if launch.rank == 0:
                 print(f"starting from {recipe.init_from}: {loaded}", flush=True)
         elif is_new and recipe.freeze_at and launch.rank == 0:
-            print(f"train.freeze_at={recipe.freeze_at}: what is frozen stays random without train.init_from", flush=True)
+            print(f"train.freeze_at={recipe.freeze_at}: without train.init_from these stages stay random", flush=True)
         return place(model, device)
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
