@@ -146,8 +146,8 @@ FIGURES |= {
 DETECTRON = {
     **{name: COMMON[name] for name in ("step_factor", "poly_power", "head_lr_factor", "compile", "init_from")},
     **{name: COMMON[name] for name in ("clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
-    "task": "detection", "optimizer": "sgd", "step_epochs": None, "batch_size": 2, "global_batch": 16, "precision": "fp32",
-    "epochs": None, "steps": 90_000, "schedule": "milestones", "milestones": [60_000, 80_000],
+    "task": "detection", "optimizer": "sgd", "batch_size": 2, "global_batch": 16, "precision": "fp32",
+    "epochs": None, "steps": 90_000, "step_epochs": None, "schedule": "milestones", "milestones": [60_000, 80_000],
     "lr": 0.02, "reference_batch": 16, "warmup_epochs": None, "warmup_steps": 1000, "warmup_start": 0.001,
     "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_biases": True, "decay_all": False,
     "ema_decay": None, "precise_batches": 200, "longest": 1333, "cascade": False, "norm": "sync", "head_norm": None,

@@ -68,12 +68,12 @@ def open_with(small_set, *options):
     [
         (["data.kind=folder"], "data.kind=folder: a detector is trained on data=coco"),
         (["data.kind=masks"], "data.kind=masks: a detector is trained on data=coco"),
-        (["data.root=ROOT/no"], "data.root=ROOT/no: no such folder"),
+        (["data.root=ROOT/gone"], "data.root=ROOT/gone: no such folder"),
         (["data.train_json=no.json"], "ROOT/no.json: no such file (no .json in ROOT); set data.train_json"),
         (["data.val_json=no.json"], "ROOT/no.json: no such file (no .json in ROOT); set data.val_json"),
         (
-            ["data.train_dir=no"],
-            "ROOT/no: no such folder (in ROOT: annotations, train2017, val2017); set data.train_dir",
+            ["data.train_dir=gone"],
+            "ROOT/gone: no such folder (in ROOT: annotations, train2017, val2017); set data.train_dir",
         ),
         (
             ["data.val_dir=train2017"],
@@ -93,7 +93,7 @@ def open_with(small_set, *options):
         (["train.anchor_sizes=[32,64]"], "train.anchor_sizes=[32, 64]: list should have at least 5 items after "),
         (["train.norm=gn"], "train.norm=gn: input should be 'bn', 'sync' or 'frozen'"),
         (["train.cascade=maybe"], "train.cascade=maybe: input should be a valid boolean"),
-        (["train.samples=3"], "samples=3: 0.25 of them, the positives, are less than one"),
+        (["train.samples=3"], "samples=3: none would be a positive: set 4 or more"),
         (["train.batch_size=1"], "train.batch_size=1: resnest14_half has batch norms of one value per image and "),
         (["protocol.min_score=2"], "protocol.min_score=2: input should be less than or equal to 1"),
         (["train.steps=9"], "train.epochs=8 and train.steps=9: set one of them to null"),
