@@ -152,7 +152,8 @@ DETECTRON = {
     "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_biases": True, "decay_all": False,
     "ema_decay": None, "precise_batches": 200, "longest": 1333, "cascade": False, "norm": "sync", "head_norm": None,
     "freeze_at": 2, "zero_gamma": True, "channels": 256, "anchor_sizes": [32, 64, 128, 256, 512],
-    "canonical_size": 224, "samples": 512, "box_convs": 4, "box_fcs": 1, "box_width": 1024, "mask_convs": 4,
+    "canonical_size": 224, "candidates": [2000, 1000], "proposals": None, "samples": 512, "box_convs": 4, "box_fcs": 1,
+    "box_width": 1024, "mask_convs": 4,
 }  # fmt: skip
 OF_TABLE_6 = {
     **DETECTRON, "masks": True, "short_sides": [640, 672, 704, 736, 768, 800], "side_sampling": "choice",
@@ -257,6 +258,15 @@ def test_a_row_of_tables_5_and_6_says_what_it_trains_and_how(detector, network):
     assert f"\n#   resnest-eval ckpt=runs/{name}/checkpoints/best.pt data.root=/coco\n" in text
 
 
+def test_the_demo_of_detection_trains_a_small_detector():
+    """The network of the prototype behind the demo's figures."""
+    recipe = compose_train("+experiment=demo_detection").train.model_dump()
+    small = {"channels": 48, "box_convs": 2, "box_width": 128, "samples": 64, "canonical_size": 56, "norm": "bn"}
+    small |= {"batch_size": 8, "short_sides": [128], "freeze_at": 2, "masks": True, "cascade": False}
+    small |= {"optimizer": "adamw", "anchor_sizes": [16, 32, 64, 96, 128], "task": "detection"}
+    assert small.items() <= recipe.items()
+
+
 def test_every_row_of_tables_5_and_6_has_an_experiment():
     assert len(DETECTORS) == 17
     assert {f"{detector}_{network}" for detector, network in DETECTORS} | {"demo_detection"} == OF_OBJECTS
@@ -266,8 +276,7 @@ COCO_PROTOCOL = {"short_side": 800, "longest": 1333, "min_score": 0.05, "nms": 0
 # Of `RCNNOptions`, what no recipe sets.
 DETECTRON_NETWORK = {
     "anchor_ratios": (0.5, 1, 2), "anchors_rounded": False, "rpn_convs": 1, "rpn_ious": (0.3, 0.7), "rpn_samples": 256,
-    "rpn_positive": 0.5, "rpn_beta": 0, "candidates": (2000, 1000), "rpn_nms": 0.7, "aligned": True, "sampling": 0,
-    "positive": 0.25, "box_beta": 0,
+    "rpn_positive": 0.5, "rpn_beta": 0, "rpn_nms": 0.7, "aligned": True, "sampling": 0, "positive": 0.25, "box_beta": 0,
 }  # fmt: skip
 
 
@@ -283,7 +292,7 @@ def test_the_network_of_tables_5_and_6(recipe, cascade):
     options = RCNNOptions(**read_options(figures, COCO_PROTOCOL))
     plain = ((0.5, (10, 10, 5, 5)),)
     stages = (*plain, (0.6, (20, 20, 10, 10)), (0.7, (30, 30, 15, 15))) if cascade else plain
-    derived = {"proposals": None, "stages": None, "class_agnostic": None}
+    derived = {"stages": None, "class_agnostic": None}
     figures = {name: figures[name] for name in vars(options).keys() & figures.keys()}
     shown = {name: COCO_PROTOCOL[name] for name in ("min_score", "nms", "detections")}
     assert vars(options) == {**DETECTRON_NETWORK, **figures, **shown, **derived}
