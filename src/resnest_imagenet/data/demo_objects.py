@@ -22,8 +22,8 @@ MOST_SHAPES = 4
 LEAST_VISIBLE = 0.7  # of a shape that others cover
 TRIES = 20  # to find a place for a shape
 CONTRAST = 80  # between a shape and the background, in 0..255, mean over the channels
-# At most, of textures: at 20 the classification demo's network, shown the shapes one by one, recognises hardly more than
-# chance (39 % of four classes), at 6 two thirds, as without textures.
+# At most, of textures. At 20 the classification demo's network, shown the shapes one by one, recognises little more
+# than chance would (39 % of four classes), at 6 two thirds, as without textures.
 TEXTURE = 6.0
 
 
