@@ -13,6 +13,7 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.augment import POLICIES
 from resnest_imagenet.recipe import ClassificationRecipe
 from resnest_imagenet.reports.table3 import PAPER
+from resnest_imagenet.training.schedule import plan_steps
 
 ALL_EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experiment").glob("*.yaml")}
 OF_SCENES = {name for name, text in ALL_EXPERIMENTS.items() if "override /task: segmentation" in text}
@@ -256,6 +257,21 @@ def test_a_row_of_tables_5_and_6_says_what_it_trains_and_how(detector, network):
     weights = "" if init_from else " train.init_from=MSRA.pth"
     assert f"\n#   resnest-train +experiment={name} data.root=/coco{weights}\n" in text
     assert f"\n#   resnest-eval ckpt=runs/{name}/checkpoints/best.pt data.root=/coco\n" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "falls", "total"),
+    [("detectron2_boxes", (60_000, 80_000), 90_000), ("detectron2_masks_3x", (240_000, 255_000), 270_000)],
+)
+def test_the_learning_rate_of_detection(recipe, falls, total):
+    """Counted in steps; .02 for 16 images, and in proportion for others."""
+    train = compose_train(f"recipe={recipe}", *OF_TASK["detection"]).train
+    plan = plan_steps(117_266, train, world_size=8)
+    assert (plan.global_batch, plan.accumulation, plan.steps_per_epoch, plan.total_steps) == (16, 1, 7329, total)
+    rates = {0: 2e-5, 500: 0.01001, 1000: 0.02, falls[0] - 1: 0.02, falls[0]: 2e-3, falls[1] - 1: 2e-3, falls[1]: 2e-4}
+    assert {step: plan.learning_rate(step) for step in rates} == pytest.approx(rates)
+    half = plan_steps(117_266, train.model_copy(update={"global_batch": 8}), world_size=4)
+    assert half.learning_rate(1000) == pytest.approx(0.01) and half.total_steps == total
 
 
 def test_the_demo_of_detection_trains_a_small_detector():
