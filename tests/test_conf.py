@@ -9,7 +9,7 @@ import pytest
 from conftest import compose_config
 from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config import RECIPE_NAMES, TrainConfig
 from resnest_imagenet.data.augment import POLICIES
 from resnest_imagenet.recipe import ClassificationRecipe
 from resnest_imagenet.reports.table3 import PAPER
@@ -178,6 +178,12 @@ OF_TASK = {
 def test_figures_of_the_recipes(name):
     figures = FIGURES[name]
     assert compose_train(f"recipe={name}", *OF_TASK[figures["task"]]).train.model_dump() == {"recipe": name, **figures}
+
+
+def test_recipes_are_offered_for_their_task():
+    tasks = {name: task for task, names in RECIPE_NAMES.items() for name in names}
+    assert tasks.items() <= {name: figures["task"] for name, figures in FIGURES.items()}.items()
+    assert set(tasks.values()) == OF_TASK.keys()
 
 
 # Table 7: mIoU and pixel accuracy on ADE20K, mIoU on Cityscapes; DOWNSTREAM's networks and their weights.

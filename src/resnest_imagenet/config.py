@@ -55,6 +55,11 @@ class ModelOptions(NetworkOptions):
 
 # Layouts of files: of the project's own kinds of data all but webdataset.
 _KINDS_OF_FILES = {"folder", "ade20k", "cityscapes", "masks", "coco"}
+# The kinds that other tasks have, and what to choose instead.
+_KINDS_OF_OTHERS = {
+    "classification": (_KINDS_OF_FILES - {"folder"}, "data=imagenet or data=webdataset"),
+    "segmentation": ({"folder", "webdataset", "coco"}, "data=ade20k, data=cityscapes or data=masks"),
+}
 
 
 class DataOptions(Options):
@@ -140,6 +145,9 @@ class TrainConfig(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        others, own = _KINDS_OF_OTHERS.get(self.train.task, ((), ""))
+        if self.data.kind in others:
+            raise ValueError(f"data.kind={self.data.kind} is not of train.task={self.train.task}: choose {own}")
         for option in ("train_json", "val_json"):
             if getattr(self.data, option) is not None and self.data.kind in _KINDS_OF_FILES - {"coco"}:
                 raise ValueError(f"data.{option}={getattr(self.data, option)} needs data=coco")
@@ -422,7 +430,7 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 extensions.tasks.reserve(RECIPES)
 # The published recipes of tasks that have few, to be named where one of another task is chosen.
-_RECIPE_NAMES = {
+RECIPE_NAMES = {
     "classification": ("resnest", "bag_of_tricks", "torchvision_v1", "sknet"),
     "segmentation": ("deeplab_gluon", "deeplab_encoding"),
     "detection": ("detectron2_boxes", "detectron2_masks"),
@@ -487,7 +495,7 @@ def _require_own_recipe(task: str, recipe: type[Recipe], options: Mapping[Any, A
     """Raise a ConfigError for the values of another task's recipe: some that this one has not, and some missing."""
     of_others = {name for other in RECIPES.values() for name in other.model_fields} - recipe.model_fields.keys()
     if options.keys() & of_others and recipe.model_fields.keys() - options.keys():
-        names = ", ".join(_RECIPE_NAMES.get(task, ()))
+        names = ", ".join(RECIPE_NAMES.get(task, ()))
         choice = f"choose {names}, or start from +experiment=" if names else "choose one that is"
         raise ConfigError(f"recipe={options.get('recipe')} is not of train.task={task}: {choice}")
 

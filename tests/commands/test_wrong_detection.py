@@ -35,6 +35,11 @@ from resnest_imagenet.tasks.choice import open_task
         (["task=detection"], "protocol is not of train.task=detection: choose coco, or start from +experiment="),
         (["+experiment=demo_detection", "train.crop=64"], "train.crop is of another task than this run: remove it"),
         (["+experiment=demo_detection", "eval.crop=64"], "eval.crop is of another task than this run: remove it"),
+        (
+            ["+experiment=demo", "data=coco"],
+            "data.kind=coco is not of train.task=classification: choose data=imagenet or data=webdataset",
+        ),
+        (["+experiment=demo_segmentation", "data=coco"], "data.kind=coco is not of train.task=segmentation: choose "),
         (["+experiment=demo", "data.train_json=own.json"], "data.train_json=own.json needs data=coco"),
     ],
 )
