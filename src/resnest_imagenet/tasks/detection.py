@@ -41,8 +41,8 @@ from resnest_imagenet.weights.detection import read_options, start_rcnn
 Batch = tuple[Tensor, list[Target]]  # images (B, 3, H, W), normalised and padded; the objects of each
 
 NUM_SHOWN = 4  # images of a batch
-# More than any network keeps of a pixel of its input, resnest269 7,900, and of a sampled box for each convolution of the
-# heads, 190,000 in a cascade with masks: both with 256 channels in the pyramid.
+# More than any network keeps of a pixel of its input, resnest269 7,900, and of a sampled box for each convolution of
+# its heads, a cascade's 220,000: both with 256 channels in the pyramid.
 _BYTES_PER_PIXEL, _BYTES_PER_CONV = 12_000, 250_000
 
 
