@@ -152,9 +152,9 @@ DETECTRON = {
     "lr": 0.02, "reference_batch": 16, "warmup_epochs": None, "warmup_steps": 1000, "warmup_start": 0.001,
     "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_biases": True, "decay_all": False,
     "ema_decay": None, "precise_batches": 200, "longest": 1333, "cascade": False, "norm": "sync", "head_norm": None,
-    "freeze_at": 2, "zero_gamma": True, "channels": 256, "anchor_sizes": [32, 64, 128, 256, 512],
-    "canonical_size": 224, "candidates": [2000, 1000], "proposals": None, "samples": 512, "box_convs": 4, "box_fcs": 1,
-    "box_width": 1024, "mask_convs": 4,
+    "freeze_at": 2, "checkpoint_activations": False, "zero_gamma": True, "channels": 256,
+    "anchor_sizes": [32, 64, 128, 256, 512], "canonical_size": 224, "candidates": [2000, 1000], "proposals": None,
+    "samples": 512, "box_convs": 4, "box_fcs": 1, "box_width": 1024, "mask_convs": 4,
 }  # fmt: skip
 OF_TABLE_6 = {
     **DETECTRON, "masks": True, "short_sides": [640, 672, 704, 736, 768, 800], "side_sampling": "choice",
