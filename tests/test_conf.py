@@ -169,8 +169,8 @@ FIGURES |= {
 }  # fmt: skip
 OF_TASK = {
     "classification": (),
-    "segmentation": ("task=segmentation", "protocol=whole"),
-    "detection": ("task=detection", "protocol=coco"),
+    "segmentation": ("task=segmentation", "protocol=whole", "data=masks"),
+    "detection": ("task=detection", "protocol=coco", "data=coco"),
 }
 
 

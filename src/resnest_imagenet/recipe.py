@@ -238,6 +238,13 @@ class DetectionRecipe(Recipe):
             raise ValueError("train.compile=true and train.checkpoint_activations=true: set one of them to false")
         return self
 
+    @model_validator(mode="after")
+    def _check_compile(self) -> "DetectionRecipe":
+        # Sizes change with each image and its objects; torch 2.13 also fails at the mask head's transposed convolution.
+        if self.compile:
+            raise ValueError("train.compile=true: torch does not compile a detector's step: set train.compile=false")
+        return self
+
 
 # The options whose names have changed, with their new names.
 RENAMED = {"lr_per_256": "lr"}

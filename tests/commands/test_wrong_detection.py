@@ -101,6 +101,10 @@ def open_with(small_set, *options):
         (["train.samples=3"], "samples=3: none would be a positive: set 4 or more"),
         (["train.batch_size=1"], "train.batch_size=1: resnest14_half has batch norms of one value per image and "),
         (["protocol.min_score=2"], "protocol.min_score=2: input should be less than or equal to 1"),
+        (
+            ["train.compile=true"],
+            "train.compile=true: torch does not compile a detector's step: set train.compile=false",
+        ),
         (["train.steps=9"], "train.epochs=8 and train.steps=9: set one of them to null"),
     ],
 )
