@@ -13,9 +13,9 @@ from torch import nn
 
 from resnest_imagenet import extensions
 from resnest_imagenet.errors import ConfigError, suggest
-from resnest_imagenet.instances import Pixels
 from resnest_imagenet.models.features import STAGES, Backbone, Norm
 from resnest_imagenet.models.initialise import initialise
+from resnest_imagenet.instances import Pixels
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import Implementation
 
@@ -34,7 +34,7 @@ class PeerSpec:
     timm_name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     strides_first: bool = False
-    pixels: Pixels = field(default_factory=Pixels)
+    pixels: Pixels = Pixels()
 
 
 _SKNET101 = {  # timm registers no SKNet-101: its SKNet-50 with the depth of a ResNet-101
