@@ -9,14 +9,16 @@ import pytest
 from conftest import compose_config
 from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config import RECIPE_NAMES, TrainConfig
 from resnest_imagenet.data.augment import POLICIES
-from resnest_imagenet.recipe import ClassificationRecipe
+from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe
 from resnest_imagenet.reports.table3 import PAPER
+from resnest_imagenet.training.schedule import plan_steps
 
 ALL_EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experiment").glob("*.yaml")}
 OF_SCENES = {name for name, text in ALL_EXPERIMENTS.items() if "override /task: segmentation" in text}
-EXPERIMENTS = {name: text for name, text in ALL_EXPERIMENTS.items() if name not in OF_SCENES}
+OF_OBJECTS = {name for name, text in ALL_EXPERIMENTS.items() if "override /task: detection" in text}
+EXPERIMENTS = {name: text for name, text in ALL_EXPERIMENTS.items() if name not in OF_SCENES | OF_OBJECTS}
 RECIPES = {path.stem: path.read_text() for path in (find_conf() / "recipe").glob("*.yaml")}
 PUBLISHED = sorted(name for name in RECIPES if not name.startswith("demo"))
 
@@ -75,7 +77,7 @@ def test_every_value_of_a_recipe_has_a_comment(name):
     lines = RECIPES[name].splitlines()
     assert f"recipe: {name}" in lines
     values = [line for line in lines if line and not line.startswith(("#", "recipe:", "defaults:", "  - "))]
-    assert values and all(re.fullmatch(r"\w+: \S+ # \S.+", line) for line in values)
+    assert values and all(re.fullmatch(r"\w+: (\S+|\[.+\]) # \S.+", line) for line in values)
 
 
 COMMON = {"momentum": 0.9, "weight_decay": 1e-4, "lr": 0.1, "crop": 224, "dropout": 0, "ema_decay": None}
@@ -142,11 +144,54 @@ FIGURES |= {
 }
 
 
+# The network of Tables 5 and 6: all of `RCNNOptions`, of which some are options of a recipe.
+RCNN_NETWORK = {
+    "cascade": False, "masks": False, "norm": "sync", "head_norm": None, "freeze_at": 2, "zero_gamma": True,
+    "checkpoint_activations": False, "channels": 256, "anchor_sizes": [32, 64, 128, 256, 512],
+    "anchor_ratios": [0.5, 1, 2], "anchors_rounded": False, "rpn_convs": 1, "rpn_ious": [0.3, 0.7], "rpn_samples": 256,
+    "rpn_positive": 0.5, "rpn_beta": 0, "candidates": [2000, 1000], "proposals": None, "rpn_nms": 0.7, "aligned": True,
+    "sampling": 0, "canonical_size": 224, "samples": 512, "positive": 0.25, "stages": None, "class_agnostic": None,
+    "box_convs": 4, "box_fcs": 1, "box_width": 1024, "box_beta": 0, "mask_convs": 4,
+    "min_score": 0.05, "nms": 0.5, "detections": 100,
+}  # fmt: skip
+DETECTRON = {
+    **{name: value for name, value in RCNN_NETWORK.items() if name in DetectionRecipe.model_fields},
+    **{name: COMMON[name] for name in ("step_factor", "poly_power", "head_lr_factor", "compile", "init_from")},
+    **{name: COMMON[name] for name in ("clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
+    "task": "detection", "optimizer": "sgd", "batch_size": 2, "global_batch": 16, "precision": "fp32",
+    "epochs": None, "steps": 90_000, "step_epochs": None, "schedule": "milestones", "milestones": [60_000, 80_000],
+    "lr": 0.02, "reference_batch": 16, "warmup_epochs": None, "warmup_steps": 1000, "warmup_start": 0.001,
+    "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_biases": True, "decay_all": False,
+    "ema_decay": None, "precise_batches": 200, "longest": 1333,
+}  # fmt: skip
+OF_TABLE_6 = {
+    **DETECTRON, "masks": True, "short_sides": [640, 672, 704, 736, 768, 800], "side_sampling": "choice",
+}  # fmt: skip
+FIGURES |= {
+    "detectron2_boxes": {**DETECTRON, "masks": False, "short_sides": [640, 800], "side_sampling": "range"},
+    "detectron2_masks": OF_TABLE_6,
+    "detectron2_masks_3x": {
+        **OF_TABLE_6, "steps": 270_000, "milestones": [240_000, 255_000], "short_sides": [640, 864],
+        "side_sampling": "range", "longest": 1440, "mask_convs": 8,
+    },
+}  # fmt: skip
+OF_TASK = {
+    "classification": (),
+    "segmentation": ("task=segmentation", "protocol=whole", "data=masks"),
+    "detection": ("task=detection", "protocol=coco", "data=coco"),
+}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_figures_of_the_recipes(name):
     figures = FIGURES[name]
-    task = ("task=segmentation", "protocol=whole") if figures["task"] == "segmentation" else ()
-    assert compose_train(f"recipe={name}", *task).train.model_dump() == {"recipe": name, **figures}
+    assert compose_train(f"recipe={name}", *OF_TASK[figures["task"]]).train.model_dump() == {"recipe": name, **figures}
+
+
+def test_recipes_are_offered_for_their_task():
+    tasks = {name: task for task, names in RECIPE_NAMES.items() for name in names}
+    assert tasks.items() <= {name: figures["task"] for name, figures in FIGURES.items()}.items()
+    assert set(tasks.values()) == OF_TASK.keys()
 
 
 # Table 7: mIoU and pixel accuracy on ADE20K, mIoU on Cityscapes; DOWNSTREAM's networks and their weights.
@@ -178,6 +223,104 @@ def test_a_row_of_table_7_says_what_it_trains_and_how(network, kind):
 def test_every_row_of_table_7_has_an_experiment():
     rows = {f"deeplabv3_{network}_{kind}" for network in TABLE_7 for kind in ("ade20k", "cityscapes")}
     assert rows | {"demo_segmentation"} == OF_SCENES
+
+
+# Tables 5 and 6: networks and the weights that they start from; box AP, and with masks mask AP, by detector.
+BACKBONES = {
+    "resnet50": ("ResNet-50", "resnet50_msra", None),
+    "resnet101": ("ResNet-101", "resnet101_msra", None),
+    "resnest50": ("ResNeSt-50", "resnest50", "official:resnest50"),
+    "resnest101": ("ResNeSt-101", "resnest101", "official:resnest101"),
+    "resnest200": ("ResNeSt-200", "resnest200", "official:resnest200"),
+}
+TABLES_5_AND_6 = {
+    "faster_rcnn": ("Faster R-CNN", {
+        "resnet50": ("39.25",), "resnet101": ("41.37",), "resnest50": ("42.33",), "resnest101": ("44.72",),
+    }),
+    "cascade_rcnn": ("Cascade R-CNN", {
+        "resnet50": ("42.52",), "resnet101": ("44.03",), "resnest50": ("45.41",), "resnest101": ("47.50",),
+        "resnest200": ("49.03",),
+    }),
+    "mask_rcnn": ("Mask R-CNN", {
+        "resnet50": ("39.97", "36.05"), "resnet101": ("41.78", "37.51"),
+        "resnest50": ("42.81", "38.14"), "resnest101": ("45.75", "40.65"),
+    }),
+    "cascade_mask_rcnn": ("Cascade Mask R-CNN", {
+        "resnet50": ("43.06", "37.19"), "resnet101": ("44.79", "38.52"),
+        "resnest50": ("46.19", "39.55"), "resnest101": ("48.30", "41.56"),
+    }),
+}  # fmt: skip
+DETECTORS = [(detector, network) for detector, (_, rows) in TABLES_5_AND_6.items() for network in rows]
+
+
+@pytest.mark.parametrize(("detector", "network"), DETECTORS)
+@pytest.mark.slow
+def test_a_row_of_tables_5_and_6_says_what_it_trains_and_how(detector, network):
+    name = f"{detector}_{network}"
+    (kind, rows), (title, model, init_from) = TABLES_5_AND_6[detector], BACKBONES[network]
+    config, text = compose_train(f"+experiment={name}"), ALL_EXPERIMENTS[name]
+    has_masks = "mask" in detector
+    recipe, table = ("detectron2_masks", 6) if has_masks else ("detectron2_boxes", 5)
+    choices = {"recipe": recipe, "cascade": "cascade" in detector, "init_from": init_from}
+    assert config.train.model_dump() == {**FIGURES[recipe], **choices}
+    assert (config.model.name, config.data.kind, config.run_dir) == (model, "coco", f"runs/{name}")
+    assert config.protocol.model_dump() == COCO_PROTOCOL
+    precisions = ", ".join(f"{what} AP {ap}" for what, ap in zip(("box", "mask"), rows[network], strict=False))
+    assert f"# {kind} with {title} on COCO, of table {table}.\n" in text and len(rows[network]) == 1 + has_masks
+    assert f"\n# Expected: {precisions} (the paper, val2017).\n" in text and "\n# Hardware: 8 GPUs with 2 " in text
+    weights = "" if init_from else " train.init_from=MSRA.pth"
+    assert f"\n#   resnest-train +experiment={name} data.root=/coco{weights}\n" in text
+    assert f"\n#   resnest-eval ckpt=runs/{name}/checkpoints/best.pt data.root=/coco\n" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "falls", "total"),
+    [("detectron2_boxes", (60_000, 80_000), 90_000), ("detectron2_masks_3x", (240_000, 255_000), 270_000)],
+)
+def test_the_learning_rate_of_detection(recipe, falls, total):
+    """Counted in steps; .02 for 16 images, and in proportion for others."""
+    train = compose_train(f"recipe={recipe}", *OF_TASK["detection"]).train
+    plan = plan_steps(117_266, train, world_size=8)
+    assert (plan.global_batch, plan.accumulation, plan.steps_per_epoch, plan.total_steps) == (16, 1, 7329, total)
+    rates = {0: 2e-5, 500: 0.01001, 1000: 0.02, falls[0] - 1: 0.02, falls[0]: 2e-3, falls[1] - 1: 2e-3, falls[1]: 2e-4}
+    assert {step: plan.learning_rate(step) for step in rates} == pytest.approx(rates)
+    half = plan_steps(117_266, train.model_copy(update={"global_batch": 8}), world_size=4)
+    assert half.learning_rate(1000) == pytest.approx(0.01) and half.total_steps == total
+
+
+def test_the_demo_of_detection_trains_a_small_detector():
+    """The network of the prototype behind the demo's figures."""
+    recipe = compose_train("+experiment=demo_detection").train.model_dump()
+    small = {"channels": 48, "box_convs": 2, "box_width": 128, "samples": 64, "canonical_size": 56, "norm": "bn"}
+    small |= {"batch_size": 8, "short_sides": [128], "freeze_at": 2, "masks": True, "cascade": False}
+    small |= {"optimizer": "adamw", "anchor_sizes": [16, 32, 64, 96, 128], "task": "detection"}
+    assert small.items() <= recipe.items()
+
+
+def test_every_row_of_tables_5_and_6_has_an_experiment():
+    assert len(DETECTORS) == 17
+    assert {f"{detector}_{network}" for detector, network in DETECTORS} | {"demo_detection"} == OF_OBJECTS
+
+
+COCO_PROTOCOL = {"short_side": 800, "longest": 1333, "min_score": 0.05, "nms": 0.5, "detections": 100}
+
+
+@pytest.mark.parametrize("recipe", ["detectron2_boxes", "detectron2_masks"])
+@pytest.mark.parametrize("cascade", [False, True])
+@pytest.mark.slow
+def test_the_network_of_tables_5_and_6(recipe, cascade):
+    """Every setting that a detector of these rows is built with, typed a second time."""
+    from resnest_imagenet.models.rcnn_options import RCNNOptions
+    from resnest_imagenet.weights.detection import read_options  # late: torchvision's detectors
+
+    figures = {**FIGURES[recipe], "cascade": cascade}
+    options = RCNNOptions(**read_options(figures, COCO_PROTOCOL))
+    plain = ((0.5, (10, 10, 5, 5)),)
+    stages = (*plain, (0.6, (20, 20, 10, 10)), (0.7, (30, 30, 15, 15))) if cascade else plain
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
+    assert values == {**RCNN_NETWORK, "cascade": cascade, "masks": recipe == "detectron2_masks"}
+    assert (options.num_proposals, options.has_one_box) == ((2000 if cascade else 1000, 1000), cascade)
+    assert (options.all_stages, options.norm_of_heads) == (stages, "sync")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ class ModelOptions(NetworkOptions):
     split_attention: Literal["auto", "fused", "reference"]
 
 
+# Layouts of files: of the project's own kinds of data all but webdataset.
+_KINDS_OF_FILES = {"folder", "ade20k", "cityscapes", "masks", "coco"}
+# The kinds that other tasks have, and what to choose instead.
+_KINDS_OF_OTHERS = {
+    "classification": (_KINDS_OF_FILES - {"folder"}, "data=imagenet or data=webdataset"),
+    "segmentation": ({"folder", "webdataset", "coco"}, "data=ade20k, data=cityscapes or data=masks"),
+}
+
+
 class DataOptions(Options):
     """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
 
@@ -72,7 +81,7 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
-        if self.shuffle_shards is not None and self.kind == "folder":
+        if self.shuffle_shards is not None and self.kind in _KINDS_OF_FILES:
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
         return self
 
@@ -134,6 +143,16 @@ class TrainConfig(Options):
     log: LogOptions
     timeout_seconds: Annotated[float, Field(gt=0)]
     dry_run: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        others, own = _KINDS_OF_OTHERS.get(self.train.task, ((), ""))
+        if self.data.kind in others:
+            raise ValueError(f"data.kind={self.data.kind} is not of train.task={self.train.task}: choose {own}")
+        for option in ("train_json", "val_json"):
+            if getattr(self.data, option) is not None and self.data.kind in _KINDS_OF_FILES - {"coco"}:
+                raise ValueError(f"data.{option}={getattr(self.data, option)} needs data=coco")
+        return self
 
 
 class PreviewDataConfig(TrainConfig):
@@ -413,6 +432,12 @@ RECIPES: dict[str, type[Recipe]] = {
     "detection": DetectionRecipe,
 }
 extensions.tasks.reserve(RECIPES)
+# The published recipes of tasks that have few, to be named where one of another task is chosen.
+RECIPE_NAMES = {
+    "classification": ("resnest", "bag_of_tricks", "torchvision_v1", "sknet"),
+    "segmentation": ("deeplab_gluon", "deeplab_encoding"),
+    "detection": ("detectron2_boxes", "detectron2_masks"),
+}
 
 
 def find_outside_task(name: str) -> extensions.Task | None:
@@ -448,7 +473,7 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
         values: what is to be checked against it; `train.task` is read, or which protocol it is.
 
     Raises:
-        ConfigError: there is no such task, or the protocol is another's.
+        ConfigError: there is no such task, or the protocol or the recipe is another's.
     """
     protocol = values.get("protocol")
     kind = _find_kind(protocol if isinstance(protocol, Mapping) else {})
@@ -464,7 +489,18 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
     if protocol is not None and kind != own:
         names = ", ".join(_PROTOCOLS[own][1])
         raise ConfigError(f"protocol is not of train.task={task}: choose {names}, or start from +experiment=")
+    assert isinstance(options, Mapping)
+    _require_own_recipe(task, recipe, options)
     return _of_recipe(schema, recipe)
+
+
+def _require_own_recipe(task: str, recipe: type[Recipe], options: Mapping[Any, Any]) -> None:
+    """Raise a ConfigError for the values of another task's recipe: some that this one has not, and some missing."""
+    of_others = {name for other in RECIPES.values() for name in other.model_fields} - recipe.model_fields.keys()
+    if options.keys() & of_others and recipe.model_fields.keys() - options.keys():
+        names = ", ".join(RECIPE_NAMES.get(task, ()))
+        choice = f"choose {names}, or start from +experiment=" if names else "choose one that is"
+        raise ConfigError(f"recipe={options.get('recipe')} is not of train.task={task}: {choice}")
 
 
 def _find_kind(options: Mapping[str, Any]) -> str:

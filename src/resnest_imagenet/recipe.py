@@ -214,6 +214,7 @@ class DetectionRecipe(Recipe):
     norm: Literal["bn", "sync", "frozen"]
     head_norm: Literal["bn", "sync", "frozen", "none"] | None  # null: as norm
     freeze_at: Annotated[int, Field(ge=0, le=5)]
+    checkpoint_activations: bool  # of the backbone's blocks: computed again in the backward pass, in place of kept
     zero_gamma: bool
     channels: Positive
     anchor_sizes: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=5, max_length=5)]
@@ -223,6 +224,9 @@ class DetectionRecipe(Recipe):
     sampling: Annotated[int, Field(ge=0)]
     rpn_convs: Positive
     canonical_size: Positive
+    # Boxes of a level before the non-maximum suppression of proposals, and of an image after it: in training, evaluation.
+    candidates: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    proposals: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None  # null: as in the paper
     samples: Positive
     box_convs: Annotated[int, Field(ge=0)]
     box_fcs: Positive
@@ -239,6 +243,19 @@ class DetectionRecipe(Recipe):
             raise ValueError(
                 f"train.short_sides={self.short_sides}: side_sampling=range takes the least and the largest"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> "DetectionRecipe":
+        if self.compile and self.checkpoint_activations:
+            raise ValueError("train.compile=true and train.checkpoint_activations=true: set one of them to false")
+        return self
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> "DetectionRecipe":
+        # Sizes change with each image and its objects; torch 2.13 also fails at the mask head's transposed convolution.
+        if self.compile:
+            raise ValueError("train.compile=true: torch does not compile a detector's step: set train.compile=false")
         return self
 
 

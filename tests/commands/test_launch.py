@@ -92,7 +92,7 @@ def call(command, arguments, monkeypatch, capsys):
             "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
         ),
         (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
-        (["task=other"], "unknown task 'other' (classification, segmentation)"),
+        (["task=other"], "unknown task 'other' (classification, detection, segmentation)"),
     ],
 )
 def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
@@ -388,11 +388,15 @@ def list_keys(values, prefix=""):
         ("train", TrainConfig, ["+experiment=deeplabv3_resnest50_ade20k"]),
         ("train", TrainConfig, ["+experiment=deeplabv3_resnest50_cityscapes", "protocol=published_cityscapes"]),
         ("train", TrainConfig, ["+experiment=demo_segmentation", "recipe=deeplab_encoding", "protocol=centre"]),
+        ("train", TrainConfig, ["+experiment=demo_detection"]),
+        ("train", TrainConfig, ["+experiment=cascade_mask_rcnn_resnest50"]),
         ("eval", EvalConfig, ["model=resnest50", "protocol=slide", "data=cityscapes"]),
+        ("eval", EvalConfig, ["model=resnest50", "protocol=coco", "data=coco"]),
         ("eval", EvalConfig, ["model=resnest50"]),
         ("eval", EvalConfig, ["model=resnest50", "protocol=ecentercrop"]),
         ("predict", PredictConfig, ["model=resnest50"]),
         ("predict", PredictConfig, ["model=resnest50", "protocol=slide"]),
+        ("predict", PredictConfig, ["model=resnest50", "protocol=coco"]),
         ("compare", CompareConfig, []),
         ("explain", ExplainConfig, ["model=resnest50"]),
         ("report", ReportConfig, []),
@@ -444,7 +448,7 @@ def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
     for name, text in helps.items():
         assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
         assert "resnest50_fast_2s1x64d" in text or name in ("table3", "tables", "compare", "report"), name
-    assert "experiment: deeplabv3_resnest101_ade20k, deeplabv3_" in helps["train"]
+    assert "experiment: cascade_mask_rcnn_resnest101, cascade_" in helps["train"]
     assert "resnest101, resnest101_fast" in helps["train"]
 
 

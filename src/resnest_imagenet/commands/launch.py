@@ -135,6 +135,9 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
     except MissingMandatoryValue as error:
         raise ConfigError(_say_unset(str(error.full_key))) from None
     except OmegaConfBaseException as error:
+        unresolved = OmegaConf.to_container(composed)
+        assert isinstance(unresolved, dict)
+        choose_schema(schema, unresolved)  # values of another task refer to others that are not there
         raise ConfigError(first_line(error)) from None
     assert isinstance(values, dict)
     schema = choose_schema(schema, values)
@@ -202,8 +205,11 @@ def _explain_override(option: str, schema: type[Options]) -> ConfigError:
         return ConfigError(f"data is no group of this command: set {', '.join(own)}")
     if option in _list_groups():
         return ConfigError(f"{option} is added, not overridden: write +{option}=...")
-    if option in option_names(schema):  # of a group of which nothing is chosen
-        return ConfigError(f"{option} is set by its group: write {option.partition('.')[0]}=NAME")
+    if option in option_names(schema):  # of a group of which nothing is chosen, or of another task
+        part = option.partition(".")[0]
+        if part in ("train", "eval"):
+            return ConfigError(f"{option} is of another task than this run: remove it")
+        return ConfigError(f"{option} is set by its group: write {part}=NAME")
     return _explain_unknown(option, schema)
 
 

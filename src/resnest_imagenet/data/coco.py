@@ -238,7 +238,8 @@ def require_separate_images(train: Instances, val: Instances) -> None:
     shared = np.intersect1d(train.images.files, val.images.files)
     if len(shared):
         name = os.fsdecode(shared[0])
-        raise DataError(f"{train.images.root / name}: of {len(shared):,} images in both {train.json} and {val.json}")
+        both = f"{train.images.root / name}: of {len(shared):,} images in both {train.json} and {val.json}"
+        raise DataError(f"{both}: set data.val_json, or data.val_dir")
 
 
 def describe_skipped(path: Path, skipped: dict[str, int]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -41,8 +41,8 @@ from resnest_imagenet.weights.detection import read_options, start_rcnn
 Batch = tuple[Tensor, list[Target]]  # images (B, 3, H, W), normalised and padded; the objects of each
 
 NUM_SHOWN = 4  # images of a batch
-# More than any network keeps of a pixel of its input, resnest269 7,900, and of a sampled box for each convolution of the
-# heads, 190,000 in a cascade with masks: both with 256 channels in the pyramid.
+# More than any network keeps of a pixel of its input, resnest269 7,900, and of a sampled box for each convolution of
+# its heads, a cascade's 220,000: both with 256 channels in the pyramid.
 _BYTES_PER_PIXEL, _BYTES_PER_CONV = 12_000, 250_000
 
 
@@ -56,6 +56,8 @@ class Detection:
         data = config.data
         if data.kind != "coco":
             raise ConfigError(f"data.kind={data.kind}: a detector is trained on data=coco")
+        if config.loader.name == "dali":
+            raise ConfigError("loader=dali: a detector's images are decoded without DALI: set loader=auto")
         self._train = open_coco(data.root, "train", data.train_json, data.train_dir, masks=recipe.masks)
         self._val = open_coco(data.root, "val", data.val_json, data.val_dir, masks=recipe.masks)
         self.train_set: ImageSource = self._train.images
@@ -66,6 +68,9 @@ class Detection:
             print_notes(self.train_set, self.val_set)
         self.classes, self.category_ids = self._train.classes, self._train.category_ids
         self._truth = open_ground_truth(self._val, masks=recipe.masks)
+        if config.model.num_classes not in (None, len(self.classes)):
+            there = f"{self._train.json} has {len(self.classes)} categories"
+            raise ConfigError(f"model.num_classes={config.model.num_classes}, but {there}: set model.num_classes=null")
         network = config.model.model_copy(update={"num_classes": len(self.classes)})
         self.config = config.model_copy(update={"model": network})
         self.metric = "mask_ap" if recipe.masks else "box_ap"
@@ -125,6 +130,8 @@ class Detection:
             loaded = start_rcnn(model, self.config.model.name, self.classes, recipe.init_from)
             if launch.rank == 0:
                 print(f"starting from {recipe.init_from}: {loaded}", flush=True)
+        elif is_new and recipe.freeze_at and launch.rank == 0:
+            print(f"train.freeze_at={recipe.freeze_at}: without train.init_from these stages stay random", flush=True)
         return place(model, device)
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
@@ -187,14 +194,19 @@ class Detection:
                 "ranks, which train.precise_batches needs: lower train.batch_size"
             )
         loader = self.build_loader(self.plan_batches(per_epoch, ranks), ranks)
-        draws = Draws(self.config.seed, 0, 0)
 
         def estimate(model: nn.Module, pause: Pause) -> None:
-            draws.seed_torch()
+            def run(numbered: tuple[int, Batch]) -> None:
+                number, batch = numbered
+                pause(number, True)
+                # Seeded for each batch, as in training: a loader that begins an epoch draws from torch's generator too.
+                draws = Draws(self.config.seed, 0, number * world_size + ranks.rank)
+                draws.seed_torch()
+                self.loss(model, batch, draws)
+
             epochs = itertools.chain.from_iterable(loader.batches(epoch) for epoch in itertools.count())
-            batches = _pause_before(itertools.islice(epochs, recipe.precise_batches), pause)
-            average = lambda values: sum_over_ranks(values) / world_size  # noqa: E731
-            estimate_norms(model, batches, lambda batch: self.loss(model, batch, draws), average)
+            batches = enumerate(itertools.islice(epochs, recipe.precise_batches))
+            estimate_norms(model, batches, run, lambda values: sum_over_ranks(values) / world_size)
 
         return estimate
 
@@ -261,13 +273,6 @@ class Detection:
             "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
             "evaluation": describe_protocol(self._protocol),
         }
-
-
-def _pause_before(batches: Iterator[Batch], pause: Pause) -> Iterator[Batch]:
-    """Yield batches of which every rank has as many."""
-    for number, batch in enumerate(batches):
-        pause(number, True)
-        yield batch
 
 
 def build_val_loader(
