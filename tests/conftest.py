@@ -32,6 +32,7 @@ from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.commands.predict import predict_images, read_inputs
 from resnest_imagenet.config import EvalConfig, PredictConfig, TrainConfig
 from resnest_imagenet.data.demo import write_demo_images
+from resnest_imagenet.data.demo_objects import write_demo_objects
 from resnest_imagenet.data.demo_scenes import write_demo_scenes
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.evaluation.overlays import encode_index_png
@@ -117,6 +118,30 @@ def segmentation_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options += ("loader.workers=0", "log.trackers=[]", "log.every_steps=1", "+experiment=demo_segmentation")
     train_module.train(compose_config("train", TrainConfig, *options, *places))
     return folder / "run"
+
+
+# The demo's experiment, shrunk: 3 steps of 2 images an epoch.
+SMALL_OBJECTS = ("+experiment=demo_detection", "device=cpu", "train.epochs=2", "train.batch_size=2")
+SMALL_OBJECTS += ("train.short_sides=64", "train.longest=96", "protocol.short_side=64", "protocol.longest=96")
+SMALL_OBJECTS += ("train.channels=16", "train.box_width=16", "train.box_convs=1", "train.mask_convs=1")
+SMALL_OBJECTS += ("train.samples=16", "loader.workers=0", "log.every_steps=1", "log.trackers=[]")
+
+
+@pytest.fixture(scope="session")
+def demo_objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 training and 3 val images of drawn shapes, with boxes and masks."""
+    folder = tmp_path_factory.mktemp("objects")
+    write_demo_objects(folder, seed=0, train_images=7, val_images=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def detection_run(demo_objects: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run of Mask R-CNN on `demo_objects`, which evaluates after both of its epochs."""
+    run = tmp_path_factory.mktemp("detection") / "run"
+    places = (f"data.root={demo_objects}", f"run_dir={run}")
+    train_module.train(compose_config("train", TrainConfig, *SMALL_OBJECTS, *places))
+    return run
 
 
 @pytest.fixture
