@@ -281,7 +281,12 @@ def list_results(folder: Path, metrics: Sequence[str]) -> list[Path]:
         contents = [path.read_bytes() for path in files]
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    results = [(path, content) for path, content in zip(files, contents, strict=True) if b'"results"' in content]
+    # A list is a file of detections.
+    results = [
+        (path, content)
+        for path, content in zip(files, contents, strict=True)
+        if not content.startswith(b"[") and b'"results"' in content
+    ]
     return [path for path, content in results if _guess_metric(content) in metrics]
 
 
