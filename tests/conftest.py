@@ -101,6 +101,11 @@ def compose_config(name: str, schema: type, *overrides: str):
         return check_config(compose(name, list(overrides)), schema)
 
 
+def change_config(values: DictConfig, *overrides: str) -> TrainConfig:
+    """Return composed values with some changed; no groups among these."""
+    return check_config(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))), TrainConfig)
+
+
 # The demo's experiment, shrunk: 12 steps of 16 images in two epochs.
 SMALL = ("+experiment=demo", "device=cpu", "train.epochs=2", "train.crop=32", "train.batch_size=16", "loader.workers=1")
 
@@ -120,11 +125,12 @@ def segmentation_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-# The demo's experiment, shrunk: 3 steps of 2 images an epoch.
+# The demo's experiment, shrunk: 6 steps of 2 images in two epochs.
 SMALL_OBJECTS = ("+experiment=demo_detection", "device=cpu", "train.epochs=2", "train.batch_size=2")
 SMALL_OBJECTS += ("train.short_sides=64", "train.longest=96", "protocol.short_side=64", "protocol.longest=96")
 SMALL_OBJECTS += ("train.channels=16", "train.box_width=16", "train.box_convs=1", "train.mask_convs=1")
-SMALL_OBJECTS += ("train.samples=16", "loader.workers=0", "log.every_steps=1", "log.trackers=[]")
+SMALL_OBJECTS += ("train.samples=16", "protocol.detections=20", "loader.workers=0", "log.trackers=[]")
+SMALL_OBJECTS += ("log.every_steps=1", "checkpoint.every_steps=5")
 
 
 @pytest.fixture(scope="session")
@@ -136,12 +142,28 @@ def demo_objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def detection_run(demo_objects: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def object_values(demo_objects: Path) -> DictConfig:
+    """The values of a small run of Mask R-CNN on `demo_objects`, composed once."""
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return compose("train", [*SMALL_OBJECTS, f"data.root={demo_objects}"])
+
+
+@pytest.fixture(scope="session")
+def detection_run(object_values: DictConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run of Mask R-CNN on `demo_objects`, which evaluates after both of its epochs."""
     run = tmp_path_factory.mktemp("detection") / "run"
-    places = (f"data.root={demo_objects}", f"run_dir={run}")
-    train_module.train(compose_config("train", TrainConfig, *SMALL_OBJECTS, *places))
+    train_module.train(change_config(object_values, f"run_dir={run}"))
     return run
+
+
+@pytest.fixture
+def object_run(object_values: DictConfig, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Make the configuration of a small run on `demo_objects` in a folder of its own."""
+
+    def make(*overrides: str, run: str = "run") -> TrainConfig:
+        return change_config(object_values, f"run_dir={tmp_path / run}", *overrides)
+
+    return make
 
 
 @pytest.fixture
@@ -168,8 +190,7 @@ def tiny_run(tiny_values: DictConfig, tmp_path: Path) -> Iterator[Callable[..., 
     """Make the configuration of a run of TinyTask in a folder of its own."""
 
     def make(*overrides: str, run: str = "run") -> TrainConfig:
-        changes = OmegaConf.from_dotlist([f"run_dir={tmp_path / run}", *overrides])
-        return check_config(OmegaConf.merge(tiny_values, changes), TrainConfig)
+        return change_config(tiny_values, f"run_dir={tmp_path / run}", *overrides)
 
     tiny_task.register()
     yield make

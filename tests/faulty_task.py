@@ -24,6 +24,7 @@ class Fault:
         act: what is done before its loss is computed.
         loss_factor: what its loss is multiplied by.
         gradient_factor: what the gradient of its loss is multiplied by, while the loss stays.
+        part: the loss, by its name, that the factors are for; None: all.
     """
 
     epoch: int | None = None
@@ -31,6 +32,7 @@ class Fault:
     act: Callable[[], object] | None = None
     loss_factor: float | None = None
     gradient_factor: float | None = None
+    part: str | None = None
 
     def is_at(self, draws: Draws) -> bool:
         """Return whether this is its batch."""
@@ -61,7 +63,9 @@ class FaultyTask:
                 fault.act()
         losses = self._task.loss(network, batch, draws)
         for fault in faults:
-            losses = {name: _spoil(loss, fault) for name, loss in losses.items()}
+            losses = {
+                name: _spoil(loss, fault) if fault.part in (None, name) else loss for name, loss in losses.items()
+            }
         return losses
 
 

@@ -1,8 +1,12 @@
 """Statistics of batch norms, averaged over many batches of training in place of the last ones' moving average.
 
-As detectron2 has them before an evaluation (detectron2/engine/hooks.py, PreciseBN; fvcore/nn/precise_bn.py): the plain
-mean over the batches of their means and unbiased variances. Here they are averaged over the ranks too, so that all
-evaluate the same network.
+As fvcore/nn/precise_bn.py has them: the plain mean over the batches of their means and unbiased variances. Here they
+are averaged over the ranks too, so that all evaluate the same network.
+
+detectron2 does this after every TEST.EVAL_PERIOD iterations and after the last one, before it evaluates and saves
+(engine/hooks.py, PreciseBN; engine/defaults.py, build_hooks). So does a run here, before each of its evaluations: the
+network that is evaluated is the one that is saved. Training continues from these statistics, which its own steps do
+not read.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,9 +26,12 @@ def estimate_norms(
 ) -> int:
     """Replace the statistics of a network's batch norms that are trained; return the number of batches.
 
+    Norms that stay in evaluation mode are frozen, and keep theirs. The norms' counts of batches stay too: they are of
+    the training, and an evaluation that is made again must leave the same network. So they do where an error comes.
+
     Args:
         network: changed in place, and left in training mode.
-        batches: of training, one or more.
+        batches: of training, one or more; on every rank as many.
         run: a forward pass in training mode on one of them.
         average: the mean over the ranks of what each has, float64 (n,).
     """
@@ -32,32 +39,28 @@ def estimate_norms(
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
     if not norms:
         return 0
-    momenta = [norm.momentum for norm in norms]
-    sums, number = torch.zeros(_pack(norms).shape, dtype=torch.float64, device=_pack(norms).device), 0
+    statistics: list[Any] = [values for norm in norms for values in (norm.running_mean, norm.running_var)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    before, momenta = [buffer.clone() for buffer in buffers], [norm.momentum for norm in norms]
+    sums, number = torch.zeros_like(_pack(statistics)), 0
     for norm in norms:
         norm.momentum = 1.0  # the statistics are then those of the batch
     try:
         for batch in batches:
             run(batch)
-            sums += _pack(norms)
+            sums += _pack(statistics)
             number += 1
+        assert number, "statistics of no batches"
+        means = average(sums / number)
     finally:
+        for buffer, values in zip(buffers, before, strict=True):
+            buffer.copy_(values)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    _unpack(average(sums / max(number, 1)), norms)
+    for buffer, values in zip(statistics, means.split([len(buffer) for buffer in statistics]), strict=True):
+        buffer.copy_(values)
     return number
 
 
-def _list_statistics(norms: list[Any]) -> list[Tensor]:
-    return [values for norm in norms for values in (norm.running_mean, norm.running_var)]
-
-
-def _pack(norms: list[Any]) -> Tensor:
-    return torch.cat([values.double() for values in _list_statistics(norms)])
-
-
-def _unpack(values: Tensor, norms: list[Any]) -> None:
-    start = 0
-    for statistics in _list_statistics(norms):
-        statistics.copy_(values[start : start + len(statistics)])
-        start += len(statistics)
+def _pack(statistics: list[Tensor]) -> Tensor:
+    return torch.cat([values.double() for values in statistics])

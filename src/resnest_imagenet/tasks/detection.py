@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes
 from resnest_imagenet.distributed import Ranks, launched_as, sum_over_ranks
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.evaluation.box_files import list_files
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
@@ -41,6 +41,9 @@ from resnest_imagenet.weights.detection import read_options, start_rcnn
 Batch = tuple[Tensor, list[Target]]  # images (B, 3, H, W), normalised and padded; the objects of each
 
 NUM_SHOWN = 4  # images of a batch
+# More than any network keeps of a pixel of its input, resnest269 7,900, and of a sampled box for each convolution of
+# its heads, a cascade's 220,000: both with 256 channels in the pyramid.
+_BYTES_PER_PIXEL, _BYTES_PER_CONV = 12_000, 250_000
 
 
 class Detection:
@@ -92,14 +95,18 @@ class Detection:
             "data.kind": config.data.kind,
             "evaluation": describe_protocol(self._protocol),
             "classes": list(self.classes),
+            **describe_images(files, config.data.digest, ranks, tick),
             "training objects": self._train.digest(),
             "val objects": self._val.digest(),
-            **describe_images(files, config.data.digest, ranks, tick),
         }
 
     def count_kept_bytes(self, enough: float = 0) -> int:
         """See `Task`; of the largest images."""
-        recipe = self._recipe
+        recipe, (height, width) = self._recipe, self._largest
+        of_boxes = recipe.samples * (1 + recipe.box_convs + recipe.mask_convs) * _BYTES_PER_CONV
+        bound = recipe.batch_size * max(1.0, recipe.channels / 256) * (height * width * _BYTES_PER_PIXEL + of_boxes)
+        if bound < enough:
+            return int(bound)
         with autocast(torch.device("cpu"), recipe.precision):
             name, num_classes = self.config.model.name, len(self.classes)
             return count_kept_rcnn(name, num_classes, self._largest, recipe.batch_size, **self._options)
@@ -145,33 +152,48 @@ class Detection:
         return InstanceLoader(self._train, plan, transform, ranks.device, pixels, workers, max_errors)
 
     def build_evaluation(self, ranks: Ranks) -> Evaluate:
-        """See `Task`; with `precise_batches` the network's norms get their statistics before."""
+        """See `Task`; with `precise_batches` the network's norms get their statistics before, see `models.precise`."""
         recipe, workers = self._recipe, self.config.loader.workers
         loader = build_val_loader(self._val, self._protocol, self.config.model.name, ranks, workers)
         precise = self._build_precise(ranks) if recipe.precise_batches else None
 
         def evaluate(model: nn.Module, pause: Pause) -> Score:
             if precise is not None:
-                precise(model)
-            name = self.val_set.name
-            return self._describe_boxes(
-                measure_boxes(model, loader, ranks, self._truth, recipe.precision, pause, name, masks=recipe.masks)
-            )
+                precise(model, pause)
+            name, first = self.val_set.name, recipe.precise_batches
+
+            def pause_after(batch: int, is_everywhere: bool) -> None:
+                pause(first + batch, is_everywhere)
+
+            options = {"masks": recipe.masks}
+            scores = measure_boxes(model, loader, ranks, self._truth, recipe.precision, pause_after, name, **options)
+            return self._describe_boxes(scores)
 
         return evaluate
 
-    def _build_precise(self, ranks: Ranks) -> Callable[[nn.Module], object]:
-        """Return what computes the norms' statistics over the first batches of the first epoch."""
-        recipe = self._recipe
-        per_epoch = len(self._train) // recipe.batch_size // ranks.world_size * ranks.world_size
+    def _build_precise(self, ranks: Ranks) -> Callable[[nn.Module, Pause], None]:
+        """Return what computes the norms' statistics over the first batches of the first epoch, and of those after it.
+
+        Always the same ones: so the statistics are a function of the weights, and an evaluation can be made again.
+
+        Raises:
+            DataError: there is no batch for each rank.
+        """
+        recipe, world_size = self._recipe, ranks.world_size
+        per_epoch = len(self._train) // (recipe.batch_size * world_size) * world_size
+        if not per_epoch:
+            raise DataError(
+                f"{len(self._train)} training images are no batch of {recipe.batch_size} for each of {world_size} "
+                "ranks, which train.precise_batches needs: lower train.batch_size"
+            )
         loader = self.build_loader(self.plan_batches(per_epoch, ranks), ranks)
         draws = Draws(self.config.seed, 0, 0)
 
-        def estimate(model: nn.Module) -> None:
+        def estimate(model: nn.Module, pause: Pause) -> None:
             draws.seed_torch()
             epochs = itertools.chain.from_iterable(loader.batches(epoch) for epoch in itertools.count())
-            batches = itertools.islice(epochs, recipe.precise_batches)
-            average = lambda values: sum_over_ranks(values) / ranks.world_size  # noqa: E731
+            batches = _pause_before(itertools.islice(epochs, recipe.precise_batches), pause)
+            average = lambda values: sum_over_ranks(values) / world_size  # noqa: E731
             estimate_norms(model, batches, lambda batch: self.loss(model, batch, draws), average)
 
         return estimate
@@ -239,6 +261,13 @@ class Detection:
             "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
             "evaluation": describe_protocol(self._protocol),
         }
+
+
+def _pause_before(batches: Iterator[Batch], pause: Pause) -> Iterator[Batch]:
+    """Yield batches of which every rank has as many."""
+    for number, batch in enumerate(batches):
+        pause(number, True)
+        yield batch
 
 
 def build_val_loader(

@@ -14,7 +14,7 @@ from resnest_imagenet.training.run_folder import list_versions
 from resnest_imagenet.training.schedule import StepPlan
 
 # What an identity has of each part of the data; where one differs, those after it differ too.
-_OF_IMAGES = ("images", "labels", "sizes", "content")
+_OF_IMAGES = ("images", "labels", "sizes", "content", "objects")
 # Options of a recipe that may change: the number of ranks, and with it the batch, as long as the global batch stays;
 # and what leaves the run as it is.
 _MAY_CHANGE = ("recipe", "batch_size", "global_batch", "compile", "max_skipped_steps")

@@ -48,6 +48,7 @@ def train_epoch(
     ranks, log, watch = control.ranks, control.log, control.watch
     network.train()
     log.start_epoch(state)
+    control.health.start_step()  # an evaluation may have changed the buffers that a skipped step restores
     clock = _Clock()
     start = (state.step - state.epoch * plan.steps_per_epoch) * plan.accumulation
     watch.at(state.epoch, start, LOADING)
