@@ -51,7 +51,7 @@ def build_rows(numbers: list[int], results: list[Any]) -> tuple[dict[int, list[d
         rows[3] = table3.build_table(of_images)
         strangers += table3.list_strangers(of_images)
     boxes = [result for result in results if isinstance(result, MeasuredBoxes)]
-    of_tables = {
+    of_tables: dict[int, list[downstream.MeasuredDownstream]] = {
         5: [result for result in boxes if result.mask_ap is None],
         6: [result for result in boxes if result.mask_ap is not None],
         7: [result for result in results if isinstance(result, MeasuredRegions)],

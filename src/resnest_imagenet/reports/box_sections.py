@@ -26,7 +26,18 @@ LONG = 30  # classes from which their tables scroll
 CURVES = 7  # classes that have curves of their own
 SIDE = 480  # the longer one of a picture, in pixels
 ENLARGED = 4  # times at most, so that names can be read
+FIGURE_SPACE = "\u2007"  # as wide as a digit
 _CORRECT = Outcome.CORRECT.name.lower()
+# The figures of a run that are shown, as they are named there; of a class all but the first.
+_SHOWN = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "small",
+    "ap_medium": "medium",
+    "ap_large": "large",
+    "ar100": "AR100",
+}
 _KINDS = {"box": "Boxes", "mask": "Masks"}
 # What each kind of error is. Source: Bolya et al., TIDE (ECCV 2020).
 _MEANINGS = {
@@ -52,11 +63,11 @@ def view_images(run: Run) -> WorstImages | str | None:
     """
     if run.boxes is None:
         return None
-    places = [run.config.get(f"data.{name}") for name in ("root", "val_json", "val_dir")]
+    root, json, images = (run.config.get(f"data.{name}") for name in ("root", "val_json", "val_dir"))
     try:
-        if not isinstance(places[0], str) or not all(isinstance(place, str | None) for place in places):
+        if not isinstance(root, str) or not all(isinstance(place, str | None) for place in (json, images)):
             raise ConfigError("config.yaml does not name the data set")
-        return find_worst_images(run.boxes, places[0], *places[1:])
+        return find_worst_images(run.boxes, root, json, images)
     except UserError as error:
         return str(error)
 
@@ -85,16 +96,15 @@ def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
 
 def render_precision(runs: Sequence[Run]) -> str:
     """Return a table of COCO's figures of each run's best evaluation; "" where no run has any."""
-    columns = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
     rows = []
     for run in filter(is_detector, runs):
         best = max(run.evaluations, key=lambda event: event[run.metric], default=None)
         for kind in ("box", "mask") if best else ():
-            figures = [best.get(f"{kind}_{name}") for name in columns] if best else []
+            figures = [best.get(f"{kind}_{name}") for name in _SHOWN] if best else []
             if best and isinstance(figures[0], int | float):
                 count = best.get("count", "")
                 rows.append((run.name, kind, *map(_format, figures), count, best.get("protocol", "")))
-    head = ["run", "of", *(name.upper().replace("_", " ") for name in columns), "images", "protocol"]
+    head = ["run", "of", *_SHOWN.values(), "images", "protocol"]
     return render_table(head, rows) if rows else ""
 
 
@@ -127,18 +137,22 @@ def _render_classes(rows: Sequence[ClassRow]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: -1.0 if row.values["ap"] is None else row.values["ap"], reverse=True):
         ap = row.values["ap"]
-        bar = "absent" if ap is None else f'<meter value="{ap:.4f}" max="100"></meter> {ap:.2f}'
-        figures = (row.values[name] for name in ("ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100"))
+        bar = (
+            "absent"
+            if ap is None
+            else f'<meter value="{ap:.4f}" max="100"></meter> {f"{ap:.2f}".rjust(5, FIGURE_SPACE)}'
+        )
+        figures = (row.values[name] for name in _SHOWN if name != "ap")
         cells = [bar, *map(_format, figures), *(f"{row.values[name] or 0:,.0f}" for name in ("objects", "detections"))]
         lines.append(f"<tr><td>{escape(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    heads = ("class", "AP", "AP50", "AP75", "small", "medium", "large", "AR100", "objects", "detections")
+    heads = ("class", *_SHOWN.values(), "objects", "detections")
     head = "".join(f"<th>{name}</th>" for name in heads)
     style = "wide tall" if len(lines) > LONG else "wide"
     return f'<div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterator[str]:
-    """Yield the precision at each recall, averaged over the classes, and of the classes with the lowest AP50."""
+    """Yield the precision at each recall, averaged over the classes, and of the classes with the most objects."""
     names = [row.name for row in rows if (kind, "0.50", row.name) in files.curves]
     means = {
         "IoU .50": "0.50",
@@ -152,9 +166,10 @@ def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterat
     }
     title = _KINDS.get(kind, kind)
     yield _draw_lines(f"{title}: mean over the classes", averaged)
-    lowest = sorted(names, key=lambda name: files.curves[kind, "0.50", name].mean())[:CURVES]
-    which = "each class" if len(lowest) == len(names) else f"the {len(lowest)} classes with the lowest AP50"
-    yield _draw_lines(f"{title}: {which}, IoU .50", {name: files.curves[kind, "0.50", name] for name in lowest})
+    objects = {row.name: row.values["objects"] or 0 for row in rows}
+    largest = sorted(names, key=lambda name: -objects[name])[:CURVES]
+    which = "each class" if len(largest) == len(names) else f"the {len(largest)} classes with the most objects"
+    yield _draw_lines(f"{title}: {which}, IoU .50", {name: files.curves[kind, "0.50", name] for name in largest})
 
 
 def _draw_lines(title: str, curves: dict[str, np.ndarray]) -> str:
@@ -199,13 +214,13 @@ def _render_errors(files: BoxFiles, kind: str) -> str:
         (name, f"{totals[name]:,.0f}", share(name), _format(gains.values[name]), meaning)
         for name, meaning in _MEANINGS.items()
     ]
-    head = ["", "number", "% of the detections", "points of AP50", "which"]
+    head = ["", "number", "% of the detections", "points of AP50", "what it is"]
     names = (_CORRECT, *_MEANINGS)
     by_class = [(row.name, *(f"{row.values[name] or 0:,.0f}" for name in names)) for row in rows]
     table = render_table(["class", *names], by_class)
     return (
         f"<p>At an IoU of {MATCHING:g}, of all detections that count. Points of AP50: how much higher it would be "
-        f"without this kind alone.</p>{render_table(head, of_all)}"
+        f"without this kind alone.</p>{render_table(head, of_all, 'ends-in-text')}"
         f'<details><summary>by class</summary><div class="tall">{table}</div></details>'
     )
 
