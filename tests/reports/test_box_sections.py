@@ -10,12 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import initialize_config_dir
 from PIL import Image
 
 from browser import look_at, needs_browser
-from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.evaluation.box_files import ALL_CLASSES, BoxFiles, ClassRow, ImageRow, list_files
 from resnest_imagenet.evaluation.box_pictures import make_box_palette
 from resnest_imagenet.evaluation.boxes import FIGURES, score_detections
@@ -27,16 +24,10 @@ from run_files import read_events
 ERRORS = ("localisation", "class", "duplicate", "background", "both", "missed")
 
 
-@pytest.fixture(scope="module")
-def recipes():
-    with initialize_config_dir(str(find_conf()), version_base="1.3"):
-        return load_recipes()
-
-
-def write(folder, recipes, out):
+def write(folder, out):
     from resnest_imagenet.reports.report import write_report  # late: it imports torchvision
 
-    write_report([read_run(folder, recipes)], out, device="cpu")
+    write_report([read_run(folder, {})], out, device="cpu")
     return out.read_text()
 
 
@@ -77,9 +68,9 @@ def made_up_run(detection_run, instances, truth, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(made_up_run, recipes, tmp_path_factory):
+def page(made_up_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "report.html"
-    write(made_up_run, recipes, out)
+    write(made_up_run, out)
     return out
 
 
@@ -160,15 +151,15 @@ def test_the_page_in_a_browser(page, width, dark):
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_what_is_gone_is_a_line_in_the_page(made_up_run, recipes, tmp_path):
+def test_what_is_gone_is_a_line_in_the_page(made_up_run, tmp_path):
     shutil.copytree(made_up_run, tmp_path / "run")
     images = (tmp_path / "run/images.csv").read_text()
     (tmp_path / "run/images.csv").write_text(images.replace("/val2017/", "/moved/"))
-    text = write(tmp_path / "run", recipes, tmp_path / "report.html")
+    text = write(tmp_path / "run", tmp_path / "report.html")
     assert text.count("(no picture: ") == 2 and "not an image of" in text
     from resnest_imagenet.reports.box_sections import render_boxes, view_images  # late: it imports torchvision
 
-    run = read_run(tmp_path / "run", recipes)
+    run = read_run(tmp_path / "run", {})
     run.config["data.root"] = str(tmp_path / "nowhere")
     line = view_images(run)
     assert "nowhere" in line and f"<p>No pictures: {html.escape(line)}</p>" in render_boxes(run.boxes, line)
@@ -178,7 +169,7 @@ def test_what_is_gone_is_a_line_in_the_page(made_up_run, recipes, tmp_path):
     results = {"task": "detection", "results": [{"protocol": "p", "box_ap": 50.0}]}
     (tmp_path / "run/eval.json").write_text(json.dumps(results, indent=2))
     (tmp_path / "run/detections.json").unlink()
-    run = read_run(tmp_path / "run", recipes)
+    run = read_run(tmp_path / "run", {})
     assert run.measured == [] and run.boxes is None and view_images(run) is None
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def call(monkeypatch, capsys, *words):
 
 @pytest.mark.slow
 def test_the_command_prints_one_table_or_all(rows, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "load_recipes", cache(command.load_recipes))  # composing them takes seconds
     # To count takes seconds, and tests/models/test_zoo.py does it.
     monkeypatch.setattr(table3, "count_cost", lambda name, crop: GOLDEN[name][:2])
     by_row = {(row["model"], row["data"]): (1e6 * row["parameters"], 1e9 * row["gflops"]) for row in rows}

@@ -14,7 +14,7 @@ from resnest_imagenet.evaluation.box_files import SHOWN, BoxFiles, ImageRow
 from resnest_imagenet.evaluation.detection_errors import ERRORS, DetectionErrors, Outcome, find_errors
 from resnest_imagenet.evaluation.detections import DetectionTable, read_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, open_ground_truth
-from resnest_imagenet.evaluation.masks import import_masks
+from resnest_imagenet.evaluation.masks import decode_mask
 
 COUNT = 12  # images
 
@@ -160,7 +160,4 @@ def _list_corners(boxes: np.ndarray) -> np.ndarray:
 
 
 def _decode(codes: Sequence[bytes] | None, rows: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, ...] | None:
-    if codes is None:
-        return None
-    decode = import_masks().decode
-    return tuple(decode({"size": list(size), "counts": codes[row]}).astype(bool) for row in rows.tolist())
+    return None if codes is None else tuple(decode_mask(codes[row], size) for row in rows.tolist())
