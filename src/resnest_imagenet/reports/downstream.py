@@ -5,12 +5,12 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.results import MeasuredBoxes, MeasuredRegions
-from resnest_imagenet.models.cost import count_deeplab, count_rcnn
-from resnest_imagenet.models.rcnn_options import name_detector
+from resnest_imagenet.models.cost import StageCost, count_deeplab, count_rcnn
 from resnest_imagenet.reports.table3 import number_note
 
 MeasuredDownstream: TypeAlias = MeasuredRegions | MeasuredBoxes
@@ -88,22 +88,21 @@ def count_segmentation(row: DownstreamRow, data: PaperData) -> tuple[int, int]:
 def count_detection(row: DownstreamRow, data: PaperData) -> tuple[int, int]:
     """Return the parameters of a detector, and its multiply-adds for one image with 1000 proposals and 100 masks."""
     assert isinstance(data.crop, tuple)
-    options = _DETECTORS[row.detector]
-    stages = count_rcnn(row.model, data.num_classes, data.crop, **options)
-    return sum(stage.parameters for stage in stages), sum(stage.multiply_adds for stage in stages)
+    stages = _count_with_masks(row.model, data.num_classes, data.crop, row.detector.startswith("cascade"))
+    counted = [stage for stage in stages if row.detector.endswith("mask") or stage.stage != "masks"]
+    return sum(stage.parameters for stage in counted), sum(stage.multiply_adds for stage in counted)
+
+
+@cache
+def _count_with_masks(model: str, num_classes: int, size: tuple[int, int], cascade: bool) -> list[StageCost]:
+    """Return the cost of a detector's parts, once for the rows with and without masks: it takes seconds."""
+    return count_rcnn(model, num_classes, size, cascade=cascade, masks=True)
 
 
 def _row_of_table7(backbone: str, data: str, model: str, miou: float, pixel_accuracy: float | None) -> DownstreamRow:
     paper = {"miou": miou} if pixel_accuracy is None else {"miou": miou, "pixel_accuracy": pixel_accuracy}
     network = backbone.lower().replace("-", "")
     return DownstreamRow(f"DeepLabV3 {backbone}", data, model, f"deeplabv3_{network}_{data}", paper)
-
-
-_DETECTORS = {
-    name_detector(cascade, masks): {"cascade": cascade, "masks": masks}
-    for cascade in (False, True)
-    for masks in (False, True)
-}
 
 
 def _row_of_coco(detector: str, backbone: str, box_ap: float, mask_ap: float | None = None) -> DownstreamRow:
