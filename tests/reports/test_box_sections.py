@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from browser import look_at, needs_browser
+from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.box_files import ALL_CLASSES, BoxFiles, ClassRow, ImageRow, list_files
 from resnest_imagenet.evaluation.box_pictures import make_box_palette
 from resnest_imagenet.evaluation.boxes import FIGURES, score_detections
@@ -99,10 +100,13 @@ def test_the_page_has_what_the_evaluation_found_and_the_images_with_objects_and_
     assert "Table 3" not in text and "top-1" not in text and "Intersection over union" not in text
     events = [event for event in read_events(made_up_run) if event["event"] == "eval"]
     best = max(events, key=lambda event: event["mask_ap"])
-    names = ("ap", "ap50", "ap75")
+    # Without large objects their AP is not 0.
+    sizes = {"ap_small": truth.areas <= 32**2, "ap_medium": truth.areas > 32**2, "ap_large": truth.areas > 96**2}
+    assert not sizes["ap_large"].any()
     for kind in ("box", "mask"):
-        cells = "".join(f"<td>{best[f'{kind}_{name}']:.2f}</td>" for name in names)
-        assert f"<td>{kind}</td>{cells}" in text
+        figures = [f"{best[f'{kind}_{name}']:.2f}" for name in ("ap", "ap50", "ap75")]
+        figures += [f"{best[f'{kind}_{name}']:.2f}" if is_such.any() else "" for name, is_such in sizes.items()]
+        assert f"<td>{kind}</td>{''.join(f'<td>{figure}</td>' for figure in figures)}" in text
     # The cost is the detector's, not that of the backbone's classifier.
     from resnest_imagenet.inference.detector import open_detector  # late: it imports torchvision
 
@@ -168,6 +172,11 @@ def test_what_is_gone_is_a_line_in_the_page(made_up_run, tmp_path):
     # Figures of resnest-eval beside it are none of a classifier.
     results = {"task": "detection", "results": [{"protocol": "p", "box_ap": 50.0}]}
     (tmp_path / "run/eval.json").write_text(json.dumps(results, indent=2))
+    # A file of another evaluation is one line.
+    errors = (tmp_path / "run/errors.csv").read_text()
+    (tmp_path / "run/errors.csv").write_text("\n".join(errors.splitlines()[:3]) + "\n")
+    with pytest.raises(DataError, match=r"errors.csv: not of the same evaluation as ap.csv"):
+        read_run(tmp_path / "run", {})
     (tmp_path / "run/detections.json").unlink()
     run = read_run(tmp_path / "run", {})
     assert run.measured == [] and run.boxes is None and view_images(run) is None

@@ -114,6 +114,6 @@ def test_objects_have_their_boxes_after_the_same_flip_and_scale(demo_objects, tm
             pixels, target = transform.apply(instances.read(sample), *instances.objects(sample), epoch, sample)
             shown = sheet[top : top + pixels.shape[0], left : left + pixels.shape[1]]
             # Boxes and names cover a part of it; of another size or flip nearly nothing would be equal.
-            assert (np.abs(shown - pixels).max(2) <= 1).mean() > 0.4
-            edge = shown[int(np.ceil(target.boxes[0, 3])) - 1]
+            assert (np.abs(shown - pixels.astype(int)).max(2) <= 1).mean() > 0.4
+            edge = shown[int(np.ceil(target.boxes[0, 3].item())) - 1]
             assert (edge == palette[target.labels[0]]).all(1).sum() > 4

@@ -207,14 +207,17 @@ def read_box_files(folder: Path) -> BoxFiles | None:
     """Read the files of `list_files` from a folder; None where one of them is not there.
 
     Raises:
-        DataError: one is another file.
+        DataError: one is another file, or they are not of one evaluation.
     """
-    ap, curves, errors, images, detections = (folder / name for name in FILES)
-    if not all(path.exists() for path in (ap, curves, errors, images, detections)):
+    paths = ap, curves, errors, images, detections = tuple(folder / name for name in FILES)
+    if not all(path.exists() for path in paths):
         return None
-    for path in (ap, curves, errors, images, detections):
+    for path in paths:
         require_file(path)
-    return BoxFiles(read_ap(ap), read_curves(curves), read_errors(errors), read_images(images), detections)
+    files = BoxFiles(read_ap(ap), read_curves(curves), read_errors(errors), read_images(images), detections)
+    if [row.kind for row in files.errors if row.name == ALL_CLASSES] != list(files.kinds):
+        raise DataError(f"{errors}: not of the same evaluation as {ap.name}")
+    return files
 
 
 def read_ap(path: Path) -> list[ClassRow]:

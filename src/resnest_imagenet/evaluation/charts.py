@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -115,3 +115,22 @@ def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], i
         number = f"{100 * share:.0f}" if in_percent else confusions[row, column]
         colour = "white" if share > 0.3 else "black"
         axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=8)
+
+
+def paint_percentages(axes: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
+    """Draw lines from 0 to 100 %.
+
+    Args:
+        axes: where.
+        x: (n,), of their points.
+        lines: (n,) each, by name.
+    """
+    for number, (name, y) in enumerate(lines.items()):
+        axes.plot(x, y, label=name, linewidth=1.2, **style_of(number) | {"marker": ""})
+    axes.set_ylim(-2, 102)  # a line at the border is seen
+
+
+def paint_bars(axes: Axes, values: Mapping[str, float]) -> None:
+    """Draw a bar for each value, the first on top."""
+    axes.barh(list(values), list(values.values()), color=_COLOURS[0])
+    axes.invert_yaxis()

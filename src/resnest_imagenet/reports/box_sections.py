@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from PIL import Image
 
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.evaluation.box_files import ALL_CLASSES, SHOWN, BoxFiles, ClassRow
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.boxes import RECALLS
-from resnest_imagenet.evaluation.charts import render_chart, style_of
+from resnest_imagenet.evaluation.charts import paint_bars, paint_percentages, render_chart
 from resnest_imagenet.evaluation.detection_errors import MATCHING, MISSED, TOUCHING, Outcome
 from resnest_imagenet.evaluation.worst_images import NamedBoxes, WorstImage, WorstImages, find_worst_images
 from resnest_imagenet.models.cost import count_rcnn
@@ -96,16 +95,25 @@ def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
 
 def render_precision(runs: Sequence[Run]) -> str:
     """Return a table of COCO's figures of each run's best evaluation; "" where no run has any."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for run in filter(is_detector, runs):
-        best = max(run.evaluations, key=lambda event: event[run.metric], default=None)
-        for kind in ("box", "mask") if best else ():
-            figures = [best.get(f"{kind}_{name}") for name in _SHOWN] if best else []
-            if best and isinstance(figures[0], int | float):
-                count = best.get("count", "")
-                rows.append((run.name, kind, *map(_format, figures), count, best.get("protocol", "")))
+        if not run.evaluations:
+            continue
+        best = max(run.evaluations, key=lambda event: event[run.metric])
+        for kind in _KINDS:
+            if f"{kind}_ap" in best:
+                figures = [
+                    _format(best.get(f"{kind}_{name}")) if _has_objects(run.boxes, kind, name) else ""
+                    for name in _SHOWN
+                ]
+                rows.append((run.name, kind, *figures, best.get("count", ""), best.get("protocol", "")))
     head = ["run", "of", *_SHOWN.values(), "images", "protocol"]
     return render_table(head, rows) if rows else ""
+
+
+def _has_objects(files: BoxFiles | None, kind: str, name: str) -> bool:
+    """Return whether the set has objects that a figure is of, where that can be told: a run's log has 0 without any."""
+    return files is None or any(row.values[name] is not None for row in files.ap if row.kind == kind)
 
 
 def render_boxes(files: BoxFiles, worst: WorstImages | str | None) -> str:
@@ -173,13 +181,8 @@ def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterat
 
 
 def _draw_lines(title: str, curves: dict[str, np.ndarray]) -> str:
-    def paint(axes: Axes) -> None:
-        for number, (name, precision) in enumerate(curves.items()):
-            line = style_of(number) | {"marker": ""}
-            axes.plot(100 * np.array(RECALLS), precision, label=name, linewidth=1.2, **line)
-        axes.set_ylim(-2, 102)
-
-    return render_chart(title, "recall, %", "precision, %", paint)
+    recalls = 100 * np.array(RECALLS)
+    return render_chart(title, "recall, %", "precision, %", lambda axes: paint_percentages(axes, recalls, curves))
 
 
 def _list_gains(files: BoxFiles, kind: str) -> ClassRow:
@@ -189,14 +192,11 @@ def _list_gains(files: BoxFiles, kind: str) -> ClassRow:
 
 
 def _draw_gains(files: BoxFiles, kind: str) -> str:
-    gains, names = _list_gains(files, kind), list(_MEANINGS)
-
-    def paint(axes: Axes) -> None:
-        axes.barh(names, [gains.values[name] or 0 for name in names], color=style_of(0)["color"])
-        axes.invert_yaxis()
-
+    gains = _list_gains(files, kind)
+    costs = {name: gains.values[name] or 0 for name in _MEANINGS}
     title = f"{_KINDS.get(kind, kind)}: what each kind of error costs"
-    return render_chart(title, f"points of AP50, which is {_format(gains.values[_CORRECT])}", "", paint)
+    of_all = f"points of AP50, which is {_format(gains.values[_CORRECT])}"
+    return render_chart(title, of_all, "", lambda axes: paint_bars(axes, costs))
 
 
 def _render_errors(files: BoxFiles, kind: str) -> str:
