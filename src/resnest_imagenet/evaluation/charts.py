@@ -105,7 +105,7 @@ def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], i
     scale = figure.colorbar(image, ticks=(0, 0.02, 0.1, 0.25, 0.5, 1), shrink=0.7)
     scale.set_label("share of the true class")
     if len(names) <= NAMED:
-        short = [" ".join(name.encode(errors="replace").decode().split())[:20] for name in names]
+        short = list(map(_shorten, names))
         axes.set_xticks(range(len(names)), short, rotation=90)
         axes.set_yticks(range(len(names)), short)
     for row, column in np.argwhere(confusions) if len(names) <= NUMBERED else ():
@@ -117,6 +117,11 @@ def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], i
         axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=8)
 
 
+def _shorten(name: str) -> str:
+    """Return a name in one short line that a chart can draw."""
+    return " ".join(name.encode(errors="replace").decode().split())[:20]
+
+
 def paint_percentages(axes: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
     """Draw lines from 0 to 100 %.
 
@@ -126,7 +131,7 @@ def paint_percentages(axes: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray]
         lines: (n,) each, by name.
     """
     for number, (name, y) in enumerate(lines.items()):
-        axes.plot(x, y, label=name, linewidth=1.2, **style_of(number) | {"marker": ""})
+        axes.plot(x, y, label=_shorten(name), linewidth=1.2, **style_of(number) | {"marker": ""})
     axes.set_ylim(-2, 102)  # a line at the border is seen
 
 
