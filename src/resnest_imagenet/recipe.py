@@ -206,6 +206,7 @@ class DetectionRecipe(Recipe):
     norm: Literal["bn", "sync", "frozen"]
     head_norm: Literal["bn", "sync", "frozen", "none"] | None  # null: as norm
     freeze_at: Annotated[int, Field(ge=0, le=5)]
+    checkpoint_activations: bool  # of the backbone's blocks: computed again in the backward pass, in place of kept
     zero_gamma: bool
     channels: Positive
     anchor_sizes: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=5, max_length=5)]
@@ -226,6 +227,12 @@ class DetectionRecipe(Recipe):
             raise ValueError(
                 f"train.short_sides={self.short_sides}: side_sampling=range takes the least and the largest"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> "DetectionRecipe":
+        if self.compile and self.checkpoint_activations:
+            raise ValueError("train.compile=true and train.checkpoint_activations=true: set one of them to false")
         return self
 
 

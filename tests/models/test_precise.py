@@ -41,14 +41,19 @@ def estimate_on_rank(ranks):
     torch.manual_seed(0)
     options = {"norm": "bn", "head_norm": "frozen", "channels": 8, "box_width": 8, "box_convs": 1}
     network = build_rcnn("resnest14_half", 5, **options)
-    frozen = (network.backbone.bn1, network.backbone.layer1, network.fpn, network.roi_heads)
+    backbone = network.backbone
+    frozen = (backbone.conv1, backbone.bn1, backbone.layer1, network.fpn, network.roi_heads)
     of_frozen = {id(module) for part in frozen for module in part.modules()}
     norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
     trained = {name: norm for name, norm in norms.items() if id(norm) not in of_frozen}
     assert len(trained) > 10 and len(norms) - len(trained) > 5
     seen = {name: [] for name in trained}
     for name, norm in trained.items():
-        norm.register_forward_pre_hook(lambda norm, inputs, name=name: seen[name].append(inputs[0].double().numpy()))
+        if name.endswith(".conv2.bn0"):  # split attention computes it together with what follows
+            convolution = network.get_submodule(name.removesuffix("bn0") + "conv")
+            convolution.register_forward_hook(lambda _, inputs, y, name=name: seen[name].append(y.double().numpy()))
+        else:
+            norm.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].double().numpy()))
     before = copy.deepcopy(network.state_dict())
     rng = np.random.default_rng(ranks.rank)
     batches = [torch.tensor(rng.normal(number, 1, (2, 3, 64, 96)), dtype=torch.float32) for number in range(3)]

@@ -27,9 +27,9 @@ from resnest_imagenet.training.train import train
 from run_files import assert_equal, assert_same_run, read_events
 
 LOSSES = {"objectness", "rpn_boxes", "classes", "boxes", "masks"}
-# Where neither an average nor masks matter: a network of boxes, whose norms get the mean over more batches than an
-# epoch has.
+# Norms get the mean over more batches than an epoch has, from a loader with a worker: it draws random numbers too.
 PRECISE = ("train.masks=false", "train.precise_batches=4", "checkpoint.every_steps=4", "checkpoint.keep=9")
+PRECISE += ("loader.workers=1",)
 
 
 @pytest.mark.slow
@@ -105,15 +105,15 @@ class StoppingTask(FaultyTask):
         return evaluate_and_stop
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.usefixtures("signals")
-@pytest.mark.parametrize("average", [(), ("train.ema_decay=0.9",)])
-def test_precise_norms_leave_a_run_that_resumes_bit_for_bit(object_run, inject, monkeypatch, average, tmp_path):
+def test_precise_norms_leave_a_run_that_resumes_bit_for_bit(object_run, inject, monkeypatch, tmp_path):
     """Stopped while their batches are read, and after them: the evaluation is made again.
 
     And where the first step after an evaluation is skipped, it restores the statistics that this has left.
     """
-    options = (*PRECISE, *average, "train.max_skipped_steps=1")
+    options = (*PRECISE, "train.max_skipped_steps=1")
     skipped = Fault(1, 0, loss_factor=torch.nan)
     inject(skipped)
     train(object_run(*options, run="whole"))
@@ -132,8 +132,7 @@ def test_precise_norms_leave_a_run_that_resumes_bit_for_bit(object_run, inject, 
     train(config)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     after_skip = [load_checkpoint(tmp_path / run / "checkpoints/step-000000004.pt") for run in ("whole", "run")]
-    for name in ("model", "ema"):
-        assert_equal(*(content[name] for content in after_skip))
+    assert_equal(*(content["model"] for content in after_skip))
 
 
 def make_target(has_boxes: bool) -> Target:
@@ -208,8 +207,9 @@ def test_a_step_is_skipped_on_all_ranks_for_one_loss_of_one_rank(object_run, inj
     two, one = (load_checkpoint(path)["model"] for path in checkpoints)
     before, skipped = (load_checkpoint(checkpoints[0].with_stem(f"step-00000000{step}"))["model"] for step in (1, 2))
     assert_equal(dict(before), dict(skipped))
-    names = [name for name in one if not name.endswith(("running_mean", "running_var"))]  # of each rank's own batches
-    assert all(torch.equal(one[name], two[name]) for name in names)
+    of_own_batches = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in one if not name.endswith(of_own_batches)]
+    assert [name for name in names if not torch.equal(one[name], two[name])] == []
     assert not torch.equal(two["rpn.head.cls_logits.weight"], skipped["rpn.head.cls_logits.weight"])
 
 

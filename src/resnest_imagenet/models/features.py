@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.models.recompute import run_recomputed
+from resnest_imagenet.models.split_attention import SplitAttention
 
 Norm = Literal["bn", "frozen", "sync"]
 
@@ -68,6 +70,7 @@ class Backbone(nn.Module):
         every = list(STAGES)
         self._stages = every[: 1 + max(every.index(name) for name in out_features)]
         self._freeze_at, self._norm = freeze_at, norm
+        self._recomputes = False
         missing = [part for name in self._stages for part in STAGES[name] if not hasattr(network, part)]
         if missing:
             raise ConfigError(f"a {type(network).__name__} is no backbone: it has no {missing[0]}")
@@ -87,9 +90,21 @@ class Backbone(nn.Module):
         found = {"stem": x}
         for name in self._stages[1:]:
             for part in STAGES[name]:
-                x = self.get_submodule(part)(x)
+                module = self.get_submodule(part)
+                if self._recomputes and isinstance(module, nn.Sequential):
+                    for block in module:
+                        x = run_recomputed(block, x)
+                else:
+                    x = module(x)
             found[name] = x
         return [found[name] for name in self.names]
+
+    def recompute(self) -> None:
+        """Let training compute the activations of the blocks again in the backward pass, in place of keeping them."""
+        self._recomputes = True
+        for module in self.modules():
+            if isinstance(module, SplitAttention):
+                module.is_recomputed = True
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set training or evaluation mode; what is frozen stays in evaluation mode."""

@@ -127,4 +127,6 @@ def build_rcnn(name: str, num_classes: int, **options: Any) -> RCNN:
         norm=settings.norm,
     )
     assert isinstance(backbone, Backbone)
+    if settings.checkpoint_activations:
+        backbone.recompute()
     return RCNN(backbone, num_classes, settings)

@@ -35,6 +35,8 @@ class RCNNOptions:
         head_norm: of feature pyramid, box heads and mask head; None: as `norm`; "none": without, and then their
             convolutions have biases [none].
         freeze_at: the first so many of the backbone's stages are not trained: 2 are stem and layer1.
+        checkpoint_activations: training computes the activations of the backbone's blocks again in the backward pass,
+            in place of keeping them.
         zero_gamma: see `build_model`.
         channels: of the feature pyramid and of all convolutions behind it.
         anchor_sizes: square root of the anchors' area in pixels, one for each level of the pyramid (stride 4 to 64).
@@ -73,6 +75,7 @@ class RCNNOptions:
     norm: Norm = "sync"
     head_norm: Norm | Literal["none"] | None = None
     freeze_at: int = 2
+    checkpoint_activations: bool = False
     zero_gamma: bool = True
     channels: int = 256
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)

@@ -68,6 +68,7 @@ class SplitAttention(nn.Module):
         super().__init__()
         self.radix = radix
         self.implementation = implementation
+        self.is_recomputed = False  # in the backward pass: see `Backbone.recompute`
         self.cardinality = cardinality
         inner = max(channels * radix // reduction, 32)
         self.conv = nn.Conv2d(
@@ -95,7 +96,8 @@ class SplitAttention(nn.Module):
         with self._in_full_precision(y.device.type):
             if self._is_fused(y):
                 gate = [*self.fc1.parameters(), *self.bn1.parameters(), *self.fc2.parameters()]
-                return attend(y, self.bn0, self.radix, self._weigh, gate)
+                weigh = self._weigh_and_keep if self.is_recomputed else self._weigh
+                return attend(y, self.bn0, self.radix, weigh, gate)
             # Chunks are 4-dimensional views: the sum over a fifth dimension would throw channels_last away.
             splits = F.relu(self.bn0(y), inplace=True).chunk(self.radix, dim=1)
             weights = self._weigh(sum(splits[1:], splits[0]).mean((2, 3)))[..., None, None].to(y.dtype)
@@ -113,6 +115,14 @@ class SplitAttention(nn.Module):
     def _in_full_precision(device: str) -> AbstractContextManager[None]:
         # The meta device has no autocast.
         return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+    def _weigh_and_keep(self, pooled: Tensor) -> Tensor:
+        """Do the same, and keep its activations, some kilobytes.
+
+        Their graph is one of its own inside of the backward pass: for it the block would be computed once more.
+        """
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return self._weigh(pooled)
 
     def _weigh(self, pooled: Tensor) -> Tensor:
         """Map the pooled sum of the splits, (B, C), to their weights, (B, R, C)."""

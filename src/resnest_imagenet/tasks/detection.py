@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -184,14 +184,19 @@ class Detection:
                 "ranks, which train.precise_batches needs: lower train.batch_size"
             )
         loader = self.build_loader(self.plan_batches(per_epoch, ranks), ranks)
-        draws = Draws(self.config.seed, 0, 0)
 
         def estimate(model: nn.Module, pause: Pause) -> None:
-            draws.seed_torch()
+            def run(numbered: tuple[int, Batch]) -> None:
+                number, batch = numbered
+                pause(number, True)
+                # Seeded for each batch, as in training: a loader that begins an epoch draws from torch's generator too.
+                draws = Draws(self.config.seed, 0, number * world_size + ranks.rank)
+                draws.seed_torch()
+                self.loss(model, batch, draws)
+
             epochs = itertools.chain.from_iterable(loader.batches(epoch) for epoch in itertools.count())
-            batches = _pause_before(itertools.islice(epochs, recipe.precise_batches), pause)
-            average = lambda values: sum_over_ranks(values) / world_size  # noqa: E731
-            estimate_norms(model, batches, lambda batch: self.loss(model, batch, draws), average)
+            batches = enumerate(itertools.islice(epochs, recipe.precise_batches))
+            estimate_norms(model, batches, run, lambda values: sum_over_ranks(values) / world_size)
 
         return estimate
 
@@ -258,13 +263,6 @@ class Detection:
             "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
             "evaluation": describe_protocol(self._protocol),
         }
-
-
-def _pause_before(batches: Iterator[Batch], pause: Pause) -> Iterator[Batch]:
-    """Yield batches of which every rank has as many."""
-    for number, batch in enumerate(batches):
-        pause(number, True)
-        yield batch
 
 
 def build_instance_transform(recipe: DetectionRecipe, seed: int) -> InstanceTransform:

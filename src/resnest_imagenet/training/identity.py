@@ -17,7 +17,7 @@ from resnest_imagenet.training.schedule import StepPlan
 _OF_IMAGES = ("images", "labels", "sizes", "content", "objects")
 # Options of a recipe that may change: the number of ranks, and with it the batch, as long as the global batch stays;
 # and what leaves the run as it is.
-_MAY_CHANGE = ("recipe", "batch_size", "global_batch", "compile", "max_skipped_steps")
+_MAY_CHANGE = ("recipe", "batch_size", "global_batch", "compile", "max_skipped_steps", "checkpoint_activations")
 
 
 def describe_identity(
