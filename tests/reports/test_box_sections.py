@@ -120,8 +120,8 @@ def test_the_page_has_what_the_evaluation_found_and_the_images_with_objects_and_
     faults = {1: objects[1] + 1, 2: objects[2] - 1 + 1}
     order = sorted(faults, key=lambda image: -faults[image])
     lines = {
-        1: f"0 of {objects[1]} objects found, 1 detections wrong</div><div>1 class</div>",
-        2: f"1 of {objects[2]} objects found, 1 detections wrong</div><div>1 duplicate</div>",
+        1: f"0 of {objects[1]} objects found, wrong detections: 1</div><div>1 class</div>",
+        2: f"1 of {objects[2]} objects found, wrong detections: 1</div><div>1 duplicate</div>",
     }
     assert [caption for _, caption in strips] == [
         f"<div class=right>{Path(instances.images.name(image)).name}: {lines[image]}" for image in order

@@ -241,7 +241,7 @@ def _render_worst(files: BoxFiles, worst: WorstImages | str) -> str:
 
 def _render_image(image: WorstImage, classes: Sequence[str], palette: np.ndarray) -> str:
     row = image.row
-    title = f"{Path(row.file).name}: {row.correct} of {row.objects} objects found, {row.wrong} detections wrong"
+    title = f"{Path(row.file).name}: {row.correct} of {row.objects} objects found, wrong detections: {row.wrong}"
     kinds = ", ".join(f"{count} {name}" for name, count in image.wrong)
     caption = f"<div class=right>{escape(title)}</div>"
     if image.pixels is None or image.truth is None or image.found is None:
