@@ -325,12 +325,12 @@ class Table3Config(Options):
 class TablesConfig(Table3Config):
     """resnest-tables."""
 
-    table: Annotated[list[Literal[3, 7]], Field(min_length=1), BeforeValidator(as_list)]
+    table: Annotated[list[Literal[3, 5, 6, 7]], Field(min_length=1), BeforeValidator(as_list)]
 
     @model_validator(mode="after")
     def _check(self) -> "TablesConfig":
         if self.format == "csv" and len(set(self.table)) > 1:
-            raise ValueError("format=csv is for one table, since their columns differ: give table=3 or table=7")
+            raise ValueError("format=csv is for one table, since their columns differ: give table=3, 5, 6 or 7")
         return self
 
 

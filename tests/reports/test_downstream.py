@@ -1,9 +1,10 @@
-"""Table 7 with and without results, and the command that prints all tables."""
+"""Table 7 with and without results, and the command that prints all tables; Tables 5 and 6: test_detection_tables."""
 
 import csv
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,42 +68,50 @@ def call(monkeypatch, capsys, *words):
 
 
 @pytest.mark.slow
-def test_the_command_prints_one_table_or_both(rows, monkeypatch, capsys, tmp_path):
+def test_the_command_prints_one_table_or_all(rows, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "load_recipes", cache(command.load_recipes))  # composing them takes seconds
     # To count takes seconds, and tests/models/test_zoo.py does it.
     monkeypatch.setattr(table3, "count_cost", lambda name, crop: GOLDEN[name][:2])
     by_row = {(row["model"], row["data"]): (1e6 * row["parameters"], 1e9 * row["gflops"]) for row in rows}
-    names = {data.name: kind for kind, data in TABLE7.data.items()}
-    counting = replace(TABLE7, count=lambda model, data: by_row[model, names[data.name]])
+    counting = replace(TABLE7, count=lambda row, data: by_row[row.model, row.data])
     monkeypatch.setattr(downstream, "TABLE7", counting)
+    for name in ("TABLE5", "TABLE6"):
+        table = getattr(downstream, name)
+        monkeypatch.setattr(downstream, name, replace(table, count=lambda row, data: (10**6, 10**9)))
     nothing = f"results={tmp_path}/*"
-    alone = {number: call(monkeypatch, capsys, nothing, f"table={number}").out for number in (3, 7)}
+    alone = {number: call(monkeypatch, capsys, nothing, f"table={number}").out for number in (3, 5, 6, 7)}
     assert alone[7] == format_downstream(TABLE7, rows, "markdown") + "\n"
-    both = f"## Table 3: ImageNet\n\n{alone[3]}\n## Table 7: semantic segmentation\n\n{alone[7]}"
-    assert call(monkeypatch, capsys, nothing).out == both
+    of_scenes = f"\n## Table 7: semantic segmentation\n\n{alone[7]}"
+    both = f"## Table 3: ImageNet\n\n{alone[3]}{of_scenes}"
     assert call(monkeypatch, capsys, nothing, "table=[7,3]").out == both
+    of_objects = (
+        f"\n## Table 5: object detection\n\n{alone[5]}\n## Table 6: instance segmentation\n\n{alone[6]}{of_scenes}"
+    )
+    assert call(monkeypatch, capsys, nothing).out == both.replace(of_scenes, of_objects)
 
     monkeypatch.setattr(sys, "argv", ["resnest-table3", nothing])
     command_table3.main()
     assert capsys.readouterr().out == alone[3]
 
     in_json = json.loads(call(monkeypatch, capsys, nothing, "format=json").out)
-    assert list(in_json) == ["3", "7"] and in_json["7"] == rows and len(in_json["3"]) == 14
+    assert {number: len(table) for number, table in in_json.items()} == {"3": 14, "5": 9, "6": 8, "7": 8}
+    assert in_json["7"] == rows
     assert json.loads(call(monkeypatch, capsys, nothing, "format=json", "table=7").out) == rows
     readme = (find_conf().parent / "README.md").read_text()
     assert f"\n{alone[7]}" in readme
 
 
 def test_csv_is_of_one_table():
-    with pytest.raises(ConfigError, match="format=csv is for one table, since .*: give table=3 or table=7"):
+    with pytest.raises(ConfigError, match="format=csv is for one table, since .*: give table=3, 5, 6 or 7"):
         compose_config("tables", TablesConfig, "format=csv")
     assert compose_config("tables", TablesConfig, "format=csv", "table=7").table == [7]
     with pytest.raises(ConfigError, match="table"):
-        compose_config("tables", TablesConfig, "table=5")
+        compose_config("tables", TablesConfig, "table=4")
 
 
 def make_rows(*results):
     """Return Table 7 with results, and 1 million parameters everywhere."""
-    return build_downstream(replace(TABLE7, count=lambda model, data: (10**6, 10**9)), results)
+    return build_downstream(replace(TABLE7, count=lambda row, data: (10**6, 10**9)), results)
 
 
 RESULT = MeasuredRegions(
@@ -156,7 +165,7 @@ def test_results_of_a_run_and_of_its_evaluation(segmentation_run, tmp_path, monk
 
     refused = f"results={out}: its evaluations are of miou, not of top1"
     assert read_measured([f"{tmp_path}/*"], {}) == ([], [refused])
-    monkeypatch.setattr(downstream, "TABLE7", replace(TABLE7, count=lambda model, data: (10**6, 10**9)))
+    monkeypatch.setattr(downstream, "TABLE7", replace(TABLE7, count=lambda row, data: (10**6, 10**9)))
     capsys.readouterr()
     printed = call(monkeypatch, capsys, f"results={tmp_path}/*", "table=7")
     assert printed.err == f"resnest-tables: skipped: {out}: resnest14_half on data=masks has no row\n"

@@ -89,3 +89,31 @@ def test_a_bad_mask_is_named(tmp_path):
     config = compose_config("data_preview", PreviewDataConfig, *options)
     with pytest.raises(DataError, match=r"0\.jpg: its mask .*0\.png: "):
         write_preview(config)
+
+
+def test_objects_have_their_boxes_after_the_same_flip_and_scale(demo_objects, tmp_path):
+    """Each cell is made from the files by the transform itself; along the lower edge of a box is its class's colour."""
+    from resnest_imagenet.data.coco import open_coco
+    from resnest_imagenet.data.instance_geometry import InstanceTransform
+    from resnest_imagenet.evaluation.box_pictures import make_box_palette
+    from resnest_imagenet.tasks.preview import CAPTION, MARGIN, write_preview  # late: it imports torchvision
+
+    out, options = tmp_path / "sheet.png", ("+experiment=demo_detection", "images=2", "epochs=2", "seed=5")
+    sizes = ("train.short_sides=[90,100,120]", "train.longest=140", "loader.workers=0", "device=cpu")
+    places = (f"data.root={demo_objects}", f"out={out}")
+    config = compose_config("data_preview", PreviewDataConfig, *options, *sizes, *places)
+    assert write_preview(config) == 2
+    sheet = np.array(Image.open(out)).astype(int)
+    assert sheet.shape == (2 * (140 + MARGIN + CAPTION), 3 * (140 + MARGIN) + MARGIN, 3)
+    instances = open_coco(str(demo_objects), "train")
+    transform, palette = InstanceTransform(5, (90, 100, 120), 140), make_box_palette(5)
+    for row, sample in enumerate((0, len(instances) - 1)):
+        top = row * (140 + MARGIN + CAPTION) + CAPTION
+        for epoch in range(2):
+            left = MARGIN + (1 + epoch) * (140 + MARGIN)
+            pixels, target = transform.apply(instances.read(sample), *instances.objects(sample), epoch, sample)
+            shown = sheet[top : top + pixels.shape[0], left : left + pixels.shape[1]]
+            # Boxes and names cover a part of it; of another size or flip nearly nothing would be equal.
+            assert (np.abs(shown - pixels.astype(int)).max(2) <= 1).mean() > 0.4
+            edge = shown[int(np.ceil(target.boxes[0, 3].item())) - 1]
+            assert (edge == palette[target.labels[0]]).all(1).sum() > 4

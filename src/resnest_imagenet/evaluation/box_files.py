@@ -21,6 +21,7 @@ from resnest_imagenet.evaluation.cells import guard, unguard
 from resnest_imagenet.evaluation.detection_errors import ERRORS, MISSED, DetectionErrors, Outcome, find_errors
 from resnest_imagenet.evaluation.detections import DetectionTable, Kind, encode_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth
+from resnest_imagenet.files import require_file
 
 _CURVES = (None, 0.5, 0.75)  # IoUs of precision_recall.csv; None: the mean over all
 _COUNTED = (Outcome.CORRECT.name.lower(), *(error.name.lower() for error in ERRORS), MISSED)
@@ -61,6 +62,35 @@ class ImageRow(NamedTuple):
     def num_faults(self) -> int:
         """Objects that are not found, and detections that are wrong."""
         return self.objects - self.correct + self.wrong
+
+
+@dataclass(frozen=True, eq=False)
+class BoxFiles:
+    """What a run's folder has about its best detector.
+
+    Attributes:
+        ap: of ap.csv.
+        curves: of precision_recall.csv, see `read_curves`.
+        errors: of errors.csv.
+        images: of images.csv.
+        detections: the file in COCO's form.
+    """
+
+    ap: list[ClassRow]
+    curves: dict[tuple[str, str, str], np.ndarray]
+    errors: list[ClassRow]
+    images: list[ImageRow]
+    detections: Path
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What was evaluated: boxes, and masks where there are some."""
+        return tuple(dict.fromkeys(row.kind for row in self.ap))
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks were evaluated."""
+        return "mask" in self.kinds
 
 
 def encode_ap(scores: BoxScores, truth: GroundTruth) -> bytes:
@@ -168,6 +198,26 @@ def list_files(scores: BoxScores, truth: GroundTruth, images: ImageSource) -> di
         "images.csv": lambda: encode_images(find()[0], table, truth, images),
         "detections.json": partial(encode_detections, table, truth),
     }
+
+
+FILES = ("ap.csv", "precision_recall.csv", "errors.csv", "images.csv", "detections.json")
+
+
+def read_box_files(folder: Path) -> BoxFiles | None:
+    """Read the files of `list_files` from a folder; None where one of them is not there.
+
+    Raises:
+        DataError: one is another file, or they are not of one evaluation.
+    """
+    paths = ap, curves, errors, images, detections = tuple(folder / name for name in FILES)
+    if not all(path.exists() for path in paths):
+        return None
+    for path in paths:
+        require_file(path)
+    files = BoxFiles(read_ap(ap), read_curves(curves), read_errors(errors), read_images(images), detections)
+    if [row.kind for row in files.errors if row.name == ALL_CLASSES] != list(files.kinds):
+        raise DataError(f"{errors}: not of the same evaluation as {ap.name}")
+    return files
 
 
 def read_ap(path: Path) -> list[ClassRow]:

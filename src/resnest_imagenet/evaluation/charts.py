@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -105,7 +105,7 @@ def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], i
     scale = figure.colorbar(image, ticks=(0, 0.02, 0.1, 0.25, 0.5, 1), shrink=0.7)
     scale.set_label("share of the true class")
     if len(names) <= NAMED:
-        short = [" ".join(name.encode(errors="replace").decode().split())[:20] for name in names]
+        short = list(map(_shorten, names))
         axes.set_xticks(range(len(names)), short, rotation=90)
         axes.set_yticks(range(len(names)), short)
     for row, column in np.argwhere(confusions) if len(names) <= NUMBERED else ():
@@ -115,3 +115,27 @@ def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], i
         number = f"{100 * share:.0f}" if in_percent else confusions[row, column]
         colour = "white" if share > 0.3 else "black"
         axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=8)
+
+
+def _shorten(name: str) -> str:
+    """Return a name in one short line that a chart can draw."""
+    return " ".join(name.encode(errors="replace").decode().split())[:20]
+
+
+def paint_percentages(axes: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray]) -> None:
+    """Draw lines from 0 to 100 %.
+
+    Args:
+        axes: where.
+        x: (n,), of their points.
+        lines: (n,) each, by name.
+    """
+    for number, (name, y) in enumerate(lines.items()):
+        axes.plot(x, y, label=_shorten(name), linewidth=1.2, **style_of(number) | {"marker": ""})
+    axes.set_ylim(-2, 102)  # a line at the border is seen
+
+
+def paint_bars(axes: Axes, values: Mapping[str, float]) -> None:
+    """Draw a bar for each value, the first on top."""
+    axes.barh(list(values), list(values.values()), color=_COLOURS[0])
+    axes.invert_yaxis()

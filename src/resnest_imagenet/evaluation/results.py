@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events, require_numbers
 from resnest_imagenet.files import read_matching, require_file
+from resnest_imagenet.models.rcnn_options import name_detector
 from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
+COCO = "coco"  # the layout of data that detectors are evaluated on
 MIOU = "miou"  # the metric of segmentation
+BOX_AP, MASK_AP = "box_ap", "mask_ap"  # those of detection, without and with masks
 _OF_REGIONS = b'"task": "segmentation"'  # in its results files
+_OF_BOXES = b'"task": "detection"'
 
 
 class CropResult(Options):
@@ -101,6 +105,48 @@ class RegionResults(Options):
     results: list[RegionResult]
 
 
+class BoxResult(Options):
+    """How well the objects of a set are found, in percent; what else a results file has of COCO's figures is not read.
+
+    Attributes:
+        protocol: how the images were shown, and which detections count.
+        box_ap, mask_ap: COCO's AP; None: of a detector without masks.
+        count: images.
+        ap_per_class: of "box" and "mask", by class; None where the set has no object of it.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    protocol: str
+    box_ap: float
+    mask_ap: float | None = None
+    count: int
+    ap_per_class: dict[str, dict[str, float | None]]
+
+
+class BoxResults(Options):
+    """A results file of detection, of resnest-eval out=...
+
+    Attributes:
+        task: what tells it from another task's.
+        model: name of the backbone.
+        detector: its kind, of `models.rcnn_options.name_detector`.
+        ckpt: what was evaluated.
+        is_average: whether it was the moving average of the weights.
+        epoch, training: epochs done and all training options, where the checkpoint has them.
+        results: one for each protocol.
+    """
+
+    task: Literal["detection"]
+    model: str
+    detector: str
+    ckpt: str
+    is_average: bool
+    epoch: int | None
+    training: dict[str, Any] | None
+    results: list[BoxResult]
+
+
 @dataclass(frozen=True)
 class Measured:
     """One accuracy that was measured here.
@@ -150,7 +196,35 @@ class MeasuredRegions:
     source: str
 
 
-Result = Measured | MeasuredRegions
+@dataclass(frozen=True)
+class MeasuredBoxes:
+    """One evaluation of detection that was measured here.
+
+    Attributes:
+        model: name of the backbone.
+        detector: its kind, of `models.rcnn_options.name_detector`.
+        data: layout of the data set: coco.
+        box_ap, mask_ap: percent; None: of a detector without masks.
+        count, num_classes: images and classes that it was measured on; those of val2017 are 5000 and 80.
+        recipe: what the weights were trained with, or where they come from.
+        protocol: how the images were shown, and which detections count.
+        source: the file that it is read from.
+    """
+
+    model: str
+    detector: str
+    data: str
+    box_ap: float
+    mask_ap: float | None
+    count: int
+    num_classes: int
+    recipe: str
+    protocol: str
+    source: str
+
+
+Result = Measured | MeasuredRegions | MeasuredBoxes
+ALL_METRICS = (TOP1, MIOU, BOX_AP, MASK_AP)
 
 
 def read_measured(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[list[Measured], list[str]]:
@@ -160,7 +234,7 @@ def read_measured(patterns: list[str], recipes: dict[str, dict[str, Any]]) -> tu
 
 
 def read_all_measured(
-    patterns: list[str], recipes: dict[str, dict[str, Any]], metrics: Sequence[str] = (TOP1, MIOU)
+    patterns: list[str], recipes: dict[str, dict[str, Any]], metrics: Sequence[str] = ALL_METRICS
 ) -> tuple[list[Result], list[str]]:
     """Read results files and run folders.
 
@@ -207,8 +281,20 @@ def list_results(folder: Path, metrics: Sequence[str]) -> list[Path]:
         contents = [path.read_bytes() for path in files]
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    results = [(path, content) for path, content in zip(files, contents, strict=True) if b'"results"' in content]
-    return [path for path, content in results if (MIOU if _OF_REGIONS in content else TOP1) in metrics]
+    # A list is a file of detections.
+    results = [
+        (path, content)
+        for path, content in zip(files, contents, strict=True)
+        if not content.startswith(b"[") and b'"results"' in content
+    ]
+    return [path for path, content in results if _guess_metric(content) in metrics]
+
+
+def _guess_metric(content: bytes) -> str:
+    """Return the metric that the task of a results file has, read or not."""
+    if _OF_BOXES in content:
+        return MASK_AP if f'"{MASK_AP}"'.encode() in content else BOX_AP
+    return MIOU if _OF_REGIONS in content else TOP1
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -250,17 +336,32 @@ def _read_results(path: Path, recipes: dict[str, dict[str, Any]], metrics: Seque
                 recipe += ", not the moving average"
     except (OSError, ValidationError, LookupError, TypeError) as error:
         raise ConfigError(f"results={path}: not a file of resnest-eval out=...") from error
-    metric = MIOU if isinstance(content, RegionResults) else TOP1
+    metric = _metric_of(content)
     if metric not in metrics:
         raise ConfigError(_refuse_metric(metric, path, metrics))
     return list(_list_measured(content, recipe, str(path)))
 
 
-_RESULTS: TypeAdapter[Results | RegionResults] = TypeAdapter(Results | RegionResults)
+_AnyResults = Results | RegionResults | BoxResults
+_RESULTS: TypeAdapter[_AnyResults] = TypeAdapter(_AnyResults)
 
 
-def _list_measured(content: Results | RegionResults, recipe: str, source: str) -> Iterator[Result]:
+def _metric_of(content: _AnyResults) -> str:
+    """Return the value by which a network of the results' task is chosen."""
+    if isinstance(content, BoxResults):
+        return BOX_AP if all(boxes.mask_ap is None for boxes in content.results) else MASK_AP
+    return MIOU if isinstance(content, RegionResults) else TOP1
+
+
+def _list_measured(content: _AnyResults, recipe: str, source: str) -> Iterator[Result]:
     model = content.model
+    if isinstance(content, BoxResults):
+        for boxes in content.results:
+            num_classes = len(boxes.ap_per_class["box"])
+            aps = boxes.box_ap, boxes.mask_ap
+            network = model, content.detector, COCO
+            yield MeasuredBoxes(*network, *aps, boxes.count, num_classes, recipe, boxes.protocol, source)
+        return
     if isinstance(content, Results):
         for of_crop in content.results:
             top1, count, protocol = of_crop.top1, of_crop.count, of_crop.protocol
@@ -306,11 +407,17 @@ def _measure_run(
     if name_metric(evaluation) == TOP1:
         require_numbers(evaluation, ("crop",))
         return Measured(model, evaluation["crop"], evaluation[TOP1], count, num_classes, recipe, protocol, source)
-    require_numbers(evaluation, ("pixel_accuracy",))
-    data, figures = config["data"]["kind"], (evaluation[MIOU], evaluation["pixel_accuracy"], count, num_classes)
+    data = config["data"]["kind"]
     if not isinstance(data, str):
         raise TypeError(f"{data}")
-    return MeasuredRegions(model, data, *figures, recipe, protocol, source)
+    if name_metric(evaluation) in (BOX_AP, MASK_AP):
+        require_numbers(evaluation, (BOX_AP,))
+        detector = name_detector(config["train"]["cascade"], config["train"]["masks"])
+        figures = evaluation[BOX_AP], evaluation.get(MASK_AP), count, num_classes
+        return MeasuredBoxes(model, detector, data, *figures, recipe, protocol, source)
+    require_numbers(evaluation, ("pixel_accuracy",))
+    regions = evaluation[MIOU], evaluation["pixel_accuracy"], count, num_classes
+    return MeasuredRegions(model, data, *regions, recipe, protocol, source)
 
 
 def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int, step: int | None) -> str:

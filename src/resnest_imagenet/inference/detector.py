@@ -12,6 +12,7 @@ from resnest_imagenet.compute import place
 from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.models.rcnn import RCNN
+from resnest_imagenet.models.rcnn_options import name_detector
 from resnest_imagenet.recipe import BoxProtocolOptions
 from resnest_imagenet.weights.detection import DETECTION, PUBLISHED_PROTOCOL, restore_rcnn
 from resnest_imagenet.weights.load import Weights, read_weights
@@ -55,6 +56,11 @@ class Detector:
     def finds_masks(self) -> bool:
         """Whether it finds masks too."""
         return self.module.roi_heads.masks is not None
+
+    @property
+    def kind(self) -> str:
+        """Its kind, of `models.rcnn_options.name_detector`."""
+        return name_detector(len(self.module.roi_heads.stages) > 1, self.finds_masks)
 
 
 def open_detector(

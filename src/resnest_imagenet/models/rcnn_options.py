@@ -149,3 +149,10 @@ class RCNNOptions:
     def max_positives(self) -> int:
         """The most boxes of an image that are positives: as many masks are trained."""
         return math.floor(self.samples * self.positive)
+
+
+def name_detector(cascade: bool, masks: bool) -> str:
+    """Return the kind of a detector: "faster", "cascade", "mask" or "cascade_mask"."""
+    if masks:
+        return "cascade_mask" if cascade else "mask"
+    return "cascade" if cascade else "faster"

@@ -1,16 +1,19 @@
-"""The paper's tables of other tasks (arXiv 2004.08955) beside what this project counts and measured: Table 7."""
+"""The paper's tables of other tasks (arXiv 2004.08955) beside what this project counts and measured: 5, 6 and 7."""
 
 import csv
 import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.evaluation.results import MeasuredRegions
-from resnest_imagenet.models.cost import count_deeplab
+from resnest_imagenet.evaluation.results import MeasuredBoxes, MeasuredRegions
+from resnest_imagenet.models.cost import StageCost, count_deeplab, count_rcnn
 from resnest_imagenet.reports.table3 import number_note
+
+MeasuredDownstream: TypeAlias = MeasuredRegions | MeasuredBoxes
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,18 @@ class PaperData:
     Attributes:
         name: in the table.
         num_images, num_classes: of its validation set.
-        crop: side in pixels of the image whose multiply-adds are counted: that of training.
+        crop: side in pixels of the image whose multiply-adds are counted, that of training; or its height and width.
     """
 
     name: str
     num_images: int
     num_classes: int
-    crop: int
+    crop: int | tuple[int, int]
+
+    @property
+    def shown_crop(self) -> int | str:
+        """The crop as it is printed."""
+        return self.crop if isinstance(self.crop, int) else "x".join(map(str, self.crop))
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class DownstreamRow:
         model: the backbone, a name of models/zoo.py.
         experiment: the file of conf/experiment/ that trains it.
         paper: percent, by metric; what the paper does not tell is not there.
+        detector: the kind of a detector, of `models.rcnn_options.name_detector`; "" of other networks.
     """
 
     name: str
@@ -46,6 +55,7 @@ class DownstreamRow:
     model: str
     experiment: str
     paper: dict[str, float]
+    detector: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,16 +72,31 @@ class DownstreamTable:
     metrics: dict[str, str]
     data: dict[str, PaperData]
     rows: Sequence[DownstreamRow]
-    count: Callable[[str, PaperData], tuple[int, int]]
+    count: Callable[[DownstreamRow, PaperData], tuple[int, int]]
 
 
-def count_segmentation(model: str, data: PaperData) -> tuple[int, int]:
+def count_segmentation(row: DownstreamRow, data: PaperData) -> tuple[int, int]:
     """Return the parameters of a DeepLabV3, and its multiply-adds for one image of the crop's size.
 
     The auxiliary head's parameters count, as they are in a checkpoint; it computes nothing but in training.
     """
-    stages = count_deeplab(model, data.num_classes, data.crop)
+    assert isinstance(data.crop, int)
+    stages = count_deeplab(row.model, data.num_classes, data.crop)
     return sum(stage.parameters for stage in stages), sum(stage.multiply_adds for stage in stages)
+
+
+def count_detection(row: DownstreamRow, data: PaperData) -> tuple[int, int]:
+    """Return the parameters of a detector, and its multiply-adds for one image with 1000 proposals and 100 masks."""
+    assert isinstance(data.crop, tuple)
+    stages = _count_with_masks(row.model, data.num_classes, data.crop, row.detector.startswith("cascade"))
+    counted = [stage for stage in stages if row.detector.endswith("mask") or stage.stage != "masks"]
+    return sum(stage.parameters for stage in counted), sum(stage.multiply_adds for stage in counted)
+
+
+@cache
+def _count_with_masks(model: str, num_classes: int, size: tuple[int, int], cascade: bool) -> list[StageCost]:
+    """Return the cost of a detector's parts, once for the rows with and without masks: it takes seconds."""
+    return count_rcnn(model, num_classes, size, cascade=cascade, masks=True)
 
 
 def _row_of_table7(backbone: str, data: str, model: str, miou: float, pixel_accuracy: float | None) -> DownstreamRow:
@@ -80,6 +105,47 @@ def _row_of_table7(backbone: str, data: str, model: str, miou: float, pixel_accu
     return DownstreamRow(f"DeepLabV3 {backbone}", data, model, f"deeplabv3_{network}_{data}", paper)
 
 
+def _row_of_coco(detector: str, backbone: str, box_ap: float, mask_ap: float | None = None) -> DownstreamRow:
+    network = backbone.lower().replace("-", "")
+    model = network.replace("resnet50", "resnet50_msra").replace("resnet101", "resnet101_msra")
+    title = f"{detector.replace('_', ' ').title()} R-CNN {backbone}"
+    paper = {"box_ap": box_ap} if mask_ap is None else {"box_ap": box_ap, "mask_ap": mask_ap}
+    return DownstreamRow(title, "coco", model, f"{detector}_rcnn_{network}", paper, detector)
+
+
+_COCO = {"coco": PaperData("COCO", num_images=5000, num_classes=80, crop=(800, 1344))}
+
+TABLE5 = DownstreamTable(
+    metrics={"box_ap": "box AP"},
+    data=_COCO,
+    rows=(
+        _row_of_coco("faster", "ResNet-50", 39.25),
+        _row_of_coco("faster", "ResNet-101", 41.37),
+        _row_of_coco("faster", "ResNeSt-50", 42.33),
+        _row_of_coco("faster", "ResNeSt-101", 44.72),
+        _row_of_coco("cascade", "ResNet-50", 42.52),
+        _row_of_coco("cascade", "ResNet-101", 44.03),
+        _row_of_coco("cascade", "ResNeSt-50", 45.41),
+        _row_of_coco("cascade", "ResNeSt-101", 47.50),
+        _row_of_coco("cascade", "ResNeSt-200", 49.03),
+    ),
+    count=count_detection,
+)
+TABLE6 = DownstreamTable(
+    metrics={"box_ap": "box AP", "mask_ap": "mask AP"},
+    data=_COCO,
+    rows=(
+        _row_of_coco("mask", "ResNet-50", 39.97, 36.05),
+        _row_of_coco("mask", "ResNet-101", 41.78, 37.51),
+        _row_of_coco("mask", "ResNeSt-50", 42.81, 38.14),
+        _row_of_coco("mask", "ResNeSt-101", 45.75, 40.65),
+        _row_of_coco("cascade_mask", "ResNet-50", 43.06, 37.19),
+        _row_of_coco("cascade_mask", "ResNet-101", 44.79, 38.52),
+        _row_of_coco("cascade_mask", "ResNeSt-50", 46.19, 39.55),
+        _row_of_coco("cascade_mask", "ResNeSt-101", 48.30, 41.56),
+    ),
+    count=count_detection,
+)
 TABLE7 = DownstreamTable(
     metrics={"miou": "mIoU", "pixel_accuracy": "pixAcc"},
     data={
@@ -100,7 +166,7 @@ TABLE7 = DownstreamTable(
 )
 
 
-def build_downstream(table: DownstreamTable, measured: Sequence[MeasuredRegions]) -> list[dict[str, Any]]:
+def build_downstream(table: DownstreamTable, measured: Sequence[MeasuredDownstream]) -> list[dict[str, Any]]:
     """Return the rows of a table: the paper's figures, those counted now, and what was measured.
 
     Keys: row, data, model, experiment (a file of the repository), parameters (millions), crop, gflops (multiply-adds in
@@ -109,7 +175,7 @@ def build_downstream(table: DownstreamTable, measured: Sequence[MeasuredRegions]
     rows = []
     for row in table.rows:
         data = table.data[row.data]
-        parameters, multiply_adds = table.count(row.model, data)
+        parameters, multiply_adds = table.count(row, data)
         rows.append(
             {
                 "row": row.name,
@@ -117,7 +183,7 @@ def build_downstream(table: DownstreamTable, measured: Sequence[MeasuredRegions]
                 "model": row.model,
                 "experiment": f"conf/experiment/{row.experiment}.yaml",
                 "parameters": parameters / 1e6,
-                "crop": data.crop,
+                "crop": data.shown_crop,
                 "gflops": multiply_adds / 1e9,
                 "paper": row.paper,
                 "measured": [asdict(result) for result in measured if _belongs(result, row)],
@@ -126,17 +192,22 @@ def build_downstream(table: DownstreamTable, measured: Sequence[MeasuredRegions]
     return rows
 
 
-def list_strangers(table: DownstreamTable, measured: Sequence[MeasuredRegions]) -> list[str]:
+def list_strangers(table: DownstreamTable, measured: Sequence[MeasuredDownstream]) -> list[str]:
     """Return a line for each result that has no row in a table."""
     return [
-        f"{result.source}: {result.model} on data={result.data} has no row"
+        f"{result.source}: {_name_network(result)} on data={result.data} has no row"
         for result in measured
         if not any(_belongs(result, row) for row in table.rows)
     ]
 
 
-def _belongs(result: MeasuredRegions, row: DownstreamRow) -> bool:
-    return (result.model, result.data) == (row.model, row.data)
+def _name_network(result: MeasuredDownstream) -> str:
+    return f"{result.detector} with {result.model}" if isinstance(result, MeasuredBoxes) else result.model
+
+
+def _belongs(result: MeasuredDownstream, row: DownstreamRow) -> bool:
+    detector = result.detector if isinstance(result, MeasuredBoxes) else ""
+    return (result.model, result.data, detector) == (row.model, row.data, row.detector)
 
 
 def format_downstream(table: DownstreamTable, rows: list[dict[str, Any]], form: str) -> str:

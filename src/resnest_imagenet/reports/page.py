@@ -22,7 +22,7 @@ h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; }
+th:first-child, td:first-child, .text td, .text th, .ends-in-text :is(th, td):last-child { text-align: left; }
 meter { width: 6rem; height: .8rem; vertical-align: middle; }
 .charts { display: grid; gap: 1rem; margin-top: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
@@ -66,7 +66,7 @@ def render_table(head: Iterable[str], rows: Iterable[Iterable[object]], style: s
     Args:
         head: of the columns.
         rows: a value for each column.
-        style: "text" aligns all columns to the left.
+        style: "text" aligns all columns to the left, "ends-in-text" the last one as well as the first.
     """
     heads = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)

@@ -21,11 +21,19 @@ from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.evaluation.results import Measured
+from resnest_imagenet.evaluation.worst_images import WorstImages
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.inference.worst_scenes import WorstScenes
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.imagenet_classes import short_class_names
 from resnest_imagenet.models.zoo import build_model, list_models
+from resnest_imagenet.reports.box_sections import (
+    count_cost_of_detector,
+    is_detector,
+    render_boxes,
+    render_precision,
+    view_images,
+)
 from resnest_imagenet.reports.page import render_page, render_picture, render_table
 from resnest_imagenet.reports.region_sections import count_cost_of_run, render_regions, render_scores, view_scenes
 from resnest_imagenet.reports.runs import Run, list_differences
@@ -60,7 +68,8 @@ def write_report(
         networks = {name: build_model(name) for name in sorted(names.intersection(list_models()))}
         seconds = measure_latency(networks, crop, 1, measured_on, rounds=5)
     worst = {run.name: view_scenes(run, measured_on) for run in runs}
-    page = render_report(runs, crop, seconds, name_device(measured_on), worst)
+    images = {run.name: view_images(run) for run in runs}
+    page = render_report(runs, crop, seconds, name_device(measured_on), worst, images)
     # Names of files come back as their bytes; no other half of a character is text.
     page = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", page)
     with replacing(Path(out)) as file:
@@ -73,6 +82,7 @@ def render_report(
     latency: dict[str, float],
     device: str,
     worst: Mapping[str, Sequence[WorstScenes | str]] | None = None,
+    images: Mapping[str, WorstImages | str | None] | None = None,
 ) -> str:
     """Return the HTML.
 
@@ -82,6 +92,7 @@ def render_report(
         latency: seconds for one image of this crop, by network; {}: without that chart.
         device: on which the latency was measured.
         worst: of `view_scenes`, by run; None: without pictures of scenes.
+        images: of `view_images`, by run; None: without pictures of detections.
     """
     classifiers = list(filter(_is_classifier, runs))
     sections = {
@@ -89,8 +100,14 @@ def render_report(
         "Training": _render_curves(runs),
         "Accuracy": _render_accuracy(classifiers),
         "Intersection over union": render_scores(runs),
+        "Average precision, %": render_precision(runs),
         f"Beside the paper's Table 3, at {crop} pixels": _render_table3(classifiers, crop, latency, device),
-        **{f"{run.name}: where it errs": _render_mistakes(run, (worst or {}).get(run.name, ())) for run in runs},
+        **{
+            f"{run.name}: where it errs": _render_mistakes(
+                run, (worst or {}).get(run.name, ()), (images or {}).get(run.name)
+            )
+            for run in runs
+        },
         "Environment": _render_environment(runs),
     }
     body = "\n".join(f"<section><h2>{escape(title)}</h2>{html}</section>" for title, html in sections.items() if html)
@@ -100,7 +117,7 @@ def render_report(
 
 
 def _is_classifier(run: Run) -> bool:
-    return run.metric == TOP1 and not run.regions  # a folder without events names no metric
+    return run.metric == TOP1 and not run.regions and not run.boxes  # a folder without events names no metric
 
 
 def _render_summary(runs: list[Run]) -> str:
@@ -116,7 +133,7 @@ def _render_summary(runs: list[Run]) -> str:
                 run.model or "",
                 run.config.get("train.recipe", ""),
                 f"{cost[0] / 1e6:.2f}" if cost else "",
-                f"{cost[1] / 1e9:.2f}" if cost else "",
+                f"{cost[1] / 1e9:.2f}{cost[2]}" if cost else "",
                 _describe_progress(run) if best else "",
                 f"{best[run.metric]:.2f}{unit} (epoch {best['epoch']})" if best else "",
                 f"{run.evaluations[-1][run.metric]:.2f}{unit}" if best else "",
@@ -124,17 +141,24 @@ def _render_summary(runs: list[Run]) -> str:
                 run.status.get("state", ""),
             ]
         )
-    cost_heads = ["M params", "GFLOPs at 224"]
+    cost_heads = ["M params", "GFLOPs" if all(map(is_detector, runs)) else "GFLOPs at 224"]
     best_head = f"best {_name_metric(metrics[0])}" if len(metrics) == 1 else "best"
     head = ["run", "model", "recipe", *cost_heads, "epochs", best_head, "last", "images/s", "state"]
     return render_table(head, rows)
 
 
-def _count_cost(run: Run) -> tuple[int, int] | None:
-    """Return the parameters and multiply-adds at 224 pixels, None where the folder does not tell the network."""
+def _count_cost(run: Run) -> tuple[int, int, str] | None:
+    """Return the parameters and multiply-adds, None where the folder does not tell the network.
+
+    They are at 224 pixels; of a detector at the size of its evaluation, which the last value names.
+    """
+    if is_detector(run):
+        of_detector = count_cost_of_detector(run)
+        return of_detector and (*of_detector[:2], f" at {of_detector[2]}")
     if run.config.get("train.task") == SEGMENTATION:
-        return count_cost_of_run(run, 224)
-    return count_cost(run.model, 224) if run.model in list_models() else None
+        of_scenes = count_cost_of_run(run, 224)
+        return of_scenes and (*of_scenes, "")
+    return (*count_cost(run.model, 224), "") if run.model in list_models() else None
 
 
 def _describe_progress(run: Run) -> str:
@@ -147,7 +171,7 @@ def _describe_progress(run: Run) -> str:
 
 def _name_metric(metric: str) -> str:
     """Return how a report names the value of an evaluation."""
-    return {TOP1: "top-1 %", "miou": "mIoU %"}.get(metric, metric)
+    return {TOP1: "top-1 %", "miou": "mIoU %", "box_ap": "box AP %", "mask_ap": "mask AP %"}.get(metric, metric)
 
 
 def _render_configuration(runs: list[Run]) -> str:
@@ -284,9 +308,10 @@ def _count_gflops(crop: int, placed: set[str]) -> dict[str, float]:
     return {name: count_cost(name, crop)[1] / 1e9 for name in printed.keys() | placed}
 
 
-def _render_mistakes(run: Run, worst: Sequence[WorstScenes | str]) -> str:
+def _render_mistakes(run: Run, worst: Sequence[WorstScenes | str], images: WorstImages | str | None) -> str:
     scenes = zip_longest(run.regions, worst[: len(run.regions)])
-    return "".join([*map(_render_confusions, run.predictions), *starmap(render_regions, scenes)])
+    boxes = [render_boxes(run.boxes, images)] if run.boxes else []
+    return "".join([*map(_render_confusions, run.predictions), *starmap(render_regions, scenes), *boxes])
 
 
 def _render_confusions(predictions: Predictions) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from resnest_imagenet.config import flatten
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.evaluation.box_files import BoxFiles, read_box_files
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
@@ -30,6 +31,7 @@ class Run:
         measured: accuracies of resnest-eval out=..., or else the last one of the training.
         predictions: predictions.csv, by protocol.
         regions: iou.csv and scenes.csv, by protocol.
+        boxes: the files about the best detector; None without them.
         folder: where all that is.
     """
 
@@ -42,6 +44,7 @@ class Run:
     measured: list[Measured]
     predictions: list[Predictions]
     regions: list[NamedRegions] = field(default_factory=list)
+    boxes: BoxFiles | None = None
     folder: Path | None = None
 
     @property
@@ -117,9 +120,10 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
         measured=read_measured(results, recipes)[0],
         predictions=read_predictions(predictions) if predictions.exists() else [],
         regions=read_regions(iou, scenes) if iou.exists() and scenes.exists() else [],
+        boxes=read_box_files(folder),
         folder=folder,
     )
-    has_reported = run.steps or run.evaluations or run.measured or run.predictions or run.regions
+    has_reported = run.steps or run.evaluations or run.measured or run.predictions or run.regions or run.boxes
     if not has_reported and run.config:
         raise ConfigError(f"runs={folder}: it has reported nothing yet")
     if not has_reported:

@@ -149,11 +149,8 @@ class Detection:
 
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """See `Task`."""
-        data, recipe = self.config.data, self._recipe
-        sides = recipe.short_sides
-        if recipe.side_sampling == "range":
-            sides = list(range(sides[0], sides[1] + 1))
-        transform = InstanceTransform(self.config.seed, tuple(sides), recipe.longest)
+        data = self.config.data
+        transform = build_instance_transform(self._recipe, self.config.seed)
         max_errors = data.max_errors if data.on_error == "substitute" else 0
         pixels, workers = find_pixels(self.config.model.name), self.config.loader.workers
         return InstanceLoader(self._train, plan, transform, ranks.device, pixels, workers, max_errors)
@@ -273,6 +270,14 @@ class Detection:
             "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
             "evaluation": describe_protocol(self._protocol),
         }
+
+
+def build_instance_transform(recipe: DetectionRecipe, seed: int) -> InstanceTransform:
+    """Return what training does to an image with objects."""
+    sides = recipe.short_sides
+    if recipe.side_sampling == "range":
+        sides = list(range(sides[0], sides[1] + 1))
+    return InstanceTransform(seed, tuple(sides), recipe.longest)
 
 
 def build_val_loader(

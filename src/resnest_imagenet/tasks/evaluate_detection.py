@@ -74,6 +74,7 @@ def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: Groun
     results: dict[str, Any] = {
         "task": "detection",
         "model": detector.name,
+        "detector": detector.kind,
         "ckpt": detector.source,
         "is_average": weights.is_average,
         "epoch": weights.epoch,

@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from resnest_imagenet import distributed
 from resnest_imagenet.config import PreviewDataConfig
+from resnest_imagenet.data.coco import open_coco
+from resnest_imagenet.data.instance_loader import InstanceLoader, restore_pixels
 from resnest_imagenet.data.loader import build_loader, choose_loader, open_source, to_pixels
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.scene_loader import SceneLoader
@@ -16,14 +18,18 @@ from resnest_imagenet.data.scenes import open_scenes
 from resnest_imagenet.data.source import name_unreadable, print_notes
 from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.errors import ConfigError, DataError
+from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.overlays import overlay_mask
 from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.recipe import ClassificationRecipe, SegmentationRecipe
+from resnest_imagenet.models.zoo import find_pixels
+from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe, SegmentationRecipe
 from resnest_imagenet.tasks.classification import build_train_transform
+from resnest_imagenet.tasks.detection import build_instance_transform
 from resnest_imagenet.tasks.segmentation import build_scene_transform
 
 MARGIN = 4  # pixels between the pictures
 CAPTION = 14  # pixels above each row
+LARGEST = 400  # side in pixels of an image with objects, on the sheet
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,21 @@ class _Preview:
     Attributes:
         names: of the rows.
         originals: a picture of each row, of any size.
-        epochs: yields what the network gets of each row in an epoch, uint8 (crop, crop, 3).
+        epochs: yields what the network gets of each row in an epoch, uint8 (H, W, 3), at most `side`.
+        side: of the sheet's cells in pixels.
     """
 
     names: list[str]
     originals: list[Image.Image]
     epochs: Callable[[int], Sequence[np.ndarray]]
+    side: int
 
 
 def write_preview(config: PreviewDataConfig) -> int:
     """Write the sheet to `config.out`: a row for each image, the original first; return the number of rows.
 
-    Scenes are drawn under the colours of their masks, the mask after the same augmentation as its image.
+    Scenes are drawn under the colours of their masks, the mask after the same augmentation as its image; images with
+    objects have boxes and names, and are as large as they are for the network, or smaller by the same factor.
 
     Raises:
         UserError: for what a user can cause, as one line.
@@ -65,9 +74,11 @@ def write_preview(config: PreviewDataConfig) -> int:
         preview = _preview_images(config, recipe)
     elif isinstance(recipe, SegmentationRecipe):
         preview = _preview_scenes(config, recipe)
+    elif isinstance(recipe, DetectionRecipe):
+        preview = _preview_objects(config, recipe)
     else:
-        raise ConfigError(f"train.task={recipe.task}: resnest-data preview draws classification and segmentation only")
-    sheet = _draw_sheet(preview, recipe.crop, config.epochs)
+        raise ConfigError(f"train.task={recipe.task}: resnest-data preview does not draw this task")
+    sheet = _draw_sheet(preview, preview.side, config.epochs)
     with replacing(out) as file:
         sheet.save(file, format="PNG")
     return len(preview.names)
@@ -91,7 +102,7 @@ def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> 
         return list(to_pixels(images))
 
     originals = [Image.fromarray(decode(source.read(sample)).permute(1, 2, 0).numpy()) for sample in samples]
-    return _Preview([source.name(sample) for sample in samples], originals, draw_epoch)
+    return _Preview([source.name(sample) for sample in samples], originals, draw_epoch, recipe.crop)
 
 
 def _preview_scenes(config: PreviewDataConfig, recipe: SegmentationRecipe) -> _Preview:
@@ -116,7 +127,41 @@ def _preview_scenes(config: PreviewDataConfig, recipe: SegmentationRecipe) -> _P
 
     originals = [draw(np.asarray(picture), mask) for picture, mask in map(scenes.read, samples)]
     names = [scenes.images.name(sample) for sample in samples]
-    return _Preview(names, [Image.fromarray(original) for original in originals], draw_epoch)
+    return _Preview(names, [Image.fromarray(original) for original in originals], draw_epoch, recipe.crop)
+
+
+def _preview_objects(config: PreviewDataConfig, recipe: DetectionRecipe) -> _Preview:
+    """Images with objects have one loader, too."""
+    data = config.data
+    if data.kind != "coco":
+        raise ConfigError(f"data.kind={data.kind}: a detector is trained on data=coco")
+    instances = open_coco(data.root, "train", data.train_json, data.train_dir)
+    print_notes(instances.images)
+    samples = _choose_samples(len(instances), config.images)
+    unreadable = next(filter(None, map(instances.name_fault, samples)), None)
+    if unreadable:
+        raise DataError(unreadable)
+    plan, pixels = _FixedSamples(len(instances), len(samples), 1, samples=samples), find_pixels(config.model.name)
+    transform, device = build_instance_transform(recipe, config.seed), distributed.choose_device(config.device)
+    loader = InstanceLoader(instances, plan, transform, device, pixels, config.loader.workers)
+    palette, scale = make_box_palette(len(instances.classes)), min(1.0, LARGEST / recipe.longest)
+
+    def draw(picture: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        # The names after scaling, so that they can be read.
+        height, width = (max(1, int(side * scale)) for side in picture.shape[:2])
+        small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
+        return draw_detections(small, boxes * scale, labels, instances.classes, palette)
+
+    def draw_epoch(epoch: int) -> Sequence[np.ndarray]:
+        ((images, targets),) = loader.batches(epoch)
+        pictures = []
+        for picture, target in zip(restore_pixels(images, pixels), targets, strict=True):
+            height, width = target.size
+            pictures.append(draw(picture[:height, :width], target.boxes.cpu().numpy(), target.labels.cpu().numpy()))
+        return pictures
+
+    names = [instances.images.name(sample) for sample in samples]
+    return _Preview(names, list(map(instances.read, samples)), draw_epoch, min(recipe.longest, LARGEST))
 
 
 def _choose_samples(num_samples: int, num_rows: int) -> tuple[int, ...]:

@@ -1,0 +1,275 @@
+"""What a report has about detection: AP by class and by size, precision and recall, errors, and the worst images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from resnest_imagenet.errors import ConfigError, UserError
+from resnest_imagenet.evaluation.box_files import ALL_CLASSES, SHOWN, BoxFiles, ClassRow
+from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
+from resnest_imagenet.evaluation.boxes import RECALLS
+from resnest_imagenet.evaluation.charts import paint_bars, paint_percentages, render_chart
+from resnest_imagenet.evaluation.detection_errors import MATCHING, MISSED, TOUCHING, Outcome
+from resnest_imagenet.evaluation.worst_images import NamedBoxes, WorstImage, WorstImages, find_worst_images
+from resnest_imagenet.models.cost import count_rcnn
+from resnest_imagenet.models.zoo import list_models
+from resnest_imagenet.reports.page import embed_image, render_table
+from resnest_imagenet.reports.runs import Run
+from resnest_imagenet.weights.detection import DETECTION, read_options
+
+LONG = 30  # classes from which their tables scroll
+CURVES = 7  # classes that have curves of their own
+SIDE = 480  # the longer one of a picture, in pixels
+ENLARGED = 4  # times at most, so that names can be read
+FIGURE_SPACE = "\u2007"  # as wide as a digit
+_CORRECT = Outcome.CORRECT.name.lower()
+# The figures of a run that are shown, as they are named there; of a class all but the first.
+_SHOWN = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "small",
+    "ap_medium": "medium",
+    "ap_large": "large",
+    "ar100": "AR100",
+}
+_KINDS = {"box": "Boxes", "mask": "Masks"}
+# What each kind of error is. Source: Bolya et al., TIDE (ECCV 2020).
+_MEANINGS = {
+    "background": f"no object has an IoU above {TOUCHING:g} with it",
+    "localisation": f"an object of its class has an IoU of {TOUCHING:g} to {MATCHING:g} with it",
+    "class": f"an object of another class has an IoU of at least {MATCHING:g} with it",
+    "duplicate": "its object has a detection with a higher score",
+    "both": f"an object of another class has an IoU of {TOUCHING:g} to {MATCHING:g} with it",
+    MISSED: "an object without a detection, and without an error of localisation or class",
+}
+
+
+def is_detector(run: Run) -> bool:
+    """Return whether a run is one of detection."""
+    return run.config.get("train.task") == DETECTION
+
+
+def view_images(run: Run) -> WorstImages | str | None:
+    """Read the pictures of a run's report: its worst images, or a line about why there are none; None of other tasks.
+
+    Args:
+        run: of `read_run`.
+    """
+    if run.boxes is None:
+        return None
+    root, json, images = (run.config.get(f"data.{name}") for name in ("root", "val_json", "val_dir"))
+    try:
+        if not isinstance(root, str) or not all(isinstance(place, str | None) for place in (json, images)):
+            raise ConfigError("config.yaml does not name the data set")
+        return find_worst_images(run.boxes, root, json, images)
+    except UserError as error:
+        return str(error)
+
+
+def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
+    """Return a detector's parameters, its multiply-adds and for which size; None where the folder does not tell enough.
+
+    They are of an image of the evaluation's largest size, with 1000 proposals and 100 masks.
+    """
+    config = run.config
+    if run.model not in list_models():
+        return None
+    recipe, protocol = (
+        {name.removeprefix(prefix): value for name, value in config.items() if name.startswith(prefix)}
+        for prefix in ("train.", "protocol.")
+    )
+    try:
+        longest, short_side = protocol["longest"], protocol["short_side"]
+        height, width = (-(-side // 32) * 32 for side in (min(short_side, longest), longest))
+        stages = count_rcnn(run.model, config["model.num_classes"], (height, width), **read_options(recipe, protocol))
+    except (KeyError, TypeError, ValueError):
+        return None
+    multiply_adds = sum(stage.multiply_adds for stage in stages)
+    return sum(stage.parameters for stage in stages), multiply_adds, f"{height}x{width}"
+
+
+def render_precision(runs: Sequence[Run]) -> str:
+    """Return a table of COCO's figures of each run's best evaluation; "" where no run has any."""
+    rows: list[tuple[object, ...]] = []
+    for run in filter(is_detector, runs):
+        if not run.evaluations:
+            continue
+        best = max(run.evaluations, key=lambda event: event[run.metric])
+        for kind in _KINDS:
+            if f"{kind}_ap" in best:
+                figures = [
+                    _format(best.get(f"{kind}_{name}")) if _has_objects(run.boxes, kind, name) else ""
+                    for name in _SHOWN
+                ]
+                rows.append((run.name, kind, *figures, best.get("count", ""), best.get("protocol", "")))
+    head = ["run", "of", *_SHOWN.values(), "images", "protocol"]
+    return render_table(head, rows) if rows else ""
+
+
+def _has_objects(files: BoxFiles | None, kind: str, name: str) -> bool:
+    """Return whether the set has objects that a figure is of, where that can be told: a run's log has 0 without any."""
+    return files is None or any(row.values[name] is not None for row in files.ap if row.kind == kind)
+
+
+def render_boxes(files: BoxFiles, worst: WorstImages | str | None) -> str:
+    """Return where a detector errs: classes, sizes, kinds of errors, and images.
+
+    Args:
+        files: about the best detector.
+        worst: of `view_images`; None: without pictures.
+    """
+    parts = []
+    for kind in files.kinds:
+        rows = [row for row in files.ap if row.kind == kind]
+        parts.append(
+            f"<h3>{_KINDS.get(kind, kind)}: AP by class and size of the object, %</h3>{_render_classes(rows)}"
+            f'<div class="charts">{"".join(_draw_curves(files, kind, rows))}{_draw_gains(files, kind)}</div>'
+            f"<h3>{_KINDS.get(kind, kind)}: kinds of errors</h3>{_render_errors(files, kind)}"
+        )
+    if worst is not None:
+        parts.append(f"<h3>The worst images</h3>{_render_worst(files, worst)}")
+    return "".join(parts)
+
+
+def _format(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) else ""
+
+
+def _render_classes(rows: Sequence[ClassRow]) -> str:
+    """Return a bar for the AP of each class, the highest first, beside the other figures and its objects."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -1.0 if row.values["ap"] is None else row.values["ap"], reverse=True):
+        ap = row.values["ap"]
+        bar = (
+            "absent"
+            if ap is None
+            else f'<meter value="{ap:.4f}" max="100"></meter> {f"{ap:.2f}".rjust(5, FIGURE_SPACE)}'
+        )
+        figures = (row.values[name] for name in _SHOWN if name != "ap")
+        cells = [bar, *map(_format, figures), *(f"{row.values[name] or 0:,.0f}" for name in ("objects", "detections"))]
+        lines.append(f"<tr><td>{escape(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    heads = ("class", *_SHOWN.values(), "objects", "detections")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    style = "wide tall" if len(lines) > LONG else "wide"
+    return f'<div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterator[str]:
+    """Yield the precision at each recall, averaged over the classes, and of the classes with the most objects."""
+    names = [row.name for row in rows if (kind, "0.50", row.name) in files.curves]
+    means = {
+        "IoU .50": "0.50",
+        "IoU .75": "0.75",
+        "mean of .50 to .95": "mean",
+    }
+    averaged = {
+        title: np.mean([files.curves[kind, iou, name] for name in names], axis=0)
+        for title, iou in means.items()
+        if names
+    }
+    title = _KINDS.get(kind, kind)
+    yield _draw_lines(f"{title}: mean over the classes", averaged)
+    objects = {row.name: row.values["objects"] or 0 for row in rows}
+    largest = sorted(names, key=lambda name: -objects[name])[:CURVES]
+    which = "each class" if len(largest) == len(names) else f"the {len(largest)} classes with the most objects"
+    yield _draw_lines(f"{title}: {which}, IoU .50", {name: files.curves[kind, "0.50", name] for name in largest})
+
+
+def _draw_lines(title: str, curves: dict[str, np.ndarray]) -> str:
+    recalls = 100 * np.array(RECALLS)
+    return render_chart(title, "recall, %", "precision, %", lambda axes: paint_percentages(axes, recalls, curves))
+
+
+def _list_gains(files: BoxFiles, kind: str) -> ClassRow:
+    """Return the AP50 of all classes, and how much each kind of error costs of it."""
+    (row,) = [row for row in files.errors if (row.kind, row.name) == (kind, ALL_CLASSES)]
+    return row
+
+
+def _draw_gains(files: BoxFiles, kind: str) -> str:
+    gains = _list_gains(files, kind)
+    costs = {name: gains.values[name] or 0 for name in _MEANINGS}
+    title = f"{_KINDS.get(kind, kind)}: what each kind of error costs"
+    of_all = f"points of AP50, which is {_format(gains.values[_CORRECT])}"
+    return render_chart(title, of_all, "", lambda axes: paint_bars(axes, costs))
+
+
+def _render_errors(files: BoxFiles, kind: str) -> str:
+    """Return how often each kind of error occurs and what it costs, and a table of them by class."""
+    rows = [row for row in files.errors if row.kind == kind and row.name != ALL_CLASSES]
+    gains = _list_gains(files, kind)
+    totals = {name: sum(row.values[name] or 0 for row in rows) for name in (_CORRECT, *_MEANINGS)}
+    num_detections = max(sum(total for name, total in totals.items() if name != MISSED), 1)
+
+    def share(name: str) -> str:
+        return "" if name == MISSED else f"{100 * totals[name] / num_detections:.1f}"
+
+    of_all = [(_CORRECT, f"{totals[_CORRECT]:,.0f}", share(_CORRECT), "", "the first that has found its object")]
+    of_all += [
+        (name, f"{totals[name]:,.0f}", share(name), _format(gains.values[name]), meaning)
+        for name, meaning in _MEANINGS.items()
+    ]
+    head = ["", "number", "% of the detections", "points of AP50", "what it is"]
+    names = (_CORRECT, *_MEANINGS)
+    by_class = [(row.name, *(f"{row.values[name] or 0:,.0f}" for name in names)) for row in rows]
+    table = render_table(["class", *names], by_class)
+    return (
+        f"<p>At an IoU of {MATCHING:g}, of all detections that count. Points of AP50: how much higher it would be "
+        f"without this kind alone.</p>{render_table(head, of_all, 'ends-in-text')}"
+        f'<details><summary>by class</summary><div class="tall">{table}</div></details>'
+    )
+
+
+def _render_worst(files: BoxFiles, worst: WorstImages | str) -> str:
+    if isinstance(worst, str):
+        return f"<p>No pictures: {escape(worst)}</p>"
+    imperfect = sum(row.num_faults > 0 for row in files.images)
+    text = (
+        f"{len(worst.images)} of {imperfect:,} that are not all right, those with the most objects that are not found "
+        f"and detections that are wrong first. Detections with a score of at least {SHOWN:g}, as the best network had "
+        "them in its evaluation."
+    )
+    palette = make_box_palette(len(worst.classes))
+    figures = "".join(_render_image(image, worst.classes, palette) for image in worst.images)
+    return f"<p>{escape(text)}</p>{figures}"
+
+
+def _render_image(image: WorstImage, classes: Sequence[str], palette: np.ndarray) -> str:
+    row = image.row
+    title = f"{Path(row.file).name}: {row.correct} of {row.objects} objects found, wrong detections: {row.wrong}"
+    kinds = ", ".join(f"{count} {name}" for name, count in image.wrong)
+    caption = f"<div class=right>{escape(title)}</div>"
+    if image.pixels is None or image.truth is None or image.found is None:
+        return f"<figure><figcaption>{caption}(no picture: {escape(image.fault)})</figcaption></figure>"
+    views = "".join(
+        _render_view(name, image.pixels, boxes, classes, palette)
+        for name, boxes in (("truth", image.truth), ("found", image.found))
+    )
+    return (
+        f'<figure class="strip"><div class="views">{views}</div>'
+        f"<figcaption>{caption}<div>{escape(kinds)}</div></figcaption></figure>"
+    )
+
+
+def _render_view(title: str, pixels: np.ndarray, boxes: NamedBoxes, classes: Sequence[str], palette: np.ndarray) -> str:
+    """Return a picture with objects or detections, each with its name and what is wrong with it."""
+    height, width = pixels.shape[:2]
+    scale = min(ENLARGED, SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    picture = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    masks = None
+    if boxes.masks is not None:
+        resize: Callable[[np.ndarray], np.ndarray] = lambda mask: np.asarray(Image.fromarray(mask).resize(size))  # noqa: E731
+        masks = list(map(resize, boxes.masks))
+    names = [classes[label] for label in boxes.labels.tolist()]
+    titles = [f"{name} ({note})" if note else name for name, note in zip(names, boxes.notes, strict=True)]
+    scales = np.array([size[0] / width, size[1] / height] * 2)
+    # A name and a colour of its own for each, so that a name can have a note.
+    numbers = np.arange(len(titles))
+    drawn = draw_detections(picture, boxes.boxes * scales, numbers, titles, palette[boxes.labels], boxes.scores, masks)
+    return f"<div><div>{escape(title)}</div>{embed_image(Image.fromarray(drawn), title)}</div>"
