@@ -250,7 +250,7 @@ def test_images_get_the_numbers_of_their_names():
     assert number_images(["/x/000000397133.jpg", "/y/7.jpg"]) == ([397133, 7], True)
     for files in (["/x/1.jpg", "/x/a.jpg"], ["/x/1.jpg", "/y/1.png"], ["/x/1.jpg", "/x/01.jpg"], ["/x/²", "/x/-2"]):
         assert number_images(files) == ([1, 2], False)
-    assert number_images([])[0] == []
+    assert number_images([]) == ([], False)
 
 
 def test_lines_for_people():
