@@ -140,9 +140,8 @@ def detect_objects(
                 write(image)
             lines.append(format_objects(image, detector.classes, config.top))
             num_objects += len(image)
-    if out is not None:
-        numbers = describe_numbers(Path(out), detected)
-        lines.append(f"{out}: images: {len(detected)}, objects above {score:g}: {num_objects}{numbers}")
+    counts = f"images: {len(detected)}, objects above {score:g}: {num_objects}"
+    lines.append(counts if out is None else f"{out}: {counts}{describe_numbers(Path(out), detected)}")
     return "\n".join(lines), list(detected.skipped)
 
 
