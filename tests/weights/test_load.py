@@ -199,11 +199,11 @@ FAULTS = [
 @pytest.mark.parametrize("has_classes", [True, False])
 def test_a_checkpoint_of_another_task_is_refused_in_one_line(has_classes, model, save, tmp_path, monkeypatch, capsys):
     """By all that read weights: there is one reader. One that names no task is of before there were others."""
-    content = run_of(model.state_dict(), 7) | {"task": "detection", "metric": "box_ap", "best": 40.0}
+    content = run_of(model.state_dict(), 7) | {"task": "depth", "metric": "delta1", "best": 40.0}
     if not has_classes:
         del content["classes"]
     source = save(content, "best.pt")
-    line = f"{source}: a checkpoint of task detection, not of classification: choose another, or other weights"
+    line = f"{source}: a checkpoint of task depth, not of classification: choose another, or other weights"
     readers = (
         lambda: read_weights(source),
         lambda: resnest_imagenet.open_classifier(source),
