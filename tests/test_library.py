@@ -236,6 +236,20 @@ def test_describe_networks():
     assert cost.training_bytes["parameters"] == 4 * sum(stage.parameters for stage in cost.stages)
 
 
+@pytest.mark.slow
+def test_open_detector_and_detect(detection_run, demo_objects):
+    best, photos = detection_run / "checkpoints/best.pt", sorted((demo_objects / "val2017").iterdir())
+    detector = resnest_imagenet.open_detector(best, protocol={"min_score": 0.0, "detections": 3}, device="cpu")
+    assert not detector.module.training and not any(part.requires_grad for part in detector.module.parameters())
+    assert (detector.protocol.detections, detector.protocol.short_side, detector.finds_masks) == (3, 64, True)
+    (image,) = resnest_imagenet.detect(detector, photos[0], score=np.float64(0))
+    assert image.boxes.shape == (3, 4) and image.scores.tolist() == sorted(image.scores, reverse=True)
+    with pytest.raises(ConfigError, match="^protocol.min_score: input should be less than or equal to 1$"):
+        resnest_imagenet.open_detector(best, protocol={"min_score": 2})
+    with pytest.raises(DataError, match="images=.*nowhere: no such file or folder"):
+        resnest_imagenet.detect(detector, "nowhere")
+
+
 def test_every_name_of_the_package_is_there():
     assert set(resnest_imagenet.__all__) <= set(dir(resnest_imagenet))
     for name in resnest_imagenet.__all__:

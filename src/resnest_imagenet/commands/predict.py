@@ -125,7 +125,11 @@ def detect_objects(
     given, score = take_box_protocol(config.protocol), SCORE if config.score is None else config.score
     protocol = {**(given.model_dump() if given else {}), "min_score": score}
     is_table = config.out is not None and Path(config.out).suffix in TABLES
-    out = config.out if config.out is None or is_table else _choose_folder(config.out, images)
+    out = (
+        config.out
+        if config.out is None or is_table
+        else _choose_folder(config.out, images, "; tables end in .csv or .json")
+    )
     detector = open_detector(weights, protocol=protocol, device=device)
     detected = detect(detector, images, score=score, precision=config.precision)
     lines, num_objects = [], 0
@@ -154,9 +158,13 @@ def _refuse_options(config: PredictConfig, weights: "Weights", what_it_does: str
         raise ConfigError(f"{first} is of classification: {config.ckpt} is of {weights.task}, and {what_it_does}")
 
 
-def _choose_folder(place: str, images: "ImageFolder") -> Path:
-    """Return the folder of the pictures."""
+def _choose_folder(place: str, images: "ImageFolder", hint: str = "") -> Path:
+    """Return the folder of the pictures; `hint` tells what out may be besides."""
+    from resnest_imagenet.data.folder import IMAGE_SUFFIXES
+
     out = Path(os.path.abspath(place))
+    if out.suffix.lower() in IMAGE_SUFFIXES:
+        raise ConfigError(f"out={place}: pictures need a folder{hint}")
     if any(out in Path(images.name(index)).parents for index in range(len(images))):
         raise ConfigError(f"out={place} holds images that are asked about: choose another folder")
     require_writable(out / "pictures", "out")

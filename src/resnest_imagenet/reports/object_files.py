@@ -86,7 +86,7 @@ def number_images(files: Sequence[str]) -> tuple[list[int], bool]:
     """
     stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
     numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdecimal()]
-    are_names = len(set(numbers)) == len(files)
+    are_names = 0 < len(files) == len(set(numbers))
     return (numbers if are_names else list(range(1, len(files) + 1))), are_names
 
 
