@@ -37,14 +37,14 @@ def resume_objects(place: Place) -> dict[str, Any]:
 def _resume_killed(place: Place, options: tuple[str, ...], ranks: int) -> None:
     whole, killed = (place.new_run() for _ in range(2))
     complete = Command(place, "train", *options, f"run_dir={whole}", ranks=ranks)
-    require(complete.wait() == [0] * ranks, f"{whole} ends well\n{complete.output}")
+    require(complete.wait(300) == [0] * ranks, f"{whole} ends well\n{complete.output}")
     # A step is two batches, and an epoch three steps: the last batch of the fifth step.
     trainer = Command(place, "train", *options, f"run_dir={killed}", ranks=ranks, faults=[("killed", [1, 3])])
-    require(-9 in trainer.wait(), f"{killed} is killed\n{trainer.output}")
+    require(-9 in trainer.wait(300), f"{killed} is killed\n{trainer.output}")
     step = load_checkpoint(newest(killed))["step"]
     require(step == 4, f"the last checkpoint is of step 4, not of step {step}")
     again = Command(place, "train", *options, f"run_dir={killed}", ranks=ranks)
-    require(again.wait() == [0] * ranks, f"{killed} ends well\n{again.output}")
+    require(again.wait(300) == [0] * ranks, f"{killed} ends well\n{again.output}")
     require_equal_runs(whole, killed)
     for name in FILES:
         require((whole / name).read_bytes() == (killed / name).read_bytes(), f"{name} differs")
@@ -58,7 +58,7 @@ def _spoil_image(place: Place, options: tuple[str, ...], objects: Path, claims: 
     for on_error, code, words in (("raise", 3, ""), ("substitute", 0, "replaced by")):
         run = f"run_dir={place.new_run()}"
         trainer = Command(place, "train", *options, "train.precise_batches=0", run, f"data.on_error={on_error}")
-        claims.add(trainer.wait() == [code], f"{on_error}: exit code {code}\n{trainer.output}")
+        claims.add(trainer.wait(300) == [code], f"{on_error}: exit code {code}\n{trainer.output}")
         lines = [line for line in trainer.lines if bad.name in line and words in line]
         is_named = len(lines) == 1 and "Traceback" not in trainer.output
         claims.add(is_named, f"{bad.name} is named once\n{trainer.output}")
@@ -105,7 +105,7 @@ def _spoil_annotations(place: Place, objects: Path, claims: Claims) -> None:
         run = place.new_run()
         arguments = (*SMALL, f"data.root={objects}", f"data.train_json={file}", f"run_dir={run}")
         trainer = Command(place, "train", *arguments)
-        codes, lines = trainer.wait(), [line for line in trainer.lines if file.name in line]
+        codes, lines = trainer.wait(300), [line for line in trainer.lines if file.name in line]
         claims.add(codes == [3], f"{name}: exit code 3, not {codes}\n{trainer.output}")
         is_named = len(lines) == 1 and words in lines[0] and "Traceback" not in trainer.output
         claims.add(is_named, f"{name}: one line with {words!r}\n{trainer.output}")
