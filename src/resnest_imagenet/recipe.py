@@ -224,7 +224,7 @@ class DetectionRecipe(Recipe):
     sampling: Annotated[int, Field(ge=0)]
     rpn_convs: Positive
     canonical_size: Positive
-    # Boxes of a level before the non-maximum suppression of proposals, and of an image after it: in training, evaluation.
+    # Boxes of a level before the non-maximum suppression of proposals, and of an image after it: training, evaluation.
     candidates: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     proposals: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None  # null: as in the paper
     samples: Positive

@@ -169,8 +169,9 @@ class Detection:
             def pause_after(batch: int, is_everywhere: bool) -> None:
                 pause(first + batch, is_everywhere)
 
-            options = {"masks": recipe.masks}
-            scores = measure_boxes(model, loader, ranks, self._truth, recipe.precision, pause_after, name, **options)
+            scores = measure_boxes(
+                model, loader, ranks, self._truth, recipe.precision, pause_after, name, masks=recipe.masks
+            )
             return self._describe_boxes(scores)
 
         return evaluate
