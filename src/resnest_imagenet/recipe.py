@@ -210,7 +210,7 @@ class DetectionRecipe(Recipe):
     channels: Positive
     anchor_sizes: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=5, max_length=5)]
     canonical_size: Positive
-    # Boxes of a level before the non-maximum suppression of proposals, and of an image after it: in training, evaluation.
+    # Boxes of a level before the non-maximum suppression of proposals, of an image after it: in training, evaluation.
     candidates: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     proposals: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None  # null: as in the paper
     samples: Positive
