@@ -22,8 +22,8 @@ MOST_SHAPES = 4
 LEAST_VISIBLE = 0.7  # of a shape that others cover
 TRIES = 20  # to find a place for a shape
 CONTRAST = 80  # between a shape and the background, in 0..255, mean over the channels
-# At most, of textures. At 20 the classification demo's network, shown the shapes one by one, recognises little more
-# than chance would (39 % of four classes), at 6 two thirds, as without textures.
+# At most, of textures. The classification demo's network, shown about 130 shapes one by one, told four classes apart in
+# 39 % at 20 (chance: 25 %) and in 54, 66 % at 10 and 0; with the sizes above in 65, 68 % at 8 and 4.
 TEXTURE = 6.0
 
 

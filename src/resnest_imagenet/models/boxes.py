@@ -181,13 +181,24 @@ def select_detections(boxes: Tensor, probabilities: Tensor, size: tuple[int, int
         probabilities: (n, 1 + num_classes), the background first.
         size: (height, width) of the image, in pixels.
         options: min_score, nms and detections.
+
+    Returns:
+        The detections, or `no_numbers` where a number is not finite: comparisons would drop it without a word.
     """
+    if not (probabilities.isfinite().all() and boxes.isfinite().all()):
+        return no_numbers(boxes)
     scores = probabilities[:, 1:]
     rows, labels = (scores > options.min_score).nonzero(as_tuple=True)
     scores = scores[rows, labels]
     boxes = boxes[rows, torch.zeros_like(labels) if boxes.shape[1] == 1 else labels]
     boxes = ops.clip_boxes_to_image(boxes, size)
-    large = ops.remove_small_boxes(boxes, MIN_SIDE)  # NaN is not large
+    large = ops.remove_small_boxes(boxes, MIN_SIDE)
     boxes, scores, labels = boxes[large], scores[large], labels[large]
     kept = ops.batched_nms(boxes, scores, labels, options.nms)[: options.detections]
     return Detections(boxes[kept], scores[kept], labels[kept])
+
+
+def no_numbers(like: Tensor) -> Detections:
+    """Return what stands for the detections of an image whose numbers are not finite: one, whose score is NaN."""
+    score, label = like.new_full((1,), torch.nan), torch.zeros(1, dtype=torch.int64, device=like.device)
+    return Detections(like.new_zeros(1, 4), score, label)  # the box is a number: masks are pooled in it

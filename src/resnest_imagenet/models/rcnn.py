@@ -3,15 +3,18 @@
 torchvision's parts, put together as in the authors' configurations; `RCNNOptions` says where the two differ.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from resnest_imagenet.instances import Detections, Target
+from resnest_imagenet.models.boxes import no_numbers
 from resnest_imagenet.models.cascade import CascadeHeads
 from resnest_imagenet.models.features import STAGES, Backbone
 from resnest_imagenet.models.proposals import ProposalNetwork
@@ -77,7 +80,8 @@ class RCNN(nn.Module):
                 in pixels.
 
         Returns:
-            In training scalars by `loss_names`, to be added up; in evaluation boxes in pixels of the images.
+            In training scalars by `loss_names`, to be added up; in evaluation boxes in pixels of the images, and one
+            detection whose score is NaN for an image whose features or outputs are not finite.
         """
         levels = self.pyramid(images)
         pooled = levels[: len(self.backbone.names)]
@@ -87,7 +91,14 @@ class RCNN(nn.Module):
             return losses | self.roi_heads.compute_losses(pooled, proposals, targets)
         sizes = cast(Sequence[tuple[int, int]], instances)
         proposals, _ = self.rpn.propose(images, levels, sizes)
-        return self.roi_heads(pooled, proposals, sizes)
+        detections = self.roi_heads(pooled, proposals, sizes)
+        # What is not finite loses all comparisons, and would look like an image without objects.
+        outputs = self.rpn.head(levels) if min(map(len, proposals)) == 0 else ([], [])
+        are_finite = torch.stack([x.flatten(1).isfinite().all(1) for x in itertools.chain(levels, *outputs)]).all(0)
+        return [
+            detected if is_finite else no_numbers(images)
+            for detected, is_finite in zip(detections, are_finite.tolist(), strict=True)
+        ]
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Map images (B, 3, H, W) to the levels of the pyramid, strides 4 to 64."""
