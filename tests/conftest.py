@@ -128,7 +128,7 @@ def compose_config(name: str, schema: type, *overrides: str):
 
 # Of Hydra's grammar and YAML's alike: words and paths but for YAML's old booleans, and numbers.
 WORD = r"(?!(?:yes|no|on|off|y|n|nan|inf)\b)(?:[A-Za-z/][\w./-]*|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:e-?\d+)?)"
-PLAIN_VALUE = re.compile(rf"[a-z][\w.]*=(?:{WORD}|\[{WORD}(?:,{WORD})*\])")
+PLAIN_VALUE = re.compile(rf"[a-z][\w.]*=(?:{WORD}|\[{WORD}(?:,{WORD})*\])", re.ASCII)
 
 
 def is_choice(override: str) -> bool:
