@@ -35,7 +35,7 @@ def test_merged_values_are_what_hydra_composes(name, schema, overrides):
 
 
 def test_what_is_a_value():
-    for override in (
+    strange = (
         "seed=01",
         "seed=1_0",
         "a=yes",
@@ -46,7 +46,9 @@ def test_what_is_a_value():
         "~a",
         "a={b:1}",
         "a=~/b",
-    ):
+        "a=ö",
+    )
+    for override in strange:
         assert not PLAIN_VALUE.fullmatch(override), override
     assert is_choice("loader=dali") and not is_choice("loader.workers=1")
     composed = compose_once("train")
