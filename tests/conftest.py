@@ -2,15 +2,21 @@ import os
 
 # Before torch: idle OpenMP threads sleep, 20 times faster where processes share cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Inductor then compiles here: it would start processes that import torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes with tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
 import multiprocessing.process
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +36,7 @@ if not torch.cuda.is_available():
 from resnest_imagenet.commands.evaluate import evaluate_images, read_network
 from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.commands.predict import predict_images, read_inputs
+from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import EvalConfig, PredictConfig, TrainConfig
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.data.demo_objects import write_demo_objects
@@ -53,6 +60,8 @@ SCENE_COLOURS = np.array([(9, 8, 7), (250, 1, 2), (3, 250, 4), (5, 6, 250), (251
 # Seconds each to import: a test imports them itself.
 HEAVY = {"torchvision", "timm", "matplotlib", "scipy", "nvidia.dali", "torch._dynamo", "wandb", "mlflow"}
 collected_with: set[str] = set()
+# With tests of many seconds each: they come first, since at the end of all one process would run them alone.
+LONG = {"test_faults.py", "test_docs.py", "test_distributed.py", "test_export_deeplab.py", "test_export_graphs.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,8 +70,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take what starts a process, and what is slow, out of the quick tier."""
+    """Take what starts a process, and what is slow, out of the quick tier; let the longest come first."""
     collected_with.update(HEAVY & sys.modules.keys())
+    items.sort(key=lambda item: item.path.name not in LONG)
     if config.getoption("quick"):
         dropped = [item for item in items if item.get_closest_marker("process") or item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=dropped)
@@ -95,10 +105,50 @@ def demo_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 training and 10 val images of ten classes, where their number is not what is tested."""
+    folder = tmp_path_factory.mktemp("few")
+    write_demo_images(folder, seed=0, train_per_class=2, val_per_class=1)
+    return folder
+
+
 def compose_config(name: str, schema: type, *overrides: str):
-    """Compose the shipped configuration as the command does."""
+    """Return the shipped configuration as the command composes it.
+
+    Hydra takes a sixth of a second. What it makes of the groups is kept, and values are merged into that: with the same
+    result (test_composing.py). Values that are more than words, numbers, paths and lists of them are Hydra's.
+    """
+    choices = [override for override in overrides if not PLAIN_VALUE.fullmatch(override) or is_choice(override)]
+    values = [override for override in overrides if override not in choices]
+    composed = compose_once(name, *choices)
+    if not all(has_value(composed, value.partition("=")[0]) for value in values):
+        composed, values = compose_once.__wrapped__(name, *overrides), []  # an error, in Hydra's words
+    return check_config(OmegaConf.merge(composed, OmegaConf.from_dotlist(values)), schema)
+
+
+# Of Hydra's grammar and YAML's alike: words and paths but for YAML's old booleans, and numbers.
+WORD = r"(?!(?:yes|no|on|off|y|n|nan|inf)\b)(?:[A-Za-z/][\w./-]*|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:e-?\d+)?)"
+PLAIN_VALUE = re.compile(rf"[a-z][\w.]*=(?:{WORD}|\[{WORD}(?:,{WORD})*\])", re.ASCII)
+
+
+def is_choice(override: str) -> bool:
+    """Tell whether an override chooses of a group."""
+    return (find_conf() / override.partition("=")[0]).is_dir()
+
+
+@cache
+def compose_once(name: str, *overrides: str) -> DictConfig:
+    """Compose by Hydra, and keep the result."""
     with initialize_config_dir(str(find_conf()), version_base="1.3"):
-        return check_config(compose(name, list(overrides)), schema)
+        return compose(name, list(overrides))
+
+
+def has_value(composed: DictConfig, option: str) -> bool:
+    """Tell whether there is an option of this name that is no section."""
+    section, _, name = option.rpartition(".")
+    parent = OmegaConf.select(composed, section) if section else composed
+    return OmegaConf.is_dict(parent) and name in list(parent) and not OmegaConf.is_dict(parent._get_node(name))
 
 
 def change_config(values: DictConfig, *overrides: str) -> TrainConfig:
@@ -107,7 +157,7 @@ def change_config(values: DictConfig, *overrides: str) -> TrainConfig:
 
 
 # The demo's experiment, shrunk: 12 steps of 16 images in two epochs.
-SMALL = ("+experiment=demo", "device=cpu", "train.epochs=2", "train.crop=32", "train.batch_size=16", "loader.workers=1")
+SMALL = ("+experiment=demo", "device=cpu", "train.epochs=2", "train.crop=32", "train.batch_size=16", "loader.workers=0")
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +228,23 @@ def small_run(demo_images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 
 @pytest.fixture(scope="session")
+def recipes() -> dict[str, dict[str, Any]]:
+    """The recipes of runs in the tests, as the commands compose them: a sixth of a second each."""
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return {name: load_recipes()[name] for name in ("demo", "demo_segmentation", "resnest")}
+
+
+def use_golden_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Table 3 and the report have the figures of golden.json: to count takes seconds, and test_zoo.py does it."""
+    from resnest_imagenet.reports import report, table3  # late: it imports torchvision
+
+    golden = json.loads((Path(__file__).parent / "models/golden.json").read_text())
+    places = {224: 1, 320: 2}
+    for module in (report, table3):
+        monkeypatch.setattr(module, "count_cost", lambda name, crop: (golden[name][0], golden[name][places[crop]]))
+
+
+@pytest.fixture(scope="session")
 def tiny_values() -> DictConfig:
     """The values of a run of TinyTask: 12 steps of 16 samples in two epochs; composed once, which takes longer."""
     tiny_task.register()
@@ -213,7 +280,7 @@ def evaluation_of(demo_images: Path) -> Callable[..., EvalConfig]:
 
     def make(ckpt: Path, *overrides: str) -> EvalConfig:
         places = (f"data.root={demo_images}", f"ckpt={ckpt}")
-        return compose_config("eval", EvalConfig, *places, "device=cpu", "crop=32", "loader.workers=1", *overrides)
+        return compose_config("eval", EvalConfig, *places, "device=cpu", "crop=32", "loader.workers=0", *overrides)
 
     return make
 

@@ -92,7 +92,7 @@ def server(tmp_path):
 
 
 @pytest.mark.process
-def test_pretrained(torch_home, server):
+def test_pretrained_and_missing_dependencies(torch_home, server):
     folder, url = server
     model = build_model("resnest14_half", 5)
     file = io.BytesIO()
@@ -104,6 +104,16 @@ def test_pretrained(torch_home, server):
     config = {"model": {"name": "resnest14_half"}, "train": {}, "eval": {"crop": 48}, "protocol": protocol}
     torch.save({"model": model.state_dict(), "config": config, "classes": list("abcde"), "epoch": 1}, folder / "run.pt")
     script = f"""
+missing = {{name: sys.modules.pop(name, None) for name in ("timm", "safetensors")}}
+sys.modules.update(dict.fromkeys(missing))  # importing them now fails
+try:
+    torch.hub.load(*clone, "resnest14_half", **options)
+except RuntimeError as error:
+    print(error)
+for name, module in missing.items():
+    sys.modules.pop(name)
+    if module:
+        sys.modules[name] = module
 torch.hub.list(*clone, **options)  # from now on the package is found
 import pathlib
 from resnest_imagenet.weights import published
@@ -122,7 +132,8 @@ for name, choice in (("resnest14", True), ("resnest14", "oficial:resnest14")):
     except ValueError as error:
         print(error)
 """
-    *sums, crops, backbone, unpublished, misspelt = run_isolated(script, torch_home)
+    dependencies, *sums, crops, backbone, unpublished, misspelt = run_isolated(script, torch_home)
+    assert dependencies == "Missing dependencies: timm, safetensors"
     own = [str(weight.sum().item()) for weight in (model.layer1[0].conv1.weight, model.fc.weight)]
     for same, new in ((sums[0], sums[1]), (sums[2], sums[3])):
         assert same.split() == own
@@ -131,15 +142,3 @@ for name, choice in (("resnest14", True), ("resnest14", "oficial:resnest14")):
     assert backbone == own[0]
     assert unpublished == "there are no official weights of resnest14: give pretrained='timm:NAME' or a file"
     assert misspelt.startswith("unknown weights 'oficial:resnest14'")
-
-
-@pytest.mark.process
-def test_missing_dependencies_are_torch_hubs_line(torch_home):
-    script = """
-sys.modules.update(dict.fromkeys(["timm", "safetensors"]))  # importing them now fails
-try:
-    torch.hub.load(*clone, "resnest14_half", **options)
-except RuntimeError as error:
-    print(error)
-"""
-    assert run_isolated(script, torch_home) == ["Missing dependencies: timm, safetensors"]

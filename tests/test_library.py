@@ -260,12 +260,15 @@ def test_every_name_of_the_package_is_there():
 
 
 @pytest.mark.process
-def test_nothing_of_it_needs_hydra_or_a_command(checkpoint, demo_images):
-    """Under an import system that has neither, as in a program that uses the package and not its commands."""
+def test_nothing_of_it_needs_hydra_or_a_command_or_dali(checkpoint, demo_images):
+    """Under an import system without them, as in a program that uses the package and not its commands.
+
+    Nor does the run need Hydra, or a tracker that nobody asks for.
+    """
     script = f"""
 import sys
 
-blocked = ["hydra", "omegaconf", "resnest_imagenet.commands"]
+blocked = ["hydra", "omegaconf", "nvidia.dali", "resnest_imagenet.commands"]
 sys.modules.update(dict.fromkeys(blocked))  # importing them now fails
 import resnest_imagenet
 
@@ -276,7 +279,10 @@ print(len(resnest_imagenet.predict(network, val + "/disk", **fast)[0]))
 print(resnest_imagenet.evaluate(network, val, **fast)[0].result.count)
 print(resnest_imagenet.compare([network, network], val, **fast).probabilities.shape)
 print(next(iter(resnest_imagenet.explain(network, val + "/disk", **fast))).pixels.shape)
-print(resnest_imagenet.build_model(resnest_imagenet.list_models()[0], 3, dropout=0.5).fc.out_features)
+print(resnest_imagenet.build_model("resnest14_half", 3, dropout=0.5).fc.out_features)
+print("resnest50" in resnest_imagenet.list_models())
+import resnest_imagenet.training.train
+print({{"tensorboard", "wandb", "mlflow"}} & {{*sys.modules}})
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
-    assert result.stdout.splitlines() == ["20", "40", "(2, 40)", "(32, 32, 3)", "3"], result.stderr
+    assert result.stdout.splitlines() == ["20", "40", "(2, 40)", "(32, 32, 3)", "3", "True", "set()"], result.stderr

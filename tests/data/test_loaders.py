@@ -60,7 +60,7 @@ def rough_images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("rough"), detail=50)
 
 
-def make_loader(name, folder, transform, workers=1, **plan):
+def make_loader(name, folder, transform, workers=0, **plan):
     shuffle = isinstance(transform, TrainTransform)
     batches = BatchPlan(**{"num_samples": len(folder), "batch_size": 8, "num_batches": 5, "shuffle": shuffle, **plan})
     return build_loader(name, folder, batches, transform, CPU, workers)
@@ -217,7 +217,7 @@ def test_workers_do_not_collect_the_parents_garbage(images):
     gc.disable()
     try:
         del garbage
-        loader = make_loader("torchvision", images, CollectsGarbage(48))
+        loader = make_loader("torchvision", images, CollectsGarbage(48), workers=1)
         assert len(list(loader.batches(epoch=0))) == 5
     finally:
         gc.enable()
@@ -258,7 +258,7 @@ def test_an_unreadable_file_is_named(name, damage, images, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     broken = replace(images, root=tmp_path / "train")
-    loader = make_loader(name, broken, EvalTransform(48))
+    loader = make_loader(name, broken, EvalTransform(48), workers=1)
     others = active_children()
     with pytest.raises(DataError, match=str(broken.path(20).decode())) as _raised:
         list(loader.batches(epoch=0))

@@ -254,7 +254,7 @@ class Torchrun:
         self.mark = f"{os.getpid()}-{run}"
         launcher = ["-m", "torch.distributed.run"]
         if place.fast:
-            launcher += ["--run-path", "--start-method=fork"]  # its ranks have torch imported
+            launcher = ["-m", "faults.launcher", "--run-path", "--start-method=fork"]
         launcher += ["--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}"]
         environment = {**find_tests(), **ONE_THREAD, "FAULTS": attempts, "FAULT_TEST": self.mark}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from browser import look_at, needs_browser
+from browser import look_in_windows, needs_browser
 from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
@@ -157,7 +157,7 @@ def test_refusals(checkpoints, demo_images):
 def test_the_page_in_a_browser(checkpoints, demo_images, tmp_path):
     page = tmp_path / "out.html"
     comparison = compare(f"ckpt=[{checkpoints[0]},{checkpoints[1]}]", f"data.root={demo_images}", f"page={page}")
-    for width in (1280, 400):
-        seen = look_at(page, width)
+    widths = (1280, 400)
+    for width, seen in zip(widths, look_in_windows(page, widths), strict=True):
         assert (seen["pictures"], seen["loaded"]) == (len(comparison.disagreements), [])
         assert seen["width"] <= width

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import resnest_imagenet
-from browser import look_at, needs_browser
+from browser import look_in_windows, needs_browser
 from conftest import SCENE_COLOURS, compose_config
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import compare as command
@@ -97,8 +97,8 @@ def test_the_page_in_a_browser(checkpoints, segmentation_run, tmp_path):
     both = f"ckpt=[{checkpoints[0]},{checkpoints[1]}]"
     places = (f"data.root={segmentation_run.parent / 'scenes'}", f"page={tmp_path}/out.html")
     comparison = compare(both, *places)
-    for width, dark in ((1280, False), (400, True)):
-        seen = look_at(tmp_path / "out.html", width, dark)
+    widths = (1280, 400)
+    for width, seen in zip(widths, look_in_windows(tmp_path / "out.html", widths, dark=True), strict=True):
         assert (seen["pictures"], seen["loaded"]) == (3 * len(comparison.order), [])
         assert seen["width"] <= width
 

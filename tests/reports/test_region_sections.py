@@ -9,26 +9,17 @@ import shutil
 
 import numpy as np
 import pytest
-from hydra import initialize_config_dir
 from PIL import Image
 
 import resnest_imagenet
-from browser import look_at, needs_browser
+from browser import look_in_windows, needs_browser
 from conftest import CPU, SCENE_COLOURS
-from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.evaluation.region_files import NamedRegions
 from resnest_imagenet.evaluation.regions import Regions
 from resnest_imagenet.inference.worst_scenes import WorstScene, WorstScenes, rank_scenes
 from resnest_imagenet.reports.runs import read_run
 
 CLASSES = ["background", "cross", "disk", "stripes", "target", "triangle"]
-
-
-@pytest.fixture(scope="module")
-def recipes():
-    with initialize_config_dir(str(find_conf()), version_base="1.3"):
-        return load_recipes()
 
 
 def write(folder, recipes, out):
@@ -97,13 +88,13 @@ def test_the_page_has_what_the_evaluation_counted_and_the_scenes_with_both_masks
 @needs_browser
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)], ids=["wide and light", "narrow and dark"])
-def test_the_page_in_a_browser(page, width, dark):
-    seen = look_at(page, width, dark)
-    titles = [label.partition(":")[0] for label in seen["charts"]]
-    assert titles[:2] == ["Training loss", "mIoU after each epoch"] and titles[-1].startswith("Confusion matrix")
-    assert (seen["pictures"], seen["loaded"]) == (9, [])
-    assert seen["width"] <= width
+def test_the_page_in_a_browser(page):
+    widths = (1280, 400)
+    for width, seen in zip(widths, look_in_windows(page, widths), strict=True):
+        titles = [label.partition(":")[0] for label in seen["charts"]]
+        assert titles[:2] == ["Training loss", "mIoU after each epoch"] and titles[-1].startswith("Confusion matrix")
+        assert (seen["pictures"], seen["loaded"]) == (9, [])
+        assert seen["width"] <= width
 
 
 @pytest.mark.slow

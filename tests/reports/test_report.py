@@ -10,13 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-from hydra import initialize_config_dir
 
 from browser import look_at, needs_browser
-from conftest import SMALL, compose_config, evaluate_checkpoint
+from conftest import SMALL, compose_config, evaluate_checkpoint, use_golden_costs
 from resnest_imagenet.commands import report as command
-from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import Evaluation
@@ -38,12 +35,6 @@ def render_report(*arguments):
 
 
 @pytest.fixture(scope="module")
-def recipes():
-    with initialize_config_dir(str(find_conf()), version_base="1.3"):
-        return load_recipes()
-
-
-@pytest.fixture(scope="module")
 def folders(demo_images, tmp_path_factory):
     """Two runs, and one evaluation of the first in a folder of its own."""
     root = tmp_path_factory.mktemp("runs")
@@ -51,7 +42,7 @@ def folders(demo_images, tmp_path_factory):
     for name, options in (("a", ()), ("b", ("train.mixup_alpha=0.2", "seed=1"))):
         train(compose_config("train", TrainConfig, *SMALL, *places, f"run_dir={root / name}", *options))
     for name, more in (("a", ()), ("c", (f"predictions={root}/c/predictions.csv",))):
-        options = (*places, f"ckpt={root}/a/checkpoints/best.pt", "device=cpu", "loader.workers=1", "crop=[32,64]")
+        options = (*places, f"ckpt={root}/a/checkpoints/best.pt", "device=cpu", "loader.workers=0", "crop=[32,64]")
         evaluate_checkpoint(compose_config("eval", EvalConfig, *options, f"out={root}/{name}/eval.json", *more))
     return [root / name for name in "abc"]
 
@@ -62,7 +53,9 @@ def page(folders, recipes, tmp_path_factory):
     runs, _ = find_runs(list(map(str, folders)), recipes)
     from resnest_imagenet.reports.report import write_report  # late: it imports torchvision
 
-    write_report(runs, out, latency=False, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        use_golden_costs(patch)
+        write_report(runs, out, latency=False, device="cpu")
     return out
 
 
@@ -117,7 +110,8 @@ def test_the_page_in_a_browser(page, folders, recipes, width, dark):
 
 
 @pytest.mark.slow
-def test_imagenets_runs_stand_in_table_3(tmp_path, recipes):
+def test_imagenets_runs_stand_in_table_3(tmp_path, recipes, monkeypatch):
+    use_golden_costs(monkeypatch)
     (tmp_path / "official").mkdir()
     result = {"crop": 224, "top1": 81.03, "top5": 95.4, "correct1": 40515, "correct5": 47700, "count": 50000}
     content = {"model": "resnest50", "ckpt": "official:resnest50", "is_average": False, "num_classes": 1000}
@@ -246,8 +240,9 @@ def test_steps_of_an_epoch_where_not_every_epoch_is_evaluated(places, expected, 
 
 
 @pytest.mark.slow
-def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes):
+def test_a_run_of_another_task_is_drawn_by_its_own_metric(tmp_path, recipes, monkeypatch):
     """Its evaluations have neither top1 nor crop nor protocol."""
+    use_golden_costs(monkeypatch)
     for name, number in (("seg", 2), ("other", 3)):
         (tmp_path / name).mkdir()
         evaluations = [
@@ -301,6 +296,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(tmp_path, recipes):
 
 
 def call(monkeypatch, capsys, *words):
+    use_golden_costs(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["resnest-report", *map(str, words), "latency=false", "device=cpu"])
     command.main()
     return capsys.readouterr()

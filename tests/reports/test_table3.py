@@ -8,16 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
 
-from conftest import SMALL, compose_config, evaluate_checkpoint, newest_checkpoint
+from conftest import SMALL, compose_config, evaluate_checkpoint, newest_checkpoint, use_golden_costs
 from resnest_imagenet.commands import table3 as command
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.commands.table3 import load_recipes
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.results import read_measured
-from resnest_imagenet.reports import table3 as report
 from resnest_imagenet.reports.table3 import PAPER, format_table
 from resnest_imagenet.training.train import train
 from run_files import read_events
@@ -44,8 +41,7 @@ make_results.result["protocol"] = "short side 256 bilinear, centre crop 224"
 
 
 def test_the_readmes_table_is_the_commands(tmp_path, monkeypatch, capsys):
-    # To count takes seconds, and tests/models/test_zoo.py does it.
-    monkeypatch.setattr(report, "count_cost", lambda name, crop: GOLDEN[name][:2])
+    use_golden_costs(monkeypatch)
     (tmp_path / "a.json").write_text(make_results(model="resnest14_half"))
     monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=json"])
     command.main()
@@ -57,13 +53,6 @@ def test_the_readmes_table_is_the_commands(tmp_path, monkeypatch, capsys):
     ]
     assert table == make_table([])
     assert f"\n{format_table(table, 'markdown')}\n" in (find_conf().parent / "README.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def recipes():
-    """As the command composes them."""
-    with initialize_config_dir(str(find_conf()), version_base="1.3"):
-        return load_recipes()
 
 
 def make_table(measured):

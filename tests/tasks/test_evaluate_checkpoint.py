@@ -143,10 +143,13 @@ def test_a_compiled_evaluation_counts_the_same(demo_images):
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(bare_weights, evaluation_of, graphs):
+def test_an_evaluation_is_compiled_once_for_all_crops_and_the_last_batch(
+    bare_weights, evaluation_of, few_images, graphs
+):
     from torch._dynamo.utils import counters
 
-    options = ("model=resnest14_half", "batch_size=13", "crop=[64,96]", "compile=true")  # 40 = 3 x 13 + 1
+    options = ("model=resnest14_half", f"data.root={few_images}", "crop=[64,96]", "compile=true")
+    options += ("batch_size=3",)  # 10 = 3 x 3 + 1
     evaluate_checkpoint(evaluation_of(bare_weights, *options))
     assert graphs.frame_count == 1
     assert counters["stats"]["unique_graphs"] > 0

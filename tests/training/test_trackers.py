@@ -320,10 +320,3 @@ def test_a_run_that_is_set_aside_takes_its_names_along(tmp_path):
     (tmp_path / "trackers.json").write_text("{}")
     aside = RunFolder(str(tmp_path), keep=2, is_main=True).set_aside()
     assert {path.name for path in aside.iterdir()} == {"checkpoints", "wandb", "trackers.json"}
-
-
-@pytest.mark.process
-def test_none_of_them_is_imported_unasked():
-    script = "import resnest_imagenet.training.train, sys; print({'tensorboard', 'wandb', 'mlflow'} & {*sys.modules})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout == "set()\n"

@@ -18,6 +18,7 @@ from forked import ask_to_stop
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data.augment import Augmentation
+from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.data.transforms import ERandomCrop
 from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import CheckpointError, DataError, NonFiniteError, Stopped
@@ -57,6 +58,7 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
 ):
     """Ten steps: the second epoch is shorter. With a moving average, that is what is evaluated."""
     options = (f"loader={loader}", f"train.ema_decay={decay}", "train.epochs=null", "train.steps=10")
+    options += ("loader.workers=1",)
     state = train(small_run(*options, "log.every_steps=4", "train.mixup_alpha=0.2", "protocol=full"))
     run = tmp_path / "run"
     assert (state.epoch, state.step) == (2, 10)
@@ -104,24 +106,26 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
 @pytest.mark.slow
 def test_the_same_command_resumes_bit_for_bit(small_run, inject, tmp_path, capsys, signals):
     """With all that draws: stopped in the middle of an epoch, interrupted in the next, which loses a step."""
-    options = ("loader=torchvision", "train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
+    write_demo_images(tmp_path / "images", seed=0, train_per_class=5, val_per_class=1)  # an epoch has three steps
+    options = (f"data.root={tmp_path / 'images'}", "loader=torchvision", "loader.workers=1")
+    options += ("train.ema_decay=0.9", "train.dropout=0.2", "train.mixup_alpha=0.2")
     # At 48 pixels layer3's maps hold one 3x3 block.
     options += ("train.dropblock=0.2", "train.crop=48", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
     options += ("train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1", "train.erasing=0.5")
     options += ("train.cutmix_alpha=1.0", "train.batch_size=8", "train.global_batch=16", "log.every_steps=5")
-    options += ("checkpoint.every_steps=3", "checkpoint.keep=2")
+    options += ("checkpoint.every_steps=2", "checkpoint.keep=2")
     train(small_run(*options, run="whole"))
     config = small_run(*options, run="stopped")
     inject(Fault(0, 1, ask_to_stop))
     with pytest.raises(Stopped):
         train(config)
     assert load_checkpoint(newest_checkpoint(tmp_path / "stopped"))["step"] == 2
-    inject(Fault(1, 8, interrupt))
+    inject(Fault(1, 4, interrupt))
     with pytest.raises(KeyboardInterrupt):
         train(config)
     inject()
     train(config)
-    assert "resuming after step 9, 1 epochs done" in capsys.readouterr().out
+    assert "resuming after step 4, 1 epochs done" in capsys.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     assert read_scalars(tmp_path / "whole") == read_scalars(tmp_path / "stopped")
     files = [(tmp_path / run / "predictions.csv").read_bytes() for run in ("whole", "stopped")]
@@ -161,7 +165,7 @@ def test_bad_images_end_a_run_or_are_replaced_as_asked(small_run, demo_images, t
     bad = sorted((tmp_path / "data/train").rglob("*.JPEG"))[::20]
     for path in bad:
         path.write_bytes(b"<html>")
-    options = (f"data.root={tmp_path / 'data'}", "log.trackers=[]", "train.warmup_epochs=0", "train.batch_size=34")
+    options = (f"data.root={tmp_path / 'data'}", "log.trackers=[]", *ONE_EPOCH, "train.batch_size=34")
     with pytest.raises(DataError, match="JPEG: not a readable image"):
         train(small_run(*options, "loader=torchvision", run="torchvision"))
     seen = {"dali": [], "torchvision": []}
@@ -234,12 +238,12 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run, tmp_path, capsys):
+def test_fine_tuning_starts_from_a_backbone_and_does_not_read_it_again(small_run, few_images, tmp_path, capsys):
     source = tmp_path / "imagenet.safetensors"
     backbone = build_model("resnest14_half", 1000, zero_gamma=False)
     save_checkpoint(backbone.state_dict(), source)
     # A step of almost nothing leaves the weights where they started.
-    others = ("train.lr=1e-9", *ONE_EPOCH, "train.ema_decay=0.5", "train.global_batch=96", "log.trackers=[]")
+    others = ("train.lr=1e-9", *ONE_EPOCH, "train.ema_decay=0.5", "log.trackers=[]", f"data.root={few_images}")
     options = (f"train.init_from={source}", "model.num_classes=10", *others)
     state = train(small_run(*options))
     torch.testing.assert_close(state.model.layer4[0].conv1.weight, backbone.layer4[0].conv1.weight)
@@ -272,7 +276,7 @@ def test_a_compiled_run_has_the_plain_keys_and_resumes_bit_for_bit(tiny_run, tmp
 
 
 @pytest.mark.slow
-def test_a_run_is_compiled_once_before_its_first_step(small_run, graphs, monkeypatch):
+def test_a_run_is_compiled_once_before_its_first_step(small_run, few_images, graphs, monkeypatch):
     compiled = []
 
     def count_graphs(*args):
@@ -282,6 +286,7 @@ def test_a_run_is_compiled_once_before_its_first_step(small_run, graphs, monkeyp
     monkeypatch.setattr(train_module, "train_epoch", count_graphs)
     options = (*ONE_EPOCH, "train.crop=48", "train.batch_size=8", "train.erasing=0.5", "log.trackers=[]")
     options += ("train.global_batch=16", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2")
+    options += (f"data.root={few_images}",)
     train(small_run("train.compile=true", "loader=dali", "train.precision=bf16", *options))
     assert (compiled, graphs.frame_count) == ([1], 1)
 

@@ -20,13 +20,30 @@ def run(config: Table3Config) -> None:
 
 
 def load_recipes() -> dict[str, dict[str, Any]]:
-    """Return the training options of each recipe by its name, as they are without an experiment or overrides."""
-    from hydra import compose
-    from omegaconf import OmegaConf
+    """Return the training options of each recipe by its name, as they are without an experiment or overrides.
 
-    names = [file.stem for file in (find_conf() / "recipe").glob("*.yaml")]
-    composed = {name: OmegaConf.to_container(compose("train", [f"recipe={name}"]).train) for name in names}
-    return cast(dict[str, dict[str, Any]], composed)
+    Each is composed by Hydra when it is asked for: all of them take seconds, and results name few.
+    """
+    return _Recipes()
+
+
+class _Recipes(dict[str, dict[str, Any]]):
+    def __init__(self) -> None:
+        super().__init__()
+        self._names = frozenset(file.stem for file in (find_conf() / "recipe").glob("*.yaml"))
+
+    def __missing__(self, name: str) -> dict[str, Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        from hydra import compose
+        from omegaconf import OmegaConf
+
+        values = OmegaConf.to_container(compose("train", [f"recipe={name}"]).train)
+        self[name] = cast(dict[str, Any], values)
+        return self[name]
+
+    def get(self, name: str, default: Any = None, /) -> Any:  # a dict's own does not ask __missing__
+        return self[name] if name in self._names else default
 
 
 def main() -> None:
