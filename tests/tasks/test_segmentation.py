@@ -197,3 +197,9 @@ def test_a_run_starts_from_a_network_of_classification(scene_run, tmp_path, caps
     assert f"starting from {tmp_path}/bare.pth: its backbone\n" in capsys.readouterr().out
     model = load_checkpoint(newest_checkpoint(tmp_path / "run"))["model"]
     torch.testing.assert_close(model["backbone.layer4.0.conv3.weight"], source.state_dict()["layer4.0.conv3.weight"])
+
+
+@pytest.mark.slow
+def test_a_run_is_compiled_once(scene_run, graphs):
+    train(scene_run("train.compile=true", "train.epochs=1"))
+    assert graphs.frame_count == 1  # for all steps, both heads and the evaluation
