@@ -149,13 +149,20 @@ def test_the_rows_of_table_3_are_what_the_experiments_say():
         assert f"{start}{ranks} x {recipe.batch_size} | {row.top1[224]:.2f} | {row.top1[320]:.2f} |" in text, row.name
 
 
-# The same commands on fewer images.
+# The same commands on fewer images: what is added to those that begin with these words, the longest that fit.
 SHRUNK = {
     "resnest-data demo": ["train_per_class=5", "val_per_class=2"],
+    "resnest-data demo task=segmentation": ["train_scenes=4", "val_scenes=2"],
+    "resnest-data demo task=detection": ["train_images=4", "val_images=2"],
     "resnest-data preview": ["train.crop=32", "loader.workers=1"],
     "resnest-train": ["train.epochs=1", "train.warmup_epochs=0", "train.crop=32", "train.batch_size=16"],
+    "resnest-train +experiment=demo_segmentation": ["train.epochs=1", "train.crop=64", "train.batch_size=2"],
+    "resnest-train +experiment=demo_detection": ["train.epochs=1", "train.batch_size=2"],
     "resnest-eval": ["crop=[32,64]"],
+    "resnest-eval ckpt=runs/demo_": [],
     "resnest-predict": ["crop=32"],
+    "resnest-predict ckpt=runs/demo_": [],
+    "resnest-predict ckpt=shapes": [],
     "resnest-explain": ["crop=32"],
     "resnest-compare": ["crop=32"],
     "resnest-report": ["latency=false"],
@@ -163,24 +170,45 @@ SHRUNK = {
 WORKERS = ("train", "eval", "predict", "explain", "compare")
 
 
-@pytest.mark.slow
-def test_the_tutorial_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run = 0
-    for words in read_commands(TUTORIAL):
-        name, arguments = to_script(words)
-        if name is None or "data.root=/pictures" in arguments:  # the reader's own
-            continue
-        fewer = SHRUNK.get(f"{name} {arguments[0]}", SHRUNK.get(name, []))
-        workers = ["loader.workers=1", "device=cpu"] if name.removeprefix("resnest-") in WORKERS else []
+def run_commands(commands, monkeypatch, capsys):
+    """Run commands in the working folder, as they are written but for `SHRUNK`, and return how many there were."""
+    number = 0
+    for name, arguments in commands:
+        line = " ".join([name, *arguments])
+        start = max((start for start in SHRUNK if line.startswith(start)), key=len, default=None)
+        fewer = SHRUNK.get(start, [])
+        on_the_spot = name.removeprefix("resnest-") in WORKERS
+        workers = ["device=cpu"] if on_the_spot else []
+        if on_the_spot and not re.search("demo_(segmentation|detection)|ckpt=shapes", line):
+            workers.append("loader.workers=1")
         monkeypatch.setattr(sys, "argv", [name, *arguments, *fewer, *workers])
         SCRIPTS[name].load()()
-        assert capsys.readouterr().out.strip()
-        run += 1
-    assert run >= 12
+        assert capsys.readouterr().out.strip(), line
+        number += 1
+    return number
+
+
+@pytest.mark.slow
+def test_the_tutorial_and_the_demos_run_as_they_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = "data.root=/pictures"  # the reader's
+    tutorial = [to_script(words) for words in read_commands(TUTORIAL)]
+    assert run_commands([c for c in tutorial if c[0] and own not in c[1]], monkeypatch, capsys) >= 12
     text = TUTORIAL.read_text()
     for path in re.findall(r"^- `([^`]+)`: ", text, re.MULTILINE):  # what the tutorial says one has at the end
         assert (tmp_path / path).exists(), path
+
+    photos = sorted((tmp_path / "data/demo/val").glob("*/*"))[:2]
+    (tmp_path / "photos").mkdir()
+    for photo in photos:
+        (tmp_path / "photos" / photo.name).symlink_to(photo)
+    for page, least in (("segmentation.md", 5), ("detection.md", 8)):
+        lines = [to_script(words) for words in read_commands(ROOT / "docs" / page)]
+        # Those of the demo; tests/weights has the graphs.
+        of_demo = [
+            c for c in lines if c[0] and re.search("demo|ckpt=shapes", " ".join(c[1])) and "format=onnx" not in c[1]
+        ]
+        assert run_commands(of_demo, monkeypatch, capsys) >= least, page
 
 
 def test_the_readmes_tree_has_every_file():
