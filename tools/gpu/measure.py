@@ -4,8 +4,8 @@ python tools/gpu/measure.py OUT [--images DIR] [--device cuda]      (--device cp
 
 Writes the demo images to OUT, then runs resnest-train on them for each loader, precision and compilation, one rank
 under torchrun (NCCL), runs that are stopped and resumed, resnest-eval for each loader and of odd images, segmentation,
-and of tools/benchmarks bench.py and, on photographs, parity.py and bench_data.py. Prints a table last and writes
-OUT/gpu.json.
+detection, and of tools/benchmarks bench.py and, on photographs, parity.py and bench_data.py. Prints a table last and
+writes OUT/gpu.json.
 """
 
 import argparse
@@ -80,28 +80,28 @@ def compare_resumed(out: Path, *options: str, experiment: str = "demo") -> dict[
     }
 
 
-def segment(out: Path, device: str) -> list[dict]:
-    """Train and evaluate the demo's segmentation, from the first run's network."""
-    data = out / "scenes"
-    run(f"{COMMANDS}.data", "demo", "task=segmentation", f"out={data}")
+def train_downstream(out: Path, device: str, task: str, figure: str, protocols: tuple[str, ...]) -> list[dict]:
+    """Train and evaluate the demo of another task, from the first run's network."""
+    data = out / task
+    run(f"{COMMANDS}.data", "demo", f"task={task}", f"out={data}")
     common = (f"data.root={data}", f"device={device}")
-    start = ("+experiment=demo_segmentation", *common, f"train.init_from={out / 'dali-fp32/checkpoints/best.pt'}")
+    start = (f"+experiment=demo_{task}", *common, f"train.init_from={out / 'dali-fp32/checkpoints/best.pt'}")
     rows = []
     for precision, torchrun in (("fp32", False), ("bf16", False), ("bf16", True)):
-        run_dir = out / f"scenes-{precision}{'-torchrun' * torchrun}"
+        run_dir = out / f"{task}-{precision}{'-torchrun' * torchrun}"
         options = (f"run_dir={run_dir}", f"train.precision={precision}")
         code, seconds, tail = run(f"{COMMANDS}.train", *start, *options, torchrun=torchrun)
         row = {"case": run_dir.name, "exit": code, "seconds": seconds}
         rows.append(row | (summarise(run_dir) if code == 0 else {"output": tail}))
         print(rows[-1], flush=True)
-    for protocol in ("whole", "published"):
-        result = out / f"scenes-{protocol}.json"
-        checkpoint = f"ckpt={out / 'scenes-fp32/checkpoints/best.pt'}"
+    for protocol in protocols:
+        result = out / f"{task}-{protocol}.json"
+        checkpoint = f"ckpt={out / f'{task}-fp32/checkpoints/best.pt'}"
         code, seconds, tail = run(f"{COMMANDS}.evaluate", checkpoint, *common, f"protocol={protocol}", f"out={result}")
-        miou = json.loads(result.read_text())["results"][0]["miou"] if code == 0 else tail
-        rows.append({"case": f"eval of scenes, {protocol}", "exit": code, "seconds": seconds, "miou": miou})
+        value = json.loads(result.read_text())["results"][0][figure] if code == 0 else tail
+        rows.append({"case": f"eval of {task}, {protocol}", "exit": code, "seconds": seconds, figure: value})
         print(rows[-1], flush=True)
-    rows.append(compare_resumed(out / "scenes-resumed", *common, experiment="demo_segmentation"))
+    rows.append(compare_resumed(out / f"{task}-resumed", *common, experiment=f"demo_{task}"))
     print(rows[-1], flush=True)
     return rows
 
@@ -214,7 +214,12 @@ def main() -> None:
         rows.append({"case": f"eval {loader}", "exit": code, "seconds": seconds, "top1": tops})
         print(rows[-1], flush=True)
 
-    rows += evaluate_odd(out, data, checkpoint, args.device) + look(out, args.device) + segment(out, args.device)
+    rows += (
+        evaluate_odd(out, data, checkpoint, args.device)
+        + look(out, args.device)
+        + train_downstream(out, args.device, "segmentation", "miou", ("whole", "published"))
+        + train_downstream(out, args.device, "detection", "box_ap", ("coco",))
+    )
 
     on_gpu = args.device == "cuda"
     machine = {
