@@ -446,7 +446,7 @@ def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
     helps, imported, _ = ask_for_help(tmp_path, *COMMANDS)
     assert imported == {name: [] for name in COMMANDS}
     for name, text in helps.items():
-        assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3), name
+        assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3, 4), name
         assert "resnest50_fast_2s1x64d" in text or name in ("table3", "tables", "compare", "report"), name
     assert "experiment: cascade_mask_rcnn_resnest101, cascade_" in helps["train"]
     assert "resnest101, resnest101_fast" in helps["train"]

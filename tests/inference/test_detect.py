@@ -19,8 +19,6 @@ from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.data.demo_objects import SHAPES
 from resnest_imagenet.errors import CheckpointError, ConfigError, NonFiniteError
 from resnest_imagenet.evaluation.box_pictures import make_box_palette
-from resnest_imagenet.inference.detect import DetectedImage, format_objects
-from resnest_imagenet.inference.detector import open_detector
 from resnest_imagenet.reports.object_files import draw_objects, list_results, list_rows, number_images
 from resnest_imagenet.weights.load import read_weights
 
@@ -204,7 +202,7 @@ def test_the_score_is_of_detection(composed, tmp_path):
     with pytest.raises(ConfigError, match="^score is of detection: .*best.pt is of classification$"):
         read_inputs(composed.model_copy(update=options))
     with pytest.raises(CheckpointError, match="a checkpoint of task classification, not of detection: "):
-        open_detector(tmp_path / "best.pt")
+        resnest_imagenet.open_detector(tmp_path / "best.pt")
 
 
 @pytest.mark.slow
@@ -226,7 +224,7 @@ def test_numbers_of_classes_come_through_the_checkpoint(checkpoint, tmp_path):
         save_checkpoint({**content, "category_ids": numbers}, tmp_path / "best.pt")
         weights = read_weights(tmp_path / "best.pt", tasks=("detection",))
         assert weights.category_ids == expected
-    detector = open_detector(weights, device="cpu")
+    detector = resnest_imagenet.open_detector(weights, device="cpu")
     assert replace(detector, weights=replace(weights, category_ids=None)).category_ids == (1, 2, 3, 4, 5)
     detected = SimpleNamespace(detector=detector)
     (result,) = list_results(make_image(), 7, "a.jpg", detected)
@@ -241,6 +239,8 @@ def test_numbers_of_classes_come_through_the_checkpoint(checkpoint, tmp_path):
 
 
 def make_image(count=1, file="a.jpg"):
+    from resnest_imagenet.inference.detect import DetectedImage
+
     boxes = np.tile([1.25, 2.0, 5.75, 7.0], (count, 1))
     pixels = np.full((40, 50, 3), 128, np.uint8)
     return DetectedImage(file, pixels, boxes, np.full(count, 0.75), np.full(count, 2))
@@ -254,6 +254,8 @@ def test_images_get_the_numbers_of_their_names():
 
 
 def test_lines_for_people():
+    from resnest_imagenet.inference.detect import format_objects
+
     classes = ["a", "b", "c\n"]
     assert format_objects(make_image(), classes, 1) == "a.jpg\n  0.75  c\\n  x 1 to 6, y 2 to 7"
     assert format_objects(make_image(3), classes, 2).splitlines()[2:] == [

@@ -38,7 +38,7 @@ def test_refusals_before_training(small_run, tmp_path):
 
 
 def test_a_run_of_an_unknown_task_is_refused_in_one_line(tiny_run):
-    line = r"^unknown train.task 'tinny'; did you mean 'tiny'\? \(classification, segmentation, tiny\)$"
+    line = r"^unknown train.task 'tinny'; did you mean 'tiny'\? \(classification, segmentation, detection, tiny\)$"
     with pytest.raises(ConfigError, match=line):
         tiny_run("train.task=tinny")
     config = tiny_run()

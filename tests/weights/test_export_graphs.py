@@ -177,7 +177,7 @@ def test_the_suffix_is_the_formats(checkpoint, tmp_path):
 
 
 def test_failures_of_the_exporter_are_not_kept_back():
-    with pytest.raises(RuntimeError, match="told"), graphs._quiet():
+    with pytest.raises(RuntimeError, match="told"), graphs.quiet():
         print("noise")
         raise RuntimeError("told")
     assert not isinstance(sys.stdout, io.StringIO)

@@ -45,7 +45,8 @@ def build_as_trained(tensors=None):
 
     sizes = {"channels": 16, "box_width": 16, "box_convs": 1, "mask_convs": 1, "detections": 20}
     anchors = {"anchor_sizes": (16, 32, 64, 96, 128), "canonical_size": 56}
-    model = build_rcnn("resnest14_half", 5, masks=True, norm="bn", **sizes, **anchors)
+    counts = {"candidates": (300, 300), "proposals": (200, 200)}
+    model = build_rcnn("resnest14_half", 5, masks=True, norm="bn", **sizes, **anchors, **counts)
     if tensors is not None:
         model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)

@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_task_is_refused_in_one_line(has_classes, model,
     monkeypatch.setattr("sys.argv", ["resnest-export", f"ckpt={source}", f"out={tmp_path}/out.pth"])
     with pytest.raises(SystemExit, match="4"):
         command.main()
-    line = line.replace("classification", "classification or segmentation")
+    line = line.replace("classification", "classification or segmentation or detection")
     assert capsys.readouterr().err == f"resnest-export: {line}\n"
     for task in ({}, {"task": "classification"}):
         weights = read_weights(save(run_of(model.state_dict(), 7) | task, "best.pt"))

@@ -28,7 +28,8 @@ def read_options(recipe: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict
     """
     values = {**recipe, **protocol}
     names = [option.name for option in fields(RCNNOptions)]
-    return {name: values[name] for name in names if name in values}
+    options = {name: values[name] for name in names if name in values}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def start_rcnn(
