@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from resnest_imagenet.data.instance_loader import STRIDE
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.files import replacing
 from resnest_imagenet.instances import Detections
@@ -33,7 +34,6 @@ from resnest_imagenet.weights.graphs import (
 )
 from resnest_imagenet.weights.load import Weights, read_weights
 
-STRIDE = 32  # of a backbone: the sides of images are multiples of it
 LEAST = 3 * STRIDE  # of a side of any size
 BOX_TOLERANCE = 1e-4  # of the image's longer side, for the difference of a box's corner
 UNMATCHED = 0.01  # of the detections at most: where a number decides, its last digit may
