@@ -15,7 +15,7 @@ from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.coco import Instances, open_coco, require_separate_images
 from resnest_imagenet.data.instance_geometry import InstanceTransform
-from resnest_imagenet.data.instance_loader import STRIDE, InstanceLoader, restore_pixels
+from resnest_imagenet.data.instance_loader import InstanceLoader, restore_pixels
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes
@@ -26,7 +26,7 @@ from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_p
 from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
 from resnest_imagenet.evaluation.ground_truth import open_ground_truth
 from resnest_imagenet.evaluation.score import Score
-from resnest_imagenet.instances import Target
+from resnest_imagenet.instances import STRIDE, Target
 from resnest_imagenet.models.batch import require_batch
 from resnest_imagenet.models.cost import count_kept_rcnn, count_rcnn
 from resnest_imagenet.models.precise import estimate_norms

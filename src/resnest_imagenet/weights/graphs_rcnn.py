@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from resnest_imagenet.data.instance_loader import STRIDE
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.files import replacing
-from resnest_imagenet.instances import Detections
+from resnest_imagenet.instances import STRIDE, Detections
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.rcnn_graph import RCNNGraph
