@@ -268,7 +268,7 @@ def test_a_row_of_tables_5_and_6_says_what_it_trains_and_how(detector, network):
     precisions = ", ".join(f"{what} AP {ap}" for what, ap in zip(("box", "mask"), rows[network], strict=False))
     assert f"# {kind} with {title} on COCO, of table {table}.\n" in text and len(rows[network]) == 1 + has_masks
     assert f"\n# Expected: {precisions} (the paper, val2017).\n" in text and "\n# Hardware: 8 GPUs with 2 " in text
-    weights = "" if init_from else " train.init_from=MSRA.pth"
+    weights = "" if init_from else f" train.init_from=R-{network.removeprefix('resnet')}.pkl"
     assert f"\n#   resnest-train +experiment={name} data.root=/coco{weights}\n" in text
     assert f"\n#   resnest-eval ckpt=runs/{name}/checkpoints/best.pt data.root=/coco\n" in text
 

@@ -12,6 +12,7 @@ from torch import Tensor
 # as pycocotools has it: {"size": [height, width], "counts": bytes}, compressed.
 Polygons: TypeAlias = list[np.ndarray]
 RunLengths: TypeAlias = dict[str, Any]
+STRIDE = 32  # of a backbone: the sides of a batch of images are multiples of it
 Mask: TypeAlias = Polygons | RunLengths
 
 

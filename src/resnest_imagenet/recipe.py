@@ -246,12 +246,6 @@ class DetectionRecipe(Recipe):
         return self
 
     @model_validator(mode="after")
-    def _check_memory(self) -> "DetectionRecipe":
-        if self.compile and self.checkpoint_activations:
-            raise ValueError("train.compile=true and train.checkpoint_activations=true: set one of them to false")
-        return self
-
-    @model_validator(mode="after")
     def _check_compile(self) -> "DetectionRecipe":
         # Sizes change with each image and its objects; torch 2.13 also fails at the mask head's transposed convolution.
         if self.compile:

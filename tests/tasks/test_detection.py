@@ -234,6 +234,15 @@ def test_a_changed_object_is_another_run(detection_run, demo_objects, object_run
 
 
 @pytest.mark.slow
+def test_norms_of_heads_alone_are_not_synchronised_on_a_cpu(object_run, monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = open_task(object_run("train.norm=frozen", "train.head_norm=sync")).build_model(False, CPU)
+    assert not any(type(module).__name__ == "SyncBatchNorm" for module in model.modules())
+    assert "train.head_norm=sync: on a CPU the statistics" in capsys.readouterr().out
+
+
 def test_what_a_task_shows_counts_and_refuses(object_run):
     task = open_task(object_run())
     assert (task.metric, task.classes) == ("mask_ap", ("disk", "square", "triangle", "star", "cross"))
@@ -243,8 +252,9 @@ def test_what_a_task_shows_counts_and_refuses(object_run):
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
     without = task.show((images, [replace(target, boxes=target.boxes[:0]) for target in targets]), Draws(0, 0, 0))()
     assert sheet.shape == without.shape and (sheet != without).any(2).mean() > 0.01
-    blank, nothing = task.blank_batch(CPU)
-    assert blank.shape == (2, 3, 64, 96) and not blank.any() and [len(target) for target in nothing] == [0, 0]
+    blank, objects = task.blank_batch(CPU)
+    assert blank.shape == (2, 3, 64, 96) and not blank.any()
+    assert [(target.boxes.tolist(), len(target.masks)) for target in objects] == [([[0, 0, 96, 64]], 1)] * 2
     exact = task.count_kept_bytes()
     assert exact < task.count_kept_bytes(enough=1e12) < 1e9 and task.count_kept_bytes(enough=exact) == exact
     lines = task.describe(ALONE, plan)

@@ -13,9 +13,7 @@ from resnest_imagenet.data.loader import choose_workers
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.workers import Samples, WorkerLoader
-from resnest_imagenet.instances import Pixels, Target
-
-STRIDE = 32  # of a backbone: the sides of a batch are multiples of it
+from resnest_imagenet.instances import STRIDE, Pixels, Target
 
 
 class _InstanceSamples(Samples):

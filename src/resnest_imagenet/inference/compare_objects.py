@@ -16,8 +16,8 @@ from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.inference.compare import distinguish
 from resnest_imagenet.inference.compare_masks import require_same_classes
-from resnest_imagenet.inference.detect import SCORE, DetectedImage, DetectedImages
-from resnest_imagenet.inference.detector import Detector, open_detector, take_detector
+from resnest_imagenet.inference.detect import SCORE, DetectedImage, DetectedImages, open_above
+from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 
@@ -92,7 +92,7 @@ def compare_objects(
     if isinstance(networks, str | PathLike | Detector) or len(networks) < 2:
         raise ConfigError("networks: give two networks or more")
     listed = list_images(images)
-    detectors = [_open(network, asked.score) for network in networks]
+    detectors = [open_above(network, asked.score) for network in networks]
     require_same_classes(detectors)
     usable, skipped = split_unreadable(listed)
     if not len(usable):
@@ -117,19 +117,6 @@ def compare_objects(
         tuple(detector.protocol.text for detector in detectors),
         tuple(skipped),
     )
-
-
-def _open(network: Detector | str | PathLike[str], score: float) -> Detector:
-    """Return a detector that finds all objects above a score."""
-    if isinstance(network, str | PathLike):
-        return open_detector(network, protocol={"min_score": score})
-    detector = take_detector(network)
-    if score < detector.protocol.min_score:
-        raise ConfigError(
-            f"score={score:g} is below min_score={detector.protocol.min_score:g}, with which {detector.source} was "
-            f"opened: open it with open_detector(..., protocol={{'min_score': {score:g}}})"
-        )
-    return detector
 
 
 class _Count:

@@ -162,18 +162,28 @@ def detect(
     """
     asked = check_arguments(score=score, precision=precision)
     listed = list_images(images)
-    if isinstance(network, str | PathLike):
-        detector = open_detector(network, protocol={"min_score": asked.score})
-    else:
-        detector = take_detector(network)
-    least = detector.protocol.min_score
-    if asked.score < least:
-        raise ConfigError(
-            f"score={score:g} is below the min_score={least:g} that the network was opened with: open it with "
-            f'open_detector(..., protocol={{"min_score": {score:g}}})'
-        )
+    detector = open_above(network, asked.score)
     usable, skipped = split_unreadable(listed)
     return DetectedImages(detector, usable, tuple(skipped), asked.score, asked.precision)
+
+
+def open_above(network: Detector | str | PathLike[str], score: float) -> Detector:
+    """Return a detector that finds all objects above a score; one that is named is opened for it.
+
+    Raises:
+        ConfigError: it was opened with a higher `min_score`.
+        UserError: see `open_detector`.
+    """
+    if isinstance(network, str | PathLike):
+        return open_detector(network, protocol={"min_score": score})
+    detector = take_detector(network)
+    least = detector.protocol.min_score
+    if score < least:
+        raise ConfigError(
+            f"score={score:g} is below min_score={least:g}, with which {detector.source} was opened: open it with "
+            f'open_detector(..., protocol={{"min_score": {score:g}}})'
+        )
+    return detector
 
 
 def format_objects(image: DetectedImage, classes: Sequence[str], top: int) -> str:

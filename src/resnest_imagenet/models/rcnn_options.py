@@ -151,6 +151,11 @@ class RCNNOptions:
         return math.floor(self.samples * self.positive)
 
 
+def title_detector(cascade: bool, masks: bool) -> str:
+    """Return what the papers call a detector: "Faster R-CNN", "Cascade R-CNN", "Mask R-CNN" or "Cascade Mask R-CNN"."""
+    return f"{name_detector(cascade, masks).replace('_', ' ').title()} R-CNN"
+
+
 def name_detector(cascade: bool, masks: bool) -> str:
     """Return the kind of a detector: "faster", "cascade", "mask" or "cascade_mask"."""
     if masks:

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.coco import Instances, open_coco, require_separate_images
 from resnest_imagenet.data.instance_geometry import InstanceTransform
-from resnest_imagenet.data.instance_loader import STRIDE, InstanceLoader, restore_pixels
+from resnest_imagenet.data.instance_loader import InstanceLoader, restore_pixels
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes
@@ -25,11 +26,12 @@ from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_p
 from resnest_imagenet.evaluation.boxes import BoxScores, measure_boxes
 from resnest_imagenet.evaluation.ground_truth import open_ground_truth
 from resnest_imagenet.evaluation.score import Score
-from resnest_imagenet.instances import Target
+from resnest_imagenet.instances import STRIDE, Target
 from resnest_imagenet.models.batch import require_batch
 from resnest_imagenet.models.cost import count_kept_rcnn, count_rcnn
 from resnest_imagenet.models.precise import estimate_norms
 from resnest_imagenet.models.rcnn import RCNN, build_rcnn
+from resnest_imagenet.models.rcnn_options import title_detector
 from resnest_imagenet.models.zoo import find_pixels, require_model
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.recipe import BoxProtocolOptions, DetectionRecipe
@@ -76,14 +78,14 @@ class Detection:
         self.metric = "mask_ap" if recipe.masks else "box_ap"
         self.head: tuple[str, ...] = ("fpn", "rpn", "roi_heads")
         self._options = read_options(recipe.model_dump(), self._protocol.model_dump())
-        self._build("bn")  # the options fit together
+        self._build(can_synchronise=False)  # the options fit together
         require_batch(
             config.model.name, recipe.batch_size, min(recipe.short_sides), build=lambda: self._build().backbone
         )
 
-    def _build(self, norm: str | None = None) -> RCNN:
-        options = self._options | ({"norm": norm} if norm else {})
-        return build_rcnn(self.config.model.name, len(self.classes), **options)
+    def _build(self, *, can_synchronise: bool = True) -> RCNN:
+        own = {name: "bn" for name in ("norm", "head_norm") if self._options[name] == "sync" and not can_synchronise}
+        return build_rcnn(self.config.model.name, len(self.classes), **(self._options | own))
 
     @property
     def _largest(self) -> tuple[int, int]:
@@ -98,7 +100,7 @@ class Detection:
         return {
             "model.name": config.model.name,
             "data.kind": config.data.kind,
-            "evaluation": describe_protocol(self._protocol),
+            "evaluation": self._protocol.text,
             "classes": list(self.classes),
             **describe_images(files, config.data.digest, ranks, tick),
             "training objects": self._train.digest(),
@@ -122,10 +124,11 @@ class Detection:
         torch.manual_seed(self.config.seed)
         launch = launched_as()
         can_synchronise = launch.world_size > 1 and device.type == "cuda"
-        norm = "bn" if recipe.norm == "sync" and not can_synchronise else recipe.norm
-        if norm != recipe.norm and launch.world_size > 1 and launch.rank == 0 and device.type == "cpu":
-            print("train.norm=sync: on a CPU the statistics of batch norms are each rank's own", flush=True)
-        model = self._build(norm)
+        synchronised = [name for name in ("norm", "head_norm") if self._options[name] == "sync"]
+        if synchronised and launch.world_size > 1 and launch.rank == 0 and device.type == "cpu":
+            option = f"train.{synchronised[0]}=sync"
+            print(f"{option}: on a CPU the statistics of batch norms are each rank's own", flush=True)
+        model = self._build(can_synchronise=can_synchronise)
         if is_new and recipe.init_from is not None:
             loaded = start_rcnn(model, self.config.model.name, self.classes, recipe.init_from)
             if launch.rank == 0:
@@ -215,7 +218,7 @@ class Detection:
             f"AP75 {values[f'{kind.kind}_ap75']:.2f})"
             for kind in scores.kinds
         )
-        protocol = describe_protocol(self._protocol)
+        protocol = self._protocol.text
         return Score(
             values={**values, "count": len(self._val), "protocol": protocol},
             text=f"{shown} of {len(self._val)} images ({protocol})",
@@ -229,11 +232,18 @@ class Detection:
             return network(images, targets)
 
     def blank_batch(self, device: torch.device) -> Batch:
-        """See `Task`: of the largest images, without objects; channels_last like the loader's batches."""
+        """See `Task`: of the largest images, with one object each; channels_last like the loader's batches.
+
+        Without objects the mask head would have no boxes on any rank: torch's SyncBatchNorm is not made for that in
+        half precision.
+        """
         recipe, size = self._recipe, self._largest
         images = torch.zeros(recipe.batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
-        nothing = torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-        target = Target(0, size, size, *nothing, masks=[] if recipe.masks else None)
+        height, width = size
+        boxes = torch.tensor([[0.0, 0.0, width, height]], device=device)
+        mask = [np.array([0.0, 0.0, width, 0.0, width, height, 0.0, height])]
+        labels = torch.zeros(1, dtype=torch.int64, device=device)
+        target = Target(0, size, size, boxes, labels, masks=[mask] if recipe.masks else None)
         return images, [target] * recipe.batch_size
 
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
@@ -261,7 +271,7 @@ class Detection:
         parameters, multiply_adds = (
             sum(getattr(stage, quantity) for stage in stages) for quantity in ("parameters", "multiply_adds")
         )
-        kind = f"{'Cascade ' if self._recipe.cascade else ''}{'Mask' if self._recipe.masks else 'Faster'} R-CNN"
+        kind = title_detector(self._recipe.cascade, self._recipe.masks)
         height, width = self._largest
         return {
             "network": f"{kind} on {name}, {len(self.classes)} classes ({parameters / 1e6:.2f} M parameters, "
@@ -269,7 +279,7 @@ class Detection:
             "data": f"{len(self._train):,} training and {len(self._val):,} val images in {config.data.root}, "
             f"{len(self._train.boxes):,} objects to learn from",
             "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
-            "evaluation": describe_protocol(self._protocol),
+            "evaluation": self._protocol.text,
         }
 
 
@@ -295,9 +305,5 @@ def build_val_loader(
     """
     plan = plan_evaluation(len(instances), 1, ranks.rank, ranks.world_size)
     transform = InstanceTransform(0, (protocol.short_side,), protocol.longest, flip=0)
-    return InstanceLoader(instances, plan, transform, ranks.device, find_pixels(name), workers)
-
-
-def describe_protocol(protocol: BoxProtocolOptions) -> str:
-    """Return how images are shown and detections chosen, in words."""
-    return protocol.text
+    unmasked = replace(instances, masks=None)  # an evaluation has its masks from the ground truth
+    return InstanceLoader(unmasked, plan, transform, ranks.device, find_pixels(name), workers)

@@ -9,14 +9,14 @@ from typing import Any
 from resnest_imagenet import distributed
 from resnest_imagenet.data.coco import Instances
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.evaluation.boxes import FIGURES, BoxScores, measure_boxes
-from resnest_imagenet.evaluation.detections import encode_results
+from resnest_imagenet.evaluation.boxes import FIGURES, BoxScores, score_detections
+from resnest_imagenet.evaluation.detections import detect_over_ranks, encode_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, open_ground_truth
 from resnest_imagenet.files import replacing
 from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.supervision import EVALUATING, supervise
-from resnest_imagenet.tasks.detection import build_val_loader, describe_protocol
+from resnest_imagenet.tasks.detection import build_val_loader
 
 
 def evaluate_detector(
@@ -53,8 +53,9 @@ def evaluate_detector(
             watch.at(0, batch, EVALUATING)
 
         name: Callable[[int], str] = instances.images.name
-        options: dict[str, Any] = {"masks": detector.finds_masks, "evaluator": "pycocotools"}
-        return measure_boxes(detector.module, loader, ranks, truth, precision, before_batch, name, **options), truth
+        table = detect_over_ranks(detector.module, loader, ranks, precision, before_batch, name)
+    # Minutes, in which nothing is reported: no longer under supervision, which would take a rank for hanging.
+    return score_detections(table, truth, masks=detector.finds_masks, evaluator="pycocotools"), truth
 
 
 def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: GroundTruth) -> None:
@@ -81,7 +82,7 @@ def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: Groun
         "training": weights.training,
         "results": [
             {
-                "protocol": describe_protocol(detector.protocol),
+                "protocol": detector.protocol.text,
                 **scores.values(),
                 "count": len(truth.image_ids),
                 "ap_per_class": per_class,
@@ -113,5 +114,5 @@ def format_scores(detector: Detector, scores: BoxScores, truth: GroundTruth) -> 
     for name in FIGURES:
         cells = ["-" if (value := kind.figures[name]) is None else f"{value:.2f}" for kind in kinds]
         lines.append(name.upper().replace("_", " ").rjust(10) + "".join(cell.rjust(8) for cell in cells))
-    lines.append(f"{len(truth.image_ids)} images, {len(truth)} objects: {describe_protocol(detector.protocol)}")
+    lines.append(f"{len(truth.image_ids)} images, {len(truth)} objects: {detector.protocol.text}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.models.rcnn import RCNN, build_rcnn
-from resnest_imagenet.models.rcnn_options import RCNNOptions
+from resnest_imagenet.models.rcnn_options import RCNNOptions, title_detector
 from resnest_imagenet.weights.load import TASK, Weights, describe_other_task, match_tensors, read_weights
 from resnest_imagenet.weights.published_rcnn import DETECTION, adopt_rcnn
 
@@ -124,8 +124,7 @@ def recognise_own(weights: Weights) -> Weights:
 def name_rcnn(weights: Weights) -> str:
     """Return what a detector is called: "Mask R-CNN on resnest50"."""
     recipe = weights.training or weights.rcnn_options or {}
-    kind = f"{'Cascade ' if recipe.get('cascade') else ''}{'Mask ' if recipe.get('masks') else ''}R-CNN"
-    return f"{'Faster R-CNN' if kind == 'R-CNN' else kind} on {weights.model}"
+    return f"{title_detector(bool(recipe.get('cascade')), bool(recipe.get('masks')))} on {weights.model}"
 
 
 def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) -> RCNN:

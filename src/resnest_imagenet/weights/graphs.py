@@ -64,7 +64,7 @@ def export_graph(
     network, loaded, card = open_network(source, describe, model, weights)
     file = choose_file(loaded.source, out, f"{card.model}.{SUFFIXES[form]}")
     words = describe_weights(loaded, card.model)
-    graph_form = _GraphForm(form, card.images.crop, _takes_any(form, sizes))
+    graph_form = GraphForm(form, card.images.crop, choose_any(form, sizes))
     return _write_graph(network, loaded.source, file, graph_form, card.to_metadata(), words)
 
 
@@ -101,13 +101,13 @@ def export_deeplab_graph(
     assert loaded.training
     side = crop or loaded.training["crop"]
     file = choose_file(loaded.source, out, f"deeplabv3_{loaded.model}.{SUFFIXES[form]}")
-    graph_form = _GraphForm(form, side, _takes_any(form, sizes))
+    graph_form = GraphForm(form, side, choose_any(form, sizes))
     metadata = describe(loaded, side)
     return _write_graph(network, loaded.source, file, graph_form, metadata, describe_deeplab(loaded))
 
 
 @dataclass(frozen=True)
-class _GraphForm:
+class GraphForm:
     """What kind of graph: "onnx" or "torch_export", for images whose side is the crop, or of any size."""
 
     name: str
@@ -121,14 +121,23 @@ class _GraphForm:
         return ", ".join(kind)
 
 
-def _takes_any(form: str, sizes: str | None) -> bool:
+def choose_any(form: str, sizes: str | None) -> bool:
+    """Return whether a graph takes images of any size.
+
+    Args:
+        form: "onnx" or "torch_export".
+        sizes: as a user gives them: "any", "crop" or None.
+
+    Raises:
+        ConfigError: there is no such graph.
+    """
     if sizes == "any" and form != "onnx":
         raise ConfigError(f"sizes=any is for format=onnx, not {form}")
     return form == "onnx" and sizes != "crop"
 
 
 def _write_graph(
-    network: nn.Module, source: str, file: Path, form: _GraphForm, metadata: dict[str, str], words: str
+    network: nn.Module, source: str, file: Path, form: GraphForm, metadata: dict[str, str], words: str
 ) -> str:
     """Write a network as a graph that has been run beside it; return a line about the file, with some words."""
     make, load = (_make_onnx, _load_onnx) if form.name == "onnx" else (_make_program, _load_program)
@@ -192,7 +201,7 @@ def require_form(form: str) -> None:
         raise ConfigError("format=onnx needs the extra [onnx] of resnest-imagenet") from error
 
 
-def _make_onnx(model: nn.Module, form: _GraphForm, metadata: dict[str, str]) -> bytes:
+def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> bytes:
     # Of any size: equal sides, or of 32 pixels, are taken for special.
     sides = (form.crop + 32, form.crop + 64) if form.takes_any else (form.crop, form.crop)
     any_side = {2: Dim("height"), 3: Dim("width")} if form.takes_any else {}
@@ -234,7 +243,7 @@ def _load_onnx(content: bytes) -> Run:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _make_program(model: nn.Module, form: _GraphForm, metadata: dict[str, str]) -> bytes:
+def _make_program(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> bytes:
     # Of one size: other sizes would depend on the example's being even or odd, in every stage.
     images = torch.zeros(2, 3, form.crop, form.crop)
     return encode_program(torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},)), metadata)

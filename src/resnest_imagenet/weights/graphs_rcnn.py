@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.files import replacing
-from resnest_imagenet.instances import Detections
+from resnest_imagenet.instances import STRIDE, Detections
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.rcnn_graph import RCNNGraph
@@ -25,6 +25,8 @@ from resnest_imagenet.weights.graphs import (
     OPSET,
     SUFFIXES,
     TOLERANCE,
+    GraphForm,
+    choose_any,
     draw_images,
     encode_onnx,
     encode_program,
@@ -33,7 +35,6 @@ from resnest_imagenet.weights.graphs import (
 )
 from resnest_imagenet.weights.load import Weights, read_weights
 
-STRIDE = 32  # of a backbone: the sides of images are multiples of it
 LEAST = 3 * STRIDE  # of a side of any size
 BOX_TOLERANCE = 1e-4  # of the image's longer side, for the difference of a box's corner
 UNMATCHED = 0.01  # of the detections at most: where a number decides, its last digit may
@@ -42,19 +43,10 @@ RunDetector = Callable[[Tensor, Tensor], Detections]
 
 
 @dataclass(frozen=True)
-class _GraphForm:
-    """What kind of graph: "onnx" or "torch_export", for images whose sides are the crop, or of any size."""
+class _DetectorForm(GraphForm):
+    """The same of a detector, with the names of its outputs."""
 
-    name: str
-    crop: int
-    takes_any: bool
     outputs: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """What the line says of it."""
-        kind = [f"opset {OPSET}"] * (self.name == "onnx") + [f"crop {self.crop}"] * (not self.takes_any)
-        return ", ".join(kind)
 
 
 def export_rcnn_graph(
@@ -89,8 +81,7 @@ def export_rcnn_graph(
         UserError: for what a user can cause, as one line; or the graph's detections are not the network's.
     """
     require_form(form)
-    if sizes == "any" and form != "onnx":
-        raise ConfigError(f"sizes=any is for format=onnx, not {form}")
+    takes_any = choose_any(form, sizes)
     loaded = source if isinstance(source, Weights) else read_weights(source, weights, (DETECTION,))
     network = restore_rcnn(loaded, protocol).eval().requires_grad_(False)
     assert loaded.run
@@ -100,7 +91,7 @@ def export_rcnn_graph(
         raise ConfigError(f"crop={side}: the sides of a detector's images are multiples of {STRIDE}")
     file = choose_file(loaded.source, out, f"rcnn_{loaded.model}.{SUFFIXES[form]}")
     outputs = ("boxes", "scores", "labels", *(["masks"] if "masks" in network.loss_names else []))
-    graph_form = _GraphForm(form, side, form == "onnx" and sizes != "crop", outputs)
+    graph_form = _DetectorForm(form, side, takes_any, outputs)
     trials = [(side, side, side, side), (side, side, side - side // 4, side)]
     if graph_form.takes_any:
         short, longest = max(_round_up(shown["short_side"]), LEAST), max(_round_up(shown["longest"]), LEAST)
@@ -116,7 +107,7 @@ def _round_up(side: int) -> int:
 def _write_graph(
     network: RCNN,
     file: Path,
-    form: _GraphForm,
+    form: _DetectorForm,
     metadata: dict[str, str],
     trials: list[tuple[int, int, int, int]],
     words: str,
@@ -223,7 +214,7 @@ def match_detections(first: Detections, second: Detections, box_tolerance: float
     return torch.stack(rows) if rows else torch.zeros(0, 3)
 
 
-def _make_onnx(graph: RCNNGraph, form: _GraphForm, metadata: dict[str, str]) -> bytes:
+def _make_onnx(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> bytes:
     # Of any size: other sides than the least and than each other, which are taken for special.
     sides = (4 * STRIDE, 5 * STRIDE) if form.takes_any else (form.crop, form.crop)
     any_side = ({2: STRIDE * Dim("rows", min=3), 3: STRIDE * Dim("columns", min=3)}, None) if form.takes_any else None
@@ -244,7 +235,7 @@ def _make_onnx(graph: RCNNGraph, form: _GraphForm, metadata: dict[str, str]) -> 
     return encode_onnx(model, metadata)
 
 
-def _load_onnx(content: bytes, form: _GraphForm) -> RunDetector:
+def _load_onnx(content: bytes, form: _DetectorForm) -> RunDetector:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -256,11 +247,11 @@ def _load_onnx(content: bytes, form: _GraphForm) -> RunDetector:
     return run
 
 
-def _make_program(graph: RCNNGraph, form: _GraphForm, metadata: dict[str, str]) -> bytes:
+def _make_program(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> bytes:
     sides = (form.crop, form.crop)
     return encode_program(torch.export.export(graph, (torch.zeros(1, 3, *sides), torch.tensor(sides))), metadata)
 
 
-def _load_program(content: bytes, form: _GraphForm) -> RunDetector:
+def _load_program(content: bytes, form: _DetectorForm) -> RunDetector:
     module = torch.export.load(io.BytesIO(content)).module()
     return lambda images, size: Detections(*module(images, size))

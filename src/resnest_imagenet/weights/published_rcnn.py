@@ -13,7 +13,7 @@ from resnest_imagenet.instances import Pixels
 from resnest_imagenet.models.coco_classes import NOTHING, coco_categories, coco_classes
 from resnest_imagenet.models.proposals import Anchors
 from resnest_imagenet.models.rcnn import build_rcnn
-from resnest_imagenet.models.rcnn_options import RCNNOptions
+from resnest_imagenet.models.rcnn_options import RCNNOptions, title_detector
 from resnest_imagenet.models.resnest import ResNeStSpec
 from resnest_imagenet.models.zoo import ARCHITECTURES, find_pixels
 from resnest_imagenet.weights.layouts import recognise
@@ -96,11 +96,12 @@ def _choose_backbone(
 ) -> tuple[str, dict[str, Tensor]]:
     """Return the first network of the zoo that the weights fit as a backbone, and the tensors by our names."""
     problems: list[tuple[int, str]] = []
+    kind = title_detector(bool(options.get("cascade")), bool(options.get("masks")))
     for name in _list_candidates(weights, layout, buffers):
         problem, matched = _match(weights, name, layout, options)
         if not problem:
             return name, matched
-        problems.append((len(matched), f"{problem}: not all the weights of {describe_rcnn(options)} on {name}"))
+        problems.append((len(matched), f"{problem}: not all the weights of a {kind} on {name}"))
     if not problems:
         raise CheckpointError(f"{weights.source}: a detector on a backbone that is none of this project's networks")
     _, nearest = max(problems, key=lambda problem: problem[0])
@@ -152,11 +153,6 @@ def _match(
             return f"{names[key]} is no tensor of floating-point numbers", matched
         matched[key] = tensor
     return (f"unexpected key {min(unused)}" if unused else None), matched
-
-
-def describe_rcnn(options: Mapping[str, Any]) -> str:
-    """Return what a detector is called."""
-    return f"a {'Cascade ' if options.get('cascade') else ''}{'Mask' if options.get('masks') else 'Faster'} R-CNN"
 
 
 def _check_buffers(source: str, name: str, buffers: Mapping[str, Tensor]) -> None:
