@@ -78,7 +78,8 @@ class Detection:
         self.metric = "mask_ap" if recipe.masks else "box_ap"
         self.head: tuple[str, ...] = ("fpn", "rpn", "roi_heads")
         self._options = read_options(recipe.model_dump(), self._protocol.model_dump())
-        self._build(can_synchronise=False)  # the options fit together
+        with torch.device("meta"):
+            self._build(can_synchronise=False)  # the options fit together
         require_batch(
             config.model.name, recipe.batch_size, min(recipe.short_sides), build=lambda: self._build().backbone
         )
