@@ -98,7 +98,7 @@ OBJECTS = {
     "short box": ({"bbox": [1, 2, 3]}, "bbox=[1, 2, 3] is not four numbers"),
     "box of nan": ({"bbox": [1, 2, float("nan"), 3]}, "bbox=[1, 2, nan, 3] is not in pixels"),
     "crowd": ({"iscrowd": "no"}, "annotation 2: iscrowd='no' is not 0 or 1"),
-    "no segmentation": ({"segmentation": ...}, "annotation 2: has no segmentation"),
+    "no segmentation": ({"segmentation": ...}, "annotation 2: no segmentation, which masks need: train.masks=false"),
     "segmentation": ({"segmentation": "x"}, "annotation 2: its segmentation is neither lists of numbers"),
     "flat polygon": ({"segmentation": POLYGON}, "annotation 2: its segmentation is neither lists of numbers"),
     "polygon of strings": ({"segmentation": [["1"] * 6]}, "its segmentation is neither lists of numbers"),

@@ -125,6 +125,8 @@ def evaluate_objects(config: EvalConfig, weights: "Weights", device: "torch.devi
     given = take_box_protocol(config.protocol)
     if config.crop is not None or config.compile:
         raise ConfigError("crop and compile are of classification: set protocol.short_side=... of protocol=coco")
+    if config.predictions is not None and Path(config.predictions).suffix != ".json":
+        raise ConfigError(f"predictions={config.predictions}: a detector's results are JSON: let it end in .json")
     detector = open_detector(weights, protocol=given, device=device)
     data = config.data
     # Without data=coco the folder is COCO's own.

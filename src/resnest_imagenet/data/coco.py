@@ -146,7 +146,9 @@ def open_coco(
         raise DataError(f"{folder / missing[0]}: {what}")
     instances = select_objects(file, folder, is_training)
     if not len(instances):
-        raise DataError(f"{path}: no images{' with objects that can be used' if is_training and file.files else ''}")
+        notes = "; ".join(instances.images.notes).removeprefix(f"{path}: ")
+        what = f" with objects that can be used ({notes})" if is_training and file.files else ""
+        raise DataError(f"{path}: no images{what}")
     return instances
 
 

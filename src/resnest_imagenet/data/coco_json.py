@@ -92,7 +92,7 @@ class _Annotations:
         is_crowd = bool(value.get("iscrowd", 0))
         if self._masks is not None:
             if self._needs_masks and "segmentation" not in value:
-                return _Fault(f"{_name(value)}has no segmentation")
+                return _Fault(f"{_name(value)}no segmentation, which masks need: train.masks=false trains boxes alone")
             try:
                 self._masks.add(None if is_crowd else value.get("segmentation"))
             except ValueError as error:

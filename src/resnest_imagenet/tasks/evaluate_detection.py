@@ -43,7 +43,7 @@ def evaluate_detector(
     if detector.classes != instances.classes:
         raise DataError(
             f"{instances.json}: its {len(instances.classes)} classes are not the {len(detector.classes)} of "
-            f"{detector.source}, in the same order"
+            f"{detector.source}, in the same order: set data.val_json to a file that has these"
         )
     truth = open_ground_truth(instances, masks=detector.finds_masks)
     with distributed.join(detector.device) as ranks, supervise(ranks) as watch:
