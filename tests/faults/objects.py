@@ -90,7 +90,7 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "box_of_three": (_change(bbox=[1, 2, 3]), "bbox=[1, 2, 3] is not four numbers"),
     "box_of_nan": (_change(bbox=[0, 0, float("nan"), 4]), "is not in pixels"),
     "box_of_text": (_change(bbox="0 0 4 4"), "is not four numbers"),
-    "no_mask": (_change(segmentation=None), "has no segmentation"),
+    "no_mask": (_change(segmentation=None), "no segmentation"),
     "mask_of_text": (_change(segmentation="disk"), "annotation 1"),
     "mask_of_other_size": (_change(segmentation={"size": [3, 3], "counts": [9]}), "its mask is 3 x 3"),
 }
