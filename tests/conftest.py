@@ -61,7 +61,8 @@ SCENE_COLOURS = np.array([(9, 8, 7), (250, 1, 2), (3, 250, 4), (5, 6, 250), (251
 HEAVY = {"torchvision", "timm", "matplotlib", "scipy", "nvidia.dali", "torch._dynamo", "wandb", "mlflow"}
 collected_with: set[str] = set()
 # With tests of many seconds each: they come first, since at the end of all one process would run them alone.
-LONG = {"test_faults.py", "test_docs.py", "test_distributed.py", "test_export_deeplab.py", "test_export_graphs.py"}
+LONG = {"test_faults.py", "test_docs.py", "test_distributed.py"}
+LONG |= {"test_export_rcnn.py", "test_export_deeplab.py", "test_export_graphs.py", "test_published_rcnn.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

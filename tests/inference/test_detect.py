@@ -19,7 +19,6 @@ from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.data.demo_objects import SHAPES
 from resnest_imagenet.errors import CheckpointError, ConfigError, NonFiniteError
 from resnest_imagenet.evaluation.box_pictures import make_box_palette
-from resnest_imagenet.reports.object_files import draw_objects, list_results, list_rows, number_images
 from resnest_imagenet.weights.load import read_weights
 
 
@@ -218,6 +217,8 @@ def test_a_detector_is_refused_where_another_network_is_asked_for(checkpoint):
 
 @pytest.mark.slow
 def test_numbers_of_classes_come_through_the_checkpoint(checkpoint, tmp_path):
+    from resnest_imagenet.reports.object_files import list_results  # late: it imports torchvision
+
     content = load_checkpoint(checkpoint)
     assert content["category_ids"] == [1, 2, 3, 4, 5]
     for numbers, expected in (([9], None), (None, None), ([9, 4, 70, 2, 1.5], None), ([9, 4, 70, 2, 1],) * 2):
@@ -247,6 +248,8 @@ def make_image(count=1, file="a.jpg"):
 
 
 def test_images_get_the_numbers_of_their_names():
+    from resnest_imagenet.reports.object_files import number_images  # late: it imports torchvision
+
     assert number_images(["/x/000000397133.jpg", "/y/7.jpg"]) == ([397133, 7], True)
     for files in (["/x/1.jpg", "/x/a.jpg"], ["/x/1.jpg", "/y/1.png"], ["/x/1.jpg", "/x/01.jpg"], ["/x/²", "/x/-2"]):
         assert number_images(files) == ([1, 2], False)
@@ -266,6 +269,8 @@ def test_lines_for_people():
 
 
 def test_a_detector_of_boxes_has_no_masks():
+    from resnest_imagenet.reports.object_files import draw_objects, list_rows  # late: it imports torchvision
+
     image = make_image(2, "=x.jpg")
     rows = list(list_rows(image, ["a", "b", "@c"]))
     assert rows[1] == ("'=x.jpg", 2, "'@c", 0.75, 1.25, 2.0, 5.75, 7.0, "")
