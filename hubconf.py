@@ -67,6 +67,28 @@ def _load(model: typing.Any, name: str, pretrained: bool | str | os.PathLike[str
     start_from(model, name, classes, dataclasses.replace(weights, classes=classes))
 
 
+def _read_trained(
+    entry: str,
+    task: str,
+    pretrained: bool | str | os.PathLike[str],
+    backbone: str | None,
+    num_classes: int | None,
+    options: dict[str, typing.Any],
+) -> typing.Any:
+    """Return the weights of a network of another task; None: it is to be built, and there is all that it needs."""
+    from resnest_imagenet.weights.load import read_weights
+
+    if not pretrained:
+        if backbone is None or num_classes is None:
+            raise errors.ConfigError(f"{entry} needs backbone and num_classes, or pretrained")
+        return None
+    if pretrained is True:
+        raise errors.ConfigError(f"there are no published weights of {entry}: give pretrained=FOLDER or a checkpoint")
+    if options or (backbone, num_classes) != (None, None):
+        raise errors.ConfigError(f"{pretrained} has its backbone, classes and options: give pretrained alone")
+    return read_weights(pretrained, tasks=(task,))
+
+
 def deeplabv3(
     backbone: str | None = None,
     num_classes: int | None = None,
@@ -90,18 +112,11 @@ def deeplabv3(
         CheckpointError: the weights cannot be read, or are not of segmentation.
     """
     from resnest_imagenet.models.deeplab import build_deeplab
-    from resnest_imagenet.weights.load import read_weights
     from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
-    if not pretrained:
-        if backbone is None or num_classes is None:
-            raise errors.ConfigError("deeplabv3 needs backbone and num_classes, or pretrained")
+    weights = _read_trained("deeplabv3", SEGMENTATION, pretrained, backbone, num_classes, options)
+    if weights is None:
         return build_deeplab(backbone, num_classes, **options)
-    if pretrained is True:
-        raise errors.ConfigError("there are no published weights of deeplabv3: give pretrained=FOLDER or a checkpoint")
-    if options or (backbone, num_classes) != (None, None):
-        raise errors.ConfigError(f"{pretrained} has its backbone, classes and options: give pretrained alone")
-    weights = read_weights(pretrained, tasks=(SEGMENTATION,))
     model = restore_deeplab(weights)
     for name, value in {
         "classes": weights.classes,
@@ -137,17 +152,10 @@ def rcnn(
     """
     from resnest_imagenet.models.rcnn import build_rcnn
     from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
-    from resnest_imagenet.weights.load import read_weights
 
-    if not pretrained:
-        if backbone is None or num_classes is None:
-            raise errors.ConfigError("rcnn needs backbone and num_classes, or pretrained")
+    weights = _read_trained("rcnn", DETECTION, pretrained, backbone, num_classes, options)
+    if weights is None:
         return build_rcnn(backbone, num_classes, **options)
-    if pretrained is True:
-        raise errors.ConfigError("there are no published weights of rcnn: give pretrained=FOLDER or a checkpoint")
-    if options or (backbone, num_classes) != (None, None):
-        raise errors.ConfigError(f"{pretrained} has its backbone, classes and options: give pretrained alone")
-    weights = read_weights(pretrained, tasks=(DETECTION,))
     model = restore_rcnn(weights)
     model.classes, model.pixels = weights.classes, zoo.find_pixels(weights.model)
     return model

@@ -2,6 +2,7 @@
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from coco_files import write_set
@@ -47,8 +48,8 @@ def test_what_is_of_another_task_is_one_line(words, message):
     with initialize_config_dir(str(find_conf()), version_base="1.3"), pytest.raises(ConfigError) as error:
         try:
             composed = compose("train", ["data.root=/x", *words])
-        except Exception as problem:
-            raise explain_composition(problem, TrainConfig) from None
+        except HydraException as error_of_hydra:  # as the commands take it
+            raise explain_composition(error_of_hydra, TrainConfig) from None
         check_config(composed, TrainConfig)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 

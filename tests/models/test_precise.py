@@ -57,7 +57,10 @@ def estimate_on_rank(ranks):
     before = copy.deepcopy(network.state_dict())
     rng = np.random.default_rng(ranks.rank)
     batches = [torch.tensor(rng.normal(number, 1, (2, 3, 64, 96)), dtype=torch.float32) for number in range(3)]
-    average = lambda values: sum_over_ranks(values) / ranks.world_size  # noqa: E731
+
+    def average(values):
+        return sum_over_ranks(values) / ranks.world_size
+
     assert estimate_norms(network, batches, network.pyramid, average) == 3
     own = {name: [(x.mean((0, 2, 3)), x.var((0, 2, 3), ddof=1)) for x in inputs] for name, inputs in seen.items()}
     of_all, error = gather_objects(own, ranks), 0.0

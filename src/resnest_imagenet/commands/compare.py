@@ -1,5 +1,6 @@
 """resnest-compare: several networks on the same images."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,11 +103,16 @@ def _compare_classifiers(config: CompareConfig, weights: list["Weights"], device
         loader=config.loader.name,
         workers=config.loader.workers,
     )
-    for path, encode in ((config.csv, encode_csv), (config.page, render_comparison)):
-        if path is not None:
-            with replacing(Path(path)) as file:
-                file.write(encode(comparison).encode(errors="surrogateescape"))
+    _write(config.csv, lambda: encode_csv(comparison))
+    _write(config.page, lambda: render_comparison(comparison))
     return comparison
+
+
+def _write(path: str | None, encode: Callable[[], str]) -> None:
+    """Write a text into a file, where there is to be one."""
+    if path is not None:
+        with replacing(Path(path)) as file:
+            file.write(encode().encode(errors="surrogateescape"))
 
 
 def _list_classified_images(config: CompareConfig) -> "ImageFolder":
@@ -127,10 +133,8 @@ def _compare_segmenters(config: CompareConfig, weights: list["Weights"], device:
     protocol = take_region_protocol(config.protocol)
     segmenters = [open_segmenter(source, protocol=protocol, device=device) for source in weights]
     comparison = compare_masks(segmenters, _list_scenes(config, segmenters[0]), precision=config.precision)
-    for path, encode in ((config.csv, encode_mask_csv), (config.page, render_mask_comparison)):
-        if path is not None:
-            with replacing(Path(path)) as file:
-                file.write(encode(comparison).encode(errors="surrogateescape"))
+    _write(config.csv, lambda: encode_mask_csv(comparison))
+    _write(config.page, lambda: render_mask_comparison(comparison))
     return comparison
 
 
@@ -145,10 +149,8 @@ def _compare_detectors(config: CompareConfig, weights: list["Weights"], device: 
     protocol = {**(given.model_dump() if given else {}), "min_score": score}
     detectors = [open_detector(source, protocol=protocol, device=device) for source in weights]
     comparison = compare_objects(detectors, _list_objects(config), score=score, precision=config.precision)
-    for path, encode in ((config.csv, encode_object_csv), (config.page, render_object_comparison)):
-        if path is not None:
-            with replacing(Path(path)) as file:
-                file.write(encode(comparison).encode(errors="surrogateescape"))
+    _write(config.csv, lambda: encode_object_csv(comparison))
+    _write(config.page, lambda: render_object_comparison(comparison))
     return comparison
 
 

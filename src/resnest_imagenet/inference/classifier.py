@@ -13,9 +13,8 @@ from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import choose_device, launched_as
-from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import require_finite
-from resnest_imagenet.inference.options import check_arguments
+from resnest_imagenet.inference.options import check_arguments, take_network
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.imagenet_classes import class_words
 from resnest_imagenet.models.zoo import count_outputs, usual_crop
@@ -94,18 +93,8 @@ def open_classifier(
 
 
 def take_classifier(network: Classifier | str | PathLike[str]) -> Classifier:
-    """Return the network that a library function was given; one that is named is opened.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(network, Classifier):
-        return network
-    if not isinstance(network, str | PathLike):
-        raise ConfigError(
-            f"the network is a {type(network).__name__}: give what open_classifier(...) returns, or a checkpoint's path"
-        )
-    return open_classifier(network)
+    """Return the network that a library function was given; see `take_network`."""
+    return take_network(network, Classifier, open_classifier)
 
 
 def choose_transforms(

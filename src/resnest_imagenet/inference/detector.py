@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from resnest_imagenet.compute import place
 from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.errors import CheckpointError, ConfigError
+from resnest_imagenet.inference.options import take_network
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.rcnn_options import name_detector
 from resnest_imagenet.recipe import BoxProtocolOptions
@@ -97,18 +98,8 @@ def open_detector(
 
 
 def take_detector(network: Detector | str | PathLike[str]) -> Detector:
-    """Return the network that a library function was given; one that is named is opened.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(network, Detector):
-        return network
-    if not isinstance(network, str | PathLike):
-        raise ConfigError(
-            f"the network is a {type(network).__name__}: give what open_detector(...) returns, or a checkpoint's path"
-        )
-    return open_detector(network)
+    """Return the network that a library function was given; see `take_network`."""
+    return take_network(network, Detector, open_detector)
 
 
 def read_protocol(

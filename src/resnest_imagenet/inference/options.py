@@ -1,8 +1,9 @@
 """The arguments of the library's functions, held to the rules of the commands' options."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import Annotated, Any, Literal
+from os import PathLike
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -65,3 +66,29 @@ def check_arguments(**arguments: Any) -> Arguments:
             valid = list(OwnProtocolOptions.model_fields)
             raise ConfigError(f"unknown {name}{suggest(str(first['loc'][-1]), valid)} ({', '.join(valid)})") from None
         raise ConfigError(f"{name}={first['input']!r}: {first['msg'].lower()}") from None
+
+
+Network = TypeVar("Network")
+
+
+def take_network(
+    network: Network | str | PathLike[str], kind: type[Network], open_network: Callable[[str | PathLike[str]], Network]
+) -> Network:
+    """Return the network that a library function was given; one that is named is opened.
+
+    Args:
+        network: of the kind, or a source of one.
+        kind: what the function takes.
+        open_network: opens a source.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(network, kind):
+        return network
+    if not isinstance(network, str | PathLike):
+        raise ConfigError(
+            f"the network is a {type(network).__name__}: give what {open_network.__name__}(...) returns, or a "
+            "checkpoint's path"
+        )
+    return open_network(network)

@@ -15,6 +15,7 @@ from resnest_imagenet.data.scenes import make_palette
 from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.errors import CheckpointError, ConfigError
 from resnest_imagenet.evaluation.regions import RegionProtocol
+from resnest_imagenet.inference.options import take_network
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.recipe import RegionProtocolOptions
 from resnest_imagenet.weights.load import Weights, read_weights
@@ -88,18 +89,8 @@ def open_segmenter(
 
 
 def take_segmenter(network: Segmenter | str | PathLike[str]) -> Segmenter:
-    """Return the network that a library function was given; one that is named is opened.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(network, Segmenter):
-        return network
-    if not isinstance(network, str | PathLike):
-        raise ConfigError(
-            f"the network is a {type(network).__name__}: give what open_segmenter(...) returns, or a checkpoint's path"
-        )
-    return open_segmenter(network)
+    """Return the network that a library function was given; see `take_network`."""
+    return take_network(network, Segmenter, open_segmenter)
 
 
 def read_protocol(

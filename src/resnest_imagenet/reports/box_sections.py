@@ -1,6 +1,6 @@
 """What a report has about detection: AP by class and by size, precision and recall, errors, and the worst images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -262,10 +262,7 @@ def _render_view(title: str, pixels: np.ndarray, boxes: NamedBoxes, classes: Seq
     scale = min(ENLARGED, SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
-    masks = None
-    if boxes.masks is not None:
-        resize: Callable[[np.ndarray], np.ndarray] = lambda mask: np.asarray(Image.fromarray(mask).resize(size))  # noqa: E731
-        masks = list(map(resize, boxes.masks))
+    masks = None if boxes.masks is None else [np.asarray(Image.fromarray(mask).resize(size)) for mask in boxes.masks]
     names = [classes[label] for label in boxes.labels.tolist()]
     titles = [f"{name} ({note})" if note else name for name, note in zip(names, boxes.notes, strict=True)]
     scales = np.array([size[0] / width, size[1] / height] * 2)
