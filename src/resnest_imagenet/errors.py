@@ -3,7 +3,8 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -87,6 +88,25 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest of the valid names, or "" where none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def list_names(names: Sequence[str], limit: int = 8) -> str:
+    """Return names for a line: the first ones, and how many there are where these are not all."""
+    more = f", ... ({len(names):,} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def name_extra(extra: str) -> str:
+    """Return the words for an extra of this project that is not installed, and the command that installs it."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        needed = requires("resnest-imagenet") or []
+    except PackageNotFoundError:  # run from its sources, without an installation
+        needed = []
+    own = [line.partition(";")[0].strip() for line in needed if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+    packages = own or [f"resnest-imagenet[{extra}]"]
+    return f"the extra [{extra}] of resnest-imagenet: pip install {' '.join(map(shlex.quote, packages))}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
