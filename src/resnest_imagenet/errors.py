@@ -92,7 +92,7 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 
 def list_names(names: Sequence[str], limit: int = 8) -> str:
     """Return names for a line: the first ones, and how many there are where these are not all."""
-    more = f", ... ({len(names):,} in all)" if len(names) > limit else ""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 

@@ -1,4 +1,4 @@
-"""The words of a command line, looked at before Hydra: what cannot be meant as it stands is a line with what to type."""
+"""The words of a command line, looked at before Hydra: of what it cannot read, a line tells what to type instead."""
 
 import os
 import re
@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from resnest_imagenet.commands.synonyms import ADVICE, SYNONYMS, normalise
-from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.config import list_places, list_schemas, option_names
+from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.options import Options
 from resnest_imagenet.weights.sources import BEST, SUFFIXES, is_described, is_published
 
 # Hydra's own flags, and whether a value follows.
@@ -24,20 +26,18 @@ _PLACES = ("images", "data.root", "runs", "results", "archives", "out")
 class Vocabulary:
     """What a command understands."""
 
-    def __init__(
-        self, options: Sequence[str], places: Mapping[str, bool], choices: Mapping[str, Collection[str]]
-    ) -> None:
+    def __init__(self, schema: type[Options], choices: Mapping[str, Collection[str]]) -> None:
         """Take the names.
 
         Args:
-            options: all of the command, dotted.
-            places: those that are files or folders, with whether each takes a list.
+            schema: of the command.
             choices: what there is to choose of each group of conf/.
         """
-        self.options = options
-        self.places = places
+        self.options = option_names(schema)
+        self.places = list_places(schema)
         self.choices = choices
-        self._sections = {option.partition(".")[0] for option in options if "." in option}
+        self._switches = list(_list_switches(schema))
+        self._sections = {option.partition(".")[0] for option in self.options if "." in option}
 
     def is_known(self, name: str) -> bool:
         """Return whether a name is an option's, a group's or of Hydra itself."""
@@ -53,19 +53,38 @@ class Vocabulary:
         if dot and section not in self._sections:
             return None
         name = normalise(word)
-        if word.replace("-", "_") in self.options:
-            return word.replace("-", "_")
-        same = [option for option in self.options if option.rpartition(".")[2] == name and not self._is_section(option)]
-        meant = [*SYNONYMS.get(name, ()), *sorted(same, key=lambda option: not option.startswith("train."))]
-        if name in self.options and not self._is_section(name):
-            meant.insert(0, name)
+        same = [option for option in self.options if option.rpartition(".")[2] == name]
+        same.sort(key=lambda option: not option.startswith("train."))
+        own = [word.replace("-", "_"), name]
+        options = [option for option in own if option not in self._sections]
+        groups = [option for option in own if option in self.choices]
+        meant = [
+            *options,
+            *SYNONYMS.get(name, ()),
+            *groups,
+            *(option for option in same if option not in self._sections),
+        ]
         return next((option for option in meant if self._has(option.partition("=")[0])), None)
+
+    def write(self, option: str, value: str) -> str:
+        """Return what to type for an option, or for a whole option=value; quoted for the shell where it must be."""
+        if "=" in option:
+            return option
+        value = value or ("true" if option in self._switches else "")
+        return shlex.quote(f"{option}={value}") if value else f"{option}=..."
 
     def _has(self, option: str) -> bool:
         return option.lstrip("+") in self.options or (option.startswith("+") and option[1:] in self.choices)
 
-    def _is_section(self, option: str) -> bool:
-        return any(other.startswith(f"{option}.") for other in self.options)
+
+def _list_switches(schema: type[Options], prefix: str = "") -> Iterator[str]:
+    """Yield the options that are true or false, dotted."""
+    for variant in list_schemas(schema):
+        for name, field in variant.model_fields.items():
+            if field.annotation is bool:
+                yield prefix + name
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
+                yield from _list_switches(field.annotation, f"{prefix}{name}.")
 
 
 def refuse_words(words: Sequence[str], vocabulary: Vocabulary) -> None:
@@ -88,7 +107,7 @@ def refuse_words(words: Sequence[str], vocabulary: Vocabulary) -> None:
                 raise ConfigError(_explain_flag(word, rest, vocabulary))
             place += FLAGS[name] and not equals
             continue
-        _refuse_spaces(word, rest)
+        _refuse_spaces(word, rest, vocabulary)
         if "=" in word:
             _refuse_option(word, vocabulary)
         elif not word.startswith("~"):
@@ -106,28 +125,21 @@ def _explain_flag(word: str, rest: Sequence[str], vocabulary: Vocabulary) -> str
     value = rest[0] if follows else value
     if advice := ADVICE.get(normalise(name)):
         return f"{typed}: {advice}"
-    option = vocabulary.find_option(name)
+    option = _guess_option(value, vocabulary) if _are_weights(value) else vocabulary.find_option(name)
     if option is None:
-        near = suggest(flag, FLAGS) or ": options are written name=value, see --help"
-        return f"unknown option {flag}{near}"
-    return f"{typed}: write {_write(option, value)}"
+        whole = next((known for known in FLAGS if len(flag) > 3 and known.startswith(flag)), None)
+        return f"unknown option {flag}: {f'write {whole}' if whole else 'options are written name=value, see --help'}"
+    return f"{typed}: write {vocabulary.write(option, value)}"
 
 
-def _write(option: str, value: str) -> str:
-    """Return what to type for an option, or a whole option=value, quoted for the shell where it must be."""
-    if "=" in option:
-        return option
-    return shlex.quote(f"{option}={value}") if value else f"{option}=..."
-
-
-def _refuse_spaces(word: str, rest: Sequence[str]) -> None:
+def _refuse_spaces(word: str, rest: Sequence[str], vocabulary: Vocabulary) -> None:
     """Refuse spaces around = and in a list, which the shell takes for ends of words."""
     following = rest[0] if rest else ""
     name = re.fullmatch(r"\+{0,2}[A-Za-z_][\w.@/]*=?", word)
     ends_open = word.endswith("=") and following and "=" not in following and not following.startswith(("-", "~"))
     if name and (following.startswith("=") or ends_open):
         value = (following.removeprefix("=") or (rest[1] if len(rest) > 1 else "")) or "..."
-        raise ConfigError(f"no spaces around =: write {_write(word.removesuffix('='), value)}")
+        raise ConfigError(f"no spaces around =: write {vocabulary.write(word.removesuffix('='), value)}")
     if "=" not in word or _count_open(word) <= 0:
         return
     joined = word
@@ -146,16 +158,22 @@ def _refuse_option(word: str, vocabulary: Vocabulary) -> None:
     """Refuse an option by another name than its own, and a path where a group's choice is due."""
     typed, _, value = word.partition("=")
     name = typed.lstrip("+~").partition("@")[0]
-    if name in vocabulary.choices and value not in vocabulary.choices[name] and _is_path(value):
-        meant = "data.root" if name == "data" else _guess_option(value, vocabulary)
-        if meant in vocabulary.options and (name == "data" or _are_weights(value)):
-            raise ConfigError(f"{name} is chosen by name, not by path: write {_write(meant, value)}")
+    meant = _guess_option(value, vocabulary)
+    if (
+        name == "data"
+        and _is_path(value)
+        and value not in vocabulary.choices["data"]
+        and "data.root" in vocabulary.options
+    ):
+        raise ConfigError(f"data is the kind of data, not its folder: write {vocabulary.write('data.root', value)}")
+    if name in ("model", "weights") and meant and _are_weights(value):
+        raise ConfigError(f"{name} does not take a file of weights: write {vocabulary.write(meant, value)}")
     if vocabulary.is_known(name) or not re.fullmatch(r"[\w.-]+", name):
         return
     if advice := ADVICE.get(normalise(name)):
         raise ConfigError(f"unknown option {name}: {advice}")
     if meant := vocabulary.find_option(name):
-        raise ConfigError(f"unknown option {name}: write {_write(meant, value)}")
+        raise ConfigError(f"unknown option {name}: write {vocabulary.write(meant, value)}")
 
 
 def _explain_bare(words: Sequence[str], vocabulary: Vocabulary) -> str:
@@ -174,7 +192,7 @@ def _explain_bare(words: Sequence[str], vocabulary: Vocabulary) -> str:
 def _write_all(advice: Mapping[str, Sequence[str]], vocabulary: Vocabulary) -> Iterator[str]:
     for option, values in advice.items():
         is_list = vocabulary.places.get(option, False) and len(values) > 1
-        yield _write(option, f"[{','.join(values)}]" if is_list else values[0])
+        yield vocabulary.write(option, f"[{','.join(values)}]" if is_list else values[0])
 
 
 def _guess_option(word: str, vocabulary: Vocabulary) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.commands.terminal import surviving_output
+from resnest_imagenet.commands.versions import asks_for_version, format_versions
 from resnest_imagenet.config import (
     CheckDataConfig,
     DemoDataConfig,
@@ -138,6 +139,12 @@ def choose_demo(words: list[str]) -> tuple[str, Action]:
     """
     task = ([word.removeprefix("task=") for word in words if word.startswith("task=")] or ["classification"])[-1]
     words[:] = [word for word in words if not word.startswith("task=")]
+    actions = {"classification": ACTIONS["demo"], **DEMOS}
+    own = actions[task].schema.model_fields if task in actions else ()
+    for option in (word.partition("=")[0] for word in words):
+        other = next((name for name, action in actions.items() if option in action.schema.model_fields), None)
+        if other is not None and own and option not in own:
+            raise ConfigError(f"{option} is of task={other}: add task={other}")
     if task == "classification":
         return "data_demo", ACTIONS["demo"]
     if task not in DEMOS:
@@ -164,6 +171,8 @@ def main() -> None:
                 print(f"resnest-data: {error}", file=sys.stderr)
                 sys.exit(error.exit_code)
         run_command(config, action.schema, action.job)
+    elif asks_for_version([name]):
+        print(format_versions())
     elif name in ("", "-h", "--help", "help"):
         with surviving_output(may_lose=False):
             print(format_usage())

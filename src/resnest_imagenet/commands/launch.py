@@ -13,7 +13,7 @@ from resnest_imagenet.commands.arguments import Vocabulary, refuse_words
 from resnest_imagenet.commands.early import refuse_early
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.commands.versions import asks_for_version, format_versions
-from resnest_imagenet.config import Options, choose_schema, list_places, option_names
+from resnest_imagenet.config import Options, choose_schema, option_names
 from resnest_imagenet.distributed import find_launcher_file, has_joined, launched_as, tell_launcher
 from resnest_imagenet.errors import (
     ConfigError,
@@ -101,15 +101,15 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
 
 def _check_words(name: str, schema: type[Options]) -> None:
     """Refuse words that cannot be meant as they stand, and quote for Hydra those that can; exit on an error."""
-    places = list_places(schema)
+    vocabulary = Vocabulary(schema, _list_choices())
     try:
-        refuse_words(sys.argv[1:], Vocabulary(option_names(schema), places, _list_choices()))
+        refuse_words(sys.argv[1:], vocabulary)
     except ConfigError as error:
         _leave(error)
     if {"-m", "--multirun"} & set(sys.argv[1:]):  # in a sweep a comma is between values
         _check_sweep(name)
     else:
-        sys.argv[1:] = [quote_place(word, places) for word in sys.argv[1:]]
+        sys.argv[1:] = [quote_place(word, vocabulary.places) for word in sys.argv[1:]]
 
 
 def quote_place(word: str, places: Mapping[str, bool]) -> str:
@@ -306,5 +306,5 @@ def _list_choices() -> dict[str, list[str]]:
 
 
 def _say_unset(*options: str) -> str:
-    verb = "is" if len(options) == 1 else "are"
-    return f"{' and '.join(options)} {verb} not set: give {' '.join(f'{option}=...' for option in options)}"
+    names = " and ".join([", ".join(options[:-1]), options[-1]] if options[1:] else options)
+    return f"{names} {'are' if options[1:] else 'is'} not set: give {' '.join(f'{option}=...' for option in options)}"

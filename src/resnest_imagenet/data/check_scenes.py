@@ -12,7 +12,6 @@ from resnest_imagenet.data.decoding import BadImage, open_image
 from resnest_imagenet.data.examine import Examined, Finding, Judge, count_cores, examine_files
 from resnest_imagenet.data.scenes import VOID, Layout, choose_layout, decode_mask, describe_sizes, pair_files
 from resnest_imagenet.data.source import require_root, require_separate
-from resnest_imagenet.errors import DataError
 
 Sizes = dict[str, tuple[int, int]]  # (width, height) by path
 

@@ -8,10 +8,11 @@ import tempfile
 from functools import cache
 from http.client import HTTPException
 from pathlib import PurePosixPath
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
-from resnest_imagenet.errors import DataError, first_line, printable
+from resnest_imagenet.errors import DataError, printable
 
 MAX_BYTES = 64 * 2**20  # of an image from the web: photographs of 100 megapixels have less
 SECONDS = 30.0  # that a server may be silent
@@ -38,9 +39,9 @@ def fetch_image(address: str) -> str:
         _copy(address, path)
     # A ValueError: an address that is none; an HTTPException: an answer that is none.
     except (OSError, ValueError, HTTPException) as error:
-        raise DataError(
-            f"images={address}: cannot be fetched ({first_line(error)}): save it, and give the file"
-        ) from error
+        # An address without an answer is an error around the cause.
+        cause = error.reason if isinstance(error, URLError) and not isinstance(error, HTTPError) else error
+        raise DataError(f"images={address}: cannot be fetched ({cause}): save it, and give the file") from error
     print(printable(f"{address}: fetched into {path}"), file=sys.stderr, flush=True)
     return path
 

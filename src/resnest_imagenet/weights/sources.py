@@ -1,4 +1,4 @@
-"""What a source of weights stands for: a published name, or a file or folder. Without torch, so that it is told at once."""
+"""What a source of weights stands for: a published name, a file or a folder. Needs no torch, which is slow."""
 
 import os
 import re
