@@ -417,6 +417,21 @@ class ShardDataConfig(Options):
     shuffle: bool
 
 
+class ClassFolderOptions(Options):
+    """A folder with one folder of images per class."""
+
+    root: Place = Field(description="folder with one folder of images per class")
+
+
+class SplitDataConfig(Options):
+    """resnest-data split."""
+
+    data: ClassFolderOptions
+    out: Place = Field(description="new or empty folder for train and val")
+    val_share: float = Field(gt=0, lt=1, description="share of each class that is to evaluate on, at least one image")
+    seed: Seed = Field(description="of the choice of images")
+
+
 # Commands whose protocol is of the weights' task.
 _OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig)
 # The kinds of protocols, by an option that no other kind has, with the names of some.

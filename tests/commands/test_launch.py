@@ -48,6 +48,15 @@ def call(command, arguments, monkeypatch, capsys):
     return code, lines
 
 
+@pytest.fixture(scope="module")
+def empty_set(tmp_path_factory):
+    """A data set without images: its folders are there."""
+    root = tmp_path_factory.mktemp("set")
+    for part in ("train", "val"):
+        (root / part).mkdir()
+    return root
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -63,10 +72,10 @@ def call(command, arguments, monkeypatch, capsys):
         (["loader=dalli"], "unknown loader 'dalli'; did you mean 'dali'?"),
         (["+experiment=resnest5"], "unknown experiment 'resnest5'; did you mean 'resnest50'?"),
         (["experiment=resnest50"], "experiment is added, not overridden: write +experiment=..."),
-        (["data.root=/x", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
+        (["data.root=ROOT", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
         (["data.root=/x", "train.epochs=abc"], "train.epochs=abc: input should be a valid integer"),
         (
-            ["data.root=/x", "train.batch_size=1"],
+            ["data.root=ROOT", "train.batch_size=1"],
             "train.batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
         ),
         (["data.root=/x", "eval.ratio=0.9"], "unknown option eval.ratio"),
@@ -74,7 +83,7 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "~train.epochs"], "train.epochs is not set"),
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
         (["model.name=a=b"], "cannot read model.name=a=b: quote it for the shell and for Hydra: 'model.name=\"a=b\"'"),
-        (["data.root"], "cannot read data.root: write option=value"),
+        (["data.root"], "data.root has no value: write data.root=..."),
         (["data.root=/x", "train.lr=inf"], "train.lr=inf: input should be a finite number"),
         (["model=null"], "a group cannot be null: write group=NAME"),
         (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts train.step_epochs=30"),
@@ -86,7 +95,7 @@ def call(command, arguments, monkeypatch, capsys):
             "train.lr_per_256 is now train.lr: write train.lr=...",
         ),
         (["data.root=/x", "train.task=other"], "unknown train.task 'other'"),
-        (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
+        (["data.root=ROOT", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
         (
             ["data.root=/x", "data.kind=folders"],
             "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
@@ -95,7 +104,8 @@ def call(command, arguments, monkeypatch, capsys):
         (["task=other"], "unknown task 'other' (classification, detection, segmentation)"),
     ],
 )
-def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, empty_set, monkeypatch, capsys):
+    arguments = [argument.replace("ROOT", str(empty_set)) for argument in arguments]
     code, lines = call(train, arguments, monkeypatch, capsys)
     assert code == 2
     assert len(lines) == 1
@@ -182,6 +192,9 @@ def test_a_wrong_value_is_one_line(options, message, composed):
         (compare, ["ckpt=[a.pt,b.pt]"], 2, "give either data.root=... or images=..."),
         (data, ["check", "data=ade20k", "data.root={}"], 2, "data is no group of this command: set data.root, data."),
         (compare, ["ckpt=[a.pt]", "images={}/val"], 2, "ckpt=['a.pt']: list should have at least 2 items"),
+        (compare, ["ckpt=a.pt", "images={}/val"], 2, "ckpt=a.pt: input should be a valid list: write ckpt=[A,B]"),
+        (explain, [], 2, "ckpt, images and out are not set: give ckpt=... images=... out=..."),
+        (evaluate, ["ckpt=x.pt", "data.root={}", "crop=abc"], 2, "evaluate: crop=abc: input should be a valid integer"),
         (compare, ["ckpt=a.pt,b.pt", "images={}/val"], 2, "write a list as [a,b]"),
         (
             compare,

@@ -18,6 +18,7 @@ from resnest_imagenet.config import (
     PrepareDataConfig,
     PreviewDataConfig,
     ShardDataConfig,
+    SplitDataConfig,
 )
 from resnest_imagenet.errors import ConfigError, DataError, suggest
 
@@ -52,6 +53,14 @@ def prepare(config: PrepareDataConfig) -> None:
 
     new = prepare_images(Path(config.archives), Path(config.out), config.verify)
     print(f"{'wrote' if new else 'already there:'} ImageNet's images in {config.out}")
+
+
+def split(config: SplitDataConfig) -> None:
+    """Split class folders into train and val."""
+    from resnest_imagenet.data.split import split_classes
+
+    new = split_classes(Path(config.data.root), Path(config.out), config.val_share, config.seed)
+    print(f"{'wrote' if new else 'already there:'} train and val in {config.out}: train with data.root={config.out}")
 
 
 def check(config: CheckDataConfig) -> None:
@@ -114,6 +123,7 @@ ACTIONS = {
         "with task=detection objects with boxes and masks",
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
+    "split": Action(SplitDataConfig, split, "make train and val of a folder that has one folder of images per class"),
     "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
     "preview": Action(PreviewDataConfig, preview, "draw what training makes of some images, in a contact sheet"),
     "shard": Action(ShardDataConfig, shard, "write a folder of images as WebDataset shards"),

@@ -15,6 +15,9 @@ from resnest_imagenet.data.decoding import BadImage, find_fault
 from resnest_imagenet.data.reading import open_regular, read_file, require_size, try_again
 from resnest_imagenet.errors import DataError, list_names, printable
 
+# What the parts of data sets are called.
+_PARTS = {"train", "training", "val", "valid", "validation", "test", "images", "train2017", "val2017", "annotations"}
+
 
 @dataclass(frozen=True)
 class ImageSource(ABC):
@@ -97,8 +100,8 @@ def require_root(root: str) -> None:
 
 
 def _are_classes(root: str, folders: Sequence[str]) -> bool:
-    """Return whether the folders look like classes: two or more, and the first ones hold files and no folders."""
-    if len(folders) < 2:
+    """Return whether the folders look like classes: none is called as a part, and the first ones hold only files."""
+    if len(folders) < 2 or not _PARTS.isdisjoint(folders):
         return False
     places = [os.path.join(root, name) for name in folders[:3]]
     try:
