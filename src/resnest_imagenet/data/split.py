@@ -6,6 +6,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from resnest_imagenet.data.demo import write_once
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.source import require_root
@@ -54,7 +56,7 @@ def choose_parts(images: ImageFolder, val_share: float, seed: int) -> list[str]:
     """
     parts = ["train"] * len(images)
     for label, name in enumerate(images.classes):
-        members = [index for index in range(len(images)) if images.labels[index] == label]
+        members = np.flatnonzero(images.labels == label).tolist()
         if len(members) < 2:
             raise DataError(f"{images.root / name}: a class with 1 image: it needs two, one of them to evaluate on")
         members.sort(key=lambda index: hashlib.sha256(b"%d/%b" % (seed, images.files[index])).digest())
