@@ -7,19 +7,48 @@ import sys
 
 import pytest
 
-from resnest_imagenet.commands import compare, evaluate, explain, export, launch, predict, report, tables, train
+from conftest import compose_config
+from resnest_imagenet.commands import compare, evaluate, explain, export, predict, report, tables, train
+from resnest_imagenet.commands.early import refuse_early
+from resnest_imagenet.config import (
+    CompareConfig,
+    EvalConfig,
+    ExplainConfig,
+    ExportConfig,
+    PredictConfig,
+    ReportConfig,
+    TablesConfig,
+    TrainConfig,
+)
+from resnest_imagenet.errors import UserError
+
+SCHEMAS = {
+    train: TrainConfig,
+    evaluate: EvalConfig,
+    predict: PredictConfig,
+    explain: ExplainConfig,
+    compare: CompareConfig,
+    export: ExportConfig,
+    report: ReportConfig,
+    tables: TablesConfig,
+}
 
 # A command, its words, its exit code and the start of its line; SET is a data set without images, CLASSES has folders
 # of classes alone, and RUN is a run folder.
 REFUSED = [
     (train, "data.root=/gone", 3, "data.root=/gone: no such folder"),
-    (train, "data.root=SET data.val_dir=gone", 3, "SET/gone: no such folder (in SET: train, val); set data.val_dir"),
+    (
+        train,
+        "data.root=SET data.train_dir=gone",
+        3,
+        "SET/gone: no such folder (in SET: train, val); set data.train_dir",
+    ),
     (
         train,
         "data.root=CLASSES",
         3,
         "CLASSES/train: no such folder (in CLASSES: class0, class1, class2, class3, class4 and 4 more); set "
-        "data.train_dir; are these the classes? resnest-data split data.root=CLASSES out=... makes train and val of them",
+        "data.train_dir; are these the classes? resnest-data split data.root=CLASSES out=... makes train and val",
     ),
     (train, "+experiment=demo_segmentation data.root=SET", 3, "SET/images: no such folder: is data.root=SET the data "),
     (train, "+experiment=demo_detection data.root=/gone", 3, "data.root=/gone: no such folder"),
@@ -54,25 +83,25 @@ def fill(text, places):
     return text
 
 
-def call(command, words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["resnest", *words])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    return ended.value.code, capsys.readouterr().err
+def compose(command, words):
+    name = "eval" if command is evaluate else command.__name__.rpartition(".")[2]
+    return compose_config(name, SCHEMAS[command], *words)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[1])
-def test_the_work_refuses_the_same_by_the_same_words(row, places, tmp_path, monkeypatch, capsys):
+def test_the_work_refuses_the_same_by_the_same_words(row, places, tmp_path, monkeypatch):
     command, words, code, line = row
     monkeypatch.chdir(tmp_path)
-    words = fill(words, places).split()
-    early = call(command, words, monkeypatch, capsys)
-    assert early[0] == code and early[1].startswith(f"resnest: {fill(line, places)}") and early[1].count("\n") == 1
-    monkeypatch.setattr(launch, "refuse_early", lambda config: None)
-    late = call(command, words, monkeypatch, capsys)
-    if command is not compare:  # which reads the networks first
-        assert late == early
+    config = compose(command, fill(words, places).split())
+    with pytest.raises(UserError) as early:
+        refuse_early(config)
+    assert early.value.exit_code == code and str(early.value).startswith(fill(line, places))
+    if command is compare or (command is evaluate and code == 3):  # which read the networks first
+        return
+    with pytest.raises(UserError) as late:
+        command.run(config)
+    assert (str(late.value), type(late.value)) == (str(early.value), type(early.value))
 
 
 # Calls each command in one process; prints what is then imported that takes seconds, and the lines.
@@ -91,20 +120,21 @@ print(json.dumps([lines, sorted({"torch", "timm", "torchvision", "matplotlib", "
 
 @pytest.mark.process
 def test_nothing_is_imported_that_takes_seconds(places, tmp_path):
-    calls = [(command.__name__, fill(words, places).split()) for command, words, _, _ in REFUSED]
+    rows = list({command: (words, line) for command, words, _, line in REFUSED}.items())  # one of each command
+    calls = [(command.__name__, fill(words, places).split()) for command, (words, _) in rows]
     process = [sys.executable, "-c", CALLS, json.dumps(calls)]
     result = subprocess.run(process, cwd=tmp_path, env=dict(os.environ), capture_output=True, check=True)
     lines, imported = json.loads(result.stdout)
     assert imported == []
-    for line, (_, _, _, message) in zip(lines, REFUSED, strict=True):
-        assert line.startswith(f"resnest: {fill(message, places)}")
+    for printed, (_, (_, line)) in zip(lines, rows, strict=True):
+        assert printed.startswith(f"resnest: {fill(line, places)}") and printed.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_a_run_that_resumes_need_not_have_the_weights_that_it_started_from(places, tmp_path, monkeypatch, capsys):
+def test_a_run_that_resumes_need_not_have_the_weights_that_it_started_from(places, tmp_path):
     words = [f"data.root={places['SET']}", "train.init_from=gone.pt", f"run_dir={tmp_path / 'run'}"]
-    assert call(train, words, monkeypatch, capsys) == (4, "resnest: gone.pt: no such checkpoint\n")
+    config = compose(train, words)
+    with pytest.raises(UserError, match=r"^gone\.pt: no such checkpoint$"):
+        refuse_early(config)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-00000001.pt").touch()
-    code, line = call(train, words, monkeypatch, capsys)
-    assert code == 3 and "train: no class folders" in line  # the next thing that is wrong
+    refuse_early(config)

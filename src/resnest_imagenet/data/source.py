@@ -88,7 +88,7 @@ def find_part(root: str, name: str, option: str) -> Path:
         there = list_names(folders, 5) or "no folders"
         line = f"{part}: no such folder (in {root}: {there}); set {option}"
         if _are_classes(root, folders):
-            line += f"; are these the classes? resnest-data split data.root={root} out=... makes train and val of them"
+            line += f"; are these the classes? resnest-data split data.root={root} out=... makes train and val"
         raise DataError(line)
     return part
 

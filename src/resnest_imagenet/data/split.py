@@ -44,7 +44,12 @@ def split_classes(root: Path, out: Path, val_share: float, seed: int) -> bool:
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(root / os.fsdecode(file), target)
 
-    settings = {"root": str(root), "val_share": str(val_share), "seed": seed, "images": len(images)}
+    settings: dict[str, int | str] = {
+        "root": str(root),
+        "val_share": str(val_share),
+        "seed": seed,
+        "images": len(images),
+    }
     return write_once(out, settings, write, marker="split.json")
 
 
@@ -56,10 +61,10 @@ def choose_parts(images: ImageFolder, val_share: float, seed: int) -> list[str]:
     """
     parts = ["train"] * len(images)
     for label, name in enumerate(images.classes):
-        members = np.flatnonzero(images.labels == label).tolist()
+        members: list[int] = np.flatnonzero(images.labels == label).tolist()
         if len(members) < 2:
             raise DataError(f"{images.root / name}: a class with 1 image: it needs two, one of them to evaluate on")
-        members.sort(key=lambda index: hashlib.sha256(b"%d/%b" % (seed, images.files[index])).digest())
+        members.sort(key=lambda index: hashlib.sha256(f"{seed}/".encode() + bytes(images.files[index])).digest())
         for index in members[: min(max(1, round(val_share * len(members))), len(members) - 1)]:
             parts[index] = "val"
     return parts
