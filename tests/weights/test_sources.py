@@ -3,8 +3,11 @@
 import os
 
 import pytest
+import torch
 
+from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.weights.load import read_weights
 from resnest_imagenet.weights.sources import find_weights, is_published
 
 
@@ -23,6 +26,14 @@ def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path):
     for source in (tmp_path / "run", f"{tmp_path}/run/", checkpoints, checkpoints / "best.pt"):
         assert find_weights(source) == checkpoints / "best.pt"
     assert find_weights(checkpoints / "step-00000009.pt") == checkpoints / "step-00000009.pt"
+
+
+def test_the_weights_of_a_run_folder_are_those_of_its_best_checkpoint(tmp_path):
+    best = tmp_path / "run/checkpoints/best.pt"
+    best.parent.mkdir(parents=True)
+    save_checkpoint({"fc.weight": torch.ones(2, 3)}, best)
+    weights = read_weights(tmp_path / "run")
+    assert weights.source == str(best) and weights.tensors["fc.weight"].equal(torch.ones(2, 3))
 
 
 def test_a_folder_that_describes_its_weights_is_one(tmp_path):
