@@ -1,9 +1,11 @@
 """Words of the command line that are not options of this project: one line, which says what to type instead."""
 
+import shlex
+
 import pytest
 
 from resnest_imagenet.commands import data, train
-from resnest_imagenet.commands.arguments import FLAGS, Vocabulary, refuse_words
+from resnest_imagenet.commands.arguments import FLAGS, Vocabulary, list_choices, refuse_words
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.synonyms import ADVICE, SYNONYMS, normalise
 from resnest_imagenet.config import (
@@ -21,7 +23,7 @@ from resnest_imagenet.config import (
 )
 from resnest_imagenet.errors import ConfigError
 
-CHOICES = {folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in find_conf().iterdir()}
+CHOICES = list_choices(find_conf(), [])
 SCHEMAS = {
     "train": TrainConfig,
     "eval": EvalConfig,
@@ -120,8 +122,6 @@ RIGHT = [
 
 
 def split(line):
-    import shlex
-
     command, *words = shlex.split(line)
     return words, VOCABULARIES[command]
 
@@ -135,8 +135,6 @@ def test_a_wrong_use_says_what_to_type_instead(line, message):
 
 @pytest.mark.parametrize(("line", "message"), WRONG)
 def test_the_advice_itself_is_not_refused(line, message):
-    import shlex
-
     _, write, advice = message.partition("write ")
     if write and not advice.endswith("..."):
         refuse_words(shlex.split(advice), split(line)[1])
@@ -154,6 +152,25 @@ def test_a_path_that_is_there_is_one(tmp_path, monkeypatch):
     (tmp_path / "run/checkpoints/best.pt").touch()
     with pytest.raises(ConfigError, match=r"^run photos: write ckpt=run images=photos$"):
         refuse_words(*split("predict run photos"))
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "OWN"], ["-cd", "OWN"], ["--config-dir=OWN"]])
+def test_a_folder_of_the_users_own_has_choices_too(flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own/data").mkdir(parents=True)
+    (tmp_path / "own/data/photos.yaml").touch()
+    (tmp_path / "photos").mkdir()
+    words = [*(word.replace("OWN", "own") for word in flag), "data=photos"]
+    refuse_words(words, Vocabulary(TrainConfig, list_choices(find_conf(), words)))
+    with pytest.raises(ConfigError, match=r"write data\.root=photos$"):
+        refuse_words(["data=photos"], VOCABULARIES["train"])
+
+
+def test_many_words_are_not_all_repeated():
+    with pytest.raises(ConfigError) as error:
+        refuse_words([f"photos/{number}.jpg" for number in range(50)], VOCABULARIES["predict"])
+    first = [f"photos/{number}.jpg" for number in range(4)]
+    assert str(error.value) == f"{' '.join(first)} ...: write 'images=[{','.join(first)},...]'"
 
 
 def test_the_tables_name_options_that_there_are():

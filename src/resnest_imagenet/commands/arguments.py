@@ -21,6 +21,7 @@ FLAGS = {
 }
 # The option that a bare path is for: the first of these that a command has.
 _PLACES = ("images", "data.root", "runs", "results", "archives", "out")
+_SHOWN = 4  # of words that are repeated in a line
 
 
 class Vocabulary:
@@ -43,6 +44,10 @@ class Vocabulary:
         """Return whether a name is an option's, a group's or of Hydra itself."""
         return name in self.options or name in self.choices or name.partition(".")[0] == "hydra"
 
+    def is_option(self, name: str) -> bool:
+        """Return whether a name is that of an option with a value, and not of a section of them."""
+        return name in self.options and name not in self._sections
+
     def find_option(self, word: str) -> str | None:
         """Return the option that a word stands for, or a whole option=value; None where that cannot be told.
 
@@ -56,13 +61,13 @@ class Vocabulary:
         same = [option for option in self.options if option.rpartition(".")[2] == name]
         same.sort(key=lambda option: not option.startswith("train."))
         own = [word.replace("-", "_"), name]
-        options = [option for option in own if option not in self._sections]
+        options = [option for option in own if self.is_option(option)]
         groups = [option for option in own if option in self.choices]
         meant = [
             *options,
             *SYNONYMS.get(name, ()),
             *groups,
-            *(option for option in same if option not in self._sections),
+            *filter(self.is_option, same),
         ]
         return next((option for option in meant if self._has(option.partition("=")[0])), None)
 
@@ -85,6 +90,18 @@ def _list_switches(schema: type[Options], prefix: str = "") -> Iterator[str]:
                 yield prefix + name
             elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
                 yield from _list_switches(field.annotation, f"{prefix}{name}.")
+
+
+def list_choices(conf: Path, words: Sequence[str]) -> dict[str, list[str]]:
+    """Return what there is to choose of each group: in conf/, and in the folders that --config-dir names."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    own = [following for word, following in pairs if word in ("--config-dir", "-cd")]
+    own += [word.partition("=")[2] for word in words if word.startswith(("--config-dir=", "-cd="))]
+    choices: dict[str, list[str]] = {folder.name: [] for folder in conf.iterdir() if folder.is_dir()}
+    for group, names in choices.items():
+        for folder in (conf, *map(Path, own)):
+            names += [file.stem for file in (folder / group).glob("*.yaml")]
+    return choices
 
 
 def refuse_words(words: Sequence[str], vocabulary: Vocabulary) -> None:
@@ -158,16 +175,8 @@ def _refuse_option(word: str, vocabulary: Vocabulary) -> None:
     """Refuse an option by another name than its own, and a path where a group's choice is due."""
     typed, _, value = word.partition("=")
     name = typed.lstrip("+~").partition("@")[0]
-    meant = _guess_option(value, vocabulary)
-    if (
-        name == "data"
-        and _is_path(value)
-        and value not in vocabulary.choices["data"]
-        and "data.root" in vocabulary.options
-    ):
-        raise ConfigError(f"data is the kind of data, not its folder: write {vocabulary.write('data.root', value)}")
-    if name in ("model", "weights") and meant and _are_weights(value):
-        raise ConfigError(f"{name} does not take a file of weights: write {vocabulary.write(meant, value)}")
+    if name in ("data", "model", "weights") and name in vocabulary.options:
+        _refuse_path(name, value, vocabulary)
     if vocabulary.is_known(name) or not re.fullmatch(r"[\w.-]+", name):
         return
     if advice := ADVICE.get(normalise(name)):
@@ -176,23 +185,36 @@ def _refuse_option(word: str, vocabulary: Vocabulary) -> None:
         raise ConfigError(f"unknown option {name}: write {vocabulary.write(meant, value)}")
 
 
+def _refuse_path(name: str, value: str, vocabulary: Vocabulary) -> None:
+    """Refuse a path where one of a few names is due."""
+    if value in vocabulary.choices.get(name, ()):
+        return
+    if name == "data":
+        if _is_path(value) and "data.root" in vocabulary.options:
+            raise ConfigError(f"data is the kind of data, not its folder: write {vocabulary.write('data.root', value)}")
+    elif _are_weights(value) and (meant := _guess_option(value, vocabulary)):
+        raise ConfigError(f"{name} does not take a file of weights: write {vocabulary.write(meant, value)}")
+
+
 def _explain_bare(words: Sequence[str], vocabulary: Vocabulary) -> str:
     """Return a line about words without an option, and the options that are meant."""
     advice: dict[str, list[str]] = {}
     for word in words:
-        if word in vocabulary.options:
+        if vocabulary.is_option(word):
             return f"{word} has no value: write {word}=..."
         meant = _guess_option(word, vocabulary)
         if meant is None:
             return f"cannot read {word!r}: options are written name=value, see --help"
         advice.setdefault(meant, []).append(word)
-    return f"{' '.join(words)}: write {' '.join(_write_all(advice, vocabulary))}"
+    typed = " ".join(words[:_SHOWN]) + (" ..." if len(words) > _SHOWN else "")
+    return f"{typed}: write {' '.join(_write_all(advice, vocabulary))}"
 
 
 def _write_all(advice: Mapping[str, Sequence[str]], vocabulary: Vocabulary) -> Iterator[str]:
     for option, values in advice.items():
         is_list = vocabulary.places.get(option, False) and len(values) > 1
-        yield vocabulary.write(option, f"[{','.join(values)}]" if is_list else values[0])
+        shown = [*values[:_SHOWN], *(["..."] if len(values) > _SHOWN else [])]
+        yield vocabulary.write(option, f"[{','.join(shown)}]" if is_list else values[0])
 
 
 def _guess_option(word: str, vocabulary: Vocabulary) -> str | None:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from resnest_imagenet.commands.arguments import Vocabulary, refuse_words
-from resnest_imagenet.commands.early import refuse_early
+from resnest_imagenet.commands.arguments import Vocabulary, list_choices, refuse_words
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.commands.versions import asks_for_version, format_versions
 from resnest_imagenet.config import Options, choose_schema, option_names
@@ -78,6 +77,8 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
             config = check_config(composed, schema)
+            from resnest_imagenet.commands.early import refuse_early  # imports NumPy, which --help need not
+
             refuse_early(config)
             return job(config)
         except (UserError, Stopped) as error:
@@ -101,7 +102,7 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
 
 def _check_words(name: str, schema: type[Options]) -> None:
     """Refuse words that cannot be meant as they stand, and quote for Hydra those that can; exit on an error."""
-    vocabulary = Vocabulary(schema, _list_choices())
+    vocabulary = Vocabulary(schema, list_choices(find_conf(), sys.argv[1:]))
     try:
         refuse_words(sys.argv[1:], vocabulary)
     except ConfigError as error:
@@ -298,11 +299,6 @@ def _check_sweep(name: str) -> None:
 
 def _list_groups() -> list[str]:
     return [folder.name for folder in find_conf().iterdir() if folder.is_dir()]
-
-
-def _list_choices() -> dict[str, list[str]]:
-    """Return what there is to choose of each group."""
-    return {group: [file.stem for file in (find_conf() / group).glob("*.yaml")] for group in _list_groups()}
 
 
 def _say_unset(*options: str) -> str:
