@@ -128,7 +128,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "output_dir": ("run_dir", "out", "page"),
     "o": ("run_dir", "out", "page"),
     "project": ("run_dir", "out"),
-    "resume": ("run_dir", "ckpt"),  # the same command in the same folder resumes
     "save": ("out", "run_dir"),
     "save_dir": ("run_dir", "out"),
     "work_dir": ("run_dir", "out"),
@@ -159,6 +158,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 # What has no option, and what to do.
 ADVICE: dict[str, str] = {
+    "resume": "a run resumes by the same command: write run_dir=... if it has another folder; others take ckpt=...",
     "devices": "start as many processes: torchrun --nproc-per-node 8 -m resnest_imagenet.commands.train ...",
     "gpus": "start as many processes: torchrun --nproc-per-node 8 -m resnest_imagenet.commands.train ...",
     "nproc_per_node": "it is torchrun's: torchrun --nproc-per-node 8 -m resnest_imagenet.commands.train ...",
