@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from resnest_imagenet.commands.synonyms import ADVICE, SYNONYMS, normalise
@@ -94,8 +95,7 @@ def _list_switches(schema: type[Options], prefix: str = "") -> Iterator[str]:
 
 def list_choices(conf: Path, words: Sequence[str]) -> dict[str, list[str]]:
     """Return what there is to choose of each group: in conf/, and in the folders that --config-dir names."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    own = [following for word, following in pairs if word in ("--config-dir", "-cd")]
+    own = [following for word, following in pairwise(words) if word in ("--config-dir", "-cd")]
     own += [word.partition("=")[2] for word in words if word.startswith(("--config-dir=", "-cd="))]
     choices: dict[str, list[str]] = {folder.name: [] for folder in conf.iterdir() if folder.is_dir()}
     for group, names in choices.items():
