@@ -123,7 +123,7 @@ ACTIONS = {
         "with task=detection objects with boxes and masks",
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
-    "split": Action(SplitDataConfig, split, "make train and val of a folder that has one folder of images per class"),
+    "split": Action(SplitDataConfig, split, "make train and val of a folder of class folders"),
     "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
     "preview": Action(PreviewDataConfig, preview, "draw what training makes of some images, in a contact sheet"),
     "shard": Action(ShardDataConfig, shard, "write a folder of images as WebDataset shards"),
