@@ -14,7 +14,7 @@ from resnest_imagenet.data.examine import Examined, Finding, count_cores, examin
 from resnest_imagenet.data.folder import tell_by_name
 from resnest_imagenet.data.reading import open_regular
 from resnest_imagenet.data.source import list_folders, require_root, require_separate
-from resnest_imagenet.errors import DataError, printable
+from resnest_imagenet.errors import DataError, list_names, printable
 from resnest_imagenet.files import replacing
 
 # Faults would stop a training, hide images from it, falsify its result or exhaust its memory; notes do not. In the
@@ -267,7 +267,7 @@ def guess_folder(root: str, name: str, option: str) -> str:
     alike = [folder for folder in there if folder.lower().startswith(os.path.basename(name)[:3].lower())]
     if alike:
         return f"set {option}={alike[0]}"
-    return f"set {option}; there: {', '.join(there) or 'no folders'}"
+    return f"set {option}; there: {list_names(there, 5) or 'no folders'}"
 
 
 def compare_classes(train: Part, val: Part) -> list[Finding]:

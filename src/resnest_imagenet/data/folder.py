@@ -171,7 +171,7 @@ def match_paths(pattern: str) -> list[str]:
     # A file's name may look like a pattern.
     paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not paths:
-        raise DataError(f"images={pattern}: no such file or folder ({', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(f"images={pattern}: no such file or folder")
     return paths
 
 
