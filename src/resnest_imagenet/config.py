@@ -41,7 +41,7 @@ Schema = TypeVar("Schema", bound=Options)
 
 
 class NetworkOptions(Options):
-    """Which network; conf/model/ has one file for each."""
+    """Which network."""
 
     name: str = Field(description="Name of the network; the group model sets it.")
 
@@ -57,12 +57,18 @@ class ModelOptions(NetworkOptions):
     )
 
 
-# Layouts of files: of the project's own kinds of data all but webdataset.
-_KINDS_OF_FILES = {"folder", "ade20k", "cityscapes", "masks", "coco"}
-# The kinds that other tasks have, and what to choose instead.
-_KINDS_OF_OTHERS = {
-    "classification": (_KINDS_OF_FILES - {"folder"}, "data=imagenet or data=webdataset"),
-    "segmentation": ({"folder", "webdataset", "coco"}, "data=ade20k, data=cityscapes or data=masks"),
+# The kinds of data of each task.
+KINDS = {
+    "classification": {"folder", "webdataset"},
+    "segmentation": {"ade20k", "cityscapes", "masks"},
+    "detection": {"coco"},
+}
+# Layouts of files: all but shards.
+_KINDS_OF_FILES = set().union(*KINDS.values()) - {"webdataset"}
+# What to choose in place of another task's; a detector's are refused where its data is opened.
+_CHOICES_OF_DATA = {
+    "classification": "data=imagenet or data=webdataset",
+    "segmentation": "data=ade20k, data=cityscapes or data=masks",
 }
 
 
@@ -100,7 +106,7 @@ class DataOptions(Options):
 
 
 class LoaderOptions(Options):
-    """What decodes them."""
+    """What decodes the images."""
 
     name: Literal["auto", "dali", "torchvision"] = Field(
         description="What decodes images; auto: DALI where it is installed, else torchvision."
@@ -114,7 +120,7 @@ _Own = WrapValidator(keep_own)
 
 
 class OwnProtocolOptions(Protocol):
-    """The same for a network that is there: "own" stands for what its own evaluation has."""
+    """How an evaluation brings images to the crop; own: as in the evaluation of the network's own run."""
 
     order: Literal["own", "resize_crop", "crop_resize"] = Field(
         description="Resize the short side, then crop; or crop a square, then resize it."
@@ -136,7 +142,7 @@ AnyProtocolOptions: TypeAlias = OwnProtocolOptions | RegionProtocolOptions | Box
 
 
 class CheckpointOptions(Options):
-    """When to save, and what to do with what is there; a signal and the end of an epoch save too."""
+    """When to save, and what to do where run_dir holds another run."""
 
     every_steps: Positive = Field(
         description="Steps from one checkpoint to the next; the end of an epoch and a signal save too."
@@ -150,7 +156,7 @@ class CheckpointOptions(Options):
 
 
 class LogOptions(Options):
-    """How often to report, and where besides the run folder's own files."""
+    """How often to log, and where besides the run folder."""
 
     every_steps: Positive = Field(description="Steps from one line of the log to the next.")
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)] = Field(
@@ -181,8 +187,8 @@ class TrainConfig(Options):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        others, own = _KINDS_OF_OTHERS.get(self.train.task, ((), ""))
-        if self.data.kind in others:
+        own = _CHOICES_OF_DATA.get(self.train.task)
+        if own and any(self.data.kind in kinds for task, kinds in KINDS.items() if task != self.train.task):
             raise ValueError(f"data.kind={self.data.kind} is not of train.task={self.train.task}: choose {own}")
         for option in ("train_json", "val_json"):
             if getattr(self.data, option) is not None and self.data.kind in _KINDS_OF_FILES - {"coco"}:
@@ -288,7 +294,7 @@ class ExplainConfig(InferenceConfig):
 
 
 class ComparedDataOptions(Options):
-    """A data set in the ImageNet folder layout, of which the val folder is compared on."""
+    """The data set to compare on."""
 
     root: Place | None = Field(description="Folder of a data set, in place of images.")
     val_dir: Place = Field(description="Folder of the part to compare on, in root or elsewhere.")
@@ -451,7 +457,7 @@ class PrepareDataConfig(Options):
 
 
 class FolderOptions(Options):
-    """A data set in the ImageNet folder layout."""
+    """The data set, a folder for each class."""
 
     root: Place = Field(description="Folder of the data set.")
     train_dir: Place | None = Field(description="Folder of the training set; null: skip it.")
@@ -470,7 +476,7 @@ class FolderOptions(Options):
 
 
 class CheckedDataOptions(FolderOptions):
-    """A data set in any layout of files."""
+    """The data set, in any layout of files."""
 
     kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"] = Field(description="Layout of the data set.")
     train_json: Place | None = Field(

@@ -17,7 +17,7 @@ class EvalOptions(Options):
 
 
 class ClassificationEvalOptions(EvalOptions):
-    """The same of images with a class."""
+    """The evaluations during a run, of images with a class."""
 
     crop: Crop = Field(description="Side in pixels of the images that the evaluations see.")
 
@@ -27,7 +27,7 @@ class Protocol(Options):
 
 
 class ProtocolOptions(Protocol):
-    """How images are brought to the crop."""
+    """How an evaluation brings images to the crop."""
 
     order: Literal["resize_crop", "crop_resize"] = Field(
         description="Resize the short side, then crop; or crop a square, then resize it."
@@ -42,7 +42,7 @@ class ProtocolOptions(Protocol):
 
 
 class RegionProtocolOptions(Protocol):
-    """How scenes are shown, and their pixels scored (evaluation/regions.py)."""
+    """How an evaluation shows scenes to the network; see evaluation/regions.py."""
 
     name: Literal["whole", "slide", "centre", "published"] = Field(
         description="Whole scenes, sliding windows, the centre crop, or the published protocol."
@@ -58,7 +58,7 @@ class RegionProtocolOptions(Protocol):
 
 
 class BoxProtocolOptions(Protocol):
-    """How images are shown to a detector, and which of its detections count."""
+    """How an evaluation shows images to a detector, and which of its detections count."""
 
     short_side: Positive = Field(description="Short side in pixels to which images are scaled.")
     longest: Positive = Field(description="Largest long side in pixels; an image that would be longer is scaled to it.")
@@ -78,7 +78,10 @@ class BoxProtocolOptions(Protocol):
 
 
 class Recipe(Options):
-    """How to train; conf/recipe/ has the published recipes and the source of each value."""
+    """How to train, for every task.
+
+    conf/recipe/ has the published recipes and the source of each value.
+    """
 
     # What `eval` and `protocol` have in a run of this task.
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions
@@ -278,7 +281,10 @@ class SegmentationRecipe(Recipe):
 
 
 class DetectionRecipe(Recipe):
-    """How to train a detector, as in the paper's Tables 5 and 6; options of the network are `RCNNOptions`."""
+    """How to train a detector, as in the paper's Tables 5 and 6.
+
+    The options of the network are those of `RCNNOptions`.
+    """
 
     PROTOCOL: ClassVar[type[Protocol]] = BoxProtocolOptions
 
