@@ -73,7 +73,7 @@ _CHOICES_OF_DATA = {
 
 
 class DataOptions(Options):
-    """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
+    """Where the images are."""
 
     kind: str = Field(description="Layout of the data set; the group data sets it.")
     root: Place = Field(description="Folder of the data set.")
@@ -92,10 +92,12 @@ class DataOptions(Options):
         description="on_error=substitute: largest number of such images per rank."
     )
     shuffle_shards: Positive | None = Field(
-        description="data=webdataset: shuffle images within so many shards; null: over the whole set."
+        description="data=webdataset: shuffle training images within so many shards, which are read together; null: "
+        "over the whole set, and one shard is read after another."
     )
     digest: Literal["names", "sizes", "content"] = Field(
-        description="What of the images must be the same when a run resumes, besides classes: names, sizes or all."
+        description="What of the images must be the same when a run resumes, besides classes: their names; their sizes "
+        "too; or their content too, and then every file is read at each start."
     )
 
     @model_validator(mode="after")
@@ -120,7 +122,7 @@ _Own = WrapValidator(keep_own)
 
 
 class OwnProtocolOptions(Protocol):
-    """How an evaluation brings images to the crop; own: as in the evaluation of the network's own run."""
+    """How images are brought to the crop; own: as in the evaluation of the network's run."""
 
     order: Literal["own", "resize_crop", "crop_resize"] = Field(
         description="Resize the short side, then crop; or crop a square, then resize it."
@@ -151,7 +153,8 @@ class CheckpointOptions(Options):
         description="Newest checkpoints to keep, besides best.pt."
     )
     on_mismatch: Literal["refuse", "set_aside", "extend"] = Field(
-        description="run_dir holds another run: refuse, move it into a folder in run_dir, or extend it by epochs."
+        description="run_dir holds another run: refuse it; set it aside in a folder there, and train from scratch; or "
+        "extend it to more epochs (steps), with the schedule of the new length."
     )
 
 
@@ -268,7 +271,7 @@ class PredictConfig(InferenceConfig):
     top: Positive = Field(description="Classes or objects to show of each image.")
     score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
     out: Place | None = Field(
-        description="A .csv or .json file; a folder for the pictures of a segmentation or detection."
+        description="A .csv or .json file besides. Segmentation: a folder for the masks; detection: a file or a folder."
     )
 
 
@@ -279,11 +282,13 @@ class ExplainConfig(InferenceConfig):
     ckpt: _Checkpoint
     model: NetworkOptions | None
     images: _Images
+    precision: Precision = Field(description="Of the probabilities and the attention; the maps are always fp32.")
     out: Place = Field(description="A folder for the pictures and tables.")
     top: Positive = Field(description="Maps of so many of the likeliest classes.")
     target: str | int | None = Field(description="Map of this class instead: its name, synset, number or words.")
     layer: Literal["layer1", "layer2", "layer3", "layer4"] = Field(
-        description="Layer of the map; earlier ones are finer, and their evidence rougher."
+        description="Layer of the map; earlier ones are finer, and their evidence is rougher; the places of "
+        "layer4 add up to the logit."
     )
 
     @model_validator(mode="after")
@@ -335,7 +340,7 @@ class ReportConfig(Options):
     """resnest-report."""
 
     runs: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)] = Field(
-        description="Run folders, folders of resnest-eval's out= and predictions=, or patterns."
+        description="Run folders, folders with resnest-eval's eval.json and predictions.csv, or patterns."
     )
     out: Place = Field(description="The HTML page to write.")
     crop: Literal[224, 320] = Field(description="Column of Table 3 beside which the runs are placed.")
@@ -411,7 +416,7 @@ class TablesConfig(Table3Config):
     """resnest-tables."""
 
     table: Annotated[list[Literal[3, 5, 6, 7]], Field(min_length=1), BeforeValidator(as_list)] = Field(
-        description="Tables of the paper to print."
+        description="Tables of the paper to print; format=csv takes one of them."
     )
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ class Protocol(Options):
 
 
 class ProtocolOptions(Protocol):
-    """How an evaluation brings images to the crop."""
+    """How images are brought to the crop in an evaluation."""
 
     order: Literal["resize_crop", "crop_resize"] = Field(
         description="Resize the short side, then crop; or crop a square, then resize it."
@@ -42,7 +42,10 @@ class ProtocolOptions(Protocol):
 
 
 class RegionProtocolOptions(Protocol):
-    """How an evaluation shows scenes to the network; see evaluation/regions.py."""
+    """How scenes are shown to the network, and which of their pixels count.
+
+    evaluation/regions.py has each protocol's steps.
+    """
 
     name: Literal["whole", "slide", "centre", "published"] = Field(
         description="Whole scenes, sliding windows, the centre crop, or the published protocol."
@@ -58,7 +61,7 @@ class RegionProtocolOptions(Protocol):
 
 
 class BoxProtocolOptions(Protocol):
-    """How an evaluation shows images to a detector, and which of its detections count."""
+    """How images are shown to a detector, and which of its detections count."""
 
     short_side: Positive = Field(description="Short side in pixels to which images are scaled.")
     longest: Positive = Field(description="Largest long side in pixels; an image that would be longer is scaled to it.")

@@ -36,7 +36,8 @@ def list_choices(schema: type[Options], group: str, folders: Sequence[Path]) -> 
     """
     texts = {file.stem: file.read_text() for folder in folders for file in (folder / group).glob("*.yaml")}
     choices: dict[str, list[str]] = {task: [] for task in ["", *RECIPES]}
-    for name, text in sorted(texts.items()):
+    for name in sorted(texts, key=_order_naturally):
+        text = texts[name]
         task = _find_protocols_task(schema, text) if group == "protocol" else _find_task(group, name, texts)
         if task is not None:
             choices.setdefault(task, []).append(name)
@@ -66,6 +67,11 @@ def _find_task(group: str, name: str, texts: Mapping[str, str]) -> str:
         keys = {key for name in names for key in _list_keys(texts[name])}
         return next((task for task, recipe in RECIPES.items() if keys <= recipe.model_fields.keys()), "")
     return ""
+
+
+def _order_naturally(name: str) -> list[str | int]:
+    """Return a key that puts resnest50 before resnest101."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _list_keys(text: str) -> set[str]:

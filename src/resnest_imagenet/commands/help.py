@@ -75,12 +75,14 @@ def find_folders(sources: Sequence[Any]) -> list[Path]:
 def _fill(text: str, width: int) -> str:
     """Fill the paragraphs of a text, but for examples and tables, which are indented."""
     paragraphs = text.strip().split("\n\n")
-    return "\n\n".join(paragraph if "\n " in paragraph else _wrap(paragraph, width, "", "") for paragraph in paragraphs)
+    return "\n\n".join(
+        paragraph if "\n " in f"\n{paragraph}" else _wrap(paragraph, width, "", "") for paragraph in paragraphs
+    )
 
 
 def _format_group(group: str, chosen: Any, choices: Mapping[str, Sequence[str]], width: int) -> str:
     """Return the choices of a group; with a line for each task where they are of several."""
-    heading = "+experiment=NAME" if group == "experiment" and not chosen else f"{group}={chosen or 'null'}"
+    heading = f"+experiment={chosen or 'NAME'}" if group == "experiment" else f"{group}={chosen or 'null'}"
     if len(choices.keys() - {""}) < 2:
         choices = {"": [name for names in choices.values() for name in names]}
     texts = [f"{task}: {', '.join(names)}" if task else ", ".join(names) for task, names in choices.items()]
@@ -94,9 +96,9 @@ def _format_section(section: Section, values: Mapping[str, Any], width: int) -> 
     """Return the options of a section, with their values."""
     part = values[section.name] if section.name else values
     title = f"{section.name}.*: {section.title}" if section.name else "Options: option=value"
+    options = {option: part.get(option.name.rpartition(".")[2], UNSET) for option in section.options}
     rows = []
-    for option in section.options:
-        value = part[option.name.rpartition(".")[2]]
+    for option, value in sorted(options.items(), key=lambda item: item[1] != UNSET):  # first what must be given
         kind = f"[{option.kind}{'; required' if value == UNSET else ''}]"
         if len(kind) <= _LONGEST_KIND:
             kind = kind.replace(" ", _NO_BREAK)

@@ -123,7 +123,8 @@ def _list_items(words: list[str], constraints: Sequence[Any], may_be_bare: bool)
     if may_be_bare and len(words) == 1:
         return [*words, "a list of them"]
     sizes = [f"{item.max_length}: " for item in constraints if getattr(item, "max_length", None)]
-    return [f"list of {''.join(sizes)}{join_words(words)}"]
+    items = join_words(words) if len(words) == 1 else f"({join_words(words)})"
+    return [f"list of {''.join(sizes)}{items}"]
 
 
 def _bound(word: str, constraints: Sequence[Any]) -> str:
