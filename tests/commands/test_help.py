@@ -9,13 +9,15 @@ from importlib.metadata import entry_points
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from asking import ask_for_help
 from conftest import compose_once
 from options_page import COMMANDS, build_page
 from resnest_imagenet.commands import data, train
 from resnest_imagenet.commands.choices import list_choices
+from resnest_imagenet.commands.help import read_values
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.option_list import list_sections, list_values
-from resnest_imagenet.config import ExplainConfig, TrainConfig, choose_schema, list_schemas, option_names
+from resnest_imagenet.config import ExplainConfig, TrainConfig, flatten, list_schemas, option_names
 
 ROOT = find_conf().parent
 MAIN = {script.name: script.value for script in entry_points(group="console_scripts") if script.name in
@@ -49,37 +51,40 @@ def test_every_option_has_a_description():
     described = set()
     for _, schema in COMMANDS.values():
         for variant in list_schemas(schema):
-            for section in list_sections(variant, dict.fromkeys(variant.model_fields, {})):
+            for section in list_sections(variant, {name: {} for name in variant.model_fields}):
                 assert section.title.endswith("."), section.schema
                 for option in section.options:
                     described.add(option.name)
                     assert option.description.endswith("."), f"{option.name} of {variant.__name__}"
                     assert option.kind, option.name
-        assert set(option_names(schema)) <= described | {"model", "train", "eval", "protocol", *GROUPS}
-    assert {"train.lr", "train.anchor_sizes", "data.root", "protocol.flip", "ckpt"} <= described
+    names = {name for _, schema in COMMANDS.values() for name in option_names(schema)}
+    sections = {name.partition(".")[0] for name in names if "." in name}
+    assert described == names - sections
 
 
-GROUPS = {"data", "loader", "checkpoint", "log"}
+# The commands that choose a network of conf/model/.
+WITH_NETWORKS = {"train", "eval", "info", "explain", "export", "predict", "data_preview"}
 
 
+@pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command(name, monkeypatch, capsys):
-    """Every option of the schema in a line of its own, every example composed of what is there."""
-    command, schema = COMMANDS[name]
-    text = ask(command, monkeypatch, capsys)
-    assert text.startswith(f"{command}: ") and text.endswith("]\n")
-    assert all(len(line) <= 80 for line in text.splitlines())
-    values = compose_once(name)
-    chosen = choose_schema(schema, {key: values[key] for key in values if key in ("protocol", "train")})
-    options = {option for option in option_names(chosen) if option not in chosen.model_fields or option not in GROUPS}
-    shown = re.findall(r"^  ([a-z][\w.]*)=", text.partition("Options: ")[2], re.MULTILINE)
-    parts = {option.partition(".")[0] for option in options if "." in option} - {"model"} | {"model"}
-    assert sorted(shown) == sorted(options - parts - (set() if "model.name" in shown else {"model.name"}))
-    examples = text.partition("Examples\n")[2].partition("\n\n")[0].replace("\\\n", " ").splitlines()
-    assert 2 <= len(examples) <= 4
-    for example in examples:
-        check_example(example, command, schema)
+def test_help_needs_no_torch_and_has_every_option_and_examples(tmp_path):
+    """--help answers at once because torch is not imported. From any folder."""
+    helps, imported, _ = ask_for_help(tmp_path, *(command for command, _ in COMMANDS.values()))
+    assert not any(imported.values()), imported
+    for name, (command, schema) in COMMANDS.items():
+        text = helps[command]
+        assert text.startswith(f"{command}: ") and text.endswith("]\n")
+        assert all(len(line) <= 80 for line in text.splitlines()), command
+        options = flatten(read_values(compose_once(name))).keys() - {"model"}  # null, and a group
+        assert sorted(re.findall(r"^  ([a-z][\w.]*)=", text.partition("\nOptions: ")[2], re.MULTILINE)) == sorted(
+            options
+        )
+        assert ("resnest101, resnest101_fast" in text.replace("\n       ", "")) == (name in WITH_NETWORKS), command
+        examples = text.partition("\nExamples\n")[2].partition("\n\n")[0].replace("\\\n", " ").splitlines()
+        assert len(examples) in (2, 3, 4), command
+        for example in examples:
+            check_example(example, command, schema)
 
 
 def check_example(example, command, schema):
@@ -155,7 +160,7 @@ def test_choices_are_those_that_the_command_can_use():
     ],
 )
 def test_types_in_words(option, words):
-    sections = list_sections(list_schemas(TrainConfig)[0], dict.fromkeys(TrainConfig.model_fields, {}))
+    sections = list_sections(list_schemas(TrainConfig)[0], {name: {} for name in TrainConfig.model_fields})
     (kind,) = [row.kind for section in sections for row in section.options if row.name == option]
     assert kind == words
 
