@@ -42,8 +42,9 @@ VARIANTS = {"train": ((), *_TRAIN)}
 HEAD = """\
 # Options
 
-Every command takes `option=value`, and `group=NAME` to choose among the files of `conf/`. `--help` after a command and
-any options shows what it takes, with its values. This page is made from the schema (`make options`).
+Every command takes options, such as `seed=1`, and choices of groups, such as `loader=torchvision`; a group is a folder
+of `conf/`. With `--help` a command shows what it takes, and the values under the other options given. `make options`
+makes this page from the schema.
 
 `...` stands for a value that must be given. Values are those without an experiment, `train.*` with `recipe=resnest`, in
 segmentation `recipe=deeplab_gluon`, in detection `recipe=detectron2_boxes`.

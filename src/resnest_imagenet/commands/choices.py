@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from resnest_imagenet.commands.option_list import find_part
 from resnest_imagenet.config import KINDS, RECIPES, OwnProtocolOptions, TrainConfig, list_schemas
 from resnest_imagenet.options import Options
 
@@ -47,10 +48,10 @@ def list_choices(schema: type[Options], group: str, folders: Sequence[Path]) -> 
 def _find_protocols_task(schema: type[Options], text: str) -> str | None:
     """Return the task of a protocol; None for one that the command does not take."""
     option = next((option for option in _TASKS_OF_PROTOCOLS if option in _list_keys(text)), "")
-    taken = [variant.model_fields["protocol"].annotation for variant in list_schemas(schema)]
+    taken = [find_part(variant.model_fields["protocol"]) for variant in list_schemas(schema)]
     if "\norder: own" in text:
         return "" if OwnProtocolOptions in taken else None
-    is_taken = any(isinstance(protocol, type) and option in protocol.model_fields for protocol in taken)
+    is_taken = any(protocol and option in protocol.model_fields for protocol in taken)
     return _TASKS_OF_PROTOCOLS[option] if is_taken else None
 
 

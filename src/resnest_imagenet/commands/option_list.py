@@ -55,7 +55,7 @@ def list_sections(schema: type[Options], values: Mapping[str, Any]) -> list[Sect
         values: what was composed; a section that is null in it has no options.
     """
     fields = schema.model_fields
-    parts = {name: _find_part(field) for name, field in fields.items()}
+    parts = {name: find_part(field) for name, field in fields.items()}
     own = [_describe(name, fields[name]) for name, part in parts.items() if part is None]
     sections = [Section("", _first_line(schema), own, schema)] if own else []
     for name, part in parts.items():
@@ -72,7 +72,7 @@ def _split_section(name: str, part: type[Options]) -> Iterator[Section]:
     yield Section(name, _first_line(part), list(options.values()), part)
 
 
-def _find_part(field: FieldInfo) -> type[Options] | None:
+def find_part(field: FieldInfo) -> type[Options] | None:
     """Return the schema of a section; None for an option."""
     for part in (field.annotation, *get_args(field.annotation)):
         if isinstance(part, type) and issubclass(part, Options):
