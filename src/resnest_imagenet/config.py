@@ -89,7 +89,7 @@ class DataOptions(Options):
         description="A training image that cannot be decoded: end the run, or take the next image."
     )
     max_errors: Annotated[int, Field(ge=0)] = Field(
-        description="on_error=substitute: largest number of such images per rank."
+        description="on_error=substitute: largest number of such images on a rank; more end the run."
     )
     shuffle_shards: Positive | None = Field(
         description="data=webdataset: shuffle training images within so many shards, which are read together; null: "

@@ -55,7 +55,7 @@ class RegionProtocolOptions(Protocol):
         description="Long side in pixels at scale 1; null: the scene's own, with name=published the recipe's."
     )
     scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(as_list)] = Field(
-        description="Each scene is seen at these scales, and the logits are added."
+        description="Scales at which each scene is seen; the scores are added."
     )
     flip: bool = Field(description="Add the logits of the mirrored scene.")
 
@@ -92,7 +92,7 @@ class Recipe(Options):
 
     task: str = Field(description="What is trained: classification, segmentation or detection; the group task sets it.")
     recipe: str = Field(description="Name of the recipe; results are listed under it.")
-    epochs: Positive | None = Field(description="Length of the run in epochs; null: train.steps has it.")
+    epochs: Positive | None = Field(description="Length of the run in epochs; null: train.steps is its length.")
     steps: Positive | None = Field(
         description="Length of the run in steps, in place of epochs; the last epoch may be shorter."
     )
@@ -117,9 +117,9 @@ class Recipe(Options):
         description="Peak learning rate at train.reference_batch images per step; scaled linearly for others."
     )
     reference_batch: Positive = Field(description="Images per step for which train.lr is meant.")
-    head_lr_factor: Annotated[float, Field(gt=0)] = Field(description="Factor on the learning rate of a new head.")
+    head_lr_factor: Annotated[float, Field(gt=0)] = Field(description="Factor on the learning rate of the head.")
     warmup_epochs: Annotated[float, Field(ge=0)] | None = Field(
-        description="Length of the warm-up in epochs; null: train.warmup_steps has it."
+        description="Length of the warm-up in epochs; null: train.warmup_steps is its length."
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         description="Length of the warm-up in steps, in place of train.warmup_epochs."
@@ -221,10 +221,10 @@ class ClassificationRecipe(Recipe):
     )
     jitter: Share = Field(description="Largest change of brightness, contrast and saturation, as a share; 0: none.")
     lighting: Annotated[float, Field(ge=0)] = Field(
-        description="Standard deviation of the noise along the principal colours; 0: none."
+        description="Standard deviation of the noise along the principal colours (PCA); 0: none."
     )
     pixel_shift: Annotated[float, Field(ge=0, le=255)] = Field(
-        description="Largest value added to all pixels of an image, of 255; 0: none."
+        description="Largest value, of 255, by which all pixels of an image are shifted; 0: none."
     )
     erasing: Share = Field(description="Probability that a random rectangle of an image gets the mean colour.")
     label_smoothing: Fraction = Field(description="Share of the target that is spread over all classes.")
