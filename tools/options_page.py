@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from resnest_imagenet import config as schemas
+from resnest_imagenet.commands import data
 from resnest_imagenet.commands.choices import list_choices, list_groups
 from resnest_imagenet.commands.help import format_typed, read_values
 from resnest_imagenet.commands.launch import find_conf
@@ -13,7 +14,7 @@ from resnest_imagenet.commands.option_list import Section, list_sections
 from resnest_imagenet.options import Options
 
 # By primary configuration: what the command is called, and its schema.
-COMMANDS = {
+COMMANDS: dict[str, tuple[str, type[Options]]] = {
     "train": ("resnest-train", schemas.TrainConfig),
     "eval": ("resnest-eval", schemas.EvalConfig),
     "predict": ("resnest-predict", schemas.PredictConfig),
@@ -24,13 +25,8 @@ COMMANDS = {
     "info": ("resnest-info", schemas.InfoConfig),
     "tables": ("resnest-tables", schemas.TablesConfig),
     "table3": ("resnest-table3", schemas.Table3Config),
-    "data_demo": ("resnest-data demo", schemas.DemoDataConfig),
-    "data_demo_segmentation": ("resnest-data demo task=segmentation", schemas.DemoScenesConfig),
-    "data_demo_detection": ("resnest-data demo task=detection", schemas.DemoObjectsConfig),
-    "data_prepare": ("resnest-data prepare", schemas.PrepareDataConfig),
-    "data_check": ("resnest-data check", schemas.CheckDataConfig),
-    "data_preview": ("resnest-data preview", schemas.PreviewDataConfig),
-    "data_shard": ("resnest-data shard", schemas.ShardDataConfig),
+    **{f"data_{name}": (f"resnest-data {name}", action.schema) for name, action in data.ACTIONS.items()},
+    **{f"data_demo_{task}": (f"resnest-data demo task={task}", demo.schema) for task, demo in data.DEMOS.items()},
 }
 # Choices with which a command has the options of the other tasks.
 _TRAIN = (

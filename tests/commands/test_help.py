@@ -7,7 +7,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from asking import ask_for_help
 from conftest import compose_once
@@ -39,9 +38,6 @@ def ask(words, monkeypatch, capsys):
 def test_every_command_is_in_the_table():
     assert {path.stem for path in find_conf().glob("*.yaml")} == set(COMMANDS)
     assert {name.split()[0] for name, _ in COMMANDS.values()} == set(MAIN)
-    demos = {f"demo task={task}" for task in data.DEMOS}
-    actions = {name.removeprefix("resnest-data ") for name, _ in COMMANDS.values() if name.startswith("resnest-data")}
-    assert actions == {*data.ACTIONS, *demos}
     for action in data.ACTIONS:
         assert f"\n  {action:<9}{data.ACTIONS[action].summary}\n" in data.format_usage()
     assert all(len(line) <= 80 for line in data.format_usage().splitlines())
@@ -72,6 +68,7 @@ def test_help_needs_no_torch_and_has_every_option_and_examples(tmp_path):
     """--help answers at once because torch is not imported. From any folder."""
     helps, imported, _ = ask_for_help(tmp_path, *(command for command, _ in COMMANDS.values()))
     assert not any(imported.values()), imported
+    assert not list(tmp_path.iterdir())
     for name, (command, schema) in COMMANDS.items():
         text = helps[command]
         assert text.startswith(f"{command}: ") and text.endswith("]\n")
@@ -103,17 +100,23 @@ def check_example(example, command, schema):
             assert option in option_names(schema), example
 
 
-def test_the_help_shows_what_is_chosen(monkeypatch, capsys):
-    """Values of the experiment, options of its task; the flags of a sweep change nothing."""
-    text = ask("resnest-train +experiment=demo_detection seed=7 -m", monkeypatch, capsys)
+def test_the_help_shows_what_is_chosen(tmp_path, monkeypatch, capsys):
+    """Values of the experiment, options of its task, choices of other folders; the flag of a sweep changes nothing."""
+    write(tmp_path / "experiment/mine.yaml", "# @package _global_\n")
+    text = ask(f"resnest-train --config-dir {tmp_path} +experiment=demo_detection seed=7 -m", monkeypatch, capsys)
     assert "\n  +experiment=demo_detection\n" in text and "\n  model=resnest14_half\n" in text
+    assert re.search(r"\n      classification: demo, mine, resnest14, resnest26,", text)
     assert "\n  seed=7                    Seed of all random numbers. [0 <= int < 2^63]\n" in text
     assert "\n  train.anchor_sizes=[16,32,64,96,128]\n" in text and "train.label_smoothing" not in text
     assert "\n  data.root=data/demo-objects\n" in text and "; required]" not in text
     bare = ask("resnest-train", monkeypatch, capsys)
     assert "\n  data.root=...             Folder of the data set. [path; required]\n" in bare
     assert "\n  +experiment=NAME\n      classification: demo, resnest14, resnest26, resnest50," in bare
-    assert not GlobalHydra.instance().is_initialized()
+
+
+def write(path, text):
+    path.parent.mkdir()
+    path.write_text(text)
 
 
 def test_a_wrong_choice_is_a_line_in_help_too(monkeypatch, capsys):
@@ -122,6 +125,19 @@ def test_a_wrong_choice_is_a_line_in_help_too(monkeypatch, capsys):
         train.main()
     assert error.value.code == 2
     assert "unknown recipe 'resnst'; did you mean 'resnest'?" in capsys.readouterr().err
+
+
+def test_choices_of_another_package_serve_every_task_but_those_that_name_one(tmp_path):
+    write(
+        tmp_path / "recipe/count.yaml", "# @package train\ndefaults: [override /task@_global_.task: counting]\nto: 9\n"
+    )
+    (tmp_path / "recipe/longer.yaml").write_text("# @package train\ndefaults:\n  - elsewhere\n  - _self_\nto: 99\n")
+    write(tmp_path / "experiment/count.yaml", "# @package _global_\ndefaults:\n  - override /task: counting\n")
+    write(tmp_path / "data/list.yaml", "kind: list\nroot: ???\n")
+    folders = [find_conf(), tmp_path]
+    assert list_choices(TrainConfig, "recipe", folders)[""] == ["count", "longer"]
+    assert list_choices(TrainConfig, "experiment", folders)["counting"] == ["count"]
+    assert list_choices(TrainConfig, "data", folders)[""] == ["list"]
 
 
 def test_choices_are_those_that_the_command_can_use():

@@ -65,7 +65,7 @@ def _find_task(group: str, name: str, texts: Mapping[str, str]) -> str:
         return next((task for task, kinds in KINDS.items() if kind in kinds), "")
     if group == "recipe":
         names = [name, *re.findall(r"^  - ([a-z]\w*)$", text, re.MULTILINE)]  # with the recipe that it starts from
-        keys = {key for name in names for key in _list_keys(texts[name])}
+        keys = {key for name in names for key in _list_keys(texts.get(name, ""))}
         return next((task for task, recipe in RECIPES.items() if keys <= recipe.model_fields.keys()), "")
     return ""
 
