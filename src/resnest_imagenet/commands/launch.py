@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from resnest_imagenet.commands.arguments import Vocabulary, list_choices, refuse_words
+from resnest_imagenet.commands.help import HELP, drop_flags, format_help
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.commands.versions import asks_for_version, format_versions
 from resnest_imagenet.config import Options, choose_schema, option_names
@@ -69,6 +70,9 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
     if asks_for_version(sys.argv[1:]):
         print(format_versions())
         return
+    asks_for_help = not HELP.isdisjoint(sys.argv[1:])
+    if asks_for_help:
+        sys.argv[1:] = drop_flags(sys.argv[1:])
     _check_words(name, schema)
 
     def task(composed: "DictConfig") -> float | None:
@@ -78,6 +82,9 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
 
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
+            if asks_for_help:
+                print(format_help(composed, schema))
+                return None
             config = check_config(composed, schema)
             refuse_early(config)
             return job(config)
