@@ -78,13 +78,13 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
     def task(composed: "DictConfig") -> float | None:
         nonlocal composing
         composing = False
-        from resnest_imagenet.commands.early import refuse_early  # imports NumPy, which --help need not
-
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
             if asks_for_help:
                 print(format_help(composed, schema))
                 return None
+            from resnest_imagenet.commands.early import refuse_early  # imports NumPy, which --help need not
+
             config = check_config(composed, schema)
             refuse_early(config)
             return job(config)
