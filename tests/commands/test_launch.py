@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -450,26 +449,6 @@ def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
         assert "resnest50_fast_2s1x64d" in text or name in ("table3", "tables", "compare", "report"), name
     assert "experiment: cascade_mask_rcnn_resnest101, cascade_" in helps["train"]
     assert "resnest101, resnest101_fast" in helps["train"]
-
-
-@pytest.mark.process
-def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
-    from hatchling.build import build_wheel
-
-    monkeypatch.chdir(find_conf().parent)
-    site = tmp_path / "site"
-    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as archive:
-        archive.extractall(site)
-    inside = site / "resnest_imagenet" / "conf"
-    assert (inside.parent / "py.typed").is_file()
-    assert list_files(inside) == list_files(find_conf())
-    helps, _, conf = ask_for_help(tmp_path, "train", "data", PYTHONPATH=str(site))
-    assert all(f"resnest-{name} " in text for name, text in helps.items())
-    assert conf == str(inside)
-
-
-def list_files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
 
 
 @pytest.mark.process
