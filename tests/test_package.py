@@ -75,6 +75,7 @@ def check_commands(site, folder):
     where = subprocess.check_output([sys.executable, "-c", WHERE], **options).split()
     assert where == [resnest_imagenet.__version__, str(package / "__init__.py"), str(package / "conf")]
     assert list_files(package / "conf") == list_files(ROOT / "conf") and (package / "py.typed").is_file()
+    assert "resnest-train " in subprocess.check_output([site / "bin/resnest-train", "--help"], **options)
     command = [site / "bin/resnest-data", "demo", "out=images", "train_per_class=1", "val_per_class=1"]
     assert subprocess.check_output(command, **options) == "wrote the demo images in images\n"
     assert len(list((folder / "images").rglob("*.JPEG"))) == 20
