@@ -116,7 +116,7 @@ def explain_runtime(error: BaseException) -> UserError | None:
 
 
 def _explain_torchvision() -> str:
-    """Name the builds that do not belong together, as torch for CPUs alone and the index's torchvision, and the way out.
+    """Name two builds that do not belong together, as torch for CPUs only and the index's torchvision, and the remedy.
 
     uv takes both from the same index; pip may find the same torch once more.
     """

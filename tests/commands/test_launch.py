@@ -12,7 +12,6 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from asking import ask_for_help
 from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import check_config, explain_composition, find_conf, quote_place
