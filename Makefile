@@ -59,9 +59,10 @@ test-quick: $(READY) ## run those that start no process and take no time, for th
 fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
 	PYTHONPATH=tests $(BIN)/python -m faults
 
-lint: $(READY) ## check style, format and types
+lint: $(READY) ## check style, format, the Dockerfile and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/mypy
 
 bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes

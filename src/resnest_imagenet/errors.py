@@ -121,12 +121,7 @@ def explain_runtime(error: BaseException) -> UserError | None:
     """Explain what torch or the system raises where a user can fix it; None for any other error."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
     if "torchvision::nms" in text:
-        from importlib.metadata import version
-
-        return ConfigError(
-            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
-            "install both from the same index (make setup does, with uv)"
-        )
+        return ConfigError(_explain_torchvision())
     if is_out_of_memory(error) or "ALLOC_FAILED" in text:  # cuBLAS and cuDNN
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
@@ -138,6 +133,19 @@ def explain_runtime(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS):
         return StorageError(f"{error.filename or 'a file'}: {error.strerror}")
     return None
+
+
+def _explain_torchvision() -> str:
+    """Name two builds that do not belong together, as torch for CPUs only and the index's torchvision, and the remedy.
+
+    uv takes both from the same index; pip may find the same torch once more.
+    """
+    from importlib.metadata import version
+
+    builds = f"torchvision {version('torchvision')} was not built for torch {version('torch')}"
+    torch_release = version("torch").partition("+")[0]
+    command = f"python -m pip install uv && python -m uv pip install --reinstall torch=={torch_release} torchvision"
+    return f"{builds}; install both from one index: {command}"
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from asking import ask_for_help
 from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import check_config, explain_composition, find_conf, quote_place
@@ -396,26 +394,6 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
     with initialize_config_dir(str(find_conf()), version_base="1.3"):
         composed = OmegaConf.to_container(compose(name, overrides))
     assert sorted(list_keys(composed)) == sorted(option_names(choose_schema(schema, composed)))
-
-
-@pytest.mark.process
-def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
-    from hatchling.build import build_wheel
-
-    monkeypatch.chdir(find_conf().parent)
-    site = tmp_path / "site"
-    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as archive:
-        archive.extractall(site)
-    inside = site / "resnest_imagenet" / "conf"
-    assert (inside.parent / "py.typed").is_file()
-    assert list_files(inside) == list_files(find_conf())
-    helps, _, conf = ask_for_help(tmp_path, "resnest-train", "resnest-data", PYTHONPATH=str(site))
-    assert all(f"{name} " in text for name, text in helps.items())
-    assert conf == str(inside)
-
-
-def list_files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
 
 
 @pytest.mark.process
