@@ -105,13 +105,11 @@ def compare(
     for judgement in judgements:
         classifier = judgement.classifier
         groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
-    total = len(usable) * len(groups)
-    with tqdm(total=total, unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
+    with tqdm(total=len(usable) * len(groups), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
         for group in groups.values():
             alike = [judgement.classifier for judgement in group]
-            batches = build_loader(
-                arguments.loader, usable, plan, alike[0].transform, alike[0].device, arguments.workers
-            )
+            transform, device = alike[0].transform, alike[0].device
+            batches = build_loader(arguments.loader, usable, plan, transform, device, arguments.workers)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):
                     judgement.add(probabilities)
