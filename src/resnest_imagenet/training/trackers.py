@@ -22,7 +22,7 @@ from resnest_imagenet.files import move_damaged, replacing, storing
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
-MAX_WAITING = 100  # events for a tracker that does not answer, above which pictures are left out
+MAX_WAITING = 100  # events for a tracker that does not answer, above which pictures are dropped
 
 
 class Tracker(Protocol):
@@ -94,7 +94,7 @@ def show_event(tracker: Tracker, event: Event) -> None:
 class TensorBoard:
     """Event files that say what metrics.jsonl says, and have the pictures.
 
-    They are written anew when a run goes on: they may lack what a killed process had not written, and have what the
+    They are written again when a run resumes: they may lack what a killed process had not written, and have what the
     last checkpoint does not know.
     """
 
@@ -192,7 +192,7 @@ class MLflow:
 
     @cached_property
     def _run_id(self) -> str:
-        """Go on in the run, or make it: at the first event, in the background, or at the next one that gets through."""
+        """Continue the run, or make it: at the first event, in the background, or at the next one that gets through."""
         run_id = _read_ids(self._folder).get("mlflow")
         if run_id is None:
             experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
@@ -225,7 +225,7 @@ class MLflow:
 
 
 class _InBackground:
-    """A tracker that may be slow or fail: no step waits for it, and what fails is said once and left out."""
+    """A tracker that may be slow or fail: no step waits for it, and what fails is reported once and dropped."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         Image.init()  # a loader's process, forked while the thread imports Pillow's formats, could not import them
