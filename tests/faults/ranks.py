@@ -123,7 +123,7 @@ def recover_from_death(place: Place) -> dict[str, Any]:
     )
     again = Trainer(place, run, *options, ranks=2)
     require(again.wait() == [0, 0], f"{run} resumes\n{again.output}")
-    line = f"WARNING: rank 1 of the last attempt ended without a word, {where}; its images: "
+    line = f"WARNING: rank 1 of the last attempt ended without a message, {where}; its images: "
     require(again.output.count(line) == 1, f"the next start names its images\n{again.output}")
     if place.fast:
         require_equal_runs(whole, run)
