@@ -1,7 +1,7 @@
 """The networks for torch.hub: torch.hub.load("OWNER/resnest-imagenet", "resnest50", pretrained=True).
 
-torch.hub clones the repository and installs nothing: the package is used as it lies beside this file. Whatever is here,
-can be called and has no underscore in front is an entry: other names are modules.
+torch.hub clones the repository and installs nothing: this file uses the package in src/. Every callable in this file
+without a leading underscore is an entry, so all other names are modules.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ dependencies = ["torch", "timm", "safetensors", "filelock", "pydantic"]
 _DOCUMENTATION = """{name} in training mode, with random weights or published ones.
 
 Maps normalised images (B, 3, H, W) to logits (B, num_classes): RGB in 0..1, minus mean (0.485, 0.456, 0.406), over std
-(0.229, 0.224, 0.225). With weights, its attribute crop is the side of the images that these are evaluated on: a
-run's own, or what is published, usually {crop} pixels.
+(0.229, 0.224, 0.225). With weights, the attribute crop is the side of the images on which these are evaluated: a
+run's own, or the published one, usually {crop} pixels.
 
 Args:
     pretrained: {choice}"timm:NAME" or a file.
-    num_classes: width of the classifier, a new one where the weights have another number.
-    **options: what else resnest_imagenet.build_model takes, such as dropout or output_stride.
+    num_classes: width of the classifier; the classifier is new if the weights have another number.
+    **options: further options of resnest_imagenet.build_model, such as dropout or output_stride.
 
 Raises:
-    ConfigError: (a ValueError) for options or weights that there are not.
-    CheckpointError: the weights cannot be had, or do not fit.
+    ConfigError: (a ValueError) an option or the weights do not exist.
+    CheckpointError: the weights cannot be fetched or read, or do not fit.
 """
 
 
@@ -51,7 +51,7 @@ def _make_entry(name: str) -> typing.Callable[..., typing.Any]:
 
 
 def _load(model: typing.Any, name: str, pretrained: bool | str | os.PathLike[str], num_classes: int) -> None:
-    # Late: torch.hub says which dependencies are missing after it has read this file.
+    # Imported late: torch.hub reports missing dependencies after it has read this file.
     from resnest_imagenet.weights.load import load_backbone, read_weights, start_from
 
     if pretrained is True and name not in published.OFFICIAL:
@@ -62,7 +62,7 @@ def _load(model: typing.Any, name: str, pretrained: bool | str | os.PathLike[str
         return
     weights = read_weights(source)
     model.crop = weights.crop or zoo.usual_crop(name)
-    # As many classes count as the same: the caller does not name them.
+    # The caller does not name the classes, so an equal number of classes is taken to mean the same classes.
     classes = list(map(str, range(num_classes)))
     start_from(model, name, classes, dataclasses.replace(weights, classes=classes))
 
@@ -75,7 +75,7 @@ def _read_trained(
     num_classes: int | None,
     options: dict[str, typing.Any],
 ) -> typing.Any:
-    """Return the weights of a network of another task; None: it is to be built, and there is all that it needs."""
+    """Return the weights of a network of another task; None without pretrained, if the other arguments are complete."""
     from resnest_imagenet.weights.load import read_weights
 
     if not pretrained:
@@ -97,18 +97,18 @@ def deeplabv3(
 ) -> typing.Any:
     """DeepLabV3 on any of these networks, in training mode, with random weights or trained ones.
 
-    Maps images (B, 3, H, W), normalised as those of its backbone, to logits (B, num_classes, H, W), in training mode to
-    these and those of the auxiliary head. With weights, its attributes classes, palette (red, green and blue of each
-    class, or None) and crop (of the training, in pixels) are the run's.
+    Maps images (B, 3, H, W), normalised as for its backbone, to logits (B, num_classes, H, W); in training mode to a
+    pair of these and the auxiliary head's logits. With weights, the attributes classes, palette (red, green and blue of
+    each class, or None) and crop (of the training, in pixels) are the run's.
 
     Args:
-        backbone: name of another entry; None with pretrained, which tells it.
-        num_classes: width of the logits; None likewise.
+        backbone: name of another entry; None with pretrained, which includes it.
+        num_classes: width of the logits; None with pretrained.
         pretrained: a folder of resnest-export format=hub, or a checkpoint of a run of segmentation.
-        **options: what else build_deeplab of models/deeplab.py takes, such as output_stride; not with pretrained.
+        **options: further options of build_deeplab of models/deeplab.py, such as output_stride; not with pretrained.
 
     Raises:
-        ConfigError: (a ValueError) for options that there are not, or that pretrained tells.
+        ConfigError: (a ValueError) an option does not exist, or pretrained includes it.
         CheckpointError: the weights cannot be read, or are not of segmentation.
     """
     from resnest_imagenet.models.deeplab import build_deeplab
@@ -136,18 +136,18 @@ def rcnn(
     """Faster, Mask or Cascade R-CNN on any of these networks, in training mode, with random weights or trained ones.
 
     Maps images (B, 3, H, W), padded with zeros at the right and at the bottom to multiples of 32, and the (height,
-    width) of each without the padding to what it finds: boxes, scores, labels and masks of each; in training mode, in
-    which targets take the place of the sizes, to its losses. With weights, its attributes are the run's: classes, and
-    pixels (mean and std of 0..255, and whether blue comes first), by which images are normalised.
+    width) of each image without padding to the detections of each: boxes, scores, labels and masks. In training mode it
+    takes targets instead of the sizes and returns its losses. With weights, the attributes are the run's: classes, and
+    pixels (mean and std of 0..255, and whether blue comes first), with which images are normalised.
 
     Args:
-        backbone: name of another entry; None with pretrained, which tells it.
-        num_classes: of the data set, without the background; None likewise.
+        backbone: name of another entry; None with pretrained, which includes it.
+        num_classes: of the data set, without the background; None with pretrained.
         pretrained: a folder of resnest-export format=hub, or a checkpoint of a run of detection.
         **options: of RCNNOptions of models/rcnn_options.py, such as masks=True; not with pretrained.
 
     Raises:
-        ConfigError: (a ValueError) for options that there are not, or that pretrained tells.
+        ConfigError: (a ValueError) an option does not exist, or pretrained includes it.
         CheckpointError: the weights cannot be read, or are not of detection.
     """
     from resnest_imagenet.models.rcnn import build_rcnn

@@ -106,8 +106,8 @@ def test_what_no_launcher_has_set_is_a_process_alone(variables, launched):
         ({"RANK": "1"}, "RANK set without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE set without RANK, LOCAL_RANK, "),
         ({**LAUNCHED, "MASTER_ADDR": ""}, "RANK, LOCAL_RANK, WORLD_SIZE set without MASTER_ADDR: "),
-        ({**LAUNCHED, "RANK": "x"}, "RANK=x is no number"),
-        ({**LAUNCHED, "WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 is no number"),
+        ({**LAUNCHED, "RANK": "x"}, "RANK=x is not a number"),
+        ({**LAUNCHED, "WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 is not a number"),
         ({**LAUNCHED, "RANK": "2"}, "RANK=2 must be less than WORLD_SIZE=2"),
     ],
 )
@@ -120,7 +120,7 @@ def test_variables_of_torchrun_that_make_no_sense(variables, message, launched):
 def test_a_rank_that_never_comes_is_named_and_a_signal_ends_the_wait(launched):
     launched(**LAUNCHED)
     with (
-        pytest.raises(DistributedError, match=r"^rank 1 did not come within 0.3 s \(timeout_seconds\)$"),
+        pytest.raises(DistributedError, match=r"^rank 1 did not join within 0.3 s \(timeout_seconds\)$"),
         join(CPU, 0.3),
     ):
         pass

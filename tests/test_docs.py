@@ -30,7 +30,7 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILI
 
 
 def read_commands(page):
-    """Return the commands in a page's blocks, each as words; long lines are joined, comments are left out.
+    """Return the commands in a page's blocks, each as words; long lines are joined, comments are dropped.
 
     A block of commands has nothing else in it, so that none is passed over.
     """
@@ -46,7 +46,7 @@ def read_commands(page):
 
 
 def to_script(words):
-    """Return the console command behind some words, and its arguments; what starts it is left out."""
+    """Return the console command behind some words, and its arguments; what starts it is dropped."""
     if words[0] == "torchrun":
         module = words.index("-m") + 1
         return MODULES[words[module]], words[module + 1 :]

@@ -230,7 +230,7 @@ def test_a_builder_gets_the_options_that_it_names(registry):
         (
             lambda num_classes: Net(10),
             {},
-            r"model.classifier.1.weight is no parameter with a row for each of 5 classes: .*head=NAME",
+            r"model.classifier.1.weight is not a parameter with a row for each of 5 classes: .*head=NAME",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the README's picture."""
+"""Which folder of the package may import which, and which library belongs where."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter

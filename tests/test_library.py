@@ -203,7 +203,7 @@ def test_explain_takes_a_layer_with_maps_and_changes_no_network(checkpoint, demo
     assert not any(parameter.requires_grad for parameter in classifier.module.parameters())
     for layer in ("", "fc"):
         with pytest.raises(
-            ConfigError, match=f"^layer='{layer}': it has no maps, as layer4 has: logits come out of it$"
+            ConfigError, match=f"^layer='{layer}' returns logits, not maps: choose a layer with maps, such as layer4$"
         ):
             resnest_imagenet.explain(classifier, demo_images / "val/ring", layer=layer)
     with pytest.raises(ConfigError, match=f"^layer=layer5: {NAME} has no layer of that name$"):

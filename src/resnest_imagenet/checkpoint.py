@@ -20,28 +20,28 @@ from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.errors import CheckpointError, DamagedCheckpointError, StorageError, UserError, is_out_of_memory
 from resnest_imagenet.files import replacing
 
-# torch's zip archives end with a record of 22 bytes, of which the last two are the length of a comment, 0. The comment
-# of ours is the SHA-256 of the archive as torch wrote it. Any other reader of zip archives passes over it.
+# torch's zip archives end with a record of 22 bytes; its last two are the length of a comment, 0. Here the comment is
+# the SHA-256 of the archive as torch wrote it. Other readers of zip archives skip it.
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 _COMMENT_LENGTH = _COMMENT_BYTES.to_bytes(2, "little")
 _END_BYTES = 22
-# In the metadata of .safetensors it stands for itself as zeros.
+# In .safetensors the digest stands in the metadata; it is computed with zeros in its place.
 _ZEROS = b"0" * 64
 _METADATA_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
-SECONDS_BETWEEN_READS = (0.5, 2.0)  # of a file whose storage fails, as it may for a moment
+SECONDS_BETWEEN_READS = (0.5, 2.0)  # of a file whose storage fails: that may pass
 
 
 class _Unread:
-    """Stands for a value beside the weights that nobody reads: nothing of its own class is called."""
+    """Replaces a value beside the weights that is not read: no code of its own class is called."""
 
     def __init__(self, *_: Any) -> None: ...
 
     def __setstate__(self, _: Any) -> None: ...
 
 
-# What training checkpoints of timm and of torchvision's references hold beside the weights, by pickle's names.
+# Classes of values beside the weights in training checkpoints of timm and torchvision's references, by pickle's names.
 _UNREAD: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Unread, f"{module}.{name}")
     for modules, names in (
@@ -57,7 +57,7 @@ _UNREAD: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 class _Digesting:
-    """Passes on what is written to a file, and takes its SHA-256."""
+    """Writes to a file and computes the SHA-256 of all that is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -75,15 +75,15 @@ class _Digesting:
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all, with a digest of all its bytes.
 
-    A .safetensors file holds contiguous tensors only, any other suffix means torch's format.
+    A .safetensors file holds contiguous tensors only; any other suffix means torch's format.
 
     Raises:
-        StorageError: it cannot be written; what was there before still is.
+        StorageError: it cannot be written; an earlier file is still there.
     """
     with replacing(path) as file:
         if path.suffix == ".safetensors":
             data = format_safetensors(content, metadata={"format": "pt", "sha256": _ZEROS.decode()})
-            # It writes the two in any order: always the same bytes for the same tensors.
+            # safetensors writes the two in any order: fix it, so that the same tensors give the same bytes.
             data = data.replace(b'{"sha256":"%b","format":"pt"}' % _ZEROS, b'{"format":"pt","sha256":"%b"}' % _ZEROS, 1)
             file.write(data.replace(_ZEROS, hashlib.sha256(data).hexdigest().encode(), 1))
             return
@@ -96,13 +96,13 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file onto the CPU, without executing anything in it.
 
-    The digest is checked before anything is parsed. Files of other programs and of earlier versions have none: damage
-    is then found by the checksums of torch's zip format, and not at all in older formats and .safetensors.
+    The digest is checked before anything is parsed. Files of other programs and of earlier versions have no digest:
+    then the checksums of torch's zip format are checked. Older formats and .safetensors do not have those either.
 
     Raises:
-        CheckpointError: missing, or not to be read.
-        DamagedCheckpointError: damaged, or holding more than plain containers and tensors.
-        StorageError: the storage fails, or memory is short; nothing is known of the file.
+        CheckpointError: it is missing, or cannot be read.
+        DamagedCheckpointError: it is damaged, or holds more than plain containers and tensors.
+        StorageError: the storage fails, or memory is short; the file may be sound.
     """
     path = Path(path)
     has_digest = False
@@ -114,14 +114,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if _is_zip(data):
             _check_archive(data, path, has_digest)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_UNREAD):
-            warnings.simplefilter("ignore")  # of old formats, and of what is refused below
+            warnings.simplefilter("ignore")  # about old formats, and about what is refused below
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # what torch's unpickler raises on foreign bytes has no common type
+    except Exception as error:  # the errors of torch's unpickler on foreign bytes have no common type
         if is_out_of_memory(error):
             raise StorageError(f"{path}: cannot be read: not enough memory") from error
-        if has_digest:  # as it was written
+        if has_digest:  # the file is as it was written
             raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
         raise DamagedCheckpointError(
             f"{path}: not a readable checkpoint of plain containers and tensors{_explain(error)}"
@@ -135,10 +135,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> bytes:
-    """Return what is in a file; where its storage fails, try again.
+    """Return the content of a file; retry if its storage fails.
 
     Raises:
-        CheckpointError: missing, or not to be read.
+        CheckpointError: it is missing, or cannot be read.
         StorageError: the storage fails.
     """
     for seconds in (*SECONDS_BETWEEN_READS, None):
@@ -162,17 +162,17 @@ def _is_zip(data: bytes) -> bool:
 def _check_digest(data: bytes, path: Path) -> bool:
     """Compare a file with its digest; return whether it has one.
 
-    Damage to a file of ours does not make one without a digest of it: the length of the comment stands before it.
+    A damaged file of this project does not pass as a file without a digest: the comment's length stands before it.
 
     Raises:
-        DamagedCheckpointError: it differs, or the end of an archive is not one.
+        DamagedCheckpointError: the digest differs, or an archive does not have a valid end.
     """
     parts: tuple[bytes | memoryview, ...] = ()
     written = b""
     if path.suffix == ".safetensors":
         header = data[: 8 + int.from_bytes(data[:8], "little")]
-        if found := _METADATA_DIGEST.search(header):
-            parts, written = (data[: found.start(1)], _ZEROS, memoryview(data)[found.end(1) :]), found[1]
+        if match := _METADATA_DIGEST.search(header):
+            parts, written = (data[: match.start(1)], _ZEROS, memoryview(data)[match.end(1) :]), match[1]
     else:
         length, comment = data[-_COMMENT_BYTES - 2 : -_COMMENT_BYTES], data[-_COMMENT_BYTES:]
         if length == _COMMENT_LENGTH and comment.startswith(_MARK):
@@ -190,35 +190,35 @@ def _check_digest(data: bytes, path: Path) -> bool:
 
 
 def _check_archive(data: bytes, path: Path, has_digest: bool) -> None:
-    """Refuse a zip archive before torch allocates what it says of itself.
+    """Refuse a bad zip archive before torch allocates the sizes that it claims.
 
     Raises:
-        DamagedCheckpointError: it is TorchScript's, holds more than its bytes, or fails a checksum.
+        DamagedCheckpointError: it is TorchScript's, claims more than its bytes, or fails a checksum.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         if any(member.filename.endswith("/constants.pkl") for member in members):
             raise DamagedCheckpointError(
-                f"{path}: a TorchScript archive, which holds a program: where you trust it, save its weights with "
+                f"{path}: a TorchScript archive, which holds a program: if you trust it, save its weights with "
                 "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
             )
         if sum(member.file_size for member in members) > len(data):
-            raise DamagedCheckpointError(f"{path}: damaged (it says that it holds more than its bytes)")
+            raise DamagedCheckpointError(f"{path}: damaged (it claims to hold more than its bytes)")
         if has_digest:
             return
-        # torch.load does not look at the checksums: a flipped bit would load in silence. Where a member says that it
-        # is a folder, torch reads nothing, and takes what is in the memory.
+        # torch.load does not check the checksums: a flipped bit would be loaded silently. If a member is marked as a
+        # folder, torch reads nothing and returns uninitialised memory.
         folders = [member.filename for member in members if member.file_size and member.external_attr & 0x10]
         if damaged := next(iter(folders), None) or archive.testzip():
             raise DamagedCheckpointError(f"{path}: damaged ({damaged} fails its checksum)")
 
 
 def _explain(error: Exception) -> str:
-    """Name the type that torch's unpickler refuses, and the way out; "" for another error."""
+    """Name the type that torch's unpickler refuses, and what to do; "" for another error."""
     refused = re.search(r"GLOBAL (\S+) (?:was|whose)", str(error))
     if refused is None:
         return ""
     return (
-        f": it holds {refused[1]}, which is not read, since it may execute code; where you trust the file, read it by "
-        "torch.load with weights_only off, and torch.save its state dict alone"
+        f": it holds {refused[1]}, which is not read because it may execute code; if you trust the file, read it with "
+        "torch.load(FILE, weights_only=False) and torch.save only its state dict"
     )

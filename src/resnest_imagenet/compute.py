@@ -28,9 +28,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees for the next step, which needs as much: for a CPU.
+    """On a CPU, make malloc keep freed memory: the next step needs as much again.
 
-    Otherwise it goes back to the system, and comes back page by page, each filled with zeros: some percent of a step.
+    Otherwise the memory returns to the system and comes back page by page, each filled with zeros: that costs some
+    percent of a step.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
     if set_option is not None:
@@ -39,7 +40,7 @@ def keep_freed_memory() -> None:
 
 
 def name_device(device: torch.device) -> str:
-    """Return what decides the order of additions: the GPU's name, or a CPU's instructions and threads."""
+    """Return what determines the order of additions: the GPU's name, or a CPU's instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -1,6 +1,6 @@
-"""Ranks, devices and collectives. Nothing else asks the environment who it is.
+"""Ranks, devices and collectives. No other file reads the launcher's environment variables.
 
-torch is imported where it is used: the commands ask for their rank before they import it.
+torch is imported where it is used: the commands need their rank before they import it.
 """
 
 import atexit
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them all
-_joins = itertools.count()  # of this process
-_groups: list[Any] = []  # the process group of this process: see `join`
+_joins = itertools.count()  # counts the joins of this process
+_groups: list[Any] = []  # holds the process group of this process, see `join`
 atexit.register(_groups.clear)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process among all.
+    """A process and its place among all.
 
     Attributes:
         rank: 0 .. world_size - 1 over all nodes.
-        world_size: how many there are.
+        world_size: number of ranks.
         local_rank: within this node.
-        device: where this rank computes.
-        store: what the ranks may tell each other outside of collectives; None for a process alone.
+        device: of this rank.
+        store: for messages between the ranks outside of collectives; None for a single process.
     """
 
     rank: int
@@ -57,7 +57,7 @@ class Ranks:
 
 
 class Launch(NamedTuple):
-    """A process as torchrun has started it: see `Ranks`."""
+    """The place of a process that torchrun started; see `Ranks`."""
 
     rank: int = 0
     local_rank: int = 0
@@ -74,14 +74,14 @@ def launched_as() -> Launch:
         return Launch()
     unset = [name for name in _VARIABLES if not os.environ.get(name)]
     if unset:
-        given = [name for name in _VARIABLES[:3] if os.environ.get(name)]
+        present = [name for name in _VARIABLES[:3] if os.environ.get(name)]
         raise ConfigError(
-            f"{', '.join(given)} set without {', '.join(unset)}: torchrun sets all of them; unset them for one process"
+            f"{', '.join(present)} set without {', '.join(unset)}: torchrun sets them all; unset them for one process"
         )
     values = {name: os.environ[name] for name in (*_VARIABLES[:3], "MASTER_PORT")}
     for name, value in values.items():
         if not (value.isascii() and value.isdigit()):
-            raise ConfigError(f"{name}={value} is no number: torchrun sets it")
+            raise ConfigError(f"{name}={value} is not a number: torchrun sets it")
     rank, local_rank, world_size, _ = map(int, values.values())
     if rank >= world_size:
         raise ConfigError(f"RANK={rank} must be less than WORLD_SIZE={world_size}: torchrun sets both")
@@ -89,13 +89,13 @@ def launched_as() -> Launch:
 
 
 def count_local_ranks() -> int:
-    """Return how many ranks share this node's memory, as far as torchrun says it."""
+    """Return how many ranks share this node's memory; 1 without torchrun's variable."""
     value = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(value) if _is_launched() and value.isdigit() else 1
 
 
 def _is_launched() -> bool:
-    """Say whether a launcher has started this process: WORLD_SIZE=1 alone, which some shells keep, is none."""
+    """Return whether a launcher started this process. WORLD_SIZE=1 alone, which some shells keep, does not count."""
     get = os.environ.get
     return bool(get("RANK") or get("LOCAL_RANK") or get("WORLD_SIZE", "") not in ("", "1"))
 
@@ -140,15 +140,15 @@ def _require_device(device: "torch.device") -> "torch.device":
 
 @contextmanager
 def join(device: "torch.device", timeout: float = 600) -> Iterator[Ranks]:
-    """Join the process group that torchrun announces, or be alone; leave it at the end.
+    """Join the process group that torchrun announces, and leave it at the end; without torchrun, run alone.
 
     Args:
         device: this rank's.
         timeout: seconds that a rank may keep the others waiting.
 
     Raises:
-        ConfigError: the launcher would not survive a restart.
-        DistributedError: a rank did not come in that time.
+        ConfigError: with the launcher's settings, a restart would fail.
+        DistributedError: a rank did not join in that time.
     """
     import torch
     import torch.distributed as dist
@@ -163,10 +163,10 @@ def join(device: "torch.device", timeout: float = 600) -> Iterator[Ranks]:
 
     def initialise() -> None:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # it is each thread's own
+            torch.cuda.set_device(device)  # each thread has its own
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            # Whoever watches the ranks ends a collective that hangs. torch counts the time of a frozen process too.
+            # `supervision.Watch` ends a collective that hangs: torch would count the time of a frozen process.
             timeout=timedelta(days=1),
             store=store,
             rank=rank,
@@ -175,20 +175,20 @@ def join(device: "torch.device", timeout: float = 600) -> Iterator[Ranks]:
         )
 
     _do_within(2 * timeout, initialise, "a rank has left while the ranks were joining")
-    # A reference that outlives the wrapped network: the reducer of DistributedDataParallel must not have the last one.
-    # It would wait for gloo's thread while it holds the GIL, which that thread may need to free its last tensor.
+    # This reference outlives the wrapped network: the reducer of DistributedDataParallel must not have the last one. It
+    # would wait for gloo's thread while it holds the GIL, and that thread may need the GIL to free its last tensor.
     _groups[:] = [dist.group.WORLD]
     yield Ranks(rank, world_size, local_rank, device, store)
-    # Not after an error: the peers may wait in a collective, and the process ends anyway.
+    # Do not leave the group after an error: the other ranks may wait in a collective, and the process ends anyway.
     dist.destroy_process_group()
 
 
 def _meet(rank: int, world_size: int, timeout: float) -> "Store":
-    """Return the store of this attempt, when all ranks have come.
+    """Return the store of this attempt, after all ranks have joined.
 
-    torchrun's own store outlives a restart, and the keys of the dead attempt confuse the next one: on a node alone
-    every attempt has its own prefix. Nodes count their restarts apart: there torchrun must make a store for each.
-    A process that joins a second time finds its first keys in either store: every join has its own prefix.
+    torchrun's own store outlives a restart, and keys of the failed attempt would confuse the next one. So on a single
+    node every attempt has its own prefix. Several nodes count their restarts separately: there torchrun must make a new
+    store for each attempt. A process that joins a second time would find its first keys: every join has its own prefix.
     """
     import torch.distributed as dist
 
@@ -203,7 +203,7 @@ def _meet(rank: int, world_size: int, timeout: float) -> "Store":
 
     def connect() -> "Store":
         patience = timedelta(seconds=timeout)
-        # No waiting for the others here: it could name none that is missing.
+        # Do not wait for the others here: torch could not name the missing ranks.
         return dist.TCPStore(host, port, world_size, is_server, patience, wait_for_workers=False, multi_tenant=True)
 
     where = f"at {host}:{port} (MASTER_ADDR:MASTER_PORT)"
@@ -218,7 +218,7 @@ def _meet(rank: int, world_size: int, timeout: float) -> "Store":
 
 
 def _wait_for_server(host: str, port: int, timeout: float, problem: str) -> None:
-    """Return when something listens: torch would print its own stack where nothing does."""
+    """Return when a server listens: torch would print its own stack trace without one."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -231,28 +231,28 @@ def _wait_for_server(host: str, port: int, timeout: float, problem: str) -> None
 
 
 def _wait_for_ranks(store: "Store", rank: int, world_size: int, timeout: float) -> None:
-    """Return when all have come. Python waits, and not the store: a signal must end it at once."""
-    store.set(f"came {rank}", "")
+    """Return when all ranks have joined. The wait is in Python, not in the store: a signal must end it at once."""
+    store.set(f"joined {rank}", "")
     deadline = time.monotonic() + timeout
-    keys = [f"came {other}" for other in range(world_size)]
+    keys = [f"joined {number}" for number in range(world_size)]
     while not store.check(keys):
         if time.monotonic() > deadline:
-            come = [store.check([key]) for key in keys]
-            missing = [other for other, has_come in enumerate(come) if not has_come]
-            if not missing:  # the last one has just come
+            joined = [store.check([key]) for key in keys]
+            missing = [number for number, is_joined in enumerate(joined) if not is_joined]
+            if not missing:  # the last one has just joined
                 return
-            who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} did not come"
-            error = DistributedError(f"{who} within {timeout:g} s (timeout_seconds)")
-            error.is_said = rank != come.index(True)
+            names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            error = DistributedError(f"{names} did not join within {timeout:g} s (timeout_seconds)")
+            error.is_said = rank != joined.index(True)
             raise error
         time.sleep(0.05)
 
 
 def _do_within(seconds: float, work: Callable[[], Result], problem: str) -> Result:
-    """Let a thread do what waits within torch, where Python could not answer a signal.
+    """Run work that waits within torch in a thread: in the main thread, Python could not handle a signal.
 
     Raises:
-        DistributedError: the connection failed, or nothing came of it in that time.
+        DistributedError: the connection failed, or the work did not end in that time.
     """
     import torch.distributed as dist
 
@@ -277,7 +277,7 @@ def _do_within(seconds: float, work: Callable[[], Result], problem: str) -> Resu
 
 
 def has_joined() -> bool:
-    """Say whether this process is in a process group."""
+    """Return whether this process is in a process group."""
     if "torch" not in sys.modules:
         return False
     import torch.distributed as dist
@@ -286,7 +286,7 @@ def has_joined() -> bool:
 
 
 def tell_launcher(line: str) -> None:
-    """Let torchrun's summary, which comes last, repeat why this rank failed."""
+    """Make torchrun's summary, which comes last, repeat why this rank failed."""
     path = find_launcher_file()
     if path:
         with suppress(OSError), open(path, "w") as file:  # a full disk must not change the exit code
@@ -294,21 +294,21 @@ def tell_launcher(line: str) -> None:
 
 
 def find_launcher_file() -> str | None:
-    """Return the file in which torchrun looks for the reason when this rank has failed; None without torchrun."""
+    """Return the file from which torchrun reads why this rank failed; None without torchrun."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE")
 
 
 def format_failure(line: str) -> str:
-    """Return a reason as torchrun reads it."""
+    """Return a reason in torchrun's format."""
     details = {"py_callstack": line, "timestamp": str(int(time.time()))}
     return json.dumps({"message": {"message": line, "extraInfo": details}})
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Say whether a collective failed because another rank is gone."""
+    """Return whether a collective failed because another rank has ended."""
     import torch.distributed as dist
 
-    # What gloo says has no type of its own.
+    # gloo's errors have no type of their own.
     phrases = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     is_gloo = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     return has_joined() and (is_gloo or isinstance(error, dist.DistError))
@@ -324,7 +324,7 @@ def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
 
 
 def gather_on_device(value: "int | torch.Tensor", ranks: Ranks) -> "torch.Tensor":
-    """Return every rank's integer, int64 (world_size,); a GPU has it when it gets there, its host does not wait."""
+    """Return every rank's integer, int64 (world_size,), on the device: the host does not wait for a GPU."""
     import torch
 
     values = torch.zeros(ranks.world_size, dtype=torch.int64, device=ranks.device)
@@ -338,7 +338,7 @@ def gather(value: int, ranks: Ranks) -> list[int]:
 
 
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
-    """Return every rank's value of any picklable kind, by rank."""
+    """Return every rank's picklable value, by rank."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -349,12 +349,12 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 
 
 def barrier(ranks: Ranks) -> None:
-    """Return when all ranks have come here."""
+    """Return when all ranks have called this."""
     gather(0, ranks)
 
 
 def broadcast_buffers(model: "nn.Module") -> None:
-    """Give every rank the buffers of rank 0: BN statistics differ between ranks until the next training step."""
+    """Copy the buffers of rank 0 to every rank: BN statistics differ between ranks until the next training step."""
     import torch.distributed as dist
 
     if dist.is_initialized():

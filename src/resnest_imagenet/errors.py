@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
-    """An error to be shown as one line, without a traceback.
+    """An error that is shown as one line, without a traceback.
 
     Attributes:
         exit_code: of the process.
-        is_shared: whether all ranks raise it alike, so that one of them may speak for all.
-        is_said: whether another rank says what ends the run.
+        is_shared: whether all ranks raise the same error, so that one of them may report it.
+        is_said: whether another rank reports what ends the run.
     """
 
     exit_code = 1
@@ -40,7 +40,7 @@ class CheckpointError(UserError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint's content is not what was written."""
+    """A checkpoint's content differs from what was written."""
 
 
 class NonFiniteError(UserError):
@@ -51,32 +51,32 @@ class NonFiniteError(UserError):
 
 
 class StorageError(UserError):
-    """A file cannot be read or written for want of disk, memory or a working storage: it may pass."""
+    """A file cannot be read or written because disk or memory is full or the storage fails; it may pass."""
 
     exit_code = 6
 
 
 class LoadingError(StorageError, OSError):
-    """A loader does not get an image that may be sound: the storage fails, or its workers are gone."""
+    """A loader cannot read an image that may be sound: the storage fails, or its workers have died."""
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
 class DistributedError(UserError):
-    """Another rank has failed, died or hangs; `exit_code` is the cause's, where that rank has told it."""
+    """Another rank has failed, died or hangs; `exit_code` is that rank's if it reported one."""
 
     exit_code = 7
 
 
 class Stopped(SystemExit):
-    """A run has stopped as asked; the same command resumes it (EX_TEMPFAIL of sysexits.h).
+    """A run has stopped as requested; the same command resumes it (EX_TEMPFAIL of sysexits.h).
 
-    An exit and no Exception: a signal's handler raises it in the middle of anything, and whoever catches `Exception`
-    there would take it for a damaged file, a failed compilation or a tracker that does not answer.
+    It is an exit, not an Exception: a signal handler may raise it in the middle of any code. Code that catches
+    `Exception` would take it for a damaged file, a failed compilation or a tracker that does not answer.
 
     Attributes:
-        exit_code, is_shared, is_said: as of a `UserError`.
+        exit_code, is_shared, is_said: as in `UserError`.
     """
 
     exit_code = code = 75
@@ -85,7 +85,7 @@ class Stopped(SystemExit):
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest of the valid names, or "" where none is near."""
+    """Return "; did you mean 'x'?" for the nearest of the valid names, or "" if none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -110,7 +110,7 @@ def name_extra(extra: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether memory was short: torch's allocators have no common type for that."""
+    """Return whether memory was short: the errors of torch's allocators have no common type."""
     is_allocator = isinstance(error, RuntimeError) and any(
         phrase in str(error) for phrase in ("can't allocate memory", "not enough memory", "out of memory")
     )
@@ -118,7 +118,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_runtime(error: BaseException) -> UserError | None:
-    """Explain what torch or the system raises where a user can fix it; None for any other error."""
+    """Explain an error of torch or the system that a user can fix; return None for any other error."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
     if "torchvision::nms" in text:
         return ConfigError(_explain_torchvision())
@@ -126,7 +126,7 @@ def explain_runtime(error: BaseException) -> UserError | None:
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
         return StorageError("too many open files: raise the limit (ulimit -n), or lower loader.workers")
-    # Workers hand over batches in files of these names.
+    # Workers pass batches in files with these names.
     if re.search(r"</torch_|torch_shm_manager|DataLoader worker .* (exited unexpectedly|is killed)", text):
         way_out = "--ipc=host or a larger --shm-size of the container, fewer loader.workers, or loader.workers=0"
         return StorageError(f"{first_line(error).rstrip('. ')}: is /dev/shm full, or memory short? {way_out}")
@@ -149,10 +149,10 @@ def _explain_torchvision() -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's text, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def printable(text: str) -> str:
-    r"""Return a text that fits a line and any terminal: with \n for a line break and \udcff for what is no UTF-8."""
+    r"""Return a text that fits a line and any terminal: line breaks become \n, bytes that are not UTF-8 \udcff."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

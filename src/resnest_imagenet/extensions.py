@@ -1,7 +1,7 @@
 """Networks, data sources and tasks from outside the package: registered by a call, or by an installed package.
 
-A package that is installed beside this one names, under the entry-point group `resnest_imagenet`, a function without
-arguments that registers what it brings; it is called once in each process, when a name is first looked for.
+An installed package names a function without arguments under the entry-point group `resnest_imagenet`. The function
+registers the package's entries; it is called once in each process, when a name is first looked up.
 """
 
 import sys
@@ -22,11 +22,11 @@ GROUP = "resnest_imagenet"
 
 @dataclass(frozen=True)
 class Entry:
-    """What was registered under one name.
+    """A registration under one name.
 
     Attributes:
         function: full name of the function.
-        origin: who has registered it, in words: the package, or the module of the function.
+        origin: in words, where it comes from: the package, or the module of the function.
     """
 
     function: str = field(kw_only=True)
@@ -38,9 +38,9 @@ class Model(Entry):
     """A network.
 
     Attributes:
-        build: makes it, see `register_model`.
+        build: builds it, see `register_model`.
         head: name of its classifier.
-        crop: side of the images that it is usually tested on, in pixels.
+        crop: side of the images on which it is usually tested, in pixels.
     """
 
     build: Callable[..., Any]
@@ -64,7 +64,7 @@ class Task(Entry):
     """A task.
 
     Attributes:
-        open: makes it of a run's configuration.
+        open: makes it from a run's configuration.
         recipe: the class of its recipe.
     """
 
@@ -76,26 +76,26 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 class Registry(Generic[AnyEntry]):
-    """What was registered of one kind."""
+    """The registrations of one kind."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, kind: str) -> None:
         """Begin without entries.
 
         Args:
-            what: the kind, for messages.
+            kind: its name, for messages.
         """
-        self._what = what
+        self._kind = kind
         self._own: Collection[str] = ()
         self._entries: dict[str, AnyEntry] = {}
 
     def reserve(self, names: Collection[str]) -> None:
-        """Keep names for the project's own; what was registered under one of them before is dropped, with a warning."""
+        """Reserve the project's own names; an entry that has one of them already is dropped with a warning."""
         self._own = names
         for name in [name for name in self._entries if name in names]:
             _warn(self._refuse_own(name, self._entries.pop(name)))
 
     def register(self, name: str, entry: AnyEntry) -> None:
-        """Add an entry; the same function again, of a notebook's cell or a module imported again, replaces its own.
+        """Add an entry. The same function replaces its own entry, as when a cell is run or a module imported again.
 
         Raises:
             ConfigError: the name is taken.
@@ -104,33 +104,33 @@ class Registry(Generic[AnyEntry]):
             raise ConfigError(self._refuse_own(name, entry))
         before = self._entries.get(name, entry)
         if before.function != entry.function:
-            who = " and ".join(f"by {taker.origin} ({taker.function})" for taker in (before, entry))
-            raise ConfigError(f"{self._what} {name!r} is registered twice: {who}")
+            origins = " and ".join(f"by {taker.origin} ({taker.function})" for taker in (before, entry))
+            raise ConfigError(f"{self._kind} {name!r} is registered twice: {origins}")
         self._entries[name] = entry
 
     def read(self) -> Mapping[str, AnyEntry]:
-        """Return what was registered, by name, also by installed packages; one that fails is a warning, once."""
+        """Return all entries by name, also those of installed packages; a package that fails gives one warning."""
         _ask_packages()
         return MappingProxyType(self._entries)
 
     def find(self, name: str) -> AnyEntry | None:
-        """Return what was registered under a name, or None.
+        """Return the entry of a name, or None.
 
-        Installed packages are asked only for names that are not the project's own.
+        Installed packages are loaded only for names that are not the project's own.
 
         Raises:
-            ConfigError: nobody has registered it, and a package fails to register: it may be that one's.
+            ConfigError: there is no entry, and a package that may have it fails to register.
         """
         if name in self._own:
             return None
         failures = _ask_packages()
         if name not in self._entries and failures:
             advice = suggest(name, [*self._own, *self._entries]) or ","
-            raise ConfigError(f"unknown {self._what} {name!r}{advice} and {'; '.join(failures)}")
+            raise ConfigError(f"unknown {self._kind} {name!r}{advice} and {'; '.join(failures)}")
         return self._entries.get(name)
 
     def _refuse_own(self, name: str, entry: AnyEntry) -> str:
-        return f"{entry.origin} registers {self._what} {name!r}, which this project has itself: choose another name"
+        return f"{entry.origin} registers {self._kind} {name!r}, which this project has itself: choose another name"
 
 
 models = Registry[Model]("model")
@@ -140,15 +140,15 @@ _loading: list[str] = []  # the package whose entry point is being called
 
 
 def register_model(name: str, build: Callable[..., Any], *, head: str = "fc", crop: int = 224) -> None:
-    """Make a network known by a name, as those of `list_models()` are: `model.name=NAME`, `build_model(NAME)`.
+    """Register a network under a name, for `model.name=NAME` and `build_model(NAME)`.
 
     Args:
-        name: a new one.
-        build: called as build(num_classes=..., ...), returns an nn.Module that maps normalised images (B, 3, H, W) to
+        name: a new name.
+        build: called as build(num_classes=..., ...); returns an nn.Module that maps normalised images (B, 3, H, W) to
             logits (B, num_classes). Of the other options of `build_model` (dropout, zero_gamma, output_stride, init,
-            split_attention) it gets those that its signature names. The first weights are its own.
+            split_attention) it gets those that its signature names. It initialises the weights itself.
         head: name of the classifier, the module whose weight has a row for each class.
-        crop: side of the images that it is usually tested on, in pixels.
+        crop: side of the images on which it is usually tested, in pixels.
 
     Raises:
         ConfigError: the name is taken.
@@ -157,12 +157,12 @@ def register_model(name: str, build: Callable[..., Any], *, head: str = "fc", cr
 
 
 def register_source(kind: str, open_source: Callable[[str, str, str], Any]) -> None:
-    """Make a kind of data source known: `data.kind=KIND`.
+    """Register a kind of data source, for `data.kind=KIND`.
 
     Args:
         kind: a new name.
-        open_source: called as open_source(root, part, option), returns the `ImageSource` of one part of a data set:
-            the folder `root` has it under the name `part`, and the user sets that by `option`.
+        open_source: called as open_source(root, part, option); returns the `ImageSource` of one part of a data set.
+            The part has the name `part` in the folder `root`; the user sets that name by `option`.
 
     Raises:
         ConfigError: the name is taken.
@@ -171,11 +171,11 @@ def register_source(kind: str, open_source: Callable[[str, str, str], Any]) -> N
 
 
 def register_task(name: str, open_task: Callable[[Any], Any], recipe: type) -> None:
-    """Make a task known: `train.task=NAME`.
+    """Register a task, for `train.task=NAME`.
 
     Args:
-        name: a new one.
-        open_task: makes a `tasks.task.Task` of the run's `TrainConfig`.
+        name: a new name.
+        open_task: makes a `tasks.task.Task` from the run's `TrainConfig`.
         recipe: the class of its recipe, a `config.Recipe`.
 
     Raises:
@@ -185,13 +185,13 @@ def register_task(name: str, open_task: Callable[[Any], Any], recipe: type) -> N
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Turn an error of another package's code into one line that names it, and where it was raised.
+def naming(label: str) -> Iterator[None]:
+    """Turn an error of another package's code into one line with its name and the place of the error.
 
-    Errors that are lines already, or that the machine causes, stay as they are.
+    A `UserError`, and an error that the machine causes, is not changed.
 
     Args:
-        what: whose code runs, for the line.
+        label: the code that runs, for the line.
     """
     try:
         yield
@@ -204,7 +204,7 @@ def naming(what: str) -> Iterator[None]:
         frame = [frame for frame in frames if not frame.filename.startswith("<frozen")][-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         text = printable(first_line(error))
-        raise ConfigError(f"{what} failed: {type(error).__name__}: {text} ({place})") from error
+        raise ConfigError(f"{label} failed: {type(error).__name__}: {text} ({place})") from error
 
 
 def _describe(function: Callable[..., Any]) -> dict[str, str]:
@@ -216,7 +216,7 @@ def _describe(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def _ask_packages() -> Sequence[str]:
-    """Let each package register, once in a process; return a line for each that fails."""
+    """Make each package register, once in a process; return a line for each that fails."""
     return () if _loading else _call_entry_points()  # a package may look up a name while it registers
 
 

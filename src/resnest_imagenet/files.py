@@ -22,8 +22,8 @@ from resnest_imagenet.errors import ConfigError, StorageError, UserError
 Content = TypeVar("Content")
 
 TEMPORARY = ".tmp"  # the suffix of a file that is not whole yet
-DAMAGED = ".damaged"  # the suffix of what is not what was written
-# What a file system answers that has no such call, as Lustre, FUSE and NFS do: nothing has failed.
+DAMAGED = ".damaged"  # the suffix of a damaged file
+# Errors of file systems without such a call (Lustre, FUSE, NFS): nothing has failed.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _RANDOM_BYTES = 8  # of a temporary name
 RESULTS = "file or run folder"  # what holds results of resnest-eval
@@ -32,10 +32,10 @@ _warned: set[str] = set()
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Name the file where it cannot be written.
+    """Name the file in the error if it cannot be written.
 
     Raises:
-        StorageError: instead of an OSError, or of what torch.save makes of one.
+        StorageError: instead of an OSError, or of torch.save's error for one.
     """
     try:
         yield
@@ -48,10 +48,10 @@ def storing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that takes the place of `path` at the end, synchronised to the disk, or is removed.
+    """Open a temporary file that replaces `path` at the end, synchronised to the disk; after an error it is removed.
 
-    The new file gets the old one's mode, and its owner where this process may give files away. A link stays, and its
-    target is replaced. A pipe, a character device and /dev/stdout stay too: what the file holds is written to them.
+    The new file gets the old file's mode, and its owner if this process may change owners. The target of a link is
+    replaced, and the link stays. A pipe, a character device and /dev/stdout also stay: the content is written to them.
 
     Raises:
         StorageError: it cannot be written.
@@ -78,14 +78,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 synchronise_file(descriptor, path)
             os.replace(temporary, target)
         except BaseException:
-            with suppress(OSError):  # what failed first is what is reported
+            with suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
             raise
         synchronise(target.parent)
 
 
 def _is_stream(path: Path) -> bool:
-    """Say whether to write to what is there instead of replacing it; OSError for a folder or a disk."""
+    """Return whether to write into the path instead of replacing it; an OSError for a folder or a disk."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -94,13 +94,13 @@ def _is_stream(path: Path) -> bool:
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if stat.S_ISBLK(mode):
         raise OSError(errno.ENOTSUP, "it is a disk")
-    # What a process has open, such as /dev/stdout, may be a file. Its reader would not see another one in its place.
+    # A file that a process has open, such as /dev/stdout: its reader would not see a replacement.
     folder = os.path.realpath(path.parent)
     return not stat.S_ISREG(mode) or folder == "/dev" or folder.startswith("/proc/")
 
 
 def _open_stream(path: Path) -> BinaryIO:
-    """Open a pipe or device; this process's own outputs with their position in the file that they may be."""
+    """Open a pipe or device. This process's own outputs are duplicated, to keep their position if they are files."""
     sys.stdout.flush()
     for descriptor in (1, 2):
         with suppress(OSError):  # it may be closed
@@ -110,8 +110,8 @@ def _open_stream(path: Path) -> BinaryIO:
 
 
 def name_temporary(target: Path) -> Path:
-    """Return a name beside `target` that nobody else has."""
-    name = os.fsdecode(os.fsencode(target.name)[:200])  # of at most 255 bytes with the rest
+    """Return a unique name beside `target`."""
+    name = os.fsdecode(os.fsencode(target.name)[:200])  # the whole name has at most 255 bytes
     return target.with_name(f".{name}.{secrets.token_hex(_RANDOM_BYTES)}{TEMPORARY}")
 
 
@@ -125,27 +125,27 @@ def _copy_access(old: os.stat_result, descriptor: int) -> None:
 
 
 def remove_temporary(folder: Path, names: Sequence[str]) -> None:
-    """Remove what a killed process has left of its writing to files of a folder, of these names or patterns."""
+    """Remove the temporary files that a killed process has left in a folder for files of these names or patterns."""
     for name in names:
         for path in folder.glob(f".{name}.{'[0-9a-f]' * 2 * _RANDOM_BYTES}{TEMPORARY}"):
             path.unlink()
 
 
 def move_damaged(path: Path) -> Path:
-    """Give what is not what it should be another name, which is returned: the first free one.
+    """Rename a damaged file to the first free name with DAMAGED; return the new path.
 
     Raises:
         StorageError: it cannot be renamed.
     """
     names = [f"{path.name}{DAMAGED}", *(f"{path.name}{DAMAGED}-{number}" for number in range(2, 1000))]
-    aside = next(other for name in names if not os.path.lexists(other := path.with_name(name)))
+    aside = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
     with storing(path):
         path.rename(aside)
     return aside
 
 
 def make_way(path: Path) -> None:
-    """Give another name to what is in the place of a file and is none, with a line on stderr.
+    """If a path exists and is not a file, rename it, with a line on stderr.
 
     Raises:
         StorageError: it cannot be renamed.
@@ -155,10 +155,10 @@ def make_way(path: Path) -> None:
 
 
 def synchronise(folder: Path) -> None:
-    """Write the names in a folder to the disk: what was renamed or removed."""
+    """Write the names in a folder to the disk, after files were renamed or removed."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # files may be made in it all the same
+    except PermissionError:  # a folder that cannot be read may still allow new files
         return
     try:
         synchronise_file(descriptor, folder)
@@ -167,7 +167,7 @@ def synchronise(folder: Path) -> None:
 
 
 def synchronise_file(descriptor: int, path: Path) -> None:
-    """Write an open file, or folder, to the disk, where its file system can."""
+    """Write an open file or folder to the disk; warn if its file system cannot."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -180,7 +180,7 @@ def synchronise_file(descriptor: int, path: Path) -> None:
 
 
 def _warn_once(line: str) -> None:
-    """Print a line, unless one of its kind, with another path, was printed."""
+    """Print a line, unless the same line was printed before, possibly with another path."""
     kind = line.rpartition(": ")[2]
     if kind not in _warned:
         _warned.add(kind)
@@ -193,14 +193,14 @@ def _warn_unlocked(path: Path, error: OSError) -> None:
 
 @contextmanager
 def locked(path: Path, timeout: float = 0) -> Iterator[None]:
-    """Hold a lock file, which is gone afterwards.
+    """Hold a lock file; it is removed afterwards.
 
     Args:
         path: the file.
-        timeout: seconds to wait for another process that holds it; -1: without end.
+        timeout: seconds to wait for another process that holds it; -1: forever.
 
     Raises:
-        filelock.Timeout: it still holds it then.
+        filelock.Timeout: the other process still holds it then.
         OSError: the file cannot be made.
     """
     lock = FileLock(path, timeout=timeout)
@@ -213,20 +213,20 @@ def locked(path: Path, timeout: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: afterwards it may be another's
+        path.unlink(missing_ok=True)  # before the release: afterwards it may be another process's
         lock.release()
 
 
 @contextmanager
 def owned(path: Path, owner: str) -> Iterator[None]:
-    """Hold a lock file that says who holds it.
+    """Hold a lock file that names its owner.
 
-    A record lock: the system gives it up however its process ends, so none is ever stale. One of flock's kind, as
-    `locked` has, would live on in forked workers, which outlast a killed process by seconds.
+    A record lock is released however the process ends, so it is never stale. A lock of flock, as in `locked`, would be
+    inherited by forked workers, which outlive a killed parent by seconds.
 
     Args:
         path: the file; it stays, empty, afterwards.
-        owner: what others are told: "process <number> on <host>".
+        owner: shown to other processes: "process <number> on <host>".
 
     Raises:
         ConfigError: another process holds it, or the file is something else.
@@ -256,11 +256,11 @@ def owned(path: Path, owner: str) -> Iterator[None]:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Make the folder of a file to be written, and raise a ConfigError now rather than after the work.
+    """Make the folder of a file to be written; raise a ConfigError before the work if the file cannot be written.
 
     Args:
         path: the file.
-        option: the option that named it, for the message.
+        option: the option with the path, for the message.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def require_writable(path: Path, option: str) -> None:
 
 
 def require_file(path: Path) -> None:
-    """Raise a ConfigError for what is there and no file: a pipe or a device would be read without end."""
+    """Raise a ConfigError if a path exists and is not a file: reading a pipe or a device may never end."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: not a file")
 
@@ -293,27 +293,27 @@ def require_exists(path: Path, option: str, what: str) -> None:
 def read_matching(
     patterns: Iterable[str | os.PathLike[str]], read: Callable[[Path], Content]
 ) -> tuple[list[Content], list[str]]:
-    """Read what paths and patterns name, each path once.
+    """Read all paths, and all paths that match patterns, each once.
 
     Args:
         patterns: paths, or patterns such as "runs/*".
         read: returns the content of a path.
 
     Returns:
-        The contents, in order, and a line for each path that a pattern matches and that cannot be read.
+        The contents, in order, and a line for each path that matches a pattern but cannot be read.
 
     Raises:
-        UserError: what `read` raises for a path that is named itself.
+        UserError: of `read`, for a path that is given without a pattern.
     """
     contents: list[Content] = []
     skipped: list[str] = []
-    seen: set[str] = set()
+    done: set[str] = set()
     for pattern in [os.fspath(pattern) for pattern in patterns]:
         is_path = os.path.exists(pattern) or not glob.has_magic(pattern)
         for name in [pattern] if is_path else sorted(glob.glob(pattern)):
-            if os.path.abspath(name) in seen:
+            if os.path.abspath(name) in done:
                 continue
-            seen.add(os.path.abspath(name))
+            done.add(os.path.abspath(name))
             try:
                 contents.append(read(Path(name)))
             except UserError as error:

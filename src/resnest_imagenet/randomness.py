@@ -1,6 +1,6 @@
-"""Randomness without state: every draw is a function of the seed and of what it is for.
+"""Randomness without state: every draw is a function of the seed and of its purpose, epoch and number.
 
-Nothing has to be remembered for an exact resumption, and neither the number of workers nor of ranks changes a draw.
+So an exact resumption needs no saved state, and a draw depends neither on the number of workers nor on that of ranks.
 """
 
 import enum
@@ -14,12 +14,12 @@ class Purpose(enum.IntEnum):
     """What a draw decides; streams of different purposes are independent."""
 
     ORDER = 0  # of the samples of an epoch
-    CROP = 1  # and flip of one sample
+    CROP = 1  # crop and flip of one sample
     MIXING = 2  # of one batch
     MODEL = 3  # dropout and the like, in one batch
     APPEARANCE = 4  # of one sample: policy, colours
     ERASING = 5  # in the images of one batch
-    SIZE = 6  # and flip of one image with objects
+    SIZE = 6  # size and flip of one image with objects
 
 
 def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.random.Generator:
@@ -27,7 +27,7 @@ def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.rando
 
     Args:
         seed: the run's, 0 <= seed < 2**63.
-        purpose: what is decided.
+        purpose: of the decision.
         epoch: counted from 0.
         number: of the sample or the batch within its epoch.
     """
@@ -37,7 +37,7 @@ def stream(seed: int, purpose: Purpose, epoch: int, number: int = 0) -> np.rando
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random in one batch.
+    """All randomness of one batch.
 
     Attributes:
         seed: the run's.

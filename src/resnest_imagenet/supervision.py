@@ -1,4 +1,7 @@
-"""Who failed, died or hangs: what ranks tell each other beside their collectives, which can only wait or break."""
+"""Finds out which rank failed, died or hangs.
+
+Ranks exchange this through the store, because a collective can only wait or fail.
+"""
 
 import json
 import os
@@ -13,10 +16,10 @@ from resnest_imagenet.distributed import Ranks, is_lost_peer, tell_launcher
 from resnest_imagenet.errors import DistributedError, Stopped, UserError, explain_runtime, first_line, printable
 
 FAILURE = "failure"  # the key of the first failure
-SECONDS_TO_LEAVE = 5  # for a rank that knows that another has failed, before it is ended
-SECONDS_TO_CONTINUE = 5  # for a rank that seems to hang: it may have been frozen, and run again
+SECONDS_TO_LEAVE = 5  # after another rank has failed, a rank has this long to end by itself
+SECONDS_TO_CONTINUE = 5  # a rank that seems to hang has this long to show progress: it may have been frozen
 
-# What a rank does, in the order in which it does it in one batch.
+# A rank's activities, in their order within a batch.
 STARTING, LOADING, FORWARD, BACKWARD, AGREEING, EVALUATING, SAVING = _ORDER = (
     "starting",
     "waiting for data",
@@ -29,13 +32,14 @@ STARTING, LOADING, FORWARD, BACKWARD, AGREEING, EVALUATING, SAVING = _ORDER = (
 
 
 class Watch:
-    """Publishes how far this rank is, and ends it where the run can't go on, even from within a collective.
+    """Publishes how far this rank is, and ends it if the run cannot continue, even from within a collective.
 
-    Of ranks that wait for each other the one that is furthest behind is at fault. One thread talks to the others and
-    another one decides: talk may wait for ever where a cable is cut.
+    Of ranks that wait for each other, the one furthest behind is at fault. One thread talks to the store and another
+    one decides: a call to the store can block forever if the network is cut.
 
-    A process may be frozen (SIGSTOP, a suspended machine) for longer than the timeout, and run again. It then starts
-    its clock again: while it was frozen it saw no progress of the others. And they wait some seconds for it.
+    A process may be frozen (SIGSTOP, a suspended machine) for longer than the timeout, and then continue. It restarts
+    its clock, because it could not see the others' progress while it was frozen, and the others wait some seconds for
+    it.
     """
 
     def __init__(
@@ -53,26 +57,26 @@ class Watch:
         self._place: tuple[int, int, str] = (0, 0, STARTING)
         self._moved = self._awake = time.monotonic()
         self._naps = 0  # how often this process was frozen
-        self._suspects: dict[int, Any] = {}  # by rank: where it stood when this rank's patience was over
+        self._suspects: dict[int, Any] = {}  # by rank: its place when this rank's timeout was over
         self._suspected = 0.0
         self._failure: DistributedError | None = None
         self._ended = threading.Event()
-        # A connection of its own: one that waits for a key keeps others waiting.
+        # A separate connection: a call that waits for a key would block other calls on the same one.
         self._store = ranks.store.clone() if ranks.store else None  # type: ignore[attr-defined] # torch's stub lacks it
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._guard, self._talk)]
 
     def at(self, epoch: int, batch: int, doing: str) -> None:
-        """Say where this rank is: all ranks pass the same places in the same order."""
+        """Set the place of this rank: all ranks pass the same places in the same order."""
         self._place = (epoch, batch, doing)
         self._moved = time.monotonic()
         self._note(epoch, batch, doing)
 
     def then(self, doing: str) -> None:
-        """Say what this rank does next at the same place."""
+        """Set this rank's next activity in the same batch."""
         self.at(*self._place[:2], doing)
 
     def start(self) -> None:
-        """Begin to watch, where there is somebody to watch."""
+        """Start watching, if there are other ranks."""
         if self._store:
             for thread in self._threads:
                 thread.start()
@@ -84,14 +88,14 @@ class Watch:
             thread.join(self._beat)
 
     def publish(self, error: UserError | Stopped, rank: int | None) -> bool:
-        """Tell the other ranks what ends the run, and of which rank; say whether this is the first to be told."""
+        """Publish which error of which rank ends the run; return whether it is the first one published."""
         assert self._store
-        mine = json.dumps([rank, str(error), error.exit_code])
-        return self._store.compare_set(FAILURE, "", mine).decode() == mine
+        message = json.dumps([rank, str(error), error.exit_code])
+        return self._store.compare_set(FAILURE, "", message).decode() == message
 
     def find_cause(self) -> DistributedError:
-        """Say which rank is gone, and why as far as it has told."""
-        with suppress(RuntimeError):  # whoever holds the store may be gone
+        """Return an error that names the rank that ended, with its own error if it published one."""
+        with suppress(RuntimeError):  # the process with the store may have ended
             if failure := self._read_failure():
                 return failure
             before = self._read_progress()
@@ -99,7 +103,7 @@ class Watch:
             silent = [rank for rank, line in enumerate(self._read_progress()) if line == before[rank]]
             if silent:
                 place = describe_place(json.loads(before[silent[0]])[0])
-                error = DistributedError(f"{_name(silent)} is gone without a word; last seen {place}")
+                error = DistributedError(f"{_name(silent)} no longer answers; last seen {place}")
                 if self.publish(error, None):
                     return error
             if failure := self._read_failure():
@@ -109,7 +113,7 @@ class Watch:
     def _talk(self) -> None:
         assert self._store
         beats = 0
-        # Stop talking once a failure is known: the store may leave, and torch's own error would then hide the cause.
+        # Stop talking once a failure is known: the store may go away, and torch's own error would then hide the cause.
         while not self._failure and not self._ended.wait(self._beat):
             beats += 1
             try:
@@ -120,7 +124,7 @@ class Watch:
                 elif self._failure is None:
                     self._suspect()
                     self._failure = self._read_failure()
-            except RuntimeError:  # whoever holds the store has left
+            except RuntimeError:  # the process with the store has ended
                 self._failure = self._failure or _lost()
 
     def _guard(self) -> None:
@@ -137,7 +141,7 @@ class Watch:
             if failure is None:
                 continue
             first_seen = first_seen or now
-            # A rank that hangs leaves when the others have heard of it; one that does not has time to end by itself.
+            # A rank that hangs ends when the others have read the failure; another rank has time to end by itself.
             patience = 2 * self._beat if still > self._timeout else SECONDS_TO_LEAVE
             if min(still, now - first_seen) > patience:
                 if not failure.is_said:
@@ -151,7 +155,7 @@ class Watch:
         return now - self._moved if now - self._awake < 2 * self._beat + 1 else 0
 
     def _suspect(self) -> None:
-        """Accuse whoever keeps the others waiting, unless that moves while it is watched."""
+        """Report the rank that keeps the others waiting, unless it makes progress while it is suspected."""
         progress = [json.loads(line) for line in self._read_progress()]
         order = [(epoch, batch, _ORDER.index(doing)) for (epoch, batch, doing), *_ in progress]
         late = {rank: progress[rank][:2] for rank, place in enumerate(order) if place == min(order)}
@@ -163,9 +167,9 @@ class Watch:
             self._accuse(list(late), late[min(late)][0])
 
     def _accuse(self, late: list[int], place: tuple[int, int, str]) -> None:
-        """Publish who keeps the others waiting, and be the one that says it."""
-        who = "every rank" if len(late) == self._ranks.world_size else _name(late)
-        text = f"{who} hangs, {describe_place(place)}: no progress for {self._timeout:g} s (timeout_seconds)"
+        """Publish which ranks keep the others waiting; the first rank that publishes also prints it."""
+        names = "every rank" if len(late) == self._ranks.world_size else _name(late)
+        text = f"{names} hangs, {describe_place(place)}: no progress for {self._timeout:g} s (timeout_seconds)"
         if self.publish(DistributedError(text), None):
             print(f"resnest-train: {text}", file=sys.stderr, flush=True)
             tell_launcher(text)
@@ -193,7 +197,7 @@ def _lost() -> DistributedError:
 
 
 def describe_place(place: tuple[int, int, str]) -> str:
-    """Say what is done at a place, and in which batch."""
+    """Return a rank's activity in words, with its batch."""
     epoch, batch, doing = place
     if doing in (LOADING, FORWARD, BACKWARD, AGREEING):
         return f"{doing} in batch {batch + 1} of epoch {epoch + 1}"
@@ -211,17 +215,17 @@ def supervise(
     on_abort: Callable[[UserError], None] = lambda error: None,
     note: Callable[[int, int, str], None] = lambda epoch, batch, doing: None,
 ) -> Iterator[Watch]:
-    """Watch over the ranks, and name the one that fails first.
+    """Watch the ranks, and name the one that fails first.
 
     Args:
-        ranks: who takes part; one alone has nobody to watch.
+        ranks: the ranks of the run; with a single one there is nothing to watch.
         timeout: seconds without progress after which a rank counts as hanging.
         on_abort: called before the process is ended from within a collective.
-        note: called with each place that this rank comes to.
+        note: called with each new place of this rank.
 
     Raises:
         DistributedError: instead of a collective's error, with its cause.
-        UserError: instead of what torch or the system raises where a user can fix it.
+        UserError: instead of an error of torch or the system that a user can fix.
     """
     watch = Watch(ranks, timeout, on_abort, note)
     watch.start()
@@ -231,12 +235,12 @@ def supervise(
         if is_lost_peer(error):
             raise watch.find_cause() from error
         explained = None if isinstance(error, UserError) else explain_runtime(error)
-        told = error if isinstance(error, UserError | Stopped) else explained
-        told = told or UserError(f"{type(error).__name__}: {first_line(error)}")
-        # What all ranks raise alike needs no telling: rank 0, which may hold the store, may have left already.
-        if ranks.store and not told.is_shared:
+        failure = error if isinstance(error, UserError | Stopped) else explained
+        failure = failure or UserError(f"{type(error).__name__}: {first_line(error)}")
+        # An error that all ranks raise is not published: rank 0, which may hold the store, may have ended already.
+        if ranks.store and not failure.is_shared:
             with suppress(RuntimeError):
-                told.is_said = not watch.publish(told, ranks.rank)
+                failure.is_said = not watch.publish(failure, ranks.rank)
         if explained:
             raise explained from error
         raise

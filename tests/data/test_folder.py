@@ -60,11 +60,11 @@ def test_what_is_skipped_or_taken_from_below_is_said(tmp_path):
     assert [file.decode() for file in images.files] == [*names[:6]]
     assert [note.removeprefix(f"{tmp_path}/train: ") for note in images.notes] == [
         "3 hidden files or folders are skipped (the first: .ipynb_checkpoints)",
-        "1 images beside the class folders are skipped: they belong into one (the first: stray.png)",
+        "1 images beside the class folders are skipped: move them into one (the first: stray.png)",
         "2 images of other formats are skipped "
         "(.jpeg, .jpg, .png, .jpe, .jfif, .webp, .bmp, .tif, .tiff are taken) (the first: b/anim.gif)",
-        "2 files are skipped whose names are not those of images (the first: a/pipe.jpg.part)",
-        "2 images in folders below those of the classes are taken (the first: a/deep/0.jpg)",
+        "2 files without the name of an image are skipped (the first: a/pipe.jpg.part)",
+        "2 images in folders below the class folders are taken (the first: a/deep/0.jpg)",
     ]
     photos = find_images([str(tmp_path / "train")])
     assert [photos.name(index).removeprefix(f"{tmp_path}/train/") for index in range(7)] == [
@@ -77,7 +77,11 @@ def test_parts_that_are_or_hold_each_other_are_refused(tmp_path):
     make_tree(tmp_path, "train/a/1.jpg")
     (tmp_path / "val").symlink_to("train")
     (tmp_path / "test").mkdir()
-    for val, how in (("train", "are the same folder"), ("val", "are the same folder"), ("train/a", "one in the other")):
+    for val, how in (
+        ("train", "are the same folder"),
+        ("val", "are the same folder"),
+        ("train/a", "one contains the other"),
+    ):
         with pytest.raises(DataError, match=f"train and .*{val} .*{how}.*: set data.train_dir and data.val_dir"):
             require_separate(tmp_path / "train", tmp_path / val)
     require_separate(tmp_path / "train", tmp_path / "test")
@@ -100,7 +104,7 @@ def test_the_listing_opens_nothing_and_reading_only_files(tmp_path):
             images.read(index)
         details.append(caught.value.fault.detail)
     kinds = ("a named pipe", "a device", "a socket", "a folder")
-    too_large = "a file of 1,073,741,825 bytes, which was not read"
+    too_large = "a file of 1,073,741,825 bytes (over 1,073,741,824): not read"
     assert details == [*(f"not a file but {kind}" for kind in kinds), too_large]
     assert images.read(0) == (tmp_path / "train/a/1.jpg").read_bytes()
 

@@ -267,7 +267,7 @@ def test_an_unreadable_file_is_named(name, damage, images, tmp_path):
 
 def test_dali_refuses_a_filter_that_is_another_there(images):
     aliased = EvalTransform(288, antialias=False)
-    with pytest.raises(ConfigError, match="DALI's bicubic is not OpenCV's then: set loader=torchvision"):
+    with pytest.raises(ConfigError, match="DALI's bicubic then differs from OpenCV's: set loader=torchvision"):
         make_loader("dali", images, aliased)
     batch, _ = next(iter(make_loader("torchvision", images, aliased).batches(epoch=0)))
     assert batch.shape == (8, 3, 288, 288)

@@ -127,8 +127,8 @@ def test_unpacks_every_image_to_its_class_and_then_has_nothing_to_do(archives, t
 
 
 # Runs prepare_images once for every moment at which it can be killed: before each operation on a file or folder (as the
-# interpreter announces them to audit hooks), and amid each image. After each it looks at what has its final name, and
-# lets a second call finish.
+# interpreter announces them to audit hooks), and in the middle of each image. After each it checks what has its final
+# name, and lets a second call finish.
 KILL_EVERYWHERE = """
 import os, shutil, signal, sys
 from pathlib import Path
@@ -140,7 +140,7 @@ from resnest_imagenet.data.prepare import prepare_images
 
 archives, place = Path(sys.argv[1]), Path(sys.argv[2])
 release = release_of(archives)
-WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "amid an image"}
+WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "in an image"}
 left = None
 
 def kill(event, arguments):
@@ -154,12 +154,12 @@ def copy_in_halves(source, file):
     content = source.read()
     file.write(content[: len(content) // 2])
     file.flush()
-    sys.audit("amid an image")
+    sys.audit("in an image")
     file.write(content[len(content) // 2 :])
 
 sys.addaudithook(kill)
 shutil.copyfileobj = copy_in_halves
-moments = amid = 0
+moments = halves = 0
 while True:
     out = place / str(moments)
     child = os.fork()
@@ -178,14 +178,14 @@ while True:
         elif name.startswith("prepare.tmp/train/"):
             assert EXPECTED[name.removeprefix("prepare.tmp/")] == content, name
         else:
-            amid += len(content) == len(next(iter(EXPECTED.values()))) // 2
+            halves += len(content) == len(next(iter(EXPECTED.values()))) // 2
     classes = {path: path.stat().st_ino for path in out.glob("prepare.tmp/train/*")}
     prepare_images(archives, out, verify=True, release=release)
     assert read_tree(out) == EXPECTED and not (out / "prepare.tmp").exists()
     for path, inode in classes.items():
         assert (out / "train" / path.name).stat().st_ino == inode, "a finished class was done again"
     moments += 1
-print(moments, amid)
+print(moments, halves)
 """
 
 
@@ -195,9 +195,9 @@ def test_a_kill_at_any_moment_costs_no_finished_class_and_leaves_no_cut_image(ar
     command = [sys.executable, "-c", KILL_EVERYWHERE, str(archives), str(tmp_path / "outs")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
-    moments, amid = map(int, result.stdout.split())
+    moments, halves = map(int, result.stdout.split())
     assert moments > 70
-    assert amid > 5  # the kills did leave halves of images
+    assert halves > 5  # the kills did leave halves of images
 
 
 def special(name, kind, link="", **attributes):

@@ -121,8 +121,8 @@ FAULTS = {
     "JPEG": (encode(VALUES, "JPEG"), f"{MASK}a JPEG image of mode L, {INDICES}"),
     "16 bits": (encode(VALUES.astype(np.uint16)), f"{MASK}a PNG image of mode I;16, {INDICES}"),
     "4 bits": (encode_grey_of_4_bits(), f"{MASK}a grey PNG of 4 bits: save one of 8 bits"),
-    "label": (encode(VALUES + 7), f"{MASK}a pixel has the value {VALUES[0, 0] + 7}, which is no class and not void"),
-    "UNKNOWN": (encode(np.full_like(VALUES, 254)), f"{MASK}a pixel has the value 254, which is no class and not void"),
+    "label": (encode(VALUES + 7), f"{MASK}a pixel has the value {VALUES[0, 0] + 7}, neither a class nor void"),
+    "UNKNOWN": (encode(np.full_like(VALUES, 254)), f"{MASK}a pixel has the value 254, neither a class nor void"),
     "size": (encode(VALUES.T), f"{MASK}21 x 30 pixels, the image 30 x 21"),
     "empty": (b"", f"{MASK}not a readable image (it is empty)"),
     "cut": (encode(VALUES)[:-20], f"{MASK}a PNG image without its end"),
@@ -140,7 +140,7 @@ def test_a_value_above_the_classes_is_named_in_ade20k(tmp_path):
     line = read_fault(
         tmp_path, encode(np.full((20, 30), 151, np.uint8)), "annotations/training/ADE_training_00000001.png", "ade20k"
     )
-    assert line.endswith(".png: a pixel has the value 151, which is no class and not void")
+    assert line.endswith(".png: a pixel has the value 151, neither a class nor void")
 
 
 def test_a_damaged_image_is_named_without_its_mask(tmp_path):

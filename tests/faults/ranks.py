@@ -21,7 +21,7 @@ from faults.harness import (
 from resnest_imagenet.checkpoint import load_checkpoint
 
 LONG = (*RICH, "loader=torchvision", "train.epochs=4", "log.every_steps=2")
-DEATH = r"Signal 9 \(SIGKILL\)|exitcode: -9|died|is gone"  # what is printed of it first
+DEATH = r"Signal 9 \(SIGKILL\)|exitcode: -9|died|no longer answers"  # what is printed of it first
 
 
 def stop_when_asked(place: Place) -> dict[str, Any]:
@@ -118,10 +118,12 @@ def recover_from_death(place: Place) -> dict[str, Any]:
     summary = launched.output.partition("ChildFailedError")[2]
     require(f"rank 1 was killed by a signal, {where}" in summary, f"and where it was\n{launched.output}")
     status = read_status(run)
-    require(status["exit_code"] == 7 and "rank 1 is gone" in status["error"], f"status.json names it: {status}")
+    require(
+        status["exit_code"] == 7 and "rank 1 no longer answers" in status["error"], f"status.json names it: {status}"
+    )
     again = Trainer(place, run, *options, ranks=2)
     require(again.wait() == [0, 0], f"{run} resumes\n{again.output}")
-    line = f"WARNING: rank 1 of the last attempt ended without a word, {where}; its images: "
+    line = f"WARNING: rank 1 of the last attempt ended without a message, {where}; its images: "
     require(again.output.count(line) == 1, f"the next start names its images\n{again.output}")
     if place.fast:
         require_equal_runs(whole, run)

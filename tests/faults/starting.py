@@ -75,7 +75,7 @@ def _require_stopped(place: Place, run: Path, name: str, function: str, *options
     require(codes == [75], f"{what}: {codes}\n{trainer.output}")
     line = f"resnest-train: {name}: stopped before the first step; the same command resumes the run"
     require(trainer.lines[-1] == line, f"{what}:\n{trainer.output}")
-    warnings = [line for line in trainer.lines if line.startswith("WARNING") and "ended without a word" not in line]
+    warnings = [line for line in trainer.lines if line.startswith("WARNING") and "ended without a message" not in line]
     require("Traceback" not in trainer.output and not warnings, f"{what}:\n{trainer.output}")
     end = read_end(run)
     require(end["exit_code"] == 75 and "stopped before the first step" in end["error"], f"{what}: {end}")

@@ -80,7 +80,9 @@ def test_the_command_prints_and_writes_the_same(comparison, checkpoints, photos,
     monkeypatch.setattr(sys, "argv", ["resnest-compare", *arguments, *outputs])
     command.main()
     printed = capsys.readouterr().out
-    assert f"{100 * comparison.differing.mean():.2f} % of an image differs in the mean over 3 images" in printed
+    num_differing = np.count_nonzero(comparison.differing)
+    share = f"{100 * comparison.differing.mean():.2f} %"
+    assert f"on average {share} of an image differs; {num_differing} of 3 images differ" in printed
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert [float(row["differing"]) for row in rows] == pytest.approx(comparison.differing.tolist(), abs=1e-6)
     for row, disagreement in zip(rows, comparison.disagreements, strict=True):

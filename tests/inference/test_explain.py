@@ -269,7 +269,7 @@ def test_a_target_is_a_name_a_number_or_words():
     classes = ["n01443537", "n02012849", "n03126707", "7"]
     for target, expected in (("n03126707", 2), ("Goldfish", 0), ("carassius_auratus", 0), ("1", 1), ("7", 3)):
         assert find_class(target, classes) == expected
-    with pytest.raises(ConfigError, match="target=crane may be n02012849 or n03126707"):
+    with pytest.raises(ConfigError, match="target=crane may mean n02012849 or n03126707"):
         find_class("crane", classes)
     with pytest.raises(ConfigError, match="target=goldfsh: none of the network's 4 classes; did you mean 'goldfish'"):
         find_class("goldfsh", classes)

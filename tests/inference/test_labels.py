@@ -148,7 +148,9 @@ def test_a_run_with_its_classes_in_text_order_is_not_relabelled(tmp_path, image,
 def test_numbers_that_are_no_outputs_are_refused(tmp_path, image, evaluation_of):
     make_tree(tmp_path, image, *(f"val/{number}/1.JPEG" for number in range(1, 13)))
     bare = save_constant(tmp_path / "bare.pth", 12, 2)
-    with pytest.raises(DataError, match=r"val: its classes are numbers, but not of the outputs 0 to 11 of .*bare\.pth"):
+    with pytest.raises(
+        DataError, match=r"val: its classes are numbers, but not those of the outputs 0 to 11 of .*bare\.pth"
+    ):
         evaluate_checkpoint(evaluation_of(bare, "model=resnest14_half", f"data.root={tmp_path}"))
 
 

@@ -102,7 +102,7 @@ def test_it_acts_in_training_and_leaves_the_state_dict_alone():
 
 @pytest.mark.slow
 def test_a_compiled_network_follows_the_probability():
-    """The number changes with every epoch: the graph must not be compiled anew for each."""
+    """The number changes with every epoch: the graph must not be compiled again for each."""
     block = nn.Sequential()
     block.bn1, block.bn2, block.bn3 = nn.BatchNorm2d(3), nn.Identity(), nn.Identity()
     network = nn.Sequential()

@@ -241,8 +241,8 @@ def test_refuses_a_file_that_is_not_all_of_the_network(tmp_path):
         ({"out_features": ()}, "out_features is empty: choose from stem, layer1"),
         ({"freeze_at": 6}, "freeze_at is 0 to 5, not 6"),
         ({"norm": "syncbn"}, "norm is bn, frozen, sync, not syncbn"),
-        ({"features_only": False, "freeze_at": 2}, "add features_only=True"),
-        ({"features_only": False, "norm": "frozen"}, "add features_only=True"),
+        ({"features_only": False, "freeze_at": 2}, "set features_only=True"),
+        ({"features_only": False, "norm": "frozen"}, "set features_only=True"),
     ],
 )
 def test_refusals(options, message):

@@ -59,7 +59,7 @@ def test_output_stride(output_stride, size):
 
 @pytest.mark.slow
 def test_dilated_semantics_are_the_official_ones():
-    """timm drops the stride-1 average pool of layer3 and 4 and pools the shortcut 2x2; mended, the two are equal."""
+    """timm drops the stride-1 average pool of layer3 and 4 and pools the shortcut 2x2; corrected, the two are equal."""
     import timm
 
     torch.manual_seed(0)

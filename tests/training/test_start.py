@@ -104,7 +104,7 @@ def test_nothing_changes_before_a_command_is_known_to_be_of_the_run(tiny_run, tm
 
     (run / "checkpoints").rename(elsewhere)
     before = list_files(run)
-    gone = r"run/checkpoints: .* are gone \(status.json tells of a checkpoint after step 6\): put them back, choose "
+    gone = r"run/checkpoints: .* are gone \(status.json names a checkpoint after step 6\): put them back, choose "
     for _ in range(2):
         with pytest.raises(CheckpointError, match=gone):
             train(tiny_run(*ONE_EPOCH))

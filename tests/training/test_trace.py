@@ -49,7 +49,8 @@ def test_what_a_signal_has_ended_is_named_once_with_its_images(sets, tmp_path, c
     # The next attempt may have other batches.
     line = start(tmp_path, make_plan(sets, batch_size=4), sets, capsys)
     assert line.startswith(
-        "WARNING: rank 1 of the last attempt ended without a word, waiting for data in batch 3 of epoch 5; its images: "
+        "WARNING: rank 1 of the last attempt ended without a message, waiting for data in batch 3 of epoch 5; "
+        "its images: "
     )
     batches = list(make_plan(sets, rank=1).batches(4, 2))[:3]  # DALI decodes ahead
     names = [train_set.name(index) for indices in batches for index in indices]
@@ -65,7 +66,9 @@ def test_in_an_evaluation_they_are_the_val_images(sets, tmp_path, capsys):
     for rank in (0, 1):
         leave(tmp_path, make_plan(sets, rank), (0, len(plan) + 1 + rank, EVALUATING))
     line = start(tmp_path, plan, sets, capsys)
-    assert "WARNING: rank 0, 1 of the last attempt ended without a word, evaluating after epoch 1, in batch 2; " in line
+    assert (
+        "WARNING: rank 0, 1 of the last attempt ended without a message, evaluating after epoch 1, in batch 2; " in line
+    )
     (first, *_) = plan_evaluation(len(sets[1]), 8, 0, 2).batches(0, 1)
     assert sets[1].name(first[0]) in line
 

@@ -152,7 +152,7 @@ def test_tensorboard_keeps_the_pictures_that_a_run_resumes_from(tmp_path):
                 tracker.image("picture", step, np.full((2, 3, 3), resumes_from, np.uint8))
         tracker.close(None)
         (file,) = (tmp_path / "tensorboard").iterdir()
-        file.write_bytes(file.read_bytes()[:-10])  # as of a process that was killed amid writing step 15
+        file.write_bytes(file.read_bytes()[:-10])  # as of a process that was killed while it wrote step 15
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -315,7 +315,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_any_data_is_read(sma
 
 
 def test_a_run_that_is_set_aside_takes_its_names_along(tmp_path):
-    """Else the new one would go on in its W&B and MLflow runs."""
+    """Otherwise the new run would continue in its W&B and MLflow runs."""
     for name in ("checkpoints", "wandb"):
         (tmp_path / name).mkdir()
     (tmp_path / "trackers.json").write_text("{}")

@@ -291,9 +291,9 @@ OF_CLASSIFICATION = "^model and protocol are of classification: .*best.pt is of 
         ),
         (
             ["layout=timm"],
-            r"^layout=timm is of classification: a DeepLabV3 has official \(PyTorch-Encoding's\) or mmsegmentation$",
+            r"^layout=timm is of classification: a DeepLabV3 takes official \(PyTorch-Encoding's\) or mmsegmentation$",
         ),
-        (["layout=detectron2"], "^layout=detectron2 is of classification: a DeepLabV3 has official"),
+        (["layout=detectron2"], "^layout=detectron2 is of classification: a DeepLabV3 takes official"),
         (["model=resnest14_half"], OF_CLASSIFICATION),
         (["protocol=full"], OF_CLASSIFICATION),
         (["protocol=slide"], OF_CLASSIFICATION),

@@ -129,7 +129,7 @@ def test_a_graph_that_computes_something_else_is_not_written(model, checkpoint, 
     out.write_text("old")
     for difference in (0.01, float("nan")):
         substitute(monkeypatch, lambda images, difference=difference: model(images) + difference)
-        with pytest.raises(UserError, match="out.onnx is not written: its logits differ by .* from torch's") as error:
+        with pytest.raises(UserError, match="out.onnx is not written: its logits .*differ by .* from torch's") as error:
             export(checkpoint, "format=onnx", f"out={out}")
         assert "\n" not in str(error.value)
     assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]

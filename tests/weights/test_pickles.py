@@ -82,7 +82,7 @@ def test_nothing_else_is_called(value, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "a.pkl", {"model": {**ARRAYS, "x": value}})
     with pytest.raises(
-        DamagedCheckpointError, match="^.*a.pkl: it holds [^\n]*, which is not read, since it may ex"
+        DamagedCheckpointError, match="^.*a.pkl: it holds [^\n]*, which is not read because it may ex"
     ) as e:
         read_weights(path)
     assert name in str(e.value) or "numpy" in name

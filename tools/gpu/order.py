@@ -3,7 +3,7 @@
 python tools/gpu/order.py DATA OUT [--epochs 12 --crop 96 --seeds 0 1 --minutes 9 --device cuda]
 
 DATA: train/ and test/ with a folder for each class, such as CIFAR-10 as JPEGs. Stopped or out of minutes, the same call
-goes on where it was. Prints a table and writes OUT/order.json with the curves once every run is finished.
+resumes where it was. Prints a table and writes OUT/order.json with the curves once every run is finished.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
         try:
             subprocess.run(command, env=environment, check=True, timeout=deadline - time.monotonic())
         except subprocess.TimeoutExpired:
-            sys.exit(f"{args.minutes} minutes are over in {run_dir}: call again to go on")
+            sys.exit(f"{args.minutes} minutes are over in {run_dir}: call again to resume")
 
     results = []
     for (model, seed), run_dir in runs.items():

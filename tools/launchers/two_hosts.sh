@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two hosts on one machine: network namespaces with an address each and a cable between them, and a torchrun in each.
-# Hosts die and the cable is pulled; the same commands must go on, and end as the run that was left alone, bit for bit.
+# Hosts die and the cable is pulled; the same commands must resume, and end as the run that was left alone, bit for bit.
 # As root; some 7 minutes on 2 cores.
 # One line per claim; 0: all hold, 1: one does not, 77: cannot run here.
 set -uo pipefail
@@ -71,20 +71,20 @@ begin() { # note the time, and how far the logs are
 says() { # HOST PATTERN: since `begin`
   tail --lines +$((read[$1] + 1)) "$folder/$run.$1.log" | grep -q "$2"
 }
-is_amid_epoch() { [[ $(tail --lines 1 "$folder/$run.a.log" 2>/dev/null) =~ ^epoch\ ([2-9]|1.)/16\ [3-9]/ ]]; }
+is_in_epoch() { [[ $(tail --lines 1 "$folder/$run.a.log" 2>/dev/null) =~ ^epoch\ ([2-9]|1.)/16\ [3-9]/ ]]; }
 has_ended() { ! kill -0 "${launcher[$1]}" 2>/dev/null; }
 finished() { wait "${launcher[a]}" && wait "${launcher[b]}" && grep -q finished "$folder/$run/status.json"; }
-went_on() { # a torchrun that has ended is started again, by the same command
+has_resumed() { # a torchrun that has ended is started again, by the same command
   for host in a b; do
     has_ended $host && start_host $host && again+=" $host"
   done
   says a "^resuming after step"
 }
-goes_on() { # TEXT: claim it
+resumes() { # TEXT: claim it
   again=""
-  await 300 went_on
-  claim $? "$1, and goes on after $(since "$start")${again:+ (started again:$again)}"
-  await 60 is_amid_epoch
+  await 300 has_resumed
+  claim $? "$1, and resumes after $(since "$start")${again:+ (started again:$again)}"
+  await 60 is_in_epoch
 }
 
 run=whole start=$(now)
@@ -96,24 +96,24 @@ claim $? "two hosts train to the end, in $(since "$start")"
 run=disturbed
 start_host a
 start_host b
-await 120 is_amid_epoch
+await 120 is_in_epoch
 
 begin
 cable down
 sleep 6
 cable up
 await 60 says a "^epoch"
-claim $? "the cable is pulled for 6 s: the run stands, and goes on after $(since "$start")"
+claim $? "the cable is pulled for 6 s: the run stands, and continues after $(since "$start")"
 ! says a "resuming after" && ! says b "resuming after"
 claim $? "nobody has started again for that"
 
-await 60 is_amid_epoch
+await 60 is_in_epoch
 begin
 kill_host b
 await 60 says a "rank 1"
 claim $? "host b dies: host a says so after $(since "$start"): $(line a "rank 1")"
 start_host b
-goes_on "the same command on b: the run has waited for it"
+resumes "the same command on b: the run has waited for it"
 
 begin
 kill_host a
@@ -121,18 +121,18 @@ await 120 has_ended b
 claim $? "host a dies, with rank 0 and the rendezvous: b ends after $(since "$start"): $(line b "train: ")"
 start_host a
 start_host b
-goes_on "the same commands on both: they meet"
+resumes "the same commands on both: they meet"
 
 begin
 kill -KILL "${launcher[b]}"
 wait "${launcher[b]}" 2>/dev/null
 sleep 3
-is_amid_epoch || await 10 is_amid_epoch
-claim $? "b's torchrun dies, its rank does not: the run goes on"
+is_in_epoch || await 10 is_in_epoch
+claim $? "b's torchrun dies, its rank does not: the run continues"
 start_host b
 await 60 says a "stopped after step"
 claim $? "the same command on b: the ranks stop with a checkpoint after $(since "$start")"
-goes_on "b's rank makes room for a new one"
+resumes "b's rank makes room for a new one"
 
 begin
 cable down
@@ -142,7 +142,7 @@ await 60 says b "train: "
 claim $? "b says so, too, while the cable is out: after $(since "$start")"
 begin
 cable up
-goes_on "the cable is back: the hosts find each other"
+resumes "the cable is back: the hosts find each other"
 
 finished
 claim $? "both end with 0"

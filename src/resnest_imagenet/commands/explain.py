@@ -1,4 +1,4 @@
-"""resnest-explain: where a network finds a class in images, and how its split attention weighs."""
+"""resnest-explain: where a network finds a class in images, and how its blocks weight their splits."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from resnest_imagenet.errors import ConfigError, printable
 
 
 def run(config: ExplainConfig) -> None:
-    """Write the pictures and say where they are; images that were skipped raise a DataError after it."""
+    """Write the pictures and print where they are; then raise a DataError if images were skipped."""
     written, skipped = explain_images(config)
     for line in written:
         print(printable(line), flush=True)

@@ -1,4 +1,4 @@
-"""resnest-export: a checkpoint for other programs."""
+"""resnest-export: writes a checkpoint's network for other programs."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(config: ExportConfig) -> None:
-    """Export, and print the line about what was written."""
+    """Export, and print the line about the file."""
     from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.graphs import require_form
     from resnest_imagenet.weights.load import TASK, read_weights
@@ -26,7 +26,7 @@ def run(config: ExportConfig) -> None:
 
 
 def export_classifier(config: ExportConfig, weights: "Weights") -> str:
-    """Export a network of classification; return a line about what was written."""
+    """Export a network of classification; return a line about the file."""
     from resnest_imagenet.inference.describe import describe_input
     from resnest_imagenet.weights.export import export_weights
     from resnest_imagenet.weights.graphs import export_graph
@@ -42,7 +42,7 @@ def export_classifier(config: ExportConfig, weights: "Weights") -> str:
 
 
 def export_segmenter(config: ExportConfig, weights: "Weights") -> str:
-    """Export a network of segmentation likewise."""
+    """Export a network of segmentation; return a line about the file."""
     from resnest_imagenet.inference.describe import describe_scene_input
     from resnest_imagenet.weights.export import export_deeplab
     from resnest_imagenet.weights.graphs import export_deeplab_graph
@@ -64,7 +64,7 @@ def export_segmenter(config: ExportConfig, weights: "Weights") -> str:
 
 
 def export_detector(config: ExportConfig, weights: "Weights") -> str:
-    """Export a detector likewise."""
+    """Export a detector; return a line about the file."""
     from resnest_imagenet.inference.describe_objects import describe_object_input
     from resnest_imagenet.weights.export_rcnn import export_rcnn
     from resnest_imagenet.weights.graphs_rcnn import export_rcnn_graph

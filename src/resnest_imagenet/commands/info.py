@@ -1,4 +1,4 @@
-"""resnest-info: what networks cost."""
+"""resnest-info: the costs of networks."""
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import InfoConfig

@@ -1,4 +1,4 @@
-"""resnest-report: what runs did, as one page."""
+"""resnest-report: runs as one page."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from resnest_imagenet.files import require_writable
 
 
 def run(config: ReportConfig) -> None:
-    """Write the page and say where."""
+    """Write the page and print its path."""
     from resnest_imagenet.reports.report import write_report
     from resnest_imagenet.reports.runs import find_runs
 

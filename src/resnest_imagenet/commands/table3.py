@@ -1,4 +1,4 @@
-"""resnest-table3: the paper's Table 3 beside what was counted and measured here."""
+"""resnest-table3: the paper's Table 3 beside this project's counted and measured figures."""
 
 import sys
 from typing import Any, cast
@@ -20,9 +20,9 @@ def run(config: Table3Config) -> None:
 
 
 def load_recipes() -> dict[str, dict[str, Any]]:
-    """Return the training options of each recipe by its name, as they are without an experiment or overrides.
+    """Return the training options of each recipe by its name, without an experiment or overrides.
 
-    Each is composed by Hydra when it is asked for: all of them take seconds, and results name few.
+    Hydra composes each one when it is first read: all of them would take seconds, and results name few.
     """
     return _Recipes()
 
@@ -42,7 +42,7 @@ class _Recipes(dict[str, dict[str, Any]]):
         self[name] = cast(dict[str, Any], values)
         return self[name]
 
-    def get(self, name: str, default: Any = None, /) -> Any:  # a dict's own does not ask __missing__
+    def get(self, name: str, default: Any = None, /) -> Any:  # dict.get does not call __missing__
         return self[name] if name in self._names else default
 
 

@@ -1,4 +1,4 @@
-"""resnest-tables: the paper's tables beside what was counted and measured here."""
+"""resnest-tables: the paper's tables beside this project's counted and measured figures."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ HEADINGS = {
 
 
 def run(config: TablesConfig) -> None:
-    """Print the tables that are chosen, in the paper's order; one alone has no heading."""
+    """Print the chosen tables in the paper's order; a single table has no heading."""
     from resnest_imagenet.evaluation.results import BOX_AP, MASK_AP, MIOU, TOP1, read_all_measured
 
     numbers: list[int] = sorted(set(config.table))
@@ -71,7 +71,7 @@ def list_downstream(numbers: Iterable[int]) -> "dict[int, DownstreamTable]":
 
 
 def format_tables(rows: dict[int, list[dict[str, Any]]], form: str) -> str:
-    """Return the tables as text: of several tables markdown has headings, and JSON is an object by their numbers."""
+    """Return the tables as text. With several tables, markdown has headings and JSON is an object by their numbers."""
     from resnest_imagenet.reports import downstream, table3
 
     if form == "json" and len(rows) > 1:

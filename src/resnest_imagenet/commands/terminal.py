@@ -1,4 +1,4 @@
-"""Standard output and error that may go away: a pipe whose reader has left, a closed terminal, a full disk."""
+"""Survives the loss of standard output and error: a pipe without a reader, a closed terminal, a full disk."""
 
 import errno
 import io
@@ -14,7 +14,7 @@ from resnest_imagenet.errors import StorageError
 
 
 class _Stream(io.FileIO):
-    """A descriptor that outlives what it writes to."""
+    """Writes to a descriptor, and survives the loss of its target."""
 
     def __init__(self, descriptor: int, may_lose: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -22,7 +22,7 @@ class _Stream(io.FileIO):
         self._is_lost = False
 
     def write(self, data: bytes | memoryview, /) -> int:  # type: ignore[override] # typeshed has a wider type
-        """Write what can be written, and say that all was: else a buffer would try again."""
+        """Write as much as possible, and return the full length: otherwise a buffer would retry the rest."""
         if not self._is_lost:
             try:
                 written = super().write(data)
@@ -35,7 +35,7 @@ class _Stream(io.FileIO):
 
 
 def _leave(error: OSError) -> None:
-    """End the command: as SIGPIPE would where nobody reads any more, else with a line."""
+    """End the command: like SIGPIPE if there is no reader any more, otherwise with a line."""
     if error.errno in (errno.EPIPE, errno.EIO):
         sys.exit(128 + signal.SIGPIPE)
     with suppress(OSError):
@@ -46,18 +46,18 @@ def _leave(error: OSError) -> None:
 
 @contextmanager
 def surviving_output(may_lose: bool) -> Iterator[None]:
-    """Let standard output and error go away without a traceback, from here to the end of the process.
+    """Avoid tracebacks if standard output or error is lost, from here to the end of the process.
 
     Args:
-        may_lose: lose what cannot be written, and continue. Otherwise leave: with 141 where nobody reads any more, and
-            with 6 and a line where a disk is full.
+        may_lose: drop output that cannot be written, and continue. Otherwise end the process: with 141 if there is no
+            reader any more, and with 6 and a line if a disk is full.
     """
-    for descriptor in (0, 1, 2):  # one that is closed would become a file's that is opened later
+    for descriptor in (0, 1, 2):  # a file that is opened later would get the number of a closed one
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    # Where these are others, as in a test, they stay.
+    # Streams that were replaced, as in a test, stay.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _wrap(sys.stdout, 1, may_lose)
     if sys.stderr is sys.__stderr__:
@@ -66,13 +66,13 @@ def surviving_output(may_lose: bool) -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    finally:  # not when Python ends: that would complain, and leave with 120
+    finally:  # flush here: at its end, Python would print an error and exit with 120
         sys.stdout.flush()
         sys.stderr.flush()
 
 
 def _wrap(stream: TextIO | None, descriptor: int, may_lose: bool) -> TextIO:
-    """Return what writes as `stream` does; None: to a descriptor that was closed."""
+    """Return a stream that writes like `stream`, which is None if its descriptor was closed."""
     if not isinstance(stream, io.TextIOWrapper):
         return stream or open(descriptor, "w", closefd=False)
     raw = _Stream(descriptor, may_lose)

@@ -1,1 +1,1 @@
-"""From images on the disk to batches on the device."""
+"""From images on disk to batches on the device."""

@@ -1,7 +1,7 @@
-"""What is drawn for the appearance of a training image: operations of a policy, colour jitter, lighting.
+"""Random draws for the appearance of a training image: operations of a policy, colour jitter, lighting.
 
-Only numbers are made here, from (seed, epoch, sample). A policy is a table of rows, from which one is taken at random;
-its steps are applied in turn. `pillow_ops.py` and `dali_ops.py` apply them.
+This file only draws numbers, from (seed, epoch, sample). A policy is a table of rows: a row is drawn at random, and its
+steps are applied in order. `pillow_ops.py` and `dali_ops.py` apply them.
 """
 
 import enum
@@ -29,19 +29,19 @@ class Op(enum.IntEnum):
     COLOR = 8  # 0 gives grey
     CONTRAST = 9  # 0 gives the mean of the grey image
     SHARPNESS = 10  # 0 gives the smoothed image
-    ROTATE = 11  # by v degrees, counter-clockwise; nearest pixel, black outside, as in all that follow
-    SHEAR_X = 12  # a row shifted by v times its distance from the top
-    SHEAR_Y = 13  # a column, by v times its distance from the left
+    ROTATE = 11  # by v degrees, counter-clockwise; this one and all below: nearest pixel, black outside
+    SHEAR_X = 12  # a row is shifted by v times its distance from the top
+    SHEAR_Y = 13  # a column is shifted by v times its distance from the left
     SHEAR_X_BICUBIC = 14
     SHEAR_Y_BICUBIC = 15
     TRANSLATE_X = 16  # by v pixels
     TRANSLATE_Y = 17
     TRANSLATE_X_REL = 18  # by v W pixels, rounded toward zero
     TRANSLATE_Y_REL = 19  # by v H pixels
-    CUTOUT = 20  # a square of v pixels, at x W, y H, of CUTOUT_COLOUR
+    CUTOUT = 20  # a square of v pixels at (x W, y H), filled with CUTOUT_COLOUR
 
 
-# Of the released PyTorch code; CIFAR-10's mean.
+# From the released PyTorch code; it is CIFAR-10's mean.
 CUTOUT_COLOUR = (125, 123, 114)
 
 
@@ -50,9 +50,9 @@ class Step:
     """One operation of a row.
 
     Attributes:
-        op: what is done.
-        probability: of doing it.
-        values: one of them is drawn.
+        op: the operation.
+        probability: of applying it.
+        values: its value is drawn from these.
     """
 
     op: Op
@@ -68,11 +68,12 @@ def _signed(*values: float) -> tuple[float, ...]:
 
 
 def _around_one(*distances: float) -> tuple[float, ...]:
-    """Return factors of the four blending operations on either side of the image itself."""
-    return tuple(1 + each for each in _signed(*distances))
+    """Return factors for the four blending operations, at these distances from 1 (the image itself), on both sides."""
+    return tuple(1 + distance for distance in _signed(*distances))
 
 
-# AutoAugment's rows for ImageNet: operation, probability, level of 10 (Cubuk et al. 2019, arXiv 1805.09501, table 9).
+# AutoAugment's rows for ImageNet: operation, probability, level out of 10 (Cubuk et al. 2019, arXiv 1805.09501,
+# Table 9).
 _AUTOAUGMENT = (
     ((Op.POSTERIZE, 0.4, 8), (Op.ROTATE, 0.6, 9)),
     ((Op.SOLARIZE, 0.6, 5), (Op.AUTO_CONTRAST, 0.6, 5)),
@@ -115,18 +116,18 @@ def _resnest() -> Rows:
         if op == Op.SOLARIZE:
             return Step(op, probability, (256 - int(25.6 * level),))
         if (op, level) == (Op.COLOR, 2):
-            level = 0  # so it stands in that code
+            level = 0  # as in the original code
         if op in (Op.COLOR, Op.CONTRAST, Op.SHARPNESS):
             return Step(op, probability, (0.1 + 0.18 * level,))
         return Step(op, probability)
 
-    return tuple(tuple(step(*each) for each in row) for row in _AUTOAUGMENT)
+    return tuple(tuple(step(*arguments) for arguments in row) for row in _AUTOAUGMENT)
 
 
 def _resnest_torch() -> Rows:
     """RandAugment(2, 12) of the released PyTorch code: two of 16 operations, at 12/30 of their ranges.
 
-    Each is skipped where a uniform number exceeds another between .2 and .8: half the time.
+    That code skips an operation if a uniform number exceeds another one between .2 and .8, so half the time.
     """
     share = 12 / 30
     enhance = (0.1 + share * 1.8,)
@@ -152,15 +153,15 @@ def _resnest_torch() -> Rows:
 
 
 def _stock_steps(level: slice, bins: int, shear: float, rotate: float, enhance: float, bits: int) -> dict[Op, Step]:
-    """Return what torchvision's stock policies share: its operations at some levels of `bins`.
+    """Return the operations that torchvision's stock policies share, at some of their levels.
 
     Args:
-        level: which of the levels.
-        bins: their number.
+        level: the levels to take.
+        bins: number of levels.
         shear: the value at the highest level.
-        rotate: the degrees there.
-        enhance: the distance from 1 of the blending factors there.
-        bits: what posterize takes away there.
+        rotate: degrees at the highest level.
+        enhance: distance of the blending factors from 1 at the highest level.
+        bits: how many bits posterize removes at the highest level.
     """
 
     def at_levels(highest: float) -> list[float]:
@@ -187,13 +188,13 @@ def _stock_steps(level: slice, bins: int, shear: float, rotate: float, enhance: 
 
 
 def _autoaugment() -> Rows:
-    """AutoAugment with torchvision's values: each operation at one of 10 levels."""
+    """AutoAugment with torchvision's values: each operation has one of 10 levels."""
 
     def step(op: Op, probability: float, level: int) -> Step:
         steps = _stock_steps(slice(level, level + 1), 10, shear=0.3, rotate=30.0, enhance=0.9, bits=4)
         return Step(op, probability, steps[op].values)
 
-    return tuple(tuple(step(*each) for each in row) for row in _AUTOAUGMENT)
+    return tuple(tuple(step(*arguments) for arguments in row) for row in _AUTOAUGMENT)
 
 
 def _randaugment() -> Rows:
@@ -232,14 +233,14 @@ POLICIES: dict[str, Callable[[], Rows]] = {
 JITTER_OPS = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)
 JITTER_ORDERS = tuple(itertools.permutations(range(3)))
 
-# Of ImageNet's colours, in 0..1 and RGB order (Krizhevsky et al. 2012, section 4.1).
+# Principal components of ImageNet's colours, in 0..1 and RGB order (Krizhevsky et al. 2012, section 4.1).
 PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
 PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """What was drawn for N images. An operation is (Op, value, x, y); x and y are uniform in 0..1.
+    """The draws for N images. An operation is (Op, value, x, y); x and y are uniform in 0..1.
 
     Attributes:
         before: float32 (N, S, 4), operations on the whole image; S is the length of the policy's rows.
@@ -259,8 +260,8 @@ class Augmentation:
     Attributes:
         policy: one of POLICIES, or None.
         jitter: brightness, contrast and saturation are each scaled by 1 - jitter to 1 + jitter, in random order.
-        lighting: standard deviation of the weights of the principal colours that are added.
-        shift: bound of a value that is added to all pixels, in 1/255.
+        lighting: standard deviation of the weights with which the principal components are added.
+        shift: largest absolute value that is added to all pixels, in 1/255.
     """
 
     policy: str | None = None
@@ -275,12 +276,12 @@ class Augmentation:
 
     @cached_property
     def slots_before(self) -> list[set[Op]]:
-        """Which operations occur at each place of a row, apart from the identity."""
+        """The operations that occur at each place of a row, without the identity."""
         return [{step.op for step in steps} - {Op.IDENTITY} for steps in zip(*self.rows, strict=True)]
 
     @cached_property
     def slots_after(self) -> list[set[Op]]:
-        """Which occur at each place of the jitter."""
+        """The operations that occur at each place of the jitter."""
         return [set(JITTER_OPS)] * len(JITTER_OPS) if self.jitter > 0 else []
 
     def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> Appearance:
@@ -304,8 +305,8 @@ class Augmentation:
                 before[k] = step.op, step.values[int(value * len(step.values))], x, y
         if self.jitter > 0:
             u = rng.random(4)
-            for k, which in enumerate(JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))]):
-                after[k, :2] = JITTER_OPS[which], 1 + self.jitter * (2 * u[which] - 1)
+            for k, number in enumerate(JITTER_ORDERS[int(u[3] * len(JITTER_ORDERS))]):
+                after[k, :2] = JITTER_OPS[number], 1 + self.jitter * (2 * u[number] - 1)
         offset[:] = 255 * PCA_VECTORS @ (PCA_VALUES * self.lighting * rng.standard_normal(3))
         offset += self.shift * (2 * rng.random() - 1)
 

@@ -1,4 +1,4 @@
-"""resnest-data check: what is wrong with a data set in the folder layout, and what is only odd about it."""
+"""resnest-data check: finds faults and oddities of a data set in the folder layout."""
 
 import json
 import os
@@ -17,19 +17,19 @@ from resnest_imagenet.data.source import list_folders, require_root, require_sep
 from resnest_imagenet.errors import DataError, list_names, printable
 from resnest_imagenet.files import replacing
 
-# Faults would stop a training, hide images from it, falsify its result or exhaust its memory; notes do not. In the
-# order of the table.
+# A fault would stop a training, hide images from it, falsify its result or exhaust its memory; a note would not. Both
+# stand in the order of the printed table.
 FAULTS = (
     "missing folder",  # of a part
     "no class folders",
     "misplaced image",  # beside the class folders
-    "missing class",  # which the other part has
+    "missing class",  # the other part has it
     "no images",  # in a class
-    "unseen image",  # with a suffix that is not looked for
+    "unseen image",  # with another suffix than the listing takes
     "broken link",
     "not a file",  # a pipe, a socket or a device
     "unreadable",
-    # Of decoding.Fault:
+    # From decoding.Fault:
     "empty",
     "not an image",
     "wrong format",
@@ -38,15 +38,15 @@ FAULTS = (
     "damaged",
     "crash",  # of the process that decoded it
     "in train and val",
-    # Of scenes, see check_scenes.py:
+    # For scenes, see check_scenes.py:
     "missing mask",
     "missing image",
-    "wrong mask",  # no class indices
+    "wrong mask",  # its values are not class indices
     "unknown label",
-    "other size",  # of the mask
-    # Of images with objects, see check_coco.py:
+    "other size",  # the mask's differs from the image's
+    # For images with objects, see check_coco.py:
     "no annotations",  # no JSON file
-    "bad annotations",  # or one of them
+    "bad annotations",  # the whole file or one entry
 )
 NOTES = (
     "in two classes",
@@ -56,41 +56,41 @@ NOTES = (
     "odd mode",
     "tiny",
     "nested folder",  # in a class: its images are taken
-    "hidden",  # not looked into
-    "other file",  # which nobody looks for
-    # Of scenes:
+    "hidden",  # it is not read
+    "other file",  # not an image
+    # For scenes:
     "twice in a part",
-    "absent class",  # of no mask
+    "absent class",  # in no mask
     "palette mask",  # its indices are the classes
-    # Of images with objects:
+    # For images with objects:
     "skipped objects",
-    "unlisted image",  # which the annotations do not name
+    "unlisted image",  # not in the annotations
     "id 0",  # of an annotation
 )
 
-# How files begin that hold an image, and where: of the formats that are taken and of those that are not.
+# Where the signature of an image file stands, the signature, its format; for formats that are taken and others.
 SIGNATURES = (
-    *(signature for signature in OTHER_FORMATS if len(signature[1]) >= 4),  # shorter ones begin texts, too
+    *(signature for signature in OTHER_FORMATS if len(signature[1]) >= 4),  # a text may begin with a shorter one
     (0, b"\xff\xd8\xff", "JPEG"),
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
     (8, b"WEBP", "WebP"),
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
-    (6, b"\0\0\0\0", "BMP"),  # behind BM, see `_name_format`
+    (6, b"\0\0\0\0", "BMP"),  # after BM, see `_name_format`
 )
-# After so many crashes it is rather the machine than the files.
+# After this many crashes, the machine is at fault rather than the files.
 MAX_CRASHES = 10
 
 
 @dataclass
 class Part:
-    """What the folders of train or val hold.
+    """The content of the folder of train or val.
 
     Attributes:
         name: its folder, below the data set's root.
-        classes: the number of images in each class folder; of scenes, of each class.
+        classes: the number of images in each class folder; for scenes, the number of images that show a class.
         images: their paths, below the root.
-        findings: what is wrong with the folders, or odd.
+        findings: faults and oddities of the folders.
     """
 
     name: str
@@ -99,13 +99,13 @@ class Part:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, path: str, detail: str = "") -> None:
-        """Note a finding."""
+        """Add a finding."""
         self.findings.append(Finding(kind, path, detail))
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found, and where it was looked for."""
+    """All findings, and the data set that was checked."""
 
     root: str
     parts: tuple[Part, ...]
@@ -118,13 +118,13 @@ class Report:
 
 
 def check_images(root: str, train_dir: str | None, val_dir: str | None, workers: int | None = None) -> Report:
-    """Look at every folder and decode every image of <root>/<train_dir> and <root>/<val_dir>, each file read once.
+    """Check every folder and decode every image of <root>/<train_dir> and <root>/<val_dir>; each file is read once.
 
     Args:
         root: the data set's folder.
-        train_dir: the part to train on; None: there is none.
-        val_dir: the part to evaluate on; None: there is none.
-        workers: processes; None takes as many as this process may use cores.
+        train_dir: the part to train on, or None.
+        val_dir: the part to evaluate on, or None.
+        workers: number of processes; None means one for each core that this process may use.
 
     Raises:
         DataError: there is no such folder, or the processes keep dying.
@@ -149,16 +149,16 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
 
 
 def watch(results: Iterable[Examined], root: str, unit: str, total: int) -> Iterator[Examined]:
-    """Yield results, with a progress bar, unless the processes that bring them keep dying.
+    """Yield results with a progress bar, unless the processes that compute them keep dying.
 
     Args:
         results: of `examine_files`.
         root: the data set, for the error.
-        unit: what they are of.
-        total: how many there are.
+        unit: the name of what is examined, for the bar.
+        total: number of results.
 
     Raises:
-        DataError: MAX_CRASHES of them are crashes.
+        DataError: after MAX_CRASHES crashes.
     """
     crashes = []
     for result in tqdm(results, unit, total, unit="", disable=None, dynamic_ncols=True):
@@ -169,7 +169,7 @@ def watch(results: Iterable[Examined], root: str, unit: str, total: int) -> Iter
 
 
 def list_part(root: str, name: str, option: str) -> Part:
-    """List the images of <root>/<name> as read_image_folder does, and what it would stumble on or pass over.
+    """List the images of <root>/<name> as read_image_folder does, with all that it would refuse or skip.
 
     Args:
         root: the data set's folder.
@@ -205,7 +205,7 @@ def _list_class(part: Part, root: str, folder: str) -> None:
 
 
 def _list_images(part: Part, root: str, folder: str, above: tuple[str, ...]) -> bool:
-    """List what a folder of a class holds, and the folders in it; say whether it can be read."""
+    """List the content of a class folder and of the folders in it; return whether it can be read."""
     real = os.path.realpath(os.path.join(root, folder))
     entries = [] if real in above else _scan(part, root, folder)
     for path, kind in entries or []:
@@ -224,7 +224,7 @@ def _list_images(part: Part, root: str, folder: str, above: tuple[str, ...]) -> 
 
 
 def _name_format(root: str, path: str) -> str:
-    """Say of what format an image is by how its file begins; "" where it is none that is known."""
+    """Return "a <format> image" by the signature at a file's start; "" if no known format has it."""
     try:
         with open(open_regular(os.path.join(root, path)), "rb") as file:
             head = file.read(32)
@@ -236,7 +236,7 @@ def _name_format(root: str, path: str) -> str:
 
 
 def _scan(part: Part, root: str, folder: str) -> list[tuple[str, str]] | None:
-    """Return (path, what it is) of the entries of a folder, sorted; None where it cannot be read."""
+    """Return (path, kind) of the entries of a folder, sorted; None if it cannot be read."""
     try:
         with os.scandir(os.path.join(root, folder)) as entries:
             return sorted((f"{folder}/{entry.name}", _tell(entry)) for entry in entries)
@@ -246,13 +246,13 @@ def _scan(part: Part, root: str, folder: str) -> list[tuple[str, str]] | None:
 
 
 def _tell(entry: "os.DirEntry[str]") -> str:
-    """Return "folder", "image", or what stands in FAULTS or NOTES; links are followed, files not opened."""
+    """Return "folder", "image", or a kind of FAULTS or NOTES; links are followed, files are not opened."""
     kind = tell_by_name(entry.name)
     if kind == "hidden":
         return kind
     if entry.is_symlink() and not os.path.exists(entry):  # is_dir() would raise for a link to itself
         return "broken link"
-    if kind == "image":  # a folder or a pipe is named when it is opened, in a run, too
+    if kind == "image":  # a run reports a folder or a pipe with such a name when it opens it
         return kind if entry.is_file() else "not a file"
     if entry.is_dir():
         return "folder"
@@ -262,16 +262,16 @@ def _tell(entry: "os.DirEntry[str]") -> str:
 
 
 def guess_folder(root: str, name: str, option: str) -> str:
-    """Say which folder may have been meant: validation or Val for val."""
-    there = list_folders(root)
-    alike = [folder for folder in there if folder.lower().startswith(os.path.basename(name)[:3].lower())]
+    """Suggest the folder that was probably meant, such as validation or Val for val."""
+    folders = list_folders(root)
+    alike = [folder for folder in folders if folder.lower().startswith(os.path.basename(name)[:3].lower())]
     if alike:
         return f"set {option}={alike[0]}"
-    return f"set {option}; there: {list_names(there, 5) or 'no folders'}"
+    return f"set {option}; there: {list_names(folders, 5) or 'no folders'}"
 
 
 def compare_classes(train: Part, val: Part) -> list[Finding]:
-    """Return the classes that only one part has; a part without any, and a class without images, are told already."""
+    """Return the classes that only one part has. Missing classes and images as such are reported elsewhere."""
     if not train.classes or not val.classes:
         return []
     return [
@@ -283,8 +283,8 @@ def compare_classes(train: Part, val: Part) -> list[Finding]:
 
 
 def _relate(parts: Sequence[Part], original: str, path: str) -> str:
-    """Say where two files with the same content stand: <part>/<class>/.../<image>."""
-    (part, name), (other_part, other_name) = (_locate(parts, each) for each in (original, path))
+    """Return the kind of finding for two files with the same content, by their places <part>/<class>/.../<image>."""
+    (part, name), (other_part, other_name) = (_locate(parts, file) for file in (original, path))
     if part != other_part:
         return "in train and val"
     return "twice in a class" if name == other_name else "in two classes"
@@ -298,16 +298,16 @@ def _locate(parts: Sequence[Part], path: str) -> tuple[str, str]:
 
 def format_report(report: Report) -> str:
     """Return a table for people: for each kind its number, the first finding and two more paths; then the totals."""
-    found = defaultdict(list)
+    by_kind = defaultdict(list)
     for finding in report.findings:
-        found[finding.kind].append(finding)
+        by_kind[finding.kind].append(finding)
     lines = []
     for kind in (*FAULTS, *NOTES):
-        if found[kind]:
-            first = found[kind][0]
+        if by_kind[kind]:
+            first = by_kind[kind][0]
             shown = [first.path + f" ({first.detail})" * bool(first.detail)]
-            shown += [finding.path for finding in found[kind][1:3]] + ["..."] * (len(found[kind]) > 3)
-            lines.append(f"{_severity(kind):<7}{kind:<18}{len(found[kind]):>9,}  {printable(', '.join(shown))}")
+            shown += [finding.path for finding in by_kind[kind][1:3]] + ["..."] * (len(by_kind[kind]) > 3)
+            lines.append(f"{_severity(kind):<7}{kind:<18}{len(by_kind[kind]):>9,}  {printable(', '.join(shown))}")
     for part in report.parts:
         lines.append(f"{printable(part.name)}: {len(part.images):,} images in {len(part.classes):,} classes")
     num_notes = len(report.findings) - report.num_faults
@@ -315,7 +315,7 @@ def format_report(report: Report) -> str:
 
 
 def write_report(report: Report, out: Path) -> None:
-    """Write a JSON file for programs: all findings, their numbers, and what was looked at."""
+    """Write a JSON file for programs: all findings, their numbers, and the parts that were checked."""
     findings = [{"severity": _severity(finding.kind), **asdict(finding)} for finding in report.findings]
     content = {
         "root": report.root,

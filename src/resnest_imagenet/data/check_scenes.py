@@ -1,4 +1,4 @@
-"""resnest-data check of scenes: images, masks and whether they belong together, in the layouts of `scenes.py`."""
+"""resnest-data check for scenes: images, masks and their pairs, in the layouts of `scenes.py`."""
 
 import hashlib
 import os
@@ -24,9 +24,9 @@ def check_scenes(
     Args:
         kind: ade20k, cityscapes or masks.
         root: the data set's folder.
-        train_dir: the part to train on, see `open_scenes`; None: there is none.
-        val_dir: the part to evaluate on; None: there is none.
-        workers: processes; None takes as many as this process may use cores.
+        train_dir: the part to train on, see `open_scenes`, or None.
+        val_dir: the part to evaluate on, or None.
+        workers: number of processes; None means one for each core that this process may use.
 
     Raises:
         ConfigError: an unknown kind.
@@ -56,14 +56,14 @@ def check_scenes(
             findings.append(Finding("other size", mask, describe_sizes(size, mask_sizes[mask])))
     for part in parts:
         folder = f"{layout.masks}/{part.name}"
-        if not part.images:  # told already
+        if not part.images:  # reported already
             continue
         findings += [Finding("absent class", folder, name) for name, count in part.classes.items() if not count]
     return Report(root, tuple(parts), tuple(findings))
 
 
 def _list_part(layout: Layout, root: str, name: str, option: str) -> tuple[Part, list[str]]:
-    """Return a part with its images that have masks, and the masks, all below the root."""
+    """Return a part with its images that have masks, and the masks; all paths are below the root."""
     part = Part(name)
     image_root, mask_root = (f"{folder}/{name}" for folder in (layout.images, layout.masks))
     for path in (image_root, mask_root):
@@ -88,13 +88,13 @@ def _list_part(layout: Layout, root: str, name: str, option: str) -> tuple[Part,
 def examine_images(
     parts: list[Part], root: str, workers: int, findings: list[Finding], judge: Judge | None = None
 ) -> Sizes:
-    """Return the sizes of the images that can be used; what is wrong with them, or odd, goes to the findings.
+    """Return the sizes of the images that can be used; append faults and oddities to the findings.
 
     Args:
-        parts: whose images are examined.
+        parts: their images are examined.
         root: the data set's folder.
-        workers: processes.
-        findings: gets some more.
+        workers: number of processes.
+        findings: appended to.
         judge: see `examine_files`.
     """
     part_of = {path: part.name for part in parts for path in part.images}
@@ -115,7 +115,7 @@ def examine_images(
 def _examine_masks(
     parts: list[Part], mask_of: dict[str, str], root: str, workers: int, table: bytes, findings: list[Finding]
 ) -> Sizes:
-    """Do the same for the masks, and count the images with each class in the parts."""
+    """Do the same for the masks, and count the images of each class in the parts."""
     part_of = {mask_of[path]: part for part in parts for path in part.images}
     names = list(parts[0].classes)
     sizes: Sizes = {}
@@ -130,7 +130,7 @@ def _examine_masks(
 
 
 def judge_mask(table: bytes, path: str, encoded: bytes) -> Examined:
-    """Decode a mask and tell what is wrong with it, or odd.
+    """Decode a mask and return its faults and oddities.
 
     Args:
         table: 256 bytes, see `Scenes.table`.

@@ -1,6 +1,6 @@
 """The DALI loader: the same plan, draws and windows as the torchvision loader, in a DALI graph.
 
-Image sizes are known only inside the graph, which calls the rules of `transforms.py` with them.
+Image sizes are known only inside the graph, so the graph calls the rules of `transforms.py`.
 """
 
 import itertools
@@ -35,21 +35,21 @@ from resnest_imagenet.data.transforms import (
 from resnest_imagenet.errors import ConfigError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
-READING_THREADS = 8  # of shards: they wait for the storage, rather than for the processor
+READING_THREADS = 8  # for shards: they wait for the storage rather than for the processor
 # As Pillow and torchvision decode: EXIF orientation ignored, and on a GPU the same chroma upsampling as on a CPU.
 DECODING: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Source = Callable[[], tuple]
 Vectors = tuple[Sequence[int], ...]
-Rule = Callable[..., Vectors]  # of height, width and what was drawn
+Rule = Callable[..., Vectors]  # of height, width and draws
 
 
-@do_not_convert  # as Python what is a rule's `if`, and not as a graph's
+@do_not_convert  # an `if` of a rule is Python's: DALI must not turn it into a graph's conditional
 def _by_size(rule: Rule, num_vectors: int, encoded: DataNode, *drawn: DataNode) -> tuple[DataNode, ...]:
-    """Let Python compute vectors of two for each image from its size, which the graph knows before it decodes.
+    """Compute vectors of two for each image in Python, from its size, which the graph reads before it decodes.
 
-    In one call per batch: a dozen of DALI's own operations on scalars take a tenth as long as the decoding.
+    Python is called once per batch: a dozen of DALI's own scalar operations would take a tenth of the decoding time.
     """
 
     def compute(shapes: list[np.ndarray], *draws: list[np.ndarray]) -> tuple[list[np.ndarray], ...]:
@@ -58,15 +58,15 @@ def _by_size(rule: Rule, num_vectors: int, encoded: DataNode, *drawn: DataNode) 
         return tuple(map(list, np.array(results, np.int32).swapaxes(0, 1)))
 
     shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
-    found = fn.python_function(shapes, *drawn, function=compute, num_outputs=num_vectors, batch_processing=True)
-    return cast("tuple[DataNode, ...]", found)
+    vectors = fn.python_function(shapes, *drawn, function=compute, num_outputs=num_vectors, batch_processing=True)
+    return cast("tuple[DataNode, ...]", vectors)
 
 
 def _decode(encoded: DataNode, window: tuple[DataNode, ...], decoder: str) -> DataNode:
-    """Decode a window (start, shape), also where it is the whole image.
+    """Decode a window (start, shape), which may be the whole image.
 
-    Not by `decoders.image`: it ends the process with a segmentation fault where a header cannot be read. This one waits
-    for the window, and so for `peek_image_shape`, which raises. docs/dali-crash.md has more.
+    `decoders.image` is not used: it ends the process with a segmentation fault if a header cannot be read. This decoder
+    waits for the window, and so for `peek_image_shape`, which raises an error first. See docs/dali-crash.md.
     """
     start, shape = window
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], device=decoder, **DECODING)
@@ -92,21 +92,21 @@ def _find_square(transform: EvalTransform, height: int, width: int) -> Vectors:
 
 
 def _find_centre(transform: EvalTransform, height: int, width: int) -> Vectors:
-    """Return what is resized, its size then, and where the centre of that begins."""
+    """Return the window to resize (start, shape), its size after that, and the start of the centre crop in it."""
     start, shape = _split(transform.source(height, width))
     size = transform.resized(*shape)
     return start, shape, size, transform.window(*size)[:2]
 
 
 def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | list[float] = MEAN) -> DataNode:
-    # Height and width stay in front of the channels: that is channels_last, seen as NCHW by a permutation.
+    # The channels stay last: permuted to NCHW, that is channels_last.
     return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=STD, dtype=types.FLOAT, output_layout="HWC")
 
 
 @pipeline_def(enable_conditionals=True)
 def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> tuple[DataNode, DataNode]:
     before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
-    # The operations only where there are some: DALI warns of an input without a use.
+    # Ask for the operations only if there are some: DALI warns about an unused input.
     num_outputs = 6 if before or after else 5
     encoded, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
     if before:
@@ -146,7 +146,7 @@ def _decoding_pipeline(decoder: str) -> DataNode:
 
 
 class _Trial:
-    """Says whether DALI decodes an image: a pipeline that failed does not say which image it was."""
+    """Tries whether DALI decodes an image: the error of a failed pipeline does not name the image."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -154,7 +154,7 @@ class _Trial:
 
     def __call__(self, encoded: bytes) -> bool:
         pipeline = self._pipeline or self._build()
-        self._pipeline = None  # of no more use if it fails
+        self._pipeline = None  # a pipeline that fails cannot be used again
         try:
             pipeline.run(encoded=[np.frombuffer(encoded, dtype=np.uint8)])
         except RuntimeError:
@@ -172,7 +172,7 @@ class _Trial:
 
 
 def _to_decodable(encoded: bytes, by_pillow: bool = False) -> bytes:
-    """Return an image in a form that DALI decodes: itself if it is ordinary, else a PPM, decoded by Pillow.
+    """Return an image in a form that DALI decodes: as it is if it is ordinary, else a PPM with Pillow's pixels.
 
     Raises:
         BadImage: it cannot be used.
@@ -184,12 +184,12 @@ def _to_decodable(encoded: bytes, by_pillow: bool = False) -> bytes:
 
 
 class _Inputs:
-    """What DALI's external source asks for: the next batch's images, labels and, in training, draws.
+    """The inputs of DALI's external source: the next batch's images, labels and, in training, draws.
 
-    Python reads the images and looks at them: what DALI gets can be decoded.
+    Python reads and checks the images, so that DALI gets only images that can be decoded.
 
-    Apart from the loader, so that loader and pipeline do not hold each other: a pipeline is freed with its loader and
-    not by the garbage collector, which may run in a forked process, where DALI's threads are not.
+    This object is separate from the loader, so that loader and pipeline do not reference each other: a pipeline must be
+    freed with its loader. The garbage collector might free it in a forked process, which lacks DALI's threads.
     """
 
     def __init__(
@@ -202,8 +202,8 @@ class _Inputs:
     ) -> None:
         self.plan = plan
         self.transform = transform
-        self.recent: deque[list[int]] = deque(maxlen=PREFETCHED_BATCHES + 2)  # the images used
-        self.by_pillow: set[int] = set()  # those that only DALI does not decode
+        self.recent: deque[list[int]] = deque(maxlen=PREFETCHED_BATCHES + 2)  # indices of the images used
+        self.by_pillow: set[int] = set()  # indices of images that DALI cannot decode: Pillow decodes them
         self._images = images
         self._substitution = substitution
         self._num_threads = READING_THREADS if images.shard_sizes else workers
@@ -211,7 +211,7 @@ class _Inputs:
         self._pending: Iterator[np.ndarray] = iter(())
 
     def start(self, epoch: int, start: int) -> None:
-        """Begin a pass with the rank's `start`-th batch."""
+        """Start a pass at the rank's `start`-th batch."""
         self._epoch = epoch
         self.recent.clear()
         self._pending = self.plan.batches(epoch, start)
@@ -220,16 +220,16 @@ class _Inputs:
         """Return one batch; StopIteration ends the pass.
 
         Raises:
-            DataError: an image that cannot be used and may not be replaced.
+            DataError: an image cannot be used and must not be replaced.
             OSError: the storage fails.
         """
         indices = next(self._pending).tolist()
-        encoded, found = self._read_all(indices)
-        for index, used_index in zip(indices, found, strict=True):
-            self._substitution.record(index, used_index)  # which raises where there is none
-        used = [index for index in found if index is not None]
+        encoded, used_indices = self._read_all(indices)
+        for index, used_index in zip(indices, used_indices, strict=True):
+            self._substitution.record(index, used_index)  # raises if it is None
+        used = [index for index in used_indices if index is not None]
         self.recent.append(used)
-        images = [np.frombuffer(each, dtype=np.uint8) for each in encoded]
+        images = [np.frombuffer(image, dtype=np.uint8) for image in encoded]
         labels = self._images.labels[used]
         if isinstance(self.transform, EvalTransform):
             return images, labels
@@ -240,7 +240,7 @@ class _Inputs:
         return images, labels, crops, mirrors, np.array(MEAN, np.float32) - appearance.offset, *drawn
 
     def read(self, index: int) -> bytes:
-        """Return an image as DALI decodes it.
+        """Return an image in a form that DALI decodes.
 
         Raises:
             BadImage: it cannot be used.
@@ -248,7 +248,7 @@ class _Inputs:
         return _to_decodable(self._images.read(index), index in self.by_pillow)
 
     def _read_all(self, indices: list[int]) -> tuple[list[bytes], list[int | None]]:
-        """Read in threads of this call only: none is left to a fork, or by a loader that is gone."""
+        """Read with threads that end with this call: none survives into a fork, or outlives its loader."""
 
         def read_share(share: np.ndarray) -> list[tuple[bytes, int | None]]:
             return [self._read_or_replace(index) for index in share.tolist()]
@@ -259,7 +259,7 @@ class _Inputs:
         return list(encoded), list(used)
 
     def _read_or_replace(self, index: int) -> tuple[bytes, int | None]:
-        """Return an image or what stands in for it, and the index of the one it is; None: none of them can be used."""
+        """Return an image or its replacement, and the index of the image returned; None if none can be used."""
         for used in self._substitution.candidates(index):
             with suppress(BadImage):
                 return self.read(used), used
@@ -283,8 +283,8 @@ class DaliLoader:
         else:
             interpolation, option = transform.interpolation, "train.antialias"
         if interpolation == "bicubic" and not transform.antialias:
-            # Keys' a is -1/2 in DALI, and -3/4 in OpenCV and torchvision.
-            raise ConfigError(f"{option}=false: DALI's bicubic is not OpenCV's then: set loader=torchvision")
+            # The parameter a of Keys' cubic is -1/2 in DALI, -3/4 in OpenCV and torchvision.
+            raise ConfigError(f"{option}=false: DALI's bicubic then differs from OpenCV's: set loader=torchvision")
         self.plan = plan
         self.substitution = Substitution(images, max_errors)
         self._inputs = _Inputs(images, plan, transform, self.substitution, max(1, workers))
@@ -295,7 +295,7 @@ class DaliLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._inputs.start(epoch, start)
         pipeline = self._pipeline or self._build()
-        # Dropped until the pass is over: after a failure or an early exit its queue holds foreign batches.
+        # Drop it until the pass is over: after a failure or an early exit its queue holds batches of this pass.
         self._pipeline = None
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         while True:
@@ -304,7 +304,8 @@ class DaliLoader:
             except StopIteration:
                 break
             except RuntimeError:
-                # The pipeline is of no more use. Each further turn has found an image more: they end.
+                # A failed pipeline cannot be reused. Every retry has found at least one more refused image, so this
+                # loop ends.
                 if not self._find_refused():
                     raise
                 self._inputs.start(epoch, start)
@@ -314,7 +315,7 @@ class DaliLoader:
             nhwc = torch.from_dlpack(images.as_tensor())
             label = torch.from_dlpack(labels.as_tensor())
             if self._device.type == "cuda":
-                # A copy of DALI's memory, pinned: from other memory the host would wait for all that the GPU has to do.
+                # Copy the labels into pinned memory: a transfer from other memory would make the host wait for the GPU.
                 label = label.pin_memory()
             yield nhwc.permute(0, 3, 1, 2), label.to(self._device, non_blocking=True)
         pipeline.reset()
@@ -336,12 +337,12 @@ class DaliLoader:
         return pipeline
 
     def _find_refused(self) -> bool:
-        """Find images among those asked for last that DALI does not decode, for Pillow; say whether there are any.
+        """Find the recent images that DALI does not decode and leave them to Pillow; return whether there are any.
 
-        Where Pillow does not decode them either, they are bad like any other.
+        An image that Pillow does not decode either is then a bad image like any other.
         """
         inputs = self._inputs
-        # On a GPU both: a fault of the GPU is not the images'.
+        # On a GPU, try the CPU too: an error of the GPU is not the image's.
         trials = [_Trial(device) for device in {torch.device("cpu"), self._device}]
 
         def is_refused(index: int) -> bool:

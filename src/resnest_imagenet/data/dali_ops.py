@@ -1,6 +1,6 @@
 """The operations of `augment.Op` on DALI's images, (H, W, 3) uint8: `pillow_ops.py` in a DALI graph.
 
-Where Pillow truncates and DALI rounds, a little less than a half is taken away first.
+Where Pillow truncates and DALI rounds, a little less than a half is subtracted first.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -11,17 +11,17 @@ from nvidia.dali.data_node import DataNode
 
 from resnest_imagenet.data.augment import CUTOUT_COLOUR, Op
 
-TRUNCATION = -0.499  # not -0.5: results in float32 may lie below the integer that they are
+TRUNCATION = -0.499  # not -0.5: a float32 result may lie slightly below the exact integer
 LONGEST_SIDE = 1 << 16  # of an image, in pixels
 
 
 def apply_operations(images: DataNode, operations: DataNode, slots: Sequence[Collection[Op]]) -> DataNode:
-    """Apply (Op, value, x, y) in turn.
+    """Apply operations (Op, value, x, y) in order.
 
     Args:
         images: the images.
-        operations: float32 (S, 4) for each.
-        slots: which operations occur at each of the S places.
+        operations: float32 (S, 4) for each image.
+        slots: the operations that occur at each of the S places.
     """
     for place, ops in enumerate(slots):
         images = _apply_one_of(sorted(ops), images, operations[place])
@@ -29,7 +29,7 @@ def apply_operations(images: DataNode, operations: DataNode, slots: Sequence[Col
 
 
 def _apply_one_of(ops: Sequence[Op], images: DataNode, operation: DataNode) -> DataNode:
-    """Choose by image, halving the operations: DALI runs both sides of an `if`, each on its share of the batch."""
+    """Choose for each image by bisection: DALI runs both sides of an `if`, each on its share of the batch."""
     if len(ops) == 0:
         return images
     if len(ops) == 1:
@@ -66,15 +66,15 @@ def _invert(images: DataNode, *_: DataNode) -> DataNode:
 
 
 def _equalize(images: DataNode, *_: DataNode) -> DataNode:
-    # DALI counts a level's own pixels, Pillow those below it: seen from above that is the same. What is left is that
-    # Pillow rounds down pixels / 255: a difference of up to 1 + 255 * 255 / pixels levels.
+    # For each level, DALI counts the pixels up to it, Pillow those below it: on the inverted image the two agree.
+    # Pillow also rounds pixels / 255 down: a difference of up to 1 + 255 * 255 / pixels levels remains.
     return _invert(fn.equalize(_invert(images)))
 
 
 def _auto_contrast(images: DataNode, *_: DataNode) -> DataNode:
     low = fn.cast(fn.reductions.min(images, axes=[0, 1]), dtype=types.FLOAT)
     high = fn.cast(fn.reductions.max(images, axes=[0, 1]), dtype=types.FLOAT)
-    flat = fn.cast(high == low, dtype=types.FLOAT)  # such a channel stays what it is
+    flat = fn.cast(high == low, dtype=types.FLOAT)  # a flat channel does not change
     return _to_uint8((images - low * (1 - flat)) * (255 / (high - low + 255 * flat)))
 
 
@@ -100,7 +100,7 @@ def _color(images: DataNode, factor: DataNode, *_: DataNode) -> DataNode:
 
 def _contrast(images: DataNode, factor: DataNode, *_: DataNode) -> DataNode:
     mean = math.floor(fn.reductions.mean(_to_grey(images)) + 0.5)
-    if images.device == "gpu":  # and the mean too; DALI takes arguments from the CPU
+    if images.device == "gpu":  # the mean is there too, and DALI takes arguments only from the CPU
         return _blend(mean, images, factor)
     return fn.brightness_contrast(images, contrast=factor, contrast_center=mean, brightness_shift=TRUNCATION / 255)
 
@@ -109,7 +109,7 @@ def _sharpness(images: DataNode, factor: DataNode, *_: DataNode) -> DataNode:
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     smoothed = fn.filter(images, types.Constant(kernel, device=images.device))
     height, width = _size(images)
-    # Pillow leaves the outermost pixels as they are.
+    # Pillow does not change the outermost pixels.
     border = fn.erase(images | np.uint8(255), anchor=[1.0, 1.0], shape=fn.stack(height - 2, width - 2))
     return (_blend(smoothed, images, factor) & _invert(border)) | (images & border)
 
@@ -120,12 +120,12 @@ def _rotate(images: DataNode, degrees: DataNode, *_: DataNode) -> DataNode:
 
 
 def _warp(images: DataNode, matrix: DataNode, fill_value: float | None = None) -> DataNode:
-    """Take the pixel at (x, y) from the one that the matrix (2, 3) maps it to; outside, the nearest of the edge."""
+    """Take each pixel (x, y) from the place that the matrix (2, 3) maps it to; outside, from the nearest edge pixel."""
     return fn.warp_affine(images, matrix=matrix, inverse_map=True, interp_type=types.INTERP_NN, fill_value=fill_value)
 
 
 def _rows(*values: DataNode | float) -> DataNode:
-    """Return a matrix (2, 3) of six scalars."""
+    """Return a matrix (2, 3) with these six scalars."""
     nodes = [fn.cast(value, dtype=types.FLOAT) if isinstance(value, DataNode) else _scalar(value) for value in values]
     return fn.reshape(fn.stack(*nodes), shape=[2, 3])
 
@@ -135,7 +135,7 @@ def _scalar(value: float) -> DataNode:
 
 
 def _shear_matrix(slope: DataNode, axis: int, shift: float = 0) -> DataNode:
-    """Return the matrix of a shear along x (axis 1) or y (axis 0), and a shift along the same."""
+    """Return the matrix of a shear along x (axis 1) or y (axis 0), with a shift along the same axis."""
     return _rows(1, slope, shift, 0, 1, 0) if axis == 1 else _rows(1, 0, 0, slope, 1, shift)
 
 
@@ -144,9 +144,10 @@ def _shear(images: DataNode, slope: DataNode, axis: int) -> DataNode:
 
 
 def _shear_bicubic(images: DataNode, slope: DataNode, axis: int) -> DataNode:
-    """Shear with Keys' cubic of a = -1, as Pillow's `transform`; DALI's warp has no cubic.
+    """Shear with Keys' cubic of a = -1, as Pillow's `transform` does; DALI's warp has no cubic.
 
-    All pixels of a line lie as far between two others: four copies shifted by whole pixels, weighted by line.
+    All pixels of a line are shifted by the same fraction, so the result is four copies of the image, shifted by whole
+    pixels and weighted by line.
     """
     across = 1 - axis
     number = fn.cast(images.shape()[across : across + 1], dtype=types.INT32)

@@ -1,7 +1,7 @@
-"""Encoded images: what can be used, and how it is decoded, whichever loader is used.
+"""Decoding of images: which can be used, and how they are decoded, the same for every loader.
 
-An ordinary JPEG or PNG is left to the loaders' own decoders, which agree on it. Everything else goes through Pillow,
-for both loaders and the data check: there their decoders differ, and DALI's may end the process.
+An ordinary JPEG or PNG goes to the loaders' own decoders, which agree on it. Everything else goes through Pillow, for
+both loaders and the data check: on such images the decoders differ, and DALI's may end the process.
 """
 
 import io
@@ -23,14 +23,14 @@ from resnest_imagenet.errors import first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-# By content, whatever the file's name says. MPO is what some cameras write into .jpg files: JPEGs, the first counts.
+# By content; the file's name does not matter. Some cameras write MPO into .jpg files: several JPEGs, the first is used.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
-# As Pillow calls them; besides, PNGs may have 16 bits.
+# Pillow's names; PNGs of 16 bits are taken too.
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
-# Above, Pillow warns of a decompression bomb, and from twice as many on refuses. ImageNet's largest have 70 million.
+# Pillow warns of a decompression bomb above this, and refuses twice as many. ImageNet's largest have 70 million.
 MAX_PIXELS = 89_478_485
-MAX_SIDE = 65_535  # in pixels, as a JPEG's: the operations of recipes rely on it
-# Other images, to be named: at which byte the signature stands, the signature, the format.
+MAX_SIDE = 65_535  # in pixels, the limit of JPEG: the operations of recipes rely on it
+# Other formats, for the message: at which byte the signature stands, the signature, the format.
 OTHER_FORMATS = (
     (0, b"GIF8", "GIF"),
     (4, b"ftypavif", "AVIF"),
@@ -46,24 +46,24 @@ OTHER_FORMATS = (
     (0, b"8BPS", "PSD"),
     (0, b"\0\0\1\0", "ICO"),
 )
-# Of JPEGs: baseline, extended and progressive, coded as Huffman does; and what else may stand before a scan.
+# Markers of JPEGs: frames (baseline, extended and progressive, Huffman-coded), and segments that may precede a scan.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _SCAN = 0xDA
-_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restarts, comments, of applications
-_AFTER_SCAN = re.compile(rb"\xff[^\0\xd0-\xd7]")  # within one, zeros and restarts follow this byte
+_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart intervals, comments, application data
+_AFTER_SCAN = re.compile(rb"\xff[^\0\xd0-\xd7]")  # within a scan, ff is followed by zero or a restart
 _END = b"\xff\xd9"
 _SEGMENT = struct.Struct(">BBH")
 _FRAME = struct.Struct(">BHHB")
-_JFIF, _ADOBE = 0xE0, 0xEE  # say how the colours are coded, from so many bytes on:
+_JFIF, _ADOBE = 0xE0, 0xEE  # they define how colours are coded, if they have at least this length:
 _LEAST = {_JFIF: 16, _ADOBE: 14}
-# Of PNGs: chunks that change no pixel.
+# Chunks of PNGs that change no pixel.
 _PNG = b"\x89PNG\r\n\x1a\n"
 _EXTRAS = {b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"sRGB", b"gAMA", b"cHRM", b"iCCP", b"sBIT", b"bKGD"}
-# Of interlaced PNGs: first column and row of each pass, and the steps between them.
+# Passes of interlaced PNGs: first column and row, and the steps to the next ones.
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _BITS_AT = 24  # byte of a PNG: bits per value
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG, by its colour type
-# EXIF, as JPEGs, PNGs and WebPs mark it; its tag, and what turns an image upright.
+# The marks of EXIF in JPEGs, PNGs and WebPs, its tag, and the operation that turns an image upright.
 _EXIF = (b"Exif", b"eXIf", b"EXIF")
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -75,13 +75,13 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The filters of warnings belong to the process, not to a thread.
+# Python's warning filters belong to the process, not to a thread.
 _filters = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an image cannot be used: in one of a few words, for programs, and in a line."""
+    """Why an image cannot be used: a kind, for programs, and a line, for people."""
 
     kind: Literal[
         "not a file",
@@ -91,7 +91,7 @@ class Fault:
         "wrong mode",
         "too large",
         "damaged",
-        # Of a scene's mask, the last also of an image with objects:
+        # For a scene's mask; the last also for an image with objects:
         "wrong mask",
         "unknown label",
         "other size",
@@ -100,10 +100,10 @@ class Fault:
 
 
 class BadImage(Exception):  # noqa: N818 - it is the image's fault
-    """An image that cannot be used, whatever reads it: it may be replaced. A storage error is an OSError instead."""
+    """An image that no reader can use: it may be replaced. A storage error is an OSError instead."""
 
     def __init__(self, fault: Fault) -> None:
-        super().__init__(fault)  # whole, so that it can be pickled
+        super().__init__(fault)  # the fault itself, so that the error can be pickled
         self.fault = fault
 
     def __str__(self) -> str:
@@ -111,10 +111,10 @@ class BadImage(Exception):  # noqa: N818 - it is the image's fault
 
 
 def find_fault(encoded: bytes) -> Fault | None:
-    """Return why an image cannot be used, or None where it can.
+    """Return why an image cannot be used, or None if it can.
 
-    What both loaders decode to the same pixels can be used, up to MAX_PIXELS and MAX_SIDE: neither loader has a limit.
-    What is too large is told by its header and not decoded.
+    An image can be used if both loaders decode it to the same pixels, and if it is not above MAX_PIXELS and MAX_SIDE
+    (the loaders have no limit of their own). An image that is too large is recognised by its header, not decoded.
     """
     try:
         decode_by_pillow(encoded)
@@ -124,11 +124,11 @@ def find_fault(encoded: bytes) -> Fault | None:
 
 
 def is_ordinary(encoded: bytes) -> bool:
-    """Say whether an image is one on which all decoders agree, also where its data is damaged.
+    """Return whether all decoders agree on an image, even if its data is damaged.
 
-    It is a JPEG or PNG of 8 bits, grey or coloured, neither interlaced nor animated, whose segments or chunks follow
-    each other from its start to its end without a gap. Where some of a JPEG's data is not what was written, all
-    decoders make the same of it; where a PNG's is not, all refuse it.
+    Such an image is a JPEG or PNG of 8 bits, grey or coloured, neither interlaced nor animated, and its segments or
+    chunks follow each other from start to end without a gap. All decoders read damaged data of such a JPEG alike, and
+    all refuse such a PNG with damaged data.
     """
     return _is_ordinary_png(encoded) or _is_ordinary_jpeg(encoded)
 
@@ -146,7 +146,7 @@ def _is_ordinary_png(encoded: bytes) -> bool:
     kinds = [b"IHDR"]
     for content, checksum in chunks:
         kind = bytes(content[:4])
-        # The checksums of the data are left to the decoders.
+        # The decoders check the checksums of the data.
         if kind != b"IDAT" and (kind not in (*_EXTRAS, b"IEND") or zlib.crc32(content) != checksum):
             return False
         if kind != kinds[-1]:
@@ -187,7 +187,7 @@ def decode(encoded: bytes) -> "Tensor":
     Raises:
         BadImage: it cannot be used.
     """
-    # Late: the data check needs neither.
+    # Imported late: the data check needs neither.
     import torch
     from torchvision.io import ImageReadMode, decode_image
 
@@ -195,7 +195,7 @@ def decode(encoded: bytes) -> "Tensor":
         try:
             return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
         except RuntimeError:
-            pass  # Pillow says what is wrong
+            pass  # Pillow's error names what is wrong
     return torch.from_numpy(decode_by_pillow(encoded)).permute(2, 0, 1)
 
 
@@ -209,10 +209,10 @@ def decode_by_pillow(encoded: bytes) -> np.ndarray:
 
 
 def decode_picture(encoded: bytes) -> Image.Image:
-    """Decode an image as `decode_by_pillow` does, to Pillow's own form, RGB."""
+    """Decode an image as `decode_by_pillow` does, to a Pillow image, RGB."""
     with _naming_damage():
         image = _load(encoded)
-        image.info.pop("transparency", None)  # of which `convert` would warn
+        image.info.pop("transparency", None)  # `convert` would warn of it
         if image.mode.startswith("I"):  # of 16 bits
             grey = ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
             return Image.fromarray(np.repeat(grey[..., None], 3, axis=-1))
@@ -220,7 +220,7 @@ def decode_picture(encoded: bytes) -> Image.Image:
 
 
 def decode_upright(encoded: bytes) -> Image.Image:
-    """Decode an image as `decode_picture` does, then turn it as its EXIF orientation has it.
+    """Decode an image as `decode_picture` does, then turn it upright by its EXIF orientation.
 
     Raises:
         BadImage: it cannot be used.
@@ -230,34 +230,34 @@ def decode_upright(encoded: bytes) -> Image.Image:
 
 
 def find_turn(encoded: bytes) -> Image.Transpose | None:
-    """Return what turns a decoded image upright, by its EXIF orientation; None where it is."""
+    """Return the operation that turns a decoded image upright, by its EXIF orientation; None if it is upright."""
     if not any(mark in encoded for mark in _EXIF):
         return None
-    # Whatever a damaged EXIF raises: it is no orientation.
+    # A damaged EXIF may raise anything: the image then has no orientation.
     with suppress(Exception), _without_warnings(), Image.open(io.BytesIO(encoded)) as image:
-        if image.format != "TIFF":  # which Pillow has turned
+        if image.format != "TIFF":  # Pillow has turned a TIFF already
             return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     return None
 
 
 def decode_indices(encoded: bytes) -> Image.Image:
-    """Decode a PNG whose values are indices, as they are in the file: uint8, with a palette or without (P or L).
+    """Decode a PNG of class indices without changing them: uint8, with a palette or without (P or L).
 
     Raises:
-        BadImage: it cannot be used, or its values are no such indices.
+        BadImage: it cannot be used, or its values are not such indices.
     """
     with _naming_damage():
         image = _load(encoded)
     if image.format != "PNG" or image.mode not in ("L", "P"):
-        what = f"a {image.format} image of mode {image.mode}"
-        raise BadImage(Fault("wrong mask", f"{what}, not class indices: save them as a grey PNG of 8 bits"))
-    if image.mode == "L" and encoded[_BITS_AT] != 8:  # which Pillow stretches to 0..255
+        form = f"a {image.format} image of mode {image.mode}"
+        raise BadImage(Fault("wrong mask", f"{form}, not class indices: save them as a grey PNG of 8 bits"))
+    if image.mode == "L" and encoded[_BITS_AT] != 8:  # Pillow would stretch its values to 0..255
         raise BadImage(Fault("wrong mask", f"a grey PNG of {encoded[_BITS_AT]} bits: save one of 8 bits"))
     return image
 
 
 def _load(encoded: bytes) -> Image.Image:
-    """Return an image in its own mode, decoded."""
+    """Decode an image, in its own mode."""
     image = open_image(encoded)
     if fault := _judge_header(image) or (_judge_chunks(encoded) if image.format == "PNG" else None):
         raise BadImage(fault)
@@ -269,7 +269,7 @@ def _load(encoded: bytes) -> Image.Image:
 
 @contextmanager
 def _naming_damage() -> Iterator[None]:
-    """Raise a BadImage for whatever the damage of a file leads Pillow's decoders to raise."""
+    """Turn any error of Pillow's decoders into a BadImage: they raise many kinds for damaged files."""
     try:
         yield
     except (BadImage, MemoryError):
@@ -279,15 +279,15 @@ def _naming_damage() -> Iterator[None]:
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Return an image of which only the header is read.
+    """Open an image: only its header is read.
 
     Raises:
-        BadImage: it is empty, not of FORMATS, or larger than Pillow allows.
+        BadImage: it is empty, of none of FORMATS, or larger than Pillow allows.
     """
     if not encoded:
         raise BadImage(Fault("empty", "not a readable image (it is empty)"))
-    formats = [name for name in FORMATS if name != "MPO"]  # which Pillow opens as a JPEG
-    # Pillow stumbles on what other decoders do not look at.
+    formats = [name for name in FORMATS if name != "MPO"]  # Pillow opens an MPO as a JPEG
+    # Pillow may fail on chunks and segments that other decoders skip.
     if _is_ordinary_png(encoded):
         encoded = _without_extra_chunks(encoded)
     try:
@@ -305,45 +305,45 @@ def open_image(encoded: bytes) -> Image.Image:
                 fault = Fault("wrong format", f"{article} {name} image (not one of {', '.join(FORMATS)})")
                 raise BadImage(fault) from error
         raise BadImage(Fault("not an image", "not a readable image (of no known format)")) from error
-    except Image.DecompressionBombError as error:  # where nobody has lifted Pillow's own limit
+    except Image.DecompressionBombError as error:  # if Pillow's own limit has not been lifted
         raise BadImage(Fault("too large", f"not a readable image ({error})")) from error
 
 
 def _without_extra_chunks(encoded: bytes) -> bytes:
     """Return an ordinary PNG without the chunks that change no pixel."""
-    kept: list[bytes | memoryview] = [_PNG]
+    pieces: list[bytes | memoryview] = [_PNG]
     for content, checksum in _chunks(encoded):
         if content[:4] not in _EXTRAS:
-            kept += ((len(content) - 4).to_bytes(4, "big"), content, checksum.to_bytes(4, "big"))
-    return b"".join(kept)
+            pieces += ((len(content) - 4).to_bytes(4, "big"), content, checksum.to_bytes(4, "big"))
+    return b"".join(pieces)
 
 
 def _without_extra_segments(encoded: bytes) -> bytes:
     """Return an ordinary JPEG without the segments that change no pixel."""
-    kept, place, marker = [encoded[:2]], 2, 0
+    pieces, place, marker = [encoded[:2]], 2, 0
     while marker != _SCAN:
         _, marker, length = _SEGMENT.unpack_from(encoded, place)
         end = place + 2 + length if marker != _SCAN else len(encoded)
         if length >= _LEAST[marker] if marker in _LEAST else marker < _JFIF:
-            kept.append(encoded[place:end])
+            pieces.append(encoded[place:end])
         place = end
-    return b"".join(kept)
+    return b"".join(pieces)
 
 
 def _judge_header(image: Image.Image) -> Fault | None:
-    what = f"a {image.format} image"
+    form = f"a {image.format} image"
     if image.mode not in MODES and not (image.format == "PNG" and image.mode.startswith("I")):
-        return Fault("wrong mode", f"{what} of mode {image.mode} (not one of {', '.join(MODES)})")
-    what += f" of {image.width} x {image.height} pixels"
+        return Fault("wrong mode", f"{form} of mode {image.mode} (not one of {', '.join(MODES)})")
+    form += f" of {image.width} x {image.height} pixels"
     if image.width * image.height > MAX_PIXELS:
-        return Fault("too large", f"{what} (over {MAX_PIXELS:,})")
+        return Fault("too large", f"{form} (over {MAX_PIXELS:,})")
     if max(image.size) > MAX_SIDE:
-        return Fault("too large", f"{what} (a side over {MAX_SIDE:,})")
+        return Fault("too large", f"{form} (a side over {MAX_SIDE:,})")
     return None
 
 
 def _judge_chunks(encoded: bytes) -> Fault | None:
-    """Walk through a PNG: Pillow looks neither at the checksums of its data nor for its end."""
+    """Check the chunks of a PNG: Pillow checks neither the checksums of its data nor its end."""
     for content, checksum in _chunks(encoded):
         if zlib.crc32(content) != checksum:
             return Fault("damaged", "a PNG image with a wrong checksum")
@@ -353,7 +353,7 @@ def _judge_chunks(encoded: bytes) -> Fault | None:
 
 
 def _chunks(encoded: bytes) -> Iterator[tuple[memoryview, int]]:
-    """Yield what each whole chunk of a PNG holds, its kind (4 bytes) first, and its checksum."""
+    """Yield the content of each whole chunk of a PNG, which begins with its kind (4 bytes), and its checksum."""
     view, place = memoryview(encoded), 8
     while place + 12 <= len(encoded):
         end = place + 8 + int.from_bytes(view[place : place + 4], "big")
@@ -364,13 +364,13 @@ def _chunks(encoded: bytes) -> Iterator[tuple[memoryview, int]]:
 
 
 def _may_be_short(image: Image.Image) -> bool:
-    """Say whether rows may be missing from a decoded PNG: they are black then, and come last unless interlaced."""
+    """Return whether rows may be missing from a decoded PNG: missing rows are black, and last unless interlaced."""
     width, height = image.size
     return bool(image.info.get("interlace")) or image.crop((0, height - 1, width, height)).getbbox() is None
 
 
 def _is_complete(encoded: bytes) -> bool:
-    """Say whether a PNG's data has all its rows."""
+    """Return whether a PNG's data has all its rows."""
     width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", encoded, 16)
     expected = 0
     for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
@@ -388,7 +388,7 @@ def _is_complete(encoded: bytes) -> bool:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Keep Pillow from warning of what it repairs, and of large images: they are judged here."""
+    """Silence Pillow's warnings of repairs and large images: this file judges them."""
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

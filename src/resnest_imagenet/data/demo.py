@@ -1,7 +1,7 @@
 """Demo images: ten classes of shapes and textures, in the ImageNet folder layout.
 
-Only the figure tells the class: its position, size and rotation, all colours, which of figure and background is the
-brighter, the shading, the noise, the size of the file and its JPEG quality are drawn alike for every class.
+Only the figure tells the class. Its position, size and rotation, all colours, whether figure or background is brighter,
+the shading, the noise, the size of the image and its JPEG quality have the same distribution in every class.
 """
 
 import json
@@ -33,7 +33,7 @@ def _triangle(x: Coordinates, y: Coordinates) -> Mask:
     return (y < 0.6) & (np.sqrt(3) * abs(x) - y < 1.1)
 
 
-# Each maps coordinates in which the figure fills the square from -1 to 1 to the pixels of the figure.
+# Each function maps coordinates, in which the figure fills the square from -1 to 1, to the mask of the figure.
 FIGURES: dict[str, Callable[[Coordinates, Coordinates], Mask]] = {
     "checker": lambda x, y: _within(x, y) & (_wave(x) * _wave(y) > 0),
     "cross": lambda x, y: _within(x, y, 1) & (np.minimum(abs(x), abs(y)) < 0.28),
@@ -51,7 +51,7 @@ OVERSAMPLING = 3  # of the mask, for smooth edges
 
 
 def draw_figure(name: str, rng: np.random.Generator) -> Image.Image:
-    """Draw one image of a class, 64 to 96 pixels on each side, the figure near the centre."""
+    """Draw one image of a class, 64 to 96 pixels on each side, with the figure near the centre."""
     height, width = rng.integers(64, 97, size=2).tolist()
     short = min(height, width)
     radius = rng.uniform(0.33, 0.43) * short
@@ -71,9 +71,9 @@ def draw_figure(name: str, rng: np.random.Generator) -> Image.Image:
 def draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw two RGB colours that can be told apart."""
     while True:
-        one, other = rng.uniform(20, 235, size=(2, 3))
-        if np.abs(one - other).mean() > 80:
-            return one, other
+        first, second = rng.uniform(20, 235, size=(2, 3))
+        if np.abs(first - second).mean() > 80:
+            return first, second
 
 
 def draw_shading(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -84,13 +84,13 @@ def draw_shading(rng: np.random.Generator, height: int, width: int) -> np.ndarra
 
 
 def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class: int) -> bool:
-    """Write train/<class>/*.JPEG and val/<class>/*.JPEG; the same seed writes the same pixels.
+    """Write train/<class>/*.JPEG and val/<class>/*.JPEG; the same seed gives the same pixels.
 
     Returns:
-        False where `out` holds these images already.
+        False if `out` holds these images already.
 
     Raises:
-        DataError: where `out` holds something else or cannot be written.
+        DataError: `out` holds something else or cannot be written.
     """
 
     def write(folder: Path) -> None:
@@ -110,19 +110,19 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
 def write_once(
     out: Path, settings: Mapping[str, int | str], write: Callable[[Path], None], marker: str = "demo.json"
 ) -> bool:
-    """Write a data set whole or not at all, unless it is there.
+    """Write a data set whole or not at all, unless it exists.
 
     Args:
         out: its folder, new or empty.
-        settings: what it is made of; stands in it.
-        write: writes it into a folder.
+        settings: what determines its content; written into it.
+        write: writes the data set into a folder.
         marker: name of the file with the settings.
 
     Returns:
-        False where `out` holds a data set of these settings already.
+        False if `out` holds a data set of these settings already.
 
     Raises:
-        DataError: where `out` holds something else or cannot be written.
+        DataError: `out` holds something else or cannot be written.
     """
     out = out.absolute()
     unfinished = name_temporary(out)

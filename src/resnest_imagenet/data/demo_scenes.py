@@ -1,7 +1,7 @@
 """Demo scenes: figures on clutter with the class of every pixel, in the layout of data=masks.
 
-Only the figure tells the class: places, sizes and rotations, all colours and the noise are drawn alike for every class.
-The figures are large, since a network with output stride 8 sees a scene as 13 to 18 cells.
+Only the figure tells the class: places, sizes, rotations, colours and noise have the same distribution in every class.
+The figures are large, because a network with output stride 8 turns a scene's side into 13 to 18 cells.
 """
 
 from pathlib import Path
@@ -21,11 +21,11 @@ NUM_STROKES = (4, 10)  # of the clutter
 
 
 def fill_outline(name: str, x: Coordinates, y: Coordinates) -> Mask:
-    """Return the pixels that belong to a figure, with what is between its stripes or rings.
+    """Return the pixels that belong to a figure, including those between its stripes or rings.
 
     Args:
         name: of FIGURES.
-        x: (H, W), the figure in -1..1.
+        x: (H, W); the figure lies in -1..1.
         y: the same, downwards.
     """
     if name == "target":
@@ -45,7 +45,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
 
 
 def _draw_clutter(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draw a background that is no figure: soft patches, lines and bars; float64 (H, W, 3)."""
+    """Draw a background without figures: soft patches, lines and bars; float64 (H, W, 3)."""
     patches = Image.fromarray(rng.integers(20, 236, (5, 5, 3), dtype=np.uint8))
     image = patches.resize((width, height), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
@@ -57,7 +57,7 @@ def _draw_clutter(rng: np.random.Generator, height: int, width: int) -> np.ndarr
 
 
 def _draw_figure(shape: int, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
-    """Draw a figure into an image (H, W, 3) and its mask (H, W), over what is there."""
+    """Draw a figure into an image (H, W, 3) and its mask (H, W), over their content."""
     height, width = labels.shape
     radius, angle = rng.uniform(*RADII), rng.uniform(0, 2 * np.pi)
     reach = 0.7 * radius  # a part of it may be outside
@@ -79,13 +79,13 @@ def _average(mask: Mask) -> np.ndarray:
 
 
 def write_demo_scenes(out: Path, seed: int, train_scenes: int, val_scenes: int) -> bool:
-    """Write images/{train,val}/*.JPEG, masks/{train,val}/*.png and classes.txt; the same seed writes the same pixels.
+    """Write images/{train,val}/*.JPEG, masks/{train,val}/*.png and classes.txt; the same seed gives the same pixels.
 
     Returns:
-        False where `out` holds these scenes already.
+        False if `out` holds these scenes already.
 
     Raises:
-        DataError: where `out` holds something else or cannot be written.
+        DataError: `out` holds something else or cannot be written.
     """
 
     def write(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Image files, each read and decoded once, by processes that may die of it."""
+"""Reads and decodes image files once each, in processes that may die of it."""
 
 import gc
 import hashlib
@@ -21,14 +21,14 @@ from resnest_imagenet.data.processes import START_METHOD, end_with_parent
 from resnest_imagenet.data.reading import PASSING, read_file, try_again
 from resnest_imagenet.errors import LoadingError, first_line
 
-# The shorter side, in pixels, of images that nobody means to train on.
+# An image whose shorter side is below this, in pixels, is reported as tiny.
 TINY = 8
-# Of the suffixes that are not JPEG's.
+# The formats of suffixes other than JPEG's.
 FORMAT_OF = {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-# Files that are handed to a process at once.
+# Number of files that a process gets at a time.
 BATCH = 32
 
-# ImageNet's 22 CMYK JPEGs and its PNG with the name of a JPEG: both loaders decode them.
+# ImageNet's 22 CMYK JPEGs and its PNG with a JPEG's name: both loaders decode them.
 KNOWN_CMYK = """
     n01739381_1309 n02077923_14822 n02447366_23489 n02492035_15739 n02747177_10752 n03018349_4028 n03062245_4620
     n03347037_9675 n03467068_12171 n03529860_11437 n03544143_17228 n03633091_5218 n03710637_5125 n03961711_5286
@@ -40,12 +40,12 @@ KNOWN_PNG = "n02105855_2933"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """A fault or oddity of a file or folder.
 
     Attributes:
         kind: one of check.FAULTS or check.NOTES.
         path: of the file or folder, below the data set's root.
-        detail: what about it, or "".
+        detail: more about it, or "".
     """
 
     kind: str
@@ -55,15 +55,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examined:
-    """An image file.
+    """The result for one image file.
 
     Attributes:
         path: below the root.
-        findings: what is wrong with it, or odd.
+        findings: its faults and oddities.
         sha256: of its content, if it can be used.
-        errno: of the error with which it could not be read.
+        errno: of the error, if it could not be read.
         size: (width, height) in pixels, if it can be used.
-        labels: of a mask: the class indices in it, without void.
+        labels: the class indices in a mask, without void.
     """
 
     path: str
@@ -74,21 +74,21 @@ class Examined:
     labels: tuple[int, ...] = ()
 
 
-Judge = Callable[[str, bytes], Examined]  # takes a file's path and content; goes to processes
+Judge = Callable[[str, bytes], Examined]  # of a file's path and content; sent to processes
 
 
 def examine_files(root: str, paths: Sequence[str], workers: int, judge: Judge | None = None) -> Iterator[Examined]:
-    """Yield what examine_file says of each file, in order; "crash" for a file that kills the process decoding it.
+    """Yield `examine_file` of each file, in order; "crash" for a file that kills the process that decodes it.
 
     Args:
         root: the folder of the paths.
         paths: the files.
-        workers: processes.
-        judge: what tells about a file that could be read; None: `judge_image`.
+        workers: number of processes.
+        judge: examines the content of a file; None means `judge_image`.
     """
     from resnest_imagenet.data import torchvision  # noqa: F401 - once, before the processes are forked
 
-    # Frozen objects are not collected in the processes: see `WorkerLoader.batches`.
+    # The processes do not collect frozen objects: see `WorkerLoader.batches`.
     gc.freeze()
     try:
         yield from _examine_batches(root, paths, workers, BATCH, 4 * workers, judge or judge_image)
@@ -102,10 +102,12 @@ def count_cores() -> int:
 
 
 def split_unreadable(images: ImageFolder) -> tuple[ImageFolder, list[str]]:
-    """Decode all images, and return those that can be used and a line about each of the others, in order.
+    """Decode all images; return those that can be used, and a line about each of the others, in order.
+
+    A missing file is one of the others.
 
     Raises:
-        LoadingError: the storage fails, which says nothing about an image; a missing file is one of the others.
+        LoadingError: the storage fails, so nothing is known about the image.
     """
     names = [images.name(index) for index in range(len(images))]
     usable, lines = [], []
@@ -140,7 +142,7 @@ def _examine_batches(
                     yield from running[0][1].result()
                     running.popleft()
             except BrokenProcessPool:
-                pass  # a process died, and the others were ended; the rest of `waiting` goes to new ones
+                pass  # a process died and the executor ended the others; new ones get the rest of `waiting`
         suspects = [path for files, _ in running for path in files]
         running.clear()
         if ahead > 1:
@@ -150,9 +152,9 @@ def _examine_batches(
 
 
 def _set_up(parent: int) -> None:
-    """Set up a process: neither Pillow's own limit counts here, nor what its libraries print about damaged files."""
+    """Set up a process: lift Pillow's own limit, and silence its libraries' messages about damaged files."""
     end_with_parent(parent)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the others are ended when one has died
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the executor ends processes with it when one has died
     Image.MAX_IMAGE_PIXELS = None
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -163,7 +165,7 @@ def _examine_batch(root: str, paths: Sequence[str], judge: Judge) -> list[Examin
 
 
 def examine_file(root: str, path: str, judge: Judge) -> Examined:
-    """Read a file and tell what is wrong with it, or odd."""
+    """Read a file and return its faults and oddities."""
     try:
         encoded = try_again(lambda: read_file(os.path.join(root, path)), lambda: path)
     except BadImage as error:
@@ -174,7 +176,7 @@ def examine_file(root: str, path: str, judge: Judge) -> Examined:
 
 
 def judge_image(path: str, encoded: bytes) -> Examined:
-    """Decode an image and tell what is wrong with it, or odd."""
+    """Decode an image and return its faults and oddities."""
     fault = _find_fault(encoded)
     if fault:
         return Examined(path, (Finding(fault.kind, path, fault.detail),))
@@ -184,23 +186,23 @@ def judge_image(path: str, encoded: bytes) -> Examined:
 
 
 def _find_fault(encoded: bytes) -> Fault | None:
-    """Return why an image cannot be used, after Pillow has decoded it and, what a run leaves to it, torchvision."""
+    """Return why an image cannot be used: decode it by Pillow and, if a run would do so, by torchvision."""
     try:
         fault = find_fault(encoded)
         if fault is None and is_ordinary(encoded):
             decode(encoded)
     except BadImage as error:
         return error.fault
-    except MemoryError:  # as if the system had ended this process for it
+    except MemoryError:  # end like a process that the system kills for it
         os._exit(1)
-    except Exception as error:  # whatever a decoder raises over a file is the file's fault
+    except Exception as error:  # any error of a decoder is the file's fault
         return Fault("damaged", f"not a readable image ({first_line(error)})")
     return fault
 
 
 def _find_oddities(path: str, image: Image.Image) -> Iterator[Finding]:
-    """Yield what is unusual about an image that can be used."""
-    # MPO is several JPEGs in one file, of which the first counts.
+    """Yield the oddities of an image that can be used."""
+    # An MPO file holds several JPEGs; the first is used.
     form = "JPEG" if image.format == "MPO" else image.format
     mode, size = image.mode, image.size
     name, suffix = os.path.splitext(os.path.basename(path))

@@ -13,24 +13,24 @@ from resnest_imagenet.data.reading import read_file
 from resnest_imagenet.data.source import ImageSource, find_part, list_folders, order_classes
 from resnest_imagenet.errors import DataError
 
-# Of the formats in decoding.FORMATS; what a file holds is told by its content.
+# Suffixes of decoding.FORMATS; the content decides a file's format.
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
-# Of formats that the two loaders do not decode alike, or not at all.
+# Suffixes of formats that the two loaders decode differently or not at all.
 OTHER_SUFFIXES = (".gif", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".ppm", ".pgm", ".pnm", ".svg", ".psd")
 
 Kind = Literal["image", "hidden", "other format", "other file"]
-# What the listing says of names that it skips, or takes from where few look for them.
-_SKIPPED: dict[str, str] = {
+# The listing's notes on names that it skips, or takes from an unusual place.
+_NOTES: dict[str, str] = {
     "hidden": "hidden files or folders are skipped",
-    "beside": "images beside the class folders are skipped: they belong into one",
+    "beside": "images beside the class folders are skipped: move them into one",
     "other format": f"images of other formats are skipped ({', '.join(IMAGE_SUFFIXES)} are taken)",
-    "other file": "files are skipped whose names are not those of images",
-    "nested": "images in folders below those of the classes are taken",
+    "other file": "files without the name of an image are skipped",
+    "nested": "images in folders below the class folders are taken",
 }
 
 
 def tell_by_name(name: str) -> Kind:
-    """Say what a file's name promises: files and folders whose names begin with a dot are never looked into."""
+    """Return the kind of a file by its name. Files and folders whose names begin with a dot are never read."""
     if name.startswith("."):
         return "hidden"
     if name.lower().endswith(IMAGE_SUFFIXES):
@@ -39,15 +39,15 @@ def tell_by_name(name: str) -> Kind:
 
 
 class ImageFolder(ImageSource):
-    """The images of one folder: the classes are its folders, in `order_classes`, the files are by class and name."""
+    """The images of one folder: its folders are the classes, in `order_classes`; files are sorted by class and name."""
 
     def path(self, index: int) -> bytes:
-        """Return the path of one image as the operating system knows it."""
+        """Return the path of one image, encoded for the operating system."""
         return os.path.join(os.fsencode(self.root), self.files[index])
 
     def list_sizes(self, indices: np.ndarray) -> np.ndarray:
-        """Return sizes in bytes of n images, int64 (n,); -1 for a file that is not there."""
-        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)  # names below it are found faster
+        """Return sizes in bytes of n images, int64 (n,); -1 for a missing file."""
+        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)  # relative to it, looking up names is faster
         try:
             sizes = [_stat_size(file, folder) for file in self.files[indices].tolist()]
         finally:
@@ -64,7 +64,7 @@ class ImageFolder(ImageSource):
 
 
 class Listing:
-    """Names found below a folder, and how many of which kind were skipped."""
+    """Names found below a folder, and the number of each kind that was skipped."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -72,16 +72,16 @@ class Listing:
         self._firsts: dict[str, str] = {}
 
     def count(self, kind: str, path: str, number: int = 1) -> None:
-        """Note files of one kind, by the path of the first, below the root."""
+        """Count files of one kind; the note shows the path of the first, below the root."""
         self._counts[kind] = self._counts.get(kind, 0) + number
         self._firsts.setdefault(kind, path)
 
     def walk(self, folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-        """Yield the images of a folder and the folders in it, sorted, its own before theirs.
+        """Yield the images of a folder, sorted, then those of the folders in it.
 
         Args:
             folder: below the root.
-            above: the real paths of the folders that this one is in: a link to one of them is not followed.
+            above: the real paths of the folders that contain this one: a link to one of them is not followed.
 
         Raises:
             DataError: it cannot be read.
@@ -97,7 +97,7 @@ class Listing:
         folders = []
         for name in names:
             kind, path = tell_by_name(name), f"{folder}/{name}" if folder else name
-            # The names of images are not looked up: a million times that would be slow.
+            # Images are recognised by name alone: a million look-ups would be slow.
             if kind == "image":
                 yield path
             elif kind != "hidden" and os.path.isdir(os.path.join(place, name)):
@@ -111,8 +111,8 @@ class Listing:
     def notes(self) -> tuple[str, ...]:
         """A line about each kind."""
         return tuple(
-            f"{self._root}: {self._counts[kind]:,} {what} (the first: {self._firsts[kind]})"
-            for kind, what in _SKIPPED.items()
+            f"{self._root}: {self._counts[kind]:,} {note} (the first: {self._firsts[kind]})"
+            for kind, note in _NOTES.items()
             if kind in self._counts
         )
 
@@ -176,16 +176,16 @@ def match_paths(pattern: str) -> list[str]:
 
 
 def find_images(patterns: list[str]) -> ImageFolder:
-    """List images that have no classes, each once, in the order of the patterns.
+    """List images without classes, each once, in the order of the patterns.
 
     Args:
-        patterns: files, folders (with all that is in them), patterns such as "photos/**/*.jpg", or web addresses of
+        patterns: files, folders (with all folders in them), patterns such as "photos/**/*.jpg", or web addresses of
             images, which are fetched.
 
     Raises:
-        DataError: a pattern that finds no image.
+        DataError: a pattern matches no image.
     """
-    found: dict[str, None] = {}
+    unique: dict[str, None] = {}
     notes: list[str] = []
     for pattern in patterns:
         images = []
@@ -198,7 +198,7 @@ def find_images(patterns: list[str]) -> ImageFolder:
                 images.append(path)
         if not images:
             raise DataError(f"images={pattern}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
-        found.update(dict.fromkeys(images))
-    files = np.array([os.fsencode(os.path.abspath(path)) for path in found])
+        unique.update(dict.fromkeys(images))
+    files = np.array([os.fsencode(os.path.abspath(path)) for path in unique])
     labels = np.zeros(len(files), dtype=np.int64)
     return ImageFolder(Path(os.sep), ("",), files, labels, notes=tuple(dict.fromkeys(notes)))

@@ -1,6 +1,6 @@
-"""What training does to a scene: an image and its mask are flipped, scaled and cropped together, never apart.
+"""The training transform of a scene: an image and its mask are flipped, scaled and cropped together.
 
-The order is that of the code behind the paper's Table 7 (gluon-cv data/segbase.py, PyTorch-Encoding datasets/base.py):
+The order follows the code behind the paper's Table 7 (gluon-cv data/segbase.py, PyTorch-Encoding datasets/base.py):
 flip, scale the long side, pad right and bottom, crop, blur.
 """
 
@@ -22,8 +22,8 @@ class Placement:
     Attributes:
         height, width: of the scene after scaling, in pixels.
         top, left: first row and column of the crop in it.
-        is_mirrored: whether the scene is mirrored before, from left to right.
-        blur: radius of the blur, in pixels of the crop; 0: none.
+        is_mirrored: whether the scene is mirrored from left to right before the crop.
+        blur: radius of the blur, in pixels of the crop; 0 means none.
     """
 
     height: int
@@ -40,7 +40,7 @@ class SceneTransform:
 
     Attributes:
         crop: side of the output in pixels.
-        base: the long side of a scene that is scaled by 1.
+        base: the long side that a scene gets at scale 1, in pixels.
         seed: the run's.
         scales: the smallest and the largest scale; the long side is a whole number of pixels, uniform between them.
         blur: probability of a Gaussian blur with a radius uniform in 0 to 1 pixel.
@@ -53,7 +53,7 @@ class SceneTransform:
     blur: float = 0.0
 
     def draw(self, epoch: int, index: int, height: int, width: int) -> Placement:
-        """Draw for a scene of the given size, in an epoch."""
+        """Draw the placement of a scene of the given size in an epoch."""
         flip, size, vertical, horizontal = uniform_rows(self.seed, Purpose.CROP, epoch, [index], 4)[0].tolist()
         shortest, longest = (int(self.base * scale) for scale in self.scales)
         scaled_height, scaled_width = scale_long_side(height, width, shortest + int(size * (longest - shortest + 1)))
@@ -82,7 +82,7 @@ class SceneTransform:
             index: of the scene, for the draws.
 
         Returns:
-            The image, uint8 (crop, crop, 3), black where the scene ends, and its mask, uint8 (crop, crop), VOID there.
+            The image, uint8 (crop, crop, 3), black outside the scene, and its mask, uint8 (crop, crop), VOID there.
         """
         place = self.draw(epoch, index, picture.height, picture.width)
         return crop_image(picture, place, self.crop), crop_mask(mask, place, self.crop)
@@ -98,8 +98,8 @@ def scale_long_side(height: int, width: int, long_side: int) -> tuple[int, int]:
 def crop_image(picture: Image.Image, place: Placement, crop: int) -> np.ndarray:
     """Return a crop of a scaled image, uint8 (crop, crop, 3), by Pillow's bilinear filter.
 
-    Only what the crop shows is resampled, from its place in the image, to the pixels that a crop of the whole scaled
-    image has, up to a rounding.
+    Only the part that the crop shows is resampled. Up to rounding, the pixels are those of a crop of the whole scaled
+    image.
     """
     top, left, height, width = _find_window(place, crop)
     down, across = picture.height / place.height, picture.width / place.width
@@ -114,7 +114,7 @@ def crop_image(picture: Image.Image, place: Placement, crop: int) -> np.ndarray:
 
 
 def crop_mask(mask: np.ndarray, place: Placement, crop: int) -> np.ndarray:
-    """Return the same crop of a mask, uint8 (crop, crop): the value at each pixel's centre, found in whole numbers."""
+    """Return the same crop of a mask, uint8 (crop, crop): the value at each pixel's centre, in integer arithmetic."""
     top, left, height, width = _find_window(place, crop)
     rows = (2 * np.arange(top, top + height) + 1) * mask.shape[0] // (2 * place.height)
     columns = (2 * np.arange(left, left + width) + 1) * mask.shape[1] // (2 * place.width)
@@ -126,7 +126,7 @@ def crop_mask(mask: np.ndarray, place: Placement, crop: int) -> np.ndarray:
 
 
 def _find_window(place: Placement, crop: int) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of what a crop shows, in the scaled scene as it is before the flip."""
+    """Return top, left, height and width of the part that a crop shows, in the scaled scene before the flip."""
     height, width = min(crop, place.height), min(crop, place.width)
     left = place.width - place.left - width if place.is_mirrored else place.left
     return place.top, left, height, width

@@ -1,4 +1,4 @@
-"""The contract of a loader, and the choice of one and of its source."""
+"""The contract of a loader, and the choice of a loader and its source."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from resnest_imagenet.errors import ConfigError, name_extra, suggest
 class Loader(Protocol):
     """Batches of one rank.
 
-    What a loader yields is a function of the plan, the epoch and the first batch, so a run resumes by asking for the
-    batches that it has not seen. The bad images that were counted so far are its only state.
+    The batches are a function of the plan, the epoch and the first batch's number, so a run resumes by asking for the
+    batches that it has not seen. A loader's only state is the number of bad images so far.
     """
 
     plan: BatchPlan
@@ -36,7 +36,7 @@ class Loader(Protocol):
         loader's device.
 
         Raises:
-            DataError: for an image that cannot be decoded and may not be replaced, with its path.
+            DataError: an image cannot be decoded and must not be replaced; names its path.
         """
         ...
 
@@ -46,7 +46,7 @@ extensions.sources.reserve(_KINDS)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """Return what a loader yields, normalised (B, 3, H, W), as it was before: uint8 (B, H, W, 3)."""
+    """Return a loader's images, normalised (B, 3, H, W), as they were before: uint8 (B, H, W, 3)."""
     values = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
     return values.round().clip(0, 255).astype(np.uint8)
 
@@ -61,8 +61,8 @@ def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
         option: the option that names this part, for the error message.
 
     Raises:
-        DataError: nothing there, or nothing that can be used.
-        ConfigError: an unknown kind, or a registered one that fails.
+        DataError: there is no data, or none that can be used.
+        ConfigError: the kind is unknown, or a registered one fails.
     """
     outside = extensions.sources.find(kind)
     if outside is None and kind in _KINDS:
@@ -70,19 +70,19 @@ def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
     if outside is None:
         valid = [*_KINDS, *extensions.sources.read()]
         raise ConfigError(f"unknown data.kind={kind}{suggest(kind, valid)} ({', '.join(valid)})")
-    who = f"data.kind={kind} of {outside.origin}"
-    with extensions.naming(who):
+    label = f"data.kind={kind} of {outside.origin}"
+    with extensions.naming(label):
         images = outside.open(root, name, option)
     if not isinstance(images, ImageSource):
-        raise ConfigError(f"{who}: it returned a {type(images).__name__}, not an ImageSource")
+        raise ConfigError(f"{label}: it returned a {type(images).__name__}, not an ImageSource")
     return images
 
 
 def choose_loader(name: str) -> str:
-    """Resolve "auto" to "dali" where DALI is installed, else "torchvision".
+    """Resolve "auto" to "dali" if DALI is installed, else to "torchvision".
 
     Raises:
-        ConfigError: for "dali" where it is not installed.
+        ConfigError: for "dali" if it is not installed.
     """
     if name == "torchvision":
         return name
@@ -93,7 +93,7 @@ def choose_loader(name: str) -> str:
 
 
 def choose_workers(workers: int | None) -> int:
-    """Resolve None to the cores that this process may use, at most 8."""
+    """Resolve None to the number of cores that this process may use, at most 8."""
     return min(8, count_cores()) if workers is None else workers
 
 
@@ -110,16 +110,16 @@ def build_loader(
 
     Args:
         name: auto, dali or torchvision.
-        images: where they are.
+        images: the source of the images.
         plan: their order.
-        transform: what is done to each.
-        device: where the batches are wanted; DALI decodes there too.
-        workers: DALI's threads or torchvision's processes; None: see `choose_workers`.
-        max_errors: how many images that cannot be decoded may be replaced, see `Substitution`; with 0 the first is a
-            DataError.
+        transform: applied to each image.
+        device: of the batches; DALI decodes there too.
+        workers: number of DALI's threads or torchvision's processes; None: see `choose_workers`.
+        max_errors: how many images that cannot be decoded may be replaced, see `Substitution`; with 0 the first one
+            raises a DataError.
 
     Raises:
-        ConfigError: for "dali" where it is not installed.
+        ConfigError: for "dali" if it is not installed.
     """
     workers = choose_workers(workers)
     if choose_loader(name) == "dali":

@@ -1,6 +1,6 @@
-"""The operations of `augment.Op` on Pillow's images: what they mean, and what the torchvision loader does.
+"""The operations of `augment.Op` on Pillow images: their definition, and what the torchvision loader applies.
 
-Those that have a function in Pillow are that function; `dali_ops.py` is measured against them.
+They are Pillow's own functions where it has one. The tests compare `dali_ops.py` with them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Picture = Image.Image
 
 
 def apply_operations(image: Picture, operations: np.ndarray) -> Picture:
-    """Apply (Op, value, x, y) in turn; (S, 4)."""
+    """Apply operations (Op, value, x, y) in order; operations: (S, 4)."""
     for op, value, x, y in operations.tolist():
         image = OPERATIONS[Op(int(op))](image, value, x, y)
     return image
@@ -32,7 +32,7 @@ def _map_back(image: Picture, *matrix: float, bicubic: bool = False) -> Picture:
 
 
 def _cutout(image: Picture, side: float, x: float, y: float) -> Picture:
-    """Fill a square around a point; both its edges belong to it, and what leaves the image is cut off."""
+    """Fill a square around a point, including both its edges, as far as it lies in the image."""
     width, height = image.size
     left, top = int(max(0, x * width - side / 2)), int(max(0, y * height - side / 2))
     right, bottom = min(width, left + side), min(height, top + side)

@@ -1,4 +1,4 @@
-"""Which samples each rank sees, in which order: one plan drives every loader."""
+"""Which samples each rank gets, and in which order: one plan drives every loader."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,28 +12,28 @@ from resnest_imagenet.randomness import Purpose, stream
 class BatchPlan:
     """The batches of an epoch, dealt to the ranks in turn.
 
-    Batch n of an epoch holds the samples n * batch_size ... of that epoch's order, whatever the number of ranks, and
-    goes to rank n % world_size. So one process that accumulates two batches and two ranks that take one each see the
-    same batches.
+    Batch n of an epoch holds the samples n * batch_size ... of that epoch's order, for any number of ranks, and goes to
+    rank n % world_size. So one process that accumulates two batches and two ranks with one batch each see the same
+    batches.
 
     Attributes:
         num_samples: size of the set, over all ranks.
         batch_size: samples per batch; the last one may be smaller.
-        num_batches: batches per epoch over all ranks; in training a whole number of steps, the remainder of the
-            order is left out.
-        rank, world_size: whose share this is.
-        shuffle: a new order in every epoch; otherwise the order of the set.
+        num_batches: batches per epoch over all ranks; in training a whole number of steps, and the remainder of the
+            order is dropped.
+        rank, world_size: the rank that gets these batches, and the number of ranks.
+        shuffle: whether each epoch has a new order; otherwise it is the order of the set.
         seed: of the order.
-        shard_sizes: samples per shard, of a set that is kept in shards.
-        shuffle_shards: shuffle the shards, then the samples of so many at a time, so that reading stays within these;
-            0: shuffle all samples.
+        shard_sizes: samples per shard, if the set is kept in shards.
+        shuffle_shards: shuffle the shards, then the samples of this many shards at a time, so that reading stays within
+            them; 0: shuffle all samples.
         groups: (num_samples,) the group of each sample, such as portrait and landscape: all samples of a batch are of
-            one group. None: batches hold samples as they come in the order. As in torchvision's GroupedBatchSampler,
-            the order is walked through, and a batch comes when its group has enough samples. The remainders, less than
-            a batch of each group, come last: the largest is filled up with the first samples of its group, then the
-            next one, until num_samples // batch_size batches are there; what is left of the others is not seen in this
-            epoch. So the number of batches depends neither on the groups nor on the epoch, and fewer batches than
-            groups hold a sample for the second time.
+            one group. None: batches take samples as they come. As in torchvision's GroupedBatchSampler, samples are
+            taken in order, and a batch is complete when its group has enough samples. Less than a batch of each group
+            remains. These remainders come last: the largest is filled up with the first samples of its group, then the
+            next largest, until there are num_samples // batch_size batches; the other remainders are dropped in this
+            epoch. So the number of batches depends neither on the groups nor on the epoch, and fewer batches than there
+            are groups hold a repeated sample.
     """
 
     num_samples: int
@@ -74,7 +74,7 @@ class BatchPlan:
 
 
 def _group(order: np.ndarray, groups: np.ndarray, batch_size: int, num_batches: int) -> np.ndarray:
-    """Return an order whose batches are of one group each; see `BatchPlan.groups`.
+    """Return an order in which each batch is of one group; see `BatchPlan.groups`.
 
     Args:
         order: (N,) sample indices.
@@ -85,11 +85,11 @@ def _group(order: np.ndarray, groups: np.ndarray, batch_size: int, num_batches: 
     positions = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     whole = np.concatenate([place[: len(place) // batch_size * batch_size] for place in positions])
     whole = whole.reshape(-1, batch_size)
-    whole = whole[np.argsort(whole[:, -1])]  # a batch comes when its last sample does
+    whole = whole[np.argsort(whole[:, -1])]  # a batch is complete when its last sample comes
     positions = sorted(positions, key=lambda place: len(place) % batch_size, reverse=True)
     for place in positions[: num_batches - len(whole)]:
         remainder = place[len(place) // batch_size * batch_size :]
-        batch = np.append(remainder, np.resize(place, batch_size - len(remainder)))  # from the first on, and again
+        batch = np.append(remainder, np.resize(place, batch_size - len(remainder)))  # `resize` repeats from the first
         whole = np.append(whole, batch[None], axis=0)
     return order[whole.ravel()]
 

@@ -1,8 +1,8 @@
 """The official ILSVRC2012 archives, unpacked to the ImageNet folder layout.
 
-What is finished has its final name, and nothing else has: everything is written below `out`/prepare.tmp and renamed. So
-a run that was killed goes on where it stopped, and nothing has to be remembered. (After a power cut, a disk may lack
-what it was told to write: `resnest-data check` finds such images.)
+Everything is written below `out`/prepare.tmp and renamed when it is finished, so only finished parts have their final
+names. A command that was killed resumes from these names, without a record of its own. (After a power cut, a disk may
+lack data that was written: `resnest-data check` finds such images.)
 """
 
 import hashlib
@@ -38,7 +38,7 @@ VAL_IMAGE = re.compile(r"ILSVRC2012_val_([0-9]{8})\.JPEG")
 
 @dataclass(frozen=True)
 class Release:
-    """What a data set's archives are and hold."""
+    """The archives of a data set: their MD5, and how many classes and images they hold."""
 
     md5: Mapping[str, str]
     num_classes: int
@@ -57,21 +57,21 @@ ILSVRC2012 = Release(
 
 
 def prepare_images(archives: Path, out: Path, verify: bool, release: Release = ILSVRC2012) -> bool:
-    """Write out/{train,val}/<synset>/<image>.JPEG, going on where an earlier call was killed.
+    """Write out/{train,val}/<synset>/<image>.JPEG; resume where an earlier call was killed.
 
     Args:
         archives: the folder of the three archives, as they were downloaded.
         out: the folder to write.
         verify: compare the archives' MD5 first.
-        release: what they should be.
+        release: the expected archives.
 
     Returns:
-        False where all is there already.
+        False if everything is there already.
 
     Raises:
         ConfigError: scipy is not installed.
-        DataError: an archive is missing, unreadable, not the official one, or has a member that does not belong there;
-            `out` holds something else or cannot be written; another process is writing it.
+        DataError: an archive is missing, unreadable, not the official one, or has an unexpected member; `out` holds
+            something else or cannot be written; another process is writing it.
     """
     work, lock = out / "prepare.tmp", out / ".prepare.lock"
     try:
@@ -94,7 +94,7 @@ def prepare_images(archives: Path, out: Path, verify: bool, release: Release = I
 
 
 def _list_missing(out: Path, release: Release) -> list[str]:
-    """Return the parts that are not there yet; a DataError where one is not what it should be."""
+    """Return the parts that are not there yet; a DataError if an existing one does not have the expected numbers."""
     missing = []
     for part in ("val", "train"):
         if (out / part).exists():
@@ -109,7 +109,7 @@ def _write_parts(parts: Sequence[str], archives: Path, out: Path, work: Path, re
     for name in (name for part in parts for name in needs[part]):
         if not (archives / name).is_file():
             raise DataError(f"{archives / name}: no such archive")
-    # All that can be refused first; the unpacking takes the longest.
+    # Everything that can be refused comes first: unpacking takes the longest.
     if verify and "val" in parts:
         _require_md5(archives / DEVKIT, release.md5[DEVKIT])
     synsets = read_val_synsets(archives / DEVKIT) if "val" in parts else []
@@ -121,14 +121,14 @@ def _write_parts(parts: Sequence[str], archives: Path, out: Path, work: Path, re
         else:
             _extract_train(archives, work / part, work / "class")
         _require_counts(work / part, release.num_images[part], release.num_classes)
-        other = out / ("train" if part == "val" else "val")
-        if other.exists() and set(os.listdir(other)) != set(os.listdir(work / part)):
-            raise DataError(f"{work / part}: its classes are not those of {other}; remove it and start again")
+        other_part = out / ("train" if part == "val" else "val")
+        if other_part.exists() and set(os.listdir(other_part)) != set(os.listdir(work / part)):
+            raise DataError(f"{work / part}: its classes are not those of {other_part}; remove it and start again")
         os.rename(work / part, out / part)
 
 
 def _require_folders(*folders: Path) -> None:
-    """Refuse links, through which something else would be written."""
+    """Refuse links: writing through them would change other folders."""
     for folder in folders:
         if folder.is_symlink():
             raise DataError(f"{folder}: is a link; remove it")
@@ -136,10 +136,10 @@ def _require_folders(*folders: Path) -> None:
 
 def _require_counts(folder: Path, num_images: int, num_classes: int) -> None:
     classes = [entry for entry in os.scandir(folder) if entry.is_dir()]
-    found = sum(name.endswith(".JPEG") for entry in classes for name in os.listdir(entry))
-    if (found, len(classes)) != (num_images, num_classes):
+    count = sum(name.endswith(".JPEG") for entry in classes for name in os.listdir(entry))
+    if (count, len(classes)) != (num_images, num_classes):
         raise DataError(
-            f"{folder}: {found:,} images in {len(classes):,} classes, not {num_images:,} in {num_classes:,}; "
+            f"{folder}: {count:,} images in {len(classes):,} classes, not {num_images:,} in {num_classes:,}; "
             "remove it and start again with the official archives, or choose another out"
         )
 
@@ -157,12 +157,12 @@ def _require_md5(archive: Path, expected: str) -> None:
 def read_val_synsets(devkit: Path) -> list[str]:
     """Return the synset of each val image, by its number.
 
-    The devkit has numbers of its own for the classes; the synset of each stands in a MATLAB file only. scipy reads it:
-    the format is too involved to be read in passing, and a label read wrongly would be noticed late or never.
+    The devkit numbers the classes in its own way, and only a MATLAB file has the synset of each number. scipy reads
+    that file: the format is complex, and a wrong label would be noticed late or never.
 
     Raises:
         ConfigError: scipy is not installed.
-        DataError: the devkit is not as it should be.
+        DataError: it is not the official devkit.
     """
     try:
         from scipy.io import loadmat
@@ -176,14 +176,14 @@ def read_val_synsets(devkit: Path) -> list[str]:
         synset_of = dict(zip(table["ILSVRC2012_ID"].tolist(), table["WNID"].tolist(), strict=True))
         synsets = [synset_of[int(line)] for line in truth.split()]
         if not all(SYNSET.fullmatch(synset) for synset in synsets):
-            raise ValueError("a class that is no synset")
+            raise ValueError("a class that is not a synset")
     except (MatReadError, NotImplementedError, LookupError, OSError, TypeError, ValueError, zlib.error) as error:
         raise DataError(f"{devkit}: not the official devkit ({first_line(error)})") from error
     return synsets
 
 
 def _extract_val(archive: Path, synsets: Sequence[str], folder: Path) -> None:
-    """Unpack the val images to `folder`, one class folder each: the archive has them in no order of classes."""
+    """Unpack the val images into class folders of `folder`, all at once: the archive does not sort them by class."""
     if folder.exists():
         shutil.rmtree(folder)
     for synset in set(synsets):
@@ -198,7 +198,7 @@ def _extract_val(archive: Path, synsets: Sequence[str], folder: Path) -> None:
 
 
 def _extract_train(archives: Path, folder: Path, unfinished: Path) -> None:
-    """Unpack the train images to `folder`; each class to `unfinished` first, which is renamed when it is complete."""
+    """Unpack the train images to `folder`: each class to `unfinished`, which is renamed when it is complete."""
     archive = archives / TRAIN
     folder.mkdir(exist_ok=True)
     with _open_tar(archive) as tar:
@@ -222,7 +222,7 @@ def _extract_train(archives: Path, folder: Path, unfinished: Path) -> None:
 
 @contextmanager
 def _open_tar(path: Path, file: IO[bytes] | None = None) -> Iterator[tarfile.TarFile]:
-    """Open the archive at `path`, or in a file that is open already; what is wrong with it becomes one line."""
+    """Open the archive at `path`, or in a file that is open already; damage becomes a DataError of one line."""
     try:
         with tarfile.open(path, "r:gz" if path.suffix == ".gz" else "r:", fileobj=file) as tar:
             yield tar
@@ -231,24 +231,22 @@ def _open_tar(path: Path, file: IO[bytes] | None = None) -> Iterator[tarfile.Tar
 
 
 def _require_plain(member: tarfile.TarInfo, form: re.Pattern[str], archive: Path) -> re.Match[str]:
-    """Return the match of a member's name; a link, device, folder, sparse file or other name is a DataError."""
+    """Return the match of a member's name; a link, device, folder, sparse file or other name raises a DataError."""
     match = form.fullmatch(member.name)
     if match is None or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-        raise DataError(
-            f"{archive}: {member.name!r} does not belong there: nothing but files named {form.pattern} does"
-        )
+        raise DataError(f"{archive}: {member.name!r} does not belong there: only files named {form.pattern} do")
     return match
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """Write a member that is plain; nothing but its content is taken, no mode, owner or time."""
+    """Write a plain member: only its content, without mode, owner and time."""
     with open(folder / member.name, "xb") as file:
         shutil.copyfileobj(_content(tar, member), file)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     content = tar.extractfile(member)
-    assert content is not None, member.name  # of plain members
+    assert content is not None, member.name  # plain members have content
     return content
 
 
@@ -262,5 +260,5 @@ def _read_member(tar: tarfile.TarFile, archive: Path, name: str) -> bytes:
 
 
 def _bar(name: str, total: int, unit: str, done: int = 0) -> "tqdm[NoReturn]":
-    """Return a progress bar, on a terminal, that tells the time left."""
+    """Return a progress bar with the time left, shown on a terminal only."""
     return tqdm(desc=name, total=total, initial=done, unit=unit, unit_scale=True, disable=None, dynamic_ncols=True)

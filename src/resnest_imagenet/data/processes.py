@@ -1,24 +1,25 @@
-"""Worker processes that do not outlive the one that started them, however that one ends."""
+"""Worker processes that end with the process that started them, however it ends."""
 
 import ctypes
 import os
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-# Forked processes see their parent end, and need not import torch again, each for seconds.
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+# Forked processes can watch their parent, and save the seconds of importing torch again.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 def end_with_parent(parent: int) -> None:
-    """Let the system kill this process when the one that started it is gone; on Linux, elsewhere nothing happens.
+    """Make the system kill this process when its parent ends. Does nothing on other systems than Linux.
 
-    Called in the worker. A worker that waits for a storage or in a decoder does not look at its parent itself.
+    Call it in the worker. A worker that hangs in the storage or in a decoder cannot check for its parent itself.
 
     Args:
-        parent: the process that started this one, from the main thread: the system watches that thread.
+        parent: the id of the parent. It must have started this process from its main thread: the system watches the
+            thread, not the process.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # gone before the call
+        if os.getppid() != parent:  # the parent ended before the call
             os._exit(1)

@@ -1,4 +1,4 @@
-"""Files that others have put there: opened so that none hangs or fills the memory, read again where storage hiccups."""
+"""Reads files of others: no file can make it hang or fill the memory, and passing storage errors are retried."""
 
 import errno
 import os
@@ -12,9 +12,9 @@ from resnest_imagenet.errors import LoadingError
 
 Result = TypeVar("Result")
 
-# No image of at most decoding.MAX_PIXELS has more bytes; a file that has more is not read.
+# No image of at most decoding.MAX_PIXELS has more bytes; a larger file is not read.
 MAX_BYTES = 2**30
-# Errors that may pass: of a network file system, of a disk that tries again, of other processes.
+# Errors that may pass: of network file systems, of disks that retry, of other processes.
 PASSING = frozenset(
     {
         errno.EIO,
@@ -35,7 +35,7 @@ PASSING = frozenset(
         errno.ENETUNREACH,
     }
 )
-PAUSES = (0.1, 0.3, 1.0)  # seconds before each further try
+PAUSES = (0.1, 0.3, 1.0)  # seconds before each retry
 REMEDIES = {
     errno.EMFILE: "; raise the limit of open files (ulimit -n) or lower loader.workers",
     errno.ENFILE: "; the whole machine has too many open files (sysctl fs.file-max)",
@@ -50,10 +50,10 @@ KINDS = (
 
 
 def open_regular(path: str | bytes | os.PathLike[str]) -> int:
-    """Return a descriptor of a regular file, or of what a link leads to, open for reading.
+    """Return a descriptor, open for reading, of a regular file; links are followed.
 
     Raises:
-        BadImage: a folder, pipe, socket or device: opening or reading it may never end.
+        BadImage: it is a folder, pipe, socket or device: opening or reading it may never end.
         OSError: it cannot be opened.
     """
     try:
@@ -78,7 +78,7 @@ def read_file(path: str | bytes | os.PathLike[str]) -> bytes:
     """Return the content of a regular file of at most MAX_BYTES.
 
     Raises:
-        BadImage: it is no such file.
+        BadImage: it is not such a file.
         OSError: it cannot be read.
     """
     descriptor = open_regular(path)
@@ -94,17 +94,17 @@ def read_file(path: str | bytes | os.PathLike[str]) -> bytes:
 
 
 def require_size(size: int) -> None:
-    """Raise BadImage where a file has more bytes than any image that can be used."""
+    """Raise BadImage if a file has more bytes than any usable image."""
     if size > MAX_BYTES:
-        raise BadImage(Fault("too large", f"a file of {size:,} bytes, which was not read"))
+        raise BadImage(Fault("too large", f"a file of {size:,} bytes (over {MAX_BYTES:,}): not read"))
 
 
 def try_again(read: Callable[[], Result], name: Callable[[], str]) -> Result:
-    """Call a function that reads, several times where an error may pass.
+    """Call a function that reads; retry it after errors that may pass.
 
     Args:
-        read: returns what was read.
-        name: returns what is read, for the error.
+        read: reads and returns the result.
+        name: returns the name of the file, for the error.
 
     Raises:
         LoadingError: instead of the last OSError.

@@ -17,7 +17,7 @@ from resnest_imagenet.data.workers import Samples, WorkerLoader
 
 
 class _SceneSamples(Samples):
-    """Images uint8 (H, W, 3) with their masks uint8 (H, W): crops in training, whole ones in evaluation."""
+    """Images uint8 (H, W, 3) with their masks uint8 (H, W): crops in training, whole scenes in evaluation."""
 
     def __init__(self, scenes: Scenes, transform: SceneTransform | None, substitution: Substitution) -> None:
         super().__init__(substitution)
@@ -30,7 +30,7 @@ class _SceneSamples(Samples):
     def transform(self, content: Any, epoch: int, index: int, used: int) -> tuple[Tensor, Tensor]:
         picture, mask = content
         if self.rule is None:
-            image, mask = np.array(picture), mask.copy()  # torch wants arrays that may be written
+            image, mask = np.array(picture), mask.copy()  # torch warns about read-only arrays
         else:
             image, mask = self.rule.apply(picture, mask, epoch, index)
         return torch.from_numpy(image), torch.from_numpy(mask)
@@ -39,9 +39,9 @@ class _SceneSamples(Samples):
 class SceneLoader:
     """Implements `data.loader.Loader` for scenes.
 
-    In training `batches` yields images float32 (B, 3, crop, crop), normalised, channels_last in memory, and masks int64
-    (B, crop, crop). In evaluation it yields one scene a batch at its own size, as it is in its files: images uint8
-    (1, 3, H, W) and masks uint8 (1, H, W). Masks have class indices and `scenes.VOID`.
+    In training, `batches` yields normalised images float32 (B, 3, crop, crop), channels_last in memory, and masks int64
+    (B, crop, crop). In evaluation, each batch is one scene at its own size, not normalised: images uint8 (1, 3, H, W)
+    and masks uint8 (1, H, W). Masks have class indices and `scenes.VOID`.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class SceneLoader:
         """Prepare to load.
 
         Args:
-            scenes: where they are.
-            plan: their order; in evaluation of one scene a batch.
-            transform: of training; None: evaluation.
-            device: where the batches are wanted.
-            workers: processes; None: see `choose_workers`.
-            max_errors: how many scenes that cannot be used may be replaced, see `Substitution`; with 0 the first is a
-                DataError.
+            scenes: the source of the scenes.
+            plan: their order; in evaluation with one scene per batch.
+            transform: of training; None for evaluation.
+            device: of the batches.
+            workers: number of processes; None: see `choose_workers`.
+            max_errors: how many scenes that cannot be used may be replaced, see `Substitution`; with 0 the first one
+                raises a DataError.
         """
         assert transform is not None or plan.batch_size == 1, "scenes differ in size"
         self.plan = plan
@@ -80,10 +80,10 @@ class SceneLoader:
             masks = labels.to(self._device, non_blocking=True)
             if self._is_training:
                 images, masks = self._normalise(images), masks.long()
-            yield images.permute(0, 3, 1, 2), masks  # which is channels_last
+            yield images.permute(0, 3, 1, 2), masks  # the permuted images are channels_last
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Return images (B, H, W, 3) as float32, normalised: by rows, since a CPU is slow on an inner axis of three."""
+        """Return images (B, H, W, 3) as float32, normalised by rows: a CPU is slow on an inner axis of three."""
         width = images.shape[2]
         mean, std = self._mean.repeat(width), self._std.repeat(width)
         return images.flatten(2).float().sub_(mean).div_(std).view(images.shape)

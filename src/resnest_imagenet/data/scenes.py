@@ -1,10 +1,10 @@
-"""Scenes: images with a mask that has the class of every pixel, in the three layouts that are read.
+"""Scenes: images with masks that give the class of every pixel, in three layouts.
 
-ade20k (ADE20K's SceneParsing release, as it is unpacked): `<root>/images/training/*.jpg` with
+ade20k (ADE20K's SceneParsing release, unpacked): `<root>/images/training/*.jpg` with
 `<root>/annotations/training/*.png`, the same with validation; class names in `<root>/objectInfo150.txt`.
 cityscapes: `<root>/leftImg8bit/train/<city>/*_leftImg8bit.png` with `<root>/gtFine/train/<city>/*_gtFine_labelIds.png`.
-masks: `<root>/images/train/*` with `<root>/masks/train/*.png`, the value of a pixel the line of its class in
-`<root>/classes.txt`, counted from 0, or 255 for what is not labelled.
+masks: `<root>/images/train/*` with `<root>/masks/train/*.png`; a pixel's value is the line number of its class in
+`<root>/classes.txt`, counted from 0, or 255 if it is not labelled.
 """
 
 import os
@@ -21,8 +21,8 @@ from resnest_imagenet.data.folder import ImageFolder, Listing
 from resnest_imagenet.data.source import ImageSource, find_part, read_class_names, require_root
 from resnest_imagenet.errors import ConfigError, DataError, suggest
 
-VOID = 255  # in masks as they are used: not labelled
-UNKNOWN = 254  # in tables: must not occur in a mask file
+VOID = 255  # in decoded masks: not labelled
+UNKNOWN = 254  # in tables: the value must not occur in a mask file
 CLASSES = "classes.txt"
 
 
@@ -32,7 +32,7 @@ class Scenes:
 
     Attributes:
         images: the photographs.
-        masks: in the same order: mask i belongs to image i.
+        masks: mask i belongs to image i.
         classes: names, in the order of the class indices.
         table: (256,) uint8, the class index for each value of a mask file; VOID: not labelled; UNKNOWN: must not occur.
         palette: (num_classes, 3) uint8, a colour for each class.
@@ -55,7 +55,7 @@ class Scenes:
         """Return an image, RGB, and its mask, uint8 (H, W): class indices and VOID.
 
         Raises:
-            BadImage: either cannot be used, or they do not fit each other.
+            BadImage: either cannot be used, or their sizes differ.
             LoadingError: the storage does not return one.
         """
         picture = decode_picture(self.images.read(index))
@@ -68,7 +68,7 @@ class Scenes:
         return picture, mask
 
     def name_fault(self, index: int) -> str | None:
-        """Return one line about why a scene cannot be used, or None where it can.
+        """Return one line about why a scene cannot be used, or None if it can.
 
         Raises:
             LoadingError: the storage does not return it.
@@ -84,23 +84,23 @@ def decode_mask(encoded: bytes, table: bytes) -> np.ndarray:
     """Decode a mask to class indices and VOID, uint8 (H, W).
 
     Args:
-        encoded: a PNG file of 8 bits; of one with a palette the indices count, not the colours.
+        encoded: a PNG file of 8 bits; if it has a palette, the indices are the values, not the colours.
         table: 256 bytes, see `Scenes.table`.
 
     Raises:
-        BadImage: it cannot be used, or has a value that is UNKNOWN.
+        BadImage: it cannot be used, or has an UNKNOWN value.
     """
     picture = decode_indices(encoded)
     values = picture.tobytes()
     labels = values.translate(table)
     if UNKNOWN in labels:
         value = values[labels.index(UNKNOWN)]
-        raise BadImage(Fault("unknown label", f"a pixel has the value {value}, which is no class and not void"))
+        raise BadImage(Fault("unknown label", f"a pixel has the value {value}, neither a class nor void"))
     return np.frombuffer(labels, np.uint8).reshape(picture.height, picture.width)
 
 
 def describe_sizes(image: tuple[int, ...], mask: tuple[int, ...]) -> str:
-    """Say of which (width, height) an image and its mask are."""
+    """Return the sizes (width, height) of an image and its mask in words."""
     return f"{mask[0]} x {mask[1]} pixels, the image {image[0]} x {image[1]}"
 
 
@@ -111,9 +111,9 @@ class Layout:
     Attributes:
         images, masks: folders below the root, with a folder for each part.
         read_classes: returns the class names of a root.
-        read_table: returns the table (256,) of so many classes.
-        image_end, mask_end: with what the names of a pair differ, before the suffix.
-        parts: what the folders of the parts are called, where it is not train and val.
+        read_table: returns the table (256,) for a number of classes.
+        image_end, mask_end: the ends, before the suffix, in which the names of a pair differ.
+        parts: the names of the parts' folders, if they are not train and val.
     """
 
     images: str
@@ -125,7 +125,7 @@ class Layout:
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def folder(self, part: str) -> str:
-        """Return what the folder of a part is called."""
+        """Return the name of a part's folder."""
         return self.parts.get(part, part)
 
     def name_mask(self, image: str) -> str:
@@ -134,11 +134,11 @@ class Layout:
 
 
 def _read_ade20k_classes(root: Path) -> tuple[str, ...]:
-    """Return the first synonym of each class: they differ."""
+    """Return the first synonym of each class; these differ from each other."""
     path = root / "objectInfo150.txt"
     rows = [line.split("\t") for line in read_class_names(path)[1:]]  # below Idx, Ratio, Train, Val, Name
     classes = tuple(row[-1].partition(",")[0].strip() for row in rows)
-    # As released, some of the numbers have a space behind them.
+    # In the released file, some numbers are followed by a space.
     is_numbered = [row[0].strip() for row in rows] == [str(number) for number in range(1, 151)]
     if not is_numbered or len(set(classes)) < len(classes):
         raise DataError(f"{path}: not ADE20K's list of classes: below its first line, 1 to 150 with names that differ")
@@ -153,11 +153,11 @@ def _read_named_classes(root: Path) -> tuple[str, ...]:
 
 
 def _label_from(first: int, void: int) -> Callable[[int], np.ndarray]:
-    """Return what makes the table of classes whose values are consecutive.
+    """Return the function that makes the table for classes with consecutive values.
 
     Args:
         first: value of the first class.
-        void: value of what is not labelled.
+        void: value of pixels that are not labelled.
     """
 
     def read_table(num_classes: int) -> np.ndarray:
@@ -169,8 +169,8 @@ def _label_from(first: int, void: int) -> Callable[[int], np.ndarray]:
     return read_table
 
 
-# Of the 34 labels of Cityscapes those that are evaluated, by their value in *_labelIds.png, with the colours that the
-# data set shows them in (its scripts, helpers/labels.py).
+# Those of Cityscapes' 34 labels that are evaluated, by their value in *_labelIds.png, with the data set's own colours
+# (its scripts, helpers/labels.py).
 CITYSCAPES = {
     7: ("road", (128, 64, 128)),
     8: ("sidewalk", (244, 35, 232)),
@@ -196,7 +196,7 @@ CITYSCAPES = {
 
 def _read_cityscapes_table(num_classes: int) -> np.ndarray:
     table = np.full(256, UNKNOWN, np.uint8)
-    table[:34] = table[255] = VOID  # 255 is -1, licence plates
+    table[:34] = table[255] = VOID  # 255 stands for label -1, licence plates
     table[list(CITYSCAPES)] = np.arange(num_classes)
     return table
 
@@ -227,10 +227,10 @@ class Pairing:
 
     Attributes:
         images: those that have a mask.
-        masks: theirs, in the same order.
+        masks: their masks, in the same order.
         lone_images: images without a mask.
         lone_masks: masks without an image.
-        notes: lines about what the listing of the images has skipped.
+        notes: lines about the files that the listing of the images has skipped.
     """
 
     images: list[str]
@@ -241,7 +241,7 @@ class Pairing:
 
 
 def choose_layout(kind: str) -> Layout:
-    """Return a layout by its name; a ConfigError names those there are."""
+    """Return a layout by its name; a ConfigError lists the valid names."""
     if kind not in LAYOUTS:
         raise ConfigError(f"unknown data.kind={kind}{suggest(kind, LAYOUTS)} ({', '.join(LAYOUTS)})")
     return LAYOUTS[kind]
@@ -251,23 +251,23 @@ def pair_files(layout: Layout, images: Path, masks: Path) -> Pairing:
     """Find the mask of each image.
 
     Args:
-        layout: how they are named.
-        images: the folder of one part.
-        masks: the same.
+        layout: how files are named.
+        images: the folder of a part's images.
+        masks: the folder of its masks.
 
     Raises:
         DataError: a folder cannot be read.
     """
     listing = Listing(str(images))
     files = sorted(name for name in listing.walk("") if os.path.splitext(name)[0].endswith(layout.image_end))
-    there = {name for name in Listing(str(masks)).walk("") if name.endswith(f"{layout.mask_end}.png")}
+    existing = {name for name in Listing(str(masks)).walk("") if name.endswith(f"{layout.mask_end}.png")}
     mask_of = {name: layout.name_mask(name) for name in files}
-    paired = [name for name in files if mask_of[name] in there]
+    paired = [name for name in files if mask_of[name] in existing]
     return Pairing(
         images=paired,
         masks=[mask_of[name] for name in paired],
-        lone_images=[name for name in files if mask_of[name] not in there],
-        lone_masks=sorted(there.difference(mask_of.values())),
+        lone_images=[name for name in files if mask_of[name] not in existing],
+        lone_masks=sorted(existing.difference(mask_of.values())),
         notes=listing.notes,
     )
 
@@ -278,7 +278,7 @@ def open_scenes(kind: str, root: str, part: str, option: str | None = None) -> S
     Args:
         kind: ade20k, cityscapes or masks.
         root: the data set's folder.
-        part: train or val, or the name of another folder beside those of these parts.
+        part: train or val, or the name of another folder beside theirs.
         option: the option that names the part, for the error message; None: data.train_dir or data.val_dir.
 
     Raises:
@@ -290,8 +290,8 @@ def open_scenes(kind: str, root: str, part: str, option: str | None = None) -> S
     pairing = pair_files(layout, image_root, mask_root)
     if pairing.lone_images:
         name = pairing.lone_images[0]
-        wanted = mask_root / layout.name_mask(name)
-        raise DataError(f"{image_root / name}: no mask {wanted}{_count_others(pairing.lone_images)}")
+        mask = mask_root / layout.name_mask(name)
+        raise DataError(f"{image_root / name}: no mask {mask}{_count_others(pairing.lone_images)}")
     if pairing.lone_masks:
         name = pairing.lone_masks[0]
         raise DataError(f"{mask_root / name}: no image for it in {image_root}{_count_others(pairing.lone_masks)}")
@@ -312,11 +312,11 @@ def open_scenes(kind: str, root: str, part: str, option: str | None = None) -> S
 
 
 def open_scene(kind: str, part: str, file: str, classes: tuple[str, ...], palette: np.ndarray) -> Scenes:
-    """Return one scene by its image, without a look at the others of its data set.
+    """Return one scene by its image, without listing its data set.
 
     Args:
         kind: ade20k, cityscapes or masks.
-        part: train or val, or the name of another folder beside those of these parts.
+        part: train or val, or the name of another folder beside theirs.
         file: the path of the image.
         classes: names, in the order of the class indices.
         palette: uint8 (num_classes, 3).
@@ -348,7 +348,7 @@ def find_folders(kind: str, root: str, part: str, option: str) -> tuple[Path, Pa
 
 
 def _find_folder(root: str, name: str, part: str, option: str) -> Path:
-    """Return <root>/<name>/<part>; a DataError names what there is instead."""
+    """Return <root>/<name>/<part>; a DataError names the folders there are."""
     if not Path(root, name).is_dir():
         raise DataError(f"{Path(root, name)}: no such folder: is data.root={root} the data set's own folder?")
     return find_part(str(Path(root, name)), part, option)
@@ -359,29 +359,30 @@ def _count_others(files: list[str]) -> str:
 
 
 def _list_files(root: Path, files: list[str], classes: tuple[str, ...], notes: tuple[str, ...] = ()) -> ImageFolder:
-    """Return files of a folder as a source, whose labels say nothing."""
+    """Return files of a folder as a source; its labels are all 0 and have no meaning."""
     names = np.array([os.fsencode(file) for file in files])
     return ImageFolder(root, classes, names, np.zeros(len(files), np.int64), notes=notes)
 
 
 def _read_palette(masks: ImageSource, num_classes: int) -> np.ndarray | None:
-    """Return the colours of the classes (num_classes, 3) in the first mask, or None where it has no palette."""
+    """Return the colours of the classes (num_classes, 3) in the first mask, or None if it has no palette."""
     try:
         colours = open_image(masks.read(0)).getpalette("RGB")
-    except BadImage:  # which is named when it is read
+    except BadImage:  # reported when it is read in full
         return None
     if colours is None:
         return None
     palette = np.zeros((num_classes, 3), np.uint8)
-    given = np.array(colours, np.uint8).reshape(-1, 3)[:num_classes]
-    palette[: len(given)] = given
+    rows = np.array(colours, np.uint8).reshape(-1, 3)[:num_classes]
+    palette[: len(rows)] = rows
     return palette
 
 
 def make_palette(classes: tuple[str, ...]) -> np.ndarray:
-    """Return a colour for each class, uint8 (num_classes, 3): those of PASCAL VOC, black for a first "background".
+    """Return a colour for each class, uint8 (num_classes, 3): PASCAL VOC's, with black for a first class "background".
 
-    The bits of a class number are dealt to red, green and blue in turn, the lowest to their highest (VOC's devkit).
+    The bits of a class number, from the lowest, go to red, green and blue in turn, to their highest bits first (VOC's
+    devkit).
     """
     numbers = np.arange(len(classes)) + (classes[0] != "background")
     palette = np.zeros((len(classes), 3), np.uint8)

@@ -1,4 +1,4 @@
-"""What a loader reads from: encoded images with labels, wherever they are kept."""
+"""The source of a loader: encoded images with labels, wherever they are stored."""
 
 import os
 import re
@@ -24,12 +24,12 @@ class ImageSource(ABC):
     """One part of a data set.
 
     Attributes:
-        root: where it is.
+        root: its folder.
         classes: names of the classes, in the order of the labels.
-        files: (N,) array of bytes, a name for each image that is unique below root. An array and not a list of strings:
-            worker processes share it without copying, and 1.28 million entries take 40 MB.
+        files: (N,) array of bytes, a name for each image that is unique below root. It is an array, not a list of
+            strings: worker processes share it without copying, and 1.28 million entries take 40 MB.
         labels: (N,) int64.
-        notes: lines about what the listing has skipped, or taken from where few look for it.
+        notes: lines about files that the listing has skipped, or taken from an unusual place.
     """
 
     root: Path
@@ -43,23 +43,23 @@ class ImageSource(ABC):
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """How many images each shard holds, in order; () where there are no shards."""
+        """How many images each shard holds, in order; () without shards."""
         return ()
 
     @abstractmethod
     def list_sizes(self, indices: np.ndarray) -> np.ndarray:
-        """Return sizes in bytes of n images, encoded, int64 (n,); -1 for a file that is not there."""
+        """Return sizes in bytes of n images, encoded, int64 (n,); -1 for a missing file."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return what a person can find the image by."""
+        """Return the name by which a person can find the image."""
 
     def read(self, index: int) -> bytes:
         """Return one image, encoded.
 
         Raises:
-            BadImage: it can never be used, as a pipe or a device.
-            LoadingError: the storage does not return it, also after several tries.
+            BadImage: it can never be used, such as a pipe or a device.
+            LoadingError: the storage does not return it, after several tries.
         """
         return try_again(lambda: self.fetch(index), lambda: self.name(index))
 
@@ -111,7 +111,7 @@ def _are_classes(root: str, folders: Sequence[str]) -> bool:
 
 
 def list_folders(path: str | Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted; links to themselves are none.
+    """Return the names of the folders in a folder, sorted; a link to itself is not a folder.
 
     Raises:
         DataError: it cannot be read.
@@ -123,7 +123,7 @@ def list_folders(path: str | Path) -> list[str]:
 
 
 def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) -> ImageSource:
-    """Number the images by the given class list, of which the source may hold a part.
+    """Label the images by the given class list; the source may hold some of these classes only.
 
     Args:
         images: the source.
@@ -131,7 +131,7 @@ def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) ->
         whose: the owner of that list, for the error message.
 
     Raises:
-        DataError: for a class that is not in the list.
+        DataError: a class of the source is not in the list.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     unknown = [name for name in images.classes if name not in label_of]
@@ -143,16 +143,16 @@ def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) ->
 
 def require_same_classes(train: ImageSource, val: ImageSource) -> None:
     """Raise a DataError unless both parts have the same classes, with the same labels."""
-    for one, other in ((train, val), (val, train)):
-        missing = sorted(set(one.classes) - set(other.classes))
+    for part, other_part in ((train, val), (val, train)):
+        missing = sorted(set(part.classes) - set(other_part.classes))
         if missing:
-            raise DataError(f"{other.root} lacks {len(missing)} of the classes of {one.root}: {_some(missing)}")
+            raise DataError(f"{other_part.root} lacks {len(missing)} of the classes of {part.root}: {_some(missing)}")
     if train.classes != val.classes:
         raise DataError(f"{val.root} and {train.root} have the same classes, but in another order")
 
 
 def read_numbers(classes: Sequence[str]) -> list[int] | None:
-    """Return the numbers that class names are, with or without leading zeros; None unless all are."""
+    """Return class names as numbers, with or without leading zeros; None unless all names are numbers."""
     return [int(name) for name in classes] if all(re.fullmatch("[0-9]{1,9}", name) for name in classes) else None
 
 
@@ -160,10 +160,10 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     """Return the lines of a text file in UTF-8, with line ends of any system.
 
     Raises:
-        DataError: it is no such file, or has an empty line or a line twice.
+        DataError: it is not such a file, or has an empty line or a line twice.
     """
     try:
-        content = read_file(path).removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")  # as Windows writes it
+        content = read_file(path).removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")  # Windows writes these
     except (OSError, BadImage) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if b"\0" in content:
@@ -175,33 +175,33 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def order_classes(names: Iterable[str]) -> list[str]:
-    """Return class names in the order of their labels: as text, but the numbers 0 to N - 1 as numbers."""
+    """Return class names in the order of their labels: sorted as text, or as numbers if they are 0 to N - 1."""
     names = sorted(names)
     numbers = read_numbers(names) or []
     return sorted(names, key=int) if sorted(numbers) == list(range(len(names))) else names
 
 
 def require_separate(train: Path, val: Path) -> None:
-    """Raise a DataError where both parts are the same folder, or one is in the other: images would be in both."""
-    one, other = train.resolve(), val.resolve()
-    if one == other or one in other.parents or other in one.parents:
-        how = "are the same folder" if one == other else "are one in the other"
-        raise DataError(f"{train} and {val} {how}: set data.train_dir and data.val_dir to separate ones")
+    """Raise a DataError if both parts are the same folder, or one contains the other: images would be in both."""
+    train_path, val_path = train.resolve(), val.resolve()
+    if train_path == val_path or train_path in val_path.parents or val_path in train_path.parents:
+        how = "are the same folder" if train_path == val_path else "overlap (one contains the other)"
+        raise DataError(f"{train} and {val} {how}: set data.train_dir and data.val_dir to separate folders")
 
 
 def print_notes(*sources: ImageSource) -> None:
-    """Say on stderr what the listings have skipped."""
+    """Print the notes of the listings to stderr, each once."""
     for note in dict.fromkeys(note for source in sources for note in source.notes):
         print(printable(note), file=sys.stderr, flush=True)
 
 
 def are_numbers(classes: Sequence[str]) -> bool:
-    """Say whether the classes are the numbers of their labels, as of shards that do not name them."""
+    """Return whether the class names are just their labels' numbers, as in shards without names."""
     return list(classes) == [str(label) for label in range(len(classes))]
 
 
 def name_unreadable(images: ImageSource, indices: Iterable[int]) -> str | None:
-    """Return one line about the first of some images that cannot be used, or None where all can.
+    """Return one line about the first of these images that cannot be used, or None if all can.
 
     Raises:
         LoadingError: the storage does not return one.
@@ -217,11 +217,11 @@ def name_unreadable(images: ImageSource, indices: Iterable[int]) -> str | None:
 
 
 def read_named(name: str) -> bytes:
-    """Return an image, encoded, by what `ImageSource.name` calls it.
+    """Return an image, encoded, by the name that `ImageSource.name` returned.
 
     Raises:
-        BadImage: it is no file any more.
-        OSError: it is not there any more, or damaged.
+        BadImage: it is no longer a file.
+        OSError: it is missing now, or its shard is damaged.
     """
     shard, _, member = name.partition(".tar: ")
     if not member:

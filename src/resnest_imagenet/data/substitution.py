@@ -1,4 +1,4 @@
-"""Images that cannot be used, and those that stand in for them in training."""
+"""Replacement of images that cannot be used in training."""
 
 import itertools
 import sys
@@ -9,10 +9,10 @@ from resnest_imagenet.errors import DataError, printable
 
 
 class Substitution:
-    """For an image that a loader cannot decode stands the next one of the set that it can, with that one's label.
+    """Replaces an image that cannot be decoded by the next one in the set that can, with that image's label.
 
-    So what is seen is a function of the plan and of the files, and neither ranks, workers nor resuming change it. Each
-    bad image is counted, and reported on stderr, once.
+    So the images that training sees depend only on the plan and the files, not on ranks, workers or resuming. Each bad
+    image is counted once, and reported on stderr once.
 
     Args:
         images: the set.
@@ -20,7 +20,7 @@ class Substitution:
         name_fault: returns one line about why an image cannot be used, or None; by default `name_unreadable`.
 
     Attributes:
-        bad: the images that were counted, by index: all that a loader has to remember.
+        bad: indices of the bad images so far: the only state of a loader.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class Substitution:
         self.bad: set[int] = set()
 
     def candidates(self, index: int) -> Iterator[int]:
-        """Yield what may be used for an image: itself, then as many more as may be bad."""
+        """Yield the indices to try for an image: its own, then those of as many further images as may be bad."""
         return ((index + step) % len(self._images) for step in range(min(self._max_errors + 1, len(self._images))))
 
     def record(self, index: int, used: int | None) -> None:
-        """Count the bad images from `index` to the one that is used instead; None: all candidates are bad.
+        """Count the bad images from `index` up to the image that is used instead; None: all candidates are bad.
 
         Raises:
-            DataError: more bad images than may be replaced, with the name of one.
+            DataError: there are more bad images than may be replaced; names one.
         """
         for bad in itertools.takewhile(lambda candidate: candidate != used, self.candidates(index)):
             if bad in self.bad:
@@ -47,7 +47,7 @@ class Substitution:
             fault = self._name_fault(bad) or f"{self._images.name(bad)}: cannot be decoded"
             if self._max_errors == 0:
                 raise DataError(fault)
-            # One image must be left.
+            # At least one image must be good.
             if len(self.bad) == min(self._max_errors, len(self._images) - 1):
                 number = len(self.bad) + 1
                 raise DataError(f"{fault}: bad image number {number}, data.max_errors={self._max_errors}")

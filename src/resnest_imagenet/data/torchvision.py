@@ -20,7 +20,7 @@ from resnest_imagenet.data.workers import Samples, WorkerLoader
 
 
 class _Samples(Samples):
-    """Cropped images as uint8 (3, crop, crop), with the offsets of their colours (3,) and their labels."""
+    """Cropped images as uint8 (3, crop, crop), with their colour offsets (3,) and labels."""
 
     def __init__(
         self, images: ImageSource, transform: TrainTransform | EvalTransform, substitution: Substitution
@@ -41,7 +41,7 @@ class _Samples(Samples):
 
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
-    """Return the crop and the offset of its colours."""
+    """Return the crop and its colour offset."""
     (is_mirrored,), (draw,) = transform.draw_crops(epoch, [index])
     appearance = transform.draw_appearance(epoch, [index])
     image = _apply(appearance.before[0], image)
@@ -55,7 +55,7 @@ def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int
 
 
 def _apply(operations: np.ndarray, image: Tensor) -> Tensor:
-    """Apply operations to a uint8 image (3, H, W), through Pillow."""
+    """Apply operations to a uint8 image (3, H, W) by Pillow."""
     if not operations[:, 0].any():
         return image
     picture = apply_operations(Image.fromarray(image.permute(1, 2, 0).numpy()), operations)

@@ -1,4 +1,4 @@
-"""What is done to training and evaluation images; the geometry of crops, computed once for every loader.
+"""The transforms of training and evaluation images, and the geometry of crops, the same for every loader.
 
 The random numbers of a crop are drawn here, from (seed, epoch, sample); the loaders only apply them. Windows are
 (top, left, height, width) in pixels of the original image.
@@ -14,13 +14,13 @@ import numpy as np
 from resnest_imagenet.data.augment import NO_AUGMENTATION, Appearance, Augmentation
 from resnest_imagenet.randomness import Purpose, uniform_rows
 
-# Of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
+# Mean and deviation of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 Window = tuple[int, int, int, int]
 
-# Of an image that is longer, in short sides, only the middle is resized: a line of pixels would fill the memory.
+# Long side over short side. Of a longer image, only the middle is resized: a line of pixels would fill the memory.
 LONGEST_RESIZED = 32
 
 
@@ -39,10 +39,10 @@ class RandomResizedCrop:
     attempts: int = 10
 
     def scale(self, u: np.ndarray) -> np.ndarray:
-        """Turn uniform numbers in 0..1 to what `window` takes.
+        """Turn uniform numbers in 0..1 into the draws of `window`.
 
-        (N, 2 + 2 * attempts): vertical and horizontal position in 0..1, then the crop's height of each attempt, then
-        its width, both over the square root of the image's area.
+        Both are (N, 2 + 2 * attempts). A draw is the vertical and horizontal position in 0..1, then the crop's height
+        in each attempt, then its width, both divided by the square root of the image's area.
         """
         place, area, aspect = np.split(u, [2, 2 + self.attempts], axis=1)
         area = self.min_area + (1 - self.min_area) * area
@@ -50,7 +50,7 @@ class RandomResizedCrop:
         return np.concatenate([place, np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=1)
 
     def window(self, height: int, width: int, draw: Sequence[float]) -> Window:
-        """Return the crop of an image under a draw: of the first attempt that fits, or the largest centre crop."""
+        """Return the crop of an image for a draw: the first attempt that fits, or the largest centre crop."""
         scale = math.sqrt(height * width)
         for relative_height, relative_width in zip(draw[2 : 2 + self.attempts], draw[2 + self.attempts :], strict=True):
             h, w = math.floor(scale * relative_height + 0.5), math.floor(scale * relative_width + 0.5)
@@ -73,7 +73,8 @@ class ERandomCrop:
     Attributes:
         min_area: smallest share of the image's area; the largest is 1.
         max_aspect: width / height lies between its inverse and itself, uniform.
-        attempts: draws until the centre square is taken instead, as for a crop that is the whole image.
+        crop: side of the output in pixels: it determines the centre square.
+        attempts: draws until the centre square is taken instead; it is also taken for a crop of the whole image.
     """
 
     crop: int
@@ -82,16 +83,16 @@ class ERandomCrop:
     attempts: int = 10
 
     def scale(self, u: np.ndarray) -> np.ndarray:
-        """Turn uniform numbers in 0..1 to what `window` takes.
+        """Turn uniform numbers in 0..1 into the draws of `window`.
 
-        (N, 2 + 2 * attempts): vertical and horizontal position in 0..1, then the place of the crop's height between the
-        smallest and the largest of each attempt, then its aspect.
+        Both are (N, 2 + 2 * attempts). A draw is the vertical and horizontal position in 0..1, then the crop's height
+        in each attempt as a place between the smallest and the largest, then its aspect.
         """
         place, aspect = np.split(u, [2 + self.attempts], axis=1)
         return np.concatenate([place, 1 / self.max_aspect + (self.max_aspect - 1 / self.max_aspect) * aspect], axis=1)
 
     def window(self, height: int, width: int, draw: Sequence[float]) -> Window:
-        """Return the crop of an image under a draw: of the first attempt that fits, or the centre square."""
+        """Return the crop of an image for a draw: the first attempt that fits, or the centre square."""
         area = height * width
         for place, aspect in zip(draw[2 : 2 + self.attempts], draw[2 + self.attempts :], strict=True):
             largest = min(round(math.sqrt(area / aspect)), height, math.floor(width / aspect))
@@ -106,7 +107,7 @@ class ERandomCrop:
 
     @property
     def centre(self) -> "EvalTransform":
-        """What is taken where no attempt fits."""
+        """The transform whose square is taken if no attempt fits."""
         return EvalTransform(self.crop, "crop_resize", ratio=None)
 
 
@@ -118,10 +119,10 @@ class TrainTransform:
         crop: side of the output in pixels.
         seed: the run's.
         cropping: the rule of the crop.
-        antialias: whether the resize widens with the reduction, as Pillow's does and OpenCV's does not.
+        antialias: whether the filter widens with the reduction, as Pillow's does and OpenCV's does not.
         interpolation: of the resize.
-        augmentation: what else is varied.
-        flip: probability.
+        augmentation: further variations.
+        flip: probability of a flip.
     """
 
     crop: int
@@ -133,7 +134,7 @@ class TrainTransform:
     flip: float = 0.5
 
     def draw_crops(self, epoch: int, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Draw for samples of an epoch: int32 (N,), 1 where mirrored, and (N, ...), what `cropping.window` takes."""
+        """Draw for samples of an epoch: int32 (N,), 1 if mirrored, and the draws (N, ...) of `cropping.window`."""
         u = uniform_rows(self.seed, Purpose.CROP, epoch, indices, 3 + 2 * self.cropping.attempts)
         return (u[:, 0] < self.flip).astype(np.int32), self.cropping.scale(u[:, 1:])
 
@@ -144,12 +145,12 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The centre of an image, at one size: either the whole image resized, then cropped, or cropped, then resized.
+    """The centre of an image at one size: resized, then cropped, or the other way round.
 
     Attributes:
         crop: side of the output in pixels.
-        order: "resize_crop": the short side resized to crop / ratio, then the centre taken (the paper, section 5.1);
-            "crop_resize": the centre square of ratio * the short side taken, then resized to crop.
+        order: "resize_crop": resize the short side to crop / ratio, then take the centre (the paper, section 5.1);
+            "crop_resize": take the centre square of ratio * the short side, then resize it to crop.
         ratio: crop over the short side, above 0 and up to 1; None: crop / (crop + 32).
         interpolation: "auto": the paper's rule, bicubic above 256 pixels, else bilinear.
         antialias: whether the filter widens with the reduction, as Pillow's does and OpenCV's does not.
@@ -163,17 +164,17 @@ class EvalTransform:
 
     @classmethod
     def of(cls, crop: int, protocol: Iterable[tuple[str, Any]]) -> "EvalTransform":
-        """Return the transform of a protocol, given as pairs of option and value, such as those of its options."""
+        """Return the transform of a protocol, given as pairs of option and value."""
         return cls(crop, **dict(protocol))
 
     @property
     def resolved_ratio(self) -> float:
-        """The ratio in numbers."""
+        """The ratio as a number."""
         return self.crop / (self.crop + 32) if self.ratio is None else self.ratio
 
     @property
     def resolved_interpolation(self) -> Literal["bilinear", "bicubic"]:
-        """The interpolation, chosen."""
+        """The interpolation that "auto" means."""
         if self.interpolation == "auto":
             return "bicubic" if self.crop > 256 else "bilinear"
         return self.interpolation
@@ -185,7 +186,7 @@ class EvalTransform:
 
     @property
     def protocol(self) -> str:
-        """The rule in words, to stand beside every number."""
+        """The rule in words, shown beside every accuracy."""
         how = self.resolved_interpolation
         if self.order == "crop_resize":
             rule = f"centre square of {self.resolved_ratio:.6g} of the short side, resized to {self.crop} {how}"
@@ -194,30 +195,30 @@ class EvalTransform:
         return rule if self.antialias else f"{rule}, no antialiasing"
 
     def source(self, height: int, width: int) -> Window:
-        """Return what "resize_crop" resizes of an image: all of it, or the middle of one longer than LONGEST_RESIZED.
+        """Return the window that "resize_crop" resizes: the whole image, or its middle if it is too long.
 
-        The centre crop lies well within it.
+        See LONGEST_RESIZED; the centre crop lies well within the middle.
         """
         longest = LONGEST_RESIZED * min(height, width)
         h, w = min(height, longest), min(width, longest)
         return (height - h) // 2, (width - w) // 2, h, w
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of a source after the resize; the long side is rounded down, as Pillow users do."""
+        """Return the size of a source after the resize; the long side is rounded down."""
         short = min(height, width)
         return self.short_side * height // short, self.short_side * width // short
 
     def window(self, height: int, width: int) -> Window:
-        """Return the centre crop of a resized image; odd margins are halved to the even side, as torchvision does."""
+        """Return the centre crop of a resized image; odd margins are rounded half to even, as torchvision does."""
         return round((height - self.crop) / 2), round((width - self.crop) / 2), self.crop, self.crop
 
     def square(self, height: int, width: int) -> Window:
-        """Return what "crop_resize" takes of an image.
+        """Return the window that "crop_resize" takes from an image.
 
-        The side is a real number. Each edge of the square is rounded to the even side, as Pillow crops a box of floats,
-        so that height and width may differ by a pixel; no edge can leave the image.
+        The side is a real number. Each edge of the square is rounded half to even, as Pillow crops a box of floats, so
+        height and width may differ by a pixel. No edge lies outside the image.
         """
         side = self.resolved_ratio * min(height, width)
         top, left = round((height - side) / 2), round((width - side) / 2)
-        # A side below a pixel may round to none.
+        # A side below a pixel may be rounded to 0.
         return top, left, max(1, round(top + side) - top), max(1, round(left + side) - left)

@@ -1,8 +1,8 @@
 """WebDataset shards: tar files of images, each beside its label, read in any order.
 
-A shard holds `key.jpg` (or another of IMAGE_SUFFIXES) and `key.cls`, the label in decimal digits; what else belongs to
-a key is skipped. Images are found by their place in the shard, so that shards are as much of an array as a folder is,
-and the plan decides the order.
+A shard holds `key.jpg` (or another of IMAGE_SUFFIXES) and `key.cls`, the label in decimal digits; other files of a key
+are skipped. An image is read from its place in the shard, so any image can be read at any time, as from a folder, and
+the plan decides the order.
 """
 
 import gc
@@ -43,22 +43,23 @@ from resnest_imagenet.files import locked
 from resnest_imagenet.randomness import Purpose, stream
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
-# Of a key's members these are the image; another of the above is only where there is none: it may be a mask.
+# A key's image is its member with one of these. Another of the above is the image only without one: it may be a mask.
 USUAL_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CLASSES = "classes.txt"  # one name per line, in the order of the labels
-INDEX = "index.npz"  # what `_scan_shards` returns
+INDEX = "index.npz"  # the result of `_scan_shards`
 OPEN_SHARDS = 256  # per process and part: both parts stay below the usual limit of 1024 open files
 SCANNING_PROCESSES = 8
 
 # Arrays by name: "files" (bytes), "offset" and "length" (of the image in its shard, int64) and "labels" (int64), all
-# (N,); of several shards also "shard" (which one, (N,) int32), "shards" (their names) and "sizes" (int64).
+# (N,). A listing of several shards also has "shard" (the number of each image's shard, (N,) int32), "shards" (their
+# names) and "sizes" (int64).
 Listing = dict[str, np.ndarray]
-Image = tuple[str, int, int]  # its name, and where it is in the shard: offset and length
-Member = tuple[str, Image]  # its extension first
+Image = tuple[str, int, int]  # its name, its offset in the shard, its length
+Member = tuple[str, Image]  # its extension, the image
 
 
 class _Descriptor:
-    """An open file, closed as soon as nobody holds it."""
+    """An open file that is closed when its last reference is dropped."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -68,9 +69,9 @@ class _Descriptor:
 
 
 class _OpenFiles:
-    """The files read from last, kept open, in any number of threads.
+    """The files read last, kept open, for any number of threads.
 
-    A forked process goes on with the same ones: positions are given with every read. A pickled copy opens its own.
+    A forked process shares them: every read gives its own position. A pickled copy opens its own files.
     """
 
     def __init__(self) -> None:
@@ -80,7 +81,7 @@ class _OpenFiles:
         return _OpenFiles, ()
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        descriptor = self._open(path)  # held until the end: another thread may push it out of the cache meanwhile
+        descriptor = self._open(path)  # a reference until the end: another thread may push it out of the cache
         parts = []
         try:
             while length and (part := os.pread(descriptor.number, length, offset)):
@@ -98,8 +99,8 @@ class ShardedImages(ImageSource):
 
     Attributes:
         shards: names of the shards, below root.
-        shard: (N,) int32, the shard of each image; never descending.
-        offset, length: (N,) int64, where in it.
+        shard: (N,) int32, the number of each image's shard, in ascending order.
+        offset, length: (N,) int64, in bytes, the place of each image in its shard.
     """
 
     shards: tuple[str, ...]
@@ -114,7 +115,7 @@ class ShardedImages(ImageSource):
         return tuple(np.bincount(self.shard, minlength=len(self.shards)).tolist())
 
     def list_sizes(self, indices: np.ndarray) -> np.ndarray:
-        """Return sizes in bytes of n images, int64 (n,): those of the listing."""
+        """Return sizes in bytes of n images, int64 (n,), from the listing."""
         return self.length[indices]
 
     def name(self, index: int) -> str:
@@ -133,9 +134,9 @@ class ShardedImages(ImageSource):
 
 
 def read_shards(root: str, name: str, option: str) -> ShardedImages:
-    """List the images of `<root>/<name>/*.tar`: from the index beside them or, where there is none, from their headers.
+    """List the images of `<root>/<name>/*.tar`, from the index beside them or, without one, from their headers.
 
-    The class names are the lines of classes.txt, beside the shards or in root; without it the labels in digits.
+    The class names are the lines of classes.txt, beside the shards or in root; without it, the labels in digits.
 
     Args:
         root: the data set's folder.
@@ -143,15 +144,16 @@ def read_shards(root: str, name: str, option: str) -> ShardedImages:
         option: the option that names this part, for the error message.
 
     Raises:
-        DataError: no shards, damaged ones, an index of others, an image without a label or with one that has no name.
+        DataError: there are no shards, a shard is damaged, the index is of other shards, an image has no label, or a
+            label has no name.
     """
     part = find_part(root, name, option)
     paths = sorted(path for path in part.glob("*.tar") if not path.name.startswith("."))
     if not paths:
         raise DataError(f"{part}: no shards (*.tar)")
     for path in paths:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise DataError(f"{path}: not a file, or a link to none")
+        if not path.is_file():  # opening a pipe would wait forever
+            raise DataError(f"{path}: not a file, or a broken link")
     index = part / INDEX
     listing = _read_index(index, paths) if index.is_file() else _scan_shards(paths)
     columns = (listing[column] for column in ("shard", "offset", "length"))
@@ -162,14 +164,14 @@ def read_shards(root: str, name: str, option: str) -> ShardedImages:
 
 
 def _name_classes(images: ShardedImages, root: Path) -> tuple[str, ...]:
-    """Read classes.txt or number the classes; DataError unless each label has its name."""
+    """Read classes.txt or number the classes; a DataError unless each label has a name."""
     files = [folder / CLASSES for folder in (images.root, root) if (folder / CLASSES).is_file()]
     if not files:
         present = np.unique(images.labels)
         missing = np.setdiff1d(np.arange(len(present)), present)
         if len(missing):
             raise DataError(
-                f"{images.root}: labels up to {present[-1]}, but none is {missing[0]}: "
+                f"{images.root}: there are labels up to {present[-1]}, but no label {missing[0]}: "
                 f"name all classes in {images.root / CLASSES}, one per line"
             )
         return tuple(map(str, range(len(present))))
@@ -183,7 +185,7 @@ def _name_classes(images: ShardedImages, root: Path) -> tuple[str, ...]:
 
 
 def _read_index(index: Path, paths: Sequence[Path]) -> Listing:
-    """Load a listing; DataError unless it is of these shards."""
+    """Load a listing; a DataError unless it is of these shards."""
     remedy = "remove it (the shards are then listed from their headers) or write the shards again"
     try:
         with np.load(index, allow_pickle=False) as file:
@@ -198,12 +200,12 @@ def _read_index(index: Path, paths: Sequence[Path]) -> Listing:
         if not all(_holds(index.parent, listing, row) for row in rows.tolist()):
             differing.append(listing["shards"][number])
     if differing:
-        raise DataError(f"{index}: does not match {differing[0]} (missing, new or of other content); {remedy}")
+        raise DataError(f"{index}: does not match {differing[0]} (missing, new or with other content); {remedy}")
     return listing
 
 
 def _holds(part: Path, listing: Listing, row: int) -> bool:
-    """Say whether an image has its header where the listing puts it."""
+    """Return whether an image has its header where the listing expects it."""
     shard, _, member = listing["files"][row].partition(b"/")
     with open(os.path.join(os.fsencode(part), shard), "rb") as file:
         header = os.pread(file.fileno(), tarfile.BLOCKSIZE, int(listing["offset"][row]) - tarfile.BLOCKSIZE)
@@ -212,7 +214,7 @@ def _holds(part: Path, listing: Listing, row: int) -> bool:
 
 def _scan_shards(paths: Sequence[Path]) -> Listing:
     """List shards from their headers, several at a time."""
-    # Frozen objects are not collected in the processes: see `WorkerLoader.batches`.
+    # The processes do not collect frozen objects: see `WorkerLoader.batches`.
     gc.freeze()
     try:
         number = min(SCANNING_PROCESSES, len(paths))
@@ -233,7 +235,7 @@ def _scan_shard(path: Path) -> Listing:
     """List one shard, in its own order."""
     members: dict[str, list[Member]] = {}
     labels: dict[str, int] = {}
-    dotted: dict[str, str] = {}  # members such as a.b.jpg, by their key, which is a
+    dotted: dict[str, str] = {}  # members such as a.b.jpg, by their key, here a
     name = "its beginning"
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -256,9 +258,9 @@ def _scan_shard(path: Path) -> Listing:
                 else:
                     image = f"{path.name}/{name}", member.offset_data, member.size
                     members.setdefault(key, []).append((extension, image))
-            # tarfile takes a damaged header, and the end of the file, for the end of the archive: a block of zeros.
+            # The end of an archive is a block of zeros; tarfile also stops at a damaged header or the end of the file.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("no end of the archive")
+                raise tarfile.ReadError("the archive has no end")
     except tarfile.TarError as error:
         raise DataError(f"{path}: a truncated or damaged tar file after {name} ({error})") from error
     except OSError as error:
@@ -270,7 +272,7 @@ def _scan_shard(path: Path) -> Listing:
         raise DataError(f"{path}: {alone[0]} has no {missing}")
     lost = next((key for key in dotted if key not in images), None)
     if lost is not None:
-        raise DataError(f"{path}: {dotted[lost]}: a key ends at the first dot, and there is no image {lost}: rename it")
+        raise DataError(f"{path}: {dotted[lost]}: a key ends at the first dot, and {lost} has no image: rename it")
     return {
         "files": np.array([os.fsencode(file) for file, _, _ in images.values()], dtype=np.bytes_),
         "offset": np.array([offset for _, offset, _ in images.values()], dtype=np.int64),
@@ -292,7 +294,7 @@ def _choose_images(path: Path, members: dict[str, list[Member]], labels: dict[st
 
 
 def _split(member: str) -> tuple[str, str]:
-    """Return key and extension; as WebDataset does, at the first dot after the last slash."""
+    """Return key and extension, split at the first dot after the last slash, as WebDataset does."""
     folder, slash, base = member.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
@@ -301,17 +303,18 @@ def _split(member: str) -> tuple[str, str]:
 def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: int, shuffle: bool) -> None:
     """Write folders of images as shards: <out>/<part>/<part>-000000.tar ..., classes.txt and an index.
 
-    The same folders make the same shards, bit for bit: images untouched, nothing of their times and owners.
+    The same folders give the same shards, bit for bit: the images are not changed, their times and owners not stored.
 
     Args:
         root: the data set's folder.
         parts: the folder of each part within root, by the option that names it.
         out: a new or empty folder; it gets the parts when all are complete.
-        images_per_shard: of each shard but a part's last.
-        shuffle: in an order drawn once, so that each shard holds something of every class; otherwise the folder's.
+        images_per_shard: of every shard except a part's last.
+        shuffle: write the images in a fixed random order, so that each shard mixes classes; otherwise in the folder's
+            order.
 
     Raises:
-        DataError: for what cannot be read, or classes that differ; where `out` is in use or cannot be written.
+        DataError: an image cannot be read, the parts' classes differ, `out` is in use or cannot be written.
     """
     sources = [read_image_folder(root, name, option) for option, name in parts.items()]
     print_notes(*sources)
@@ -319,7 +322,7 @@ def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: 
         require_separate(sources[0].root, source.root)
         require_same_classes(sources[0], source)
     broken = [name for name in sources[0].classes if "\n" in name or name.endswith("\r")]
-    if broken:  # names stand one per line in classes.txt
+    if broken:  # classes.txt has one name per line
         raise DataError(f"{sources[0].root}: the name of a class has two lines: {broken[0]!r}")
     unfinished, moving, lock = (out / name for name in (".unfinished", ".moving", ".shard.lock"))
     try:
@@ -338,17 +341,17 @@ def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: 
             moving.rmdir()
     except Timeout:
         raise DataError(f"out={out}: another resnest-data shard is writing it") from None
-    except LoadingError:  # an OSError of what is read
+    except LoadingError:  # it is an OSError too, but of reading
         raise
     except OSError as error:
         raise DataError(f"out={out}: cannot be written ({error.strerror})") from error
 
 
 def _remove_half_moved(moving: Path, targets: Sequence[Path]) -> None:
-    """Remove what a writer has left that was killed while it moved the parts to their places."""
+    """Remove the remains of a writer that was killed while it moved the parts to their places."""
     if not moving.exists():
         return
-    if any(moving.iterdir()):  # else all were moved
+    if any(moving.iterdir()):  # otherwise all parts were moved
         for target in targets:
             shutil.rmtree(target, ignore_errors=True)
     shutil.rmtree(moving)
@@ -362,7 +365,7 @@ def _write_part(images: ImageFolder, folder: Path, images_per_shard: int, shuffl
     with tqdm(total=len(images), desc=folder.name, unit=" images") as progress:
         for first in range(0, len(images), images_per_shard):
             paths.append(folder / f"{folder.name}-{len(paths):06d}.tar")
-            # Not the default format: DALI's reader does not know its long names.
+            # Not the default format: DALI's reader does not support its long names.
             with tarfile.open(paths[-1], "w", format=tarfile.GNU_FORMAT) as tar:
                 for index in order[first : first + images_per_shard].tolist():
                     try:
@@ -374,16 +377,16 @@ def _write_part(images: ImageFolder, folder: Path, images_per_shard: int, shuffl
                     _add_member(tar, f"{key}.cls", b"%d" % images.labels[index])
                     progress.update()
     (folder / CLASSES).write_bytes(os.fsencode("".join(f"{name}\n" for name in images.classes)))
-    # Read back, as shards without an index are: what stands in it was found there.
+    # Read the shards back to make the index: it then describes what is really in them.
     listing: dict[str, Any] = _scan_shards(paths)
     np.savez(folder / INDEX, **listing)
 
 
 def name_members(files: Iterable[str]) -> list[tuple[str, str]]:
-    """Return key and extension, both unique together, for the files "<class>/<file>" of a folder, sorted by class.
+    """Return unique pairs of key and extension for the files "<class>/<file>" of a folder, sorted by class.
 
-    Keys end at the first dot, so dots before the suffix are written as in a URL, %2E. In a class where files differ
-    in nothing but the suffix, it is a part of all keys.
+    A key ends at the first dot, so dots before the suffix are written %2E, as in a URL. If files of a class differ only
+    in the suffix, all keys of that class include it.
     """
     members = []
     for name_of_class, group in itertools.groupby(files, lambda file: file.partition("/")[0]):

@@ -1,7 +1,7 @@
-"""Worker processes over a plan: what the loaders of all tasks share.
+"""Worker processes over a plan, shared by the loaders of all tasks.
 
-Workers read, decode and transform; the process that trains or evaluates takes whole batches from them. A worker's death
-and a storage that fails are errors with one line, and another sample stands in for one that cannot be used.
+Workers read, decode and transform; the process that trains or evaluates gets whole batches from them. A dead worker or
+a failing storage is an error of one line. A sample that cannot be used is replaced by another one.
 """
 
 import errno
@@ -32,7 +32,7 @@ from resnest_imagenet.errors import LoadingError, StorageError, explain_runtime
 
 
 class Samples(Dataset[Any], ABC):
-    """The samples of a set, by (epoch, index): in the worker processes, each with the index of what was used for it."""
+    """The samples of a set by (epoch, index), in the worker processes; each comes with the index of the sample used."""
 
     def __init__(self, substitution: Substitution) -> None:
         self.substitution = substitution
@@ -48,17 +48,17 @@ class Samples(Dataset[Any], ABC):
 
     @abstractmethod
     def transform(self, content: Any, epoch: int, index: int, used: int) -> Any:
-        """Return what a batch holds of a sample: what `collate` takes, the same kind for all.
+        """Return a sample's part of a batch, as `collate` takes it.
 
         Args:
-            content: what `read(used)` returned.
+            content: the result of `read(used)`.
             epoch: counted from 0.
-            index: of the sample in the plan: its random draws are this one's.
-            used: of what is used: its labels are this one's.
+            index: of the sample in the plan; the random draws are this sample's.
+            used: of the sample that is used; the labels are this sample's.
         """
 
     def collate(self, contents: list[Any]) -> Any:
-        """Return what a batch is of what `transform` returned; by default torch's `default_collate` of it."""
+        """Make a batch of the results of `transform`; by default with torch's `default_collate`."""
         return default_collate(contents)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
@@ -67,17 +67,17 @@ class Samples(Dataset[Any], ABC):
         return self.transform(content, epoch, index, used), used
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any] | BadImage | LoadingError:
-        """Return the samples of a batch; an error as a value: torch would make another of its text."""
+        """Return the samples of a batch, or an error as a value: torch would raise another one with its text."""
         try:
             return [self[key] for key in keys]
         except (BadImage, LoadingError) as error:
             return error
 
     def load(self, index: int) -> tuple[Any, int]:
-        """Return a sample or what stands in for it, and the index of the one it is.
+        """Return a sample or its replacement, and the index of the sample that it is.
 
         Raises:
-            BadImage: none of them can be used.
+            BadImage: no candidate can be used.
             LoadingError: the storage fails.
         """
         fault: Exception | None = None
@@ -86,7 +86,8 @@ class Samples(Dataset[Any], ABC):
                 return self.read(used), used
             except BadImage as error:
                 fault = error
-        raise BadImage(Fault("damaged", f"image {index}: bad, and so is what may stand in for it")) from fault
+        message = f"image {index} cannot be used, nor can any image that may replace it"
+        raise BadImage(Fault("damaged", message)) from fault
 
 
 class _Keys:
@@ -110,9 +111,9 @@ def _collate(collate: Callable[[list[Any]], Any], samples: list[Any] | BadImage 
 
 
 def _set_up_worker(parent: int, worker: int) -> None:
-    """Make a worker deaf to the signals by which schedulers, terminals and torchrun stop a whole group of processes.
+    """Ignore the signals with which schedulers, terminals and torchrun stop a whole group of processes.
 
-    The parent decides: without its workers it could not finish the step that it stops after. With it they end.
+    The parent handles them, and needs its workers to finish its last step. The workers end with it.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -120,8 +121,8 @@ def _set_up_worker(parent: int, worker: int) -> None:
 
 
 def _kill(workers: list[BaseProcess]) -> None:
-    """End workers before multiprocessing does at exit: it would ask them with SIGTERM, and wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a failure
+    """Kill workers before multiprocessing's own exit handler, which would send SIGTERM and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
     for worker in workers:
         worker.kill()
 
@@ -129,11 +130,11 @@ def _kill(workers: list[BaseProcess]) -> None:
 def _explain_failure(error: Exception) -> LoadingError | None:
     """Explain why workers cannot be started, have died or cannot hand over a batch; None for any other failure."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
-    # A batch is fetched from its worker's memory: that, too, tells that it is gone.
-    is_gone = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
-    if is_gone or re.search(r"(DataLoader worker|Pin memory thread).* (exited unexpectedly|is killed by signal)", text):
-        what = "a worker process of the loader has died (killed, or short of memory, /dev/shm or open files?)"
-        return LoadingError(errno.ECHILD, f"{what}: lower loader.workers, --ipc=host, or loader.workers=0")
+    # A batch is fetched from its worker's memory: these errors also mean that the worker has died.
+    is_dead = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
+    if is_dead or re.search(r"(DataLoader worker|Pin memory thread).* (exited unexpectedly|is killed by signal)", text):
+        cause = "a worker process of the loader has died (killed, or short of memory, /dev/shm or open files?)"
+        return LoadingError(errno.ECHILD, f"{cause}: lower loader.workers, --ipc=host, or loader.workers=0")
     if number in (errno.EAGAIN, errno.ENOMEM):
         return LoadingError(number, f"the loader's workers cannot be started ({text}): lower loader.workers")
     explained = explain_runtime(error)
@@ -157,7 +158,7 @@ class WorkerLoader:
             self._samples,
             batch_sampler=self._keys,
             num_workers=self._num_workers,
-            # Forked workers see it when their parent is killed; those of a fork server would stay.
+            # Forked workers end when their parent is killed; those of a fork server would stay.
             multiprocessing_context="fork" if self._num_workers and sys.platform == "linux" else None,
             persistent_workers=self._num_workers > 0,
             worker_init_fn=partial(_set_up_worker, os.getpid()),
@@ -169,14 +170,14 @@ class WorkerLoader:
         """Yield what `Samples.collate` returns, from the rank's `start`-th batch of the epoch on.
 
         Raises:
-            DataError: for a sample that cannot be used and may not be replaced.
+            DataError: a sample cannot be used and must not be replaced.
             LoadingError: the storage fails, or a worker has died.
         """
         self._keys.epoch, self._keys.start = epoch, start
-        # Frozen objects are not collected: a forked worker that collected the parent's garbage would run destructors
-        # there, and one that waits for a thread, as DALI's do, would wait for ever.
+        # Frozen objects are not collected. Otherwise a forked worker could collect the parent's garbage and run its
+        # destructors; one that waits for a thread, as DALI's do, would wait forever.
         gc.freeze()
-        others = active_children()
+        earlier_children = active_children()
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(self._loader)
@@ -185,17 +186,18 @@ class WorkerLoader:
         finally:
             gc.unfreeze()
         if threading.current_thread() is threading.main_thread():
-            # torch's own would raise anywhere, in the middle of a step: `next` finds a dead worker, too.
+            # torch's own handler would raise anywhere, in the middle of a step. It is not needed: `next` also notices a
+            # dead worker.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        self._workers += [child for child in active_children() if child not in others]
+        self._workers += [child for child in active_children() if child not in earlier_children]
         for indices in self.plan.batches(epoch, start):
             try:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
                 raise (_explain_failure(error) or error) from error
             if isinstance(batch, BadImage | LoadingError):
-                # The workers end here. In a cycle, which the exception may become a part of, torch would wait 5 s for
-                # each when the garbage is collected, and then leave it running.
+                # End the workers here. The exception may become part of a reference cycle: when that is collected,
+                # torch would wait 5 s for each worker and then leave it running.
                 del batches
                 self._loader = self._build_loader()
                 if isinstance(batch, BadImage):
@@ -207,7 +209,7 @@ class WorkerLoader:
             yield content
 
     def _explain(self, indices: np.ndarray) -> None:
-        """Raise a DataError with the image that cannot be used, nor what may stand in for it."""
+        """Raise a DataError that names the first image that cannot be used and has no usable replacement."""
         for index in indices.tolist():
             used: int | None = None
             with suppress(BadImage):

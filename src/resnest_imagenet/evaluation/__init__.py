@@ -1,1 +1,1 @@
-"""What is measured: exact accuracy under a stated protocol, mistakes, latency."""
+"""Measures networks: accuracy, box and mask AP and mIoU under a stated protocol, their mistakes, their latency."""

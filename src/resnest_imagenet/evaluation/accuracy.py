@@ -1,4 +1,4 @@
-"""What a network says of each image of a set, over any number of ranks."""
+"""A network's predictions for each image of a set, over any number of ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ _COLUMNS = 7  # of `_judge`
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network says of N images, in the order of the set.
+    """A network's predictions for N images, in the order of the set.
 
     Attributes:
         labels: (N,) int64, the true class.
-        predicted: (N,) int64, the highest logit.
+        predicted: (N,) int64, the class with the highest logit.
         in_top5: (N,) bool, whether the true class is among the five highest logits.
         confidence: (N,) float64, the probability of the predicted class.
-        true_probability: (N,) float64, that of the true one.
+        true_probability: (N,) float64, the probability of the true class.
     """
 
     labels: np.ndarray
@@ -35,22 +35,22 @@ class Evaluation:
 
     @property
     def is_right(self) -> np.ndarray:
-        """Whether the highest logit is that of the true class, (N,) bool."""
+        """Whether the true class has the highest logit, (N,) bool."""
         return self.predicted == self.labels
 
     @property
     def count(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self.labels)
 
     @property
     def correct1(self) -> int:
-        """Images whose label is the highest logit."""
+        """Number of images whose true class has the highest logit."""
         return int(self.is_right.sum())
 
     @property
     def correct5(self) -> int:
-        """Images whose label is among the five highest logits."""
+        """Number of images whose true class is among the five highest logits."""
         return int(self.in_top5.sum())
 
     @property
@@ -78,19 +78,20 @@ def measure_accuracy(
     Args:
         model: maps images (B, 3, H, W) to logits (B, K); left in evaluation mode.
         loader: this rank's share of the set.
-        ranks: who takes part.
+        ranks: the ranks of the evaluation.
         precision: fp32, bf16 or fp16.
-        before_batch: called with the number of each batch on this rank, and whether all ranks have one of this number.
-        name: of an image, by its index.
+        before_batch: called with the number of each batch on this rank, and whether all ranks have a batch of this
+            number.
+        name: returns an image's name, by its index.
 
     Raises:
-        NonFiniteError: on all ranks, after the last batch: of an image a logit is NaN or infinite.
-        RuntimeError: where the ranks together did not see each image once.
+        NonFiniteError: on all ranks, after the last batch: a logit of some image is NaN or infinite.
+        RuntimeError: the ranks together did not see each image once.
     """
     model.eval()
     plan = loader.plan
-    # A row for each image, filled by the one rank that sees it: a sum that no order of ranks can change, of numbers
-    # that float64 holds exactly. It stays on the device, and is read once at the end.
+    # A row for each image, filled by the one rank that sees it. float64 holds its numbers exactly, so the order of the
+    # ranks cannot change the sum. The table stays on the device and is read once at the end.
     table = torch.zeros(plan.num_samples, _COLUMNS, dtype=torch.float64, device=ranks.device)
     common = plan.num_batches // ranks.world_size
     for batch, ((images, labels), samples) in enumerate(zip(loader.batches(epoch=0), plan.batches(0), strict=False)):
@@ -109,7 +110,7 @@ def measure_accuracy(
 
 
 def _judge(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return a row for each image of a batch, float64 (B, 7): seen, and then the attributes of `Evaluation`.
+    """Return a row for each image of a batch, float64 (B, 7): 1, whether it is finite, the attributes of `Evaluation`.
 
     Args:
         logits: (B, K).
@@ -134,9 +135,9 @@ def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision:
 
     Args:
         is_finite: (N,) bool.
-        name: of an image, by its index.
-        precision: what they were computed in.
-        first: index of the first of the N.
+        name: returns an image's name, by its index.
+        precision: of the logits.
+        first: index of the first of the N images.
     """
     bad = np.flatnonzero(~is_finite)
     if len(bad):

@@ -1,4 +1,4 @@
-"""Charts: as SVG within a page, in its colours, or as pixels."""
+"""Draws charts: as SVG in a page's colours, or as pixels."""
 
 import io
 import re
@@ -15,16 +15,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-# Seen on white and on black, and apart by people who do not see all colours; the styles tell them apart besides.
+# Visible on white and on black, and distinct for colour-blind people; styles and markers differ too.
 _COLOURS = ("#3b8fd6", "#d8722c", "#2a9d7f", "#c05fb5", "#9a8320", "#d9534f", "#808080")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vPX"
-INK = "#010203"  # stands for the page's own
-NAMED, NUMBERED = 60, 24  # classes up to which a confusion matrix has names and numbers
+INK = "#010203"  # replaced by the page's text colour
+NAMED, NUMBERED = 60, 24  # a confusion matrix has names and numbers up to this number of classes
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Return how the n-th of several things is drawn, for `Axes.plot`."""
+    """Return the style of the n-th line, for `Axes.plot`."""
     names = ("color", "linestyle", "marker")
     choices = zip(names, (_COLOURS, _STYLES, _MARKERS), strict=True)
     return {name: values[number % len(values)] for name, values in choices}
@@ -33,16 +33,16 @@ def style_of(number: int) -> dict[str, Any]:
 def render_chart(
     title: str, x: str, y: str, paint: Callable[[Axes], object], size: tuple[float, float] = (4.4, 3.0)
 ) -> str:
-    """Draw a chart, and return it as a <figure>.
+    """Draw a chart; return it as a <figure>.
 
     Args:
         title: of the chart.
-        x: what the horizontal axis has, with its unit.
-        y: the same of the vertical one.
+        x: label of the horizontal axis, with its unit.
+        y: label of the vertical axis, with its unit.
         paint: draws into the axes.
         size: in inches, of 72 pixels on a wide screen.
     """
-    # Text stays text: small, searchable, in the page's font. The salt keeps the names within one chart its own.
+    # Text stays text: small, searchable, in the page's font. The salt makes the ids of each chart unique.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
     parts = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
     with _drawn(title, x, y, paint, size, style | dict.fromkeys(parts, INK)) as figure:
@@ -51,7 +51,7 @@ def render_chart(
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # Without a size of its own it takes the page's.
+    # Without a size of its own, the chart takes the page's width.
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     label = escape(f"{title}: {y} against {x}")
     return f'<figure class="chart">{svg.replace("<svg", f"""<svg role="img" aria-label="{label}" """, 1)}</figure>'
@@ -69,36 +69,36 @@ def draw_chart(title: str, x: str, y: str, paint: Callable[[Axes], object], size
 def _drawn(
     title: str, x: str, y: str, paint: Callable[[Axes], object], size: tuple[float, float], style: dict[Any, Any]
 ) -> Iterator[Figure]:
-    # Names of files and classes may have a dollar sign, and are no formulas.
+    # Names of files and classes may have a dollar sign: they are not formulas.
     common: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "text.parse_math": False}
     with matplotlib.rc_context({**common, **style}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font lacks: a box stands for each
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks a script: each character is drawn as a box
         figure = Figure(figsize=size, layout="constrained", dpi=100)
         axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
         axes.grid(color=matplotlib.rcParams["text.color"], alpha=0.15, linewidth=0.6)
         axes.set_axisbelow(True)
         paint(axes)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(framealpha=0).set_in_layout(False)  # long names do not push the axes away
+            axes.legend(framealpha=0).set_in_layout(False)  # long names must not shrink the axes
         yield figure
 
 
 def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], in_percent: bool = False) -> None:
-    """Draw which share of the images, or pixels, of each class (a row) was taken for which class (a column).
+    """Draw the share of the images, or pixels, of each true class (rows) that was predicted as each class (columns).
 
-    The colours rise with the square root of the share: one image of 50 that goes astray is seen.
+    The colour scale is the square root of the share, so that one wrong image of 50 is visible.
 
     Args:
-        axes: where.
+        axes: to draw into.
         confusions: images or pixels, (K, K).
         names: of the classes.
-        in_percent: whether the cells have the share, from 0.5 % on, and not the number: pixels are millions.
+        in_percent: write the share into the cells, if it is at least 0.5 %, not the number: pixels are millions.
     """
     shares = confusions / np.maximum(confusions.sum(1, keepdims=True), 1)
-    # Few cells are drawn with sharp edges; of many each keeps its own pixel.
-    how: Any = "nearest" if len(names) <= NAMED else "none"
-    seen = np.ma.masked_equal(shares, 0)  # no mark at all where there is no image
-    image = axes.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation=how, aspect="equal")
+    # With few classes, draw cells with sharp edges; with many, do not blend cells that share a pixel.
+    interpolation: Any = "nearest" if len(names) <= NAMED else "none"
+    visible = np.ma.masked_equal(shares, 0)  # a cell without images has no colour
+    image = axes.imshow(visible, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation=interpolation, aspect="equal")
     axes.grid(visible=False)
     figure = axes.get_figure()
     assert figure
@@ -118,7 +118,7 @@ def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], i
 
 
 def _shorten(name: str) -> str:
-    """Return a name in one short line that a chart can draw."""
+    """Return a name as one short line that a chart can draw."""
     return " ".join(name.encode(errors="replace").decode().split())[:20]
 
 
@@ -126,13 +126,13 @@ def paint_percentages(axes: Axes, x: np.ndarray, lines: Mapping[str, np.ndarray]
     """Draw lines from 0 to 100 %.
 
     Args:
-        axes: where.
-        x: (n,), of their points.
+        axes: to draw into.
+        x: (n,), of the points.
         lines: (n,) each, by name.
     """
     for number, (name, y) in enumerate(lines.items()):
         axes.plot(x, y, label=_shorten(name), linewidth=1.2, **style_of(number) | {"marker": ""})
-    axes.set_ylim(-2, 102)  # a line at the border is seen
+    axes.set_ylim(-2, 102)  # so that a line at 0 or 100 is visible
 
 
 def paint_bars(axes: Axes, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each event of a training run, read back."""
+"""Reads metrics.jsonl: a line for each event of a training run."""
 
 import json
 import math
@@ -9,31 +9,31 @@ from typing import Any
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_file
 
-TOP1 = "top1"  # of evaluations that name no metric: those of earlier versions
-MAX_DRAWN = 1e40  # more than float32 holds, and less than breaks a chart's axis
+TOP1 = "top1"  # the metric of evaluations that name none: those of earlier versions
+MAX_DRAWN = 1e40  # above float32's largest number, and below those that break a chart's axis
 
-Event = dict[str, Any]  # "event": its kind; and what that has
+Event = dict[str, Any]  # "event" is its kind; the other keys depend on the kind
 
 _START = b'{"event"'  # of each line
 
 
 def name_metric(values: Event) -> str:
-    """Return the name of the value by which a run chooses its best network; "top1" where nothing names one.
+    """Return the name of the value by which a run chooses its best network; "top1" if there is no name.
 
     Args:
-        values: an event of an evaluation, or what status.json or a checkpoint holds.
+        values: an event of an evaluation, or the content of status.json or of a checkpoint.
     """
     metric = values.get("metric", TOP1)
     return metric if isinstance(metric, str) else TOP1
 
 
 def read_events(path: Path, numbers: dict[str, tuple[str, ...]]) -> list[Event]:
-    """Return events of a metrics.jsonl; a line that was cut by the run's end is none.
+    """Return events of a metrics.jsonl, without a last line that the run's end has cut off.
 
     Args:
         path: of the file.
-        numbers: what each kind of event must have, by the kind; others are passed over. An evaluation must have the
-            value of its metric besides.
+        numbers: the numbers that each kind of event must have, by kind; other kinds are skipped. An evaluation must
+            also have the value of its metric.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
@@ -53,10 +53,10 @@ def read_events(path: Path, numbers: dict[str, tuple[str, ...]]) -> list[Event]:
 
 
 def require_numbers(event: Event, names: Iterable[str]) -> None:
-    """Raise a LookupError or a ValueError unless an event has these numbers, of a size that charts take."""
+    """Raise a LookupError or a ValueError unless an event has these numbers, and charts can draw them."""
     for name in names:
         value = event[name]
-        is_count = name in ("step", "epoch")  # from 1 on; a loss may be infinite
+        is_count = name in ("step", "epoch")  # counts start at 1; a loss may be infinite
         if type(value) not in (int, float) or (is_count and not 0 < value < math.inf):
             raise ValueError(f"{name}={value}")
         if MAX_DRAWN < abs(value) < math.inf:
@@ -64,16 +64,16 @@ def require_numbers(event: Event, names: Iterable[str]) -> None:
 
 
 def parse_events(path: Path) -> tuple[list[Event], list[bytes]]:
-    """Read what can be read.
+    """Read all events that can be read.
 
     Returns:
-        The events, and the damaged lines. Where an event stands at the end of a damaged line, as after a write that was
-        cut, it is one of the events. A last line that is cut is neither: a run that is killed may leave one.
+        The events, and the damaged lines. An event at the end of a damaged line, as after a write that was cut off, is
+        one of the events. A last line that is cut off is neither: a killed run may leave one.
 
     Raises:
         OSError: the file cannot be read.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would wait forever
         return [], []
     events, damaged = [], []
     *lines, last = path.read_bytes().split(b"\n")

@@ -1,4 +1,4 @@
-"""How long networks take, side by side on this machine."""
+"""Measures how long networks take, side by side on this machine."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from torch import nn
 from resnest_imagenet.compute import autocast, place
 from resnest_imagenet.models.folding import fold_batch_norms
 
-WARM_UP = 2  # rounds that are not timed: memory is allocated, and kernels are chosen
+WARM_UP = 2  # rounds that are not timed: they allocate memory and choose kernels
 
 
 @torch.inference_mode()
@@ -21,17 +21,17 @@ def measure_latency(
     rounds: int,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """Return the median seconds that each network takes for a batch, its images on the device.
+    """Return the median seconds that each network takes for a batch that is on the device already.
 
-    Rounds are interleaved, so that a machine that is busy for a while slows all networks. They are measured as
-    `resnest-predict` runs them: in channels_last, batch norms folded into the convolutions.
+    Rounds are interleaved, so that a busy machine slows all networks alike. Networks run as in `resnest-predict`: in
+    channels_last, with batch norms folded into the convolutions.
 
     Args:
-        networks: by name; they are copied, and stay as they are.
+        networks: by name; they are copied, not changed.
         crop: side of the images in pixels.
         batch_size: images at a time.
-        device: where they compute.
-        rounds: in each, every network runs once.
+        device: of the computation.
+        rounds: every network runs once in each round.
         precision: "fp32", "bf16" or "fp16".
     """
     prepared = {name: place(fold_batch_norms(network), device) for name, network in networks.items()}
@@ -49,6 +49,6 @@ def measure_latency(
 
 
 def _synchronise(device: torch.device) -> None:
-    """Wait for the device: what is timed are its computations, not their launch."""
+    """Wait for the device, so that its computations are timed and not only their launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Where a network errs: confusions, accuracy by class, calibration."""
+"""A classifier's mistakes: confusions and calibration."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ from resnest_imagenet.evaluation.accuracy import Evaluation
 
 
 def count_confusions(evaluation: Evaluation, num_classes: int, cells: int | None = None) -> np.ndarray:
-    """Return how many images of each true class (rows) were taken for each class (columns), (K, K) int64.
+    """Return how many images of each true class (rows) were predicted as each class (columns), (K, K) int64.
 
     Args:
         evaluation: of the images.
         num_classes: K.
-        cells: where it is below K, so many rows and columns, which neighbouring classes share.
+        cells: number of rows and columns, if it should be below K: neighbouring classes then share them.
     """
     size = cells or num_classes
     rows, columns = (labels * size // num_classes for labels in (evaluation.labels, evaluation.predicted))

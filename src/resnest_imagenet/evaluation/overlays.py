@@ -1,4 +1,4 @@
-"""Masks to look at: in colours, laid over the image, and as PNG files of class indices with a palette."""
+"""Draws masks: in colours, over the image, and as PNG files of class indices with a palette."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from resnest_imagenet.data.scenes import VOID
 
-VOID_COLOUR = (224, 224, 192)  # PASCAL VOC's, which no class has: black may be a class
+VOID_COLOUR = (224, 224, 192)  # PASCAL VOC's: no class has it, whereas black may be a class
 
 
 def paint_mask(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def paint_mask(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def overlay_mask(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Return an image under the colours of its mask, uint8 (H, W, 3); what is VOID stays as it is.
+    """Return an image under the colours of its mask, uint8 (H, W, 3); VOID pixels do not change.
 
     Args:
         image: uint8 (H, W, 3).
@@ -34,9 +34,9 @@ def overlay_mask(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, opaci
 
 
 def encode_index_png(mask: np.ndarray, palette: np.ndarray) -> bytes:
-    """Return a PNG file of 8 bits whose values are those of a mask, uint8 (H, W), and whose colours are the palette's.
+    """Return a PNG file of 8 bits with the values of a mask and the colours of the palette.
 
-    Programs read the values, and viewers show the colours: it is a mask of the layout "masks".
+    Programs read the values, and viewers show the colours. The file is a mask of the layout "masks".
 
     Args:
         mask: uint8 (H, W), class indices and VOID.

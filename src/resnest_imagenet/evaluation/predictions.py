@@ -1,4 +1,4 @@
-"""predictions.csv: what a network predicts for each image of a set, written and read back."""
+"""predictions.csv: a network's prediction for each image of a set, written and read back."""
 
 import csv
 import io
@@ -22,8 +22,8 @@ class Predictions:
 
     Attributes:
         protocol: how the images were resized and cropped.
-        files: (N,) str, as `ImageSource.name` gives them.
-        classes: all that are true or predicted somewhere, sorted; the labels count these.
+        files: (N,) str, as `ImageSource.name` returns them.
+        classes: all classes that are true or predicted for some image, sorted; labels are indices into this list.
         evaluation: of the N images.
     """
 
@@ -41,12 +41,12 @@ def encode_predictions(images: ImageSource, evaluations: list[tuple[str, Evaluat
         evaluations: of the set, each with its protocol.
     """
     text = io.StringIO()
-    # All names in quotes: a line break of any kind may be in one.
+    # All names are quoted: a name may have a line break of any kind.
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(_COLUMNS)
     for protocol, evaluation in evaluations:
         for index in range(len(images)):
-            file = os.path.abspath(images.name(index))  # begins with a slash
+            file = os.path.abspath(images.name(index))  # it begins with a slash, so it is not a formula
             labels = evaluation.labels[index], evaluation.predicted[index]
             true, predicted = (guard(images.classes[label]) for label in labels)
             shares = evaluation.confidence[index], evaluation.true_probability[index]
@@ -56,10 +56,10 @@ def encode_predictions(images: ImageSource, evaluations: list[tuple[str, Evaluat
 
 
 def read_predictions(path: Path) -> list[Predictions]:
-    """Read what `encode_predictions` returned, one for each protocol.
+    """Read a file of `encode_predictions`; return the predictions of each protocol.
 
     Raises:
-        DataError: it is no such file.
+        DataError: it is not such a file.
     """
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -24,7 +24,7 @@ class NamedRegions:
     """An evaluation with names.
 
     Attributes:
-        protocol: how the scenes were shown.
+        protocol: how the network saw the scenes.
         classes: K names, in the order of the matrix.
         files: N names, in the order of the set.
         regions: the evaluation.
@@ -39,8 +39,8 @@ class NamedRegions:
 def encode_iou(evaluations: Iterable[tuple[str, Regions]], classes: Sequence[str]) -> bytes:
     """Return the content of iou.csv: a row for each protocol and class.
 
-    Its IoU in percent, its pixels in the ground truth and in the prediction, and how many of the former were taken for
-    each class.
+    A row has the class's IoU in percent, its pixels in the ground truth and in the prediction, and how many of its
+    pixels in the ground truth were predicted as each class.
 
     Args:
         evaluations: of a set, each with its protocol.
@@ -62,7 +62,7 @@ def encode_scenes(images: ImageSource, evaluations: Iterable[tuple[str, Regions]
         images: the set.
         evaluations: of the set, each with its protocol.
     """
-    files = [os.path.abspath(images.name(index)) for index in range(len(images))]  # begins with a slash
+    files = [os.path.abspath(images.name(index)) for index in range(len(images))]  # with a slash first: no formulas
     rows = [
         (protocol, file, int(correct), int(labelled))
         for protocol, regions in evaluations
@@ -72,10 +72,10 @@ def encode_scenes(images: ImageSource, evaluations: Iterable[tuple[str, Regions]
 
 
 def read_regions(iou: Path, scenes: Path) -> list[NamedRegions]:
-    """Read what `encode_iou` and `encode_scenes` returned, one for each protocol.
+    """Read files of `encode_iou` and `encode_scenes`; return the evaluation of each protocol.
 
     Raises:
-        DataError: a file is not such a one, or they are not of the same evaluations.
+        DataError: a file is something else, or they are not of the same evaluations.
     """
     of_classes, of_scenes = _read(iou, _CLASS_COLUMNS, len(_CLASS_COLUMNS)), _read(scenes, _SCENE_COLUMNS, 2)
     if of_classes.keys() != of_scenes.keys():
@@ -91,12 +91,12 @@ def read_regions(iou: Path, scenes: Path) -> list[NamedRegions]:
 
 
 def _read(path: Path, columns: tuple[str, ...], first: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Return a file's second column, names, and its numbers, int64, by protocol.
+    """Return the names in a file's second column and its numbers, int64, by protocol.
 
     Args:
         path: of the file.
-        columns: how its first line begins.
-        first: where the numbers begin, as a column.
+        columns: the first columns of its header.
+        first: the first column of the numbers.
     """
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -116,7 +116,7 @@ def _read(path: Path, columns: tuple[str, ...], first: int) -> dict[str, tuple[t
 
 def _encode(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     text = io.StringIO()
-    # All names in quotes: a line break of any kind may be in one.
+    # All names are quoted: a name may have a line break of any kind.
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(columns)
     writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""How well a network segments a set of scenes: one confusion matrix of pixels, over any number of ranks."""
+"""Measures how well a network segments scenes: one confusion matrix of pixels, over any number of ranks."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +19,8 @@ from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import ConfigError, DataError, suggest
 from resnest_imagenet.evaluation.accuracy import require_finite
 
-# In a batch. On a CPU a window takes as long in any batch, and the logits of one have 138 MB (150 classes, crop 480).
+# Windows in a batch. On a CPU larger batches are not faster, and the logits of a window take 138 MB (150 classes, crop
+# 480).
 WINDOWS_AT_ONCE = 4
 
 ProtocolName = Literal["whole", "slide", "centre", "published"]
@@ -28,11 +29,11 @@ Forward = Callable[[Tensor], Tensor]  # pixels (B, 3, H, W), 0..255, to scores f
 
 @dataclass(frozen=True)
 class Regions:
-    """What a network predicts for the labelled pixels of N scenes.
+    """A network's predictions for the labelled pixels of N scenes.
 
     Attributes:
-        matrix: (K, K) int64, pixels of each true class (rows) that were taken for each class (columns).
-        correct: (N,) int64, pixels of each scene whose class is predicted.
+        matrix: (K, K) int64, pixels of each true class (rows) that were predicted as each class (columns).
+        correct: (N,) int64, pixels of each scene whose class is predicted correctly.
         labelled: (N,) int64, pixels of each scene that have a class.
     """
 
@@ -42,7 +43,7 @@ class Regions:
 
     @property
     def count(self) -> int:
-        """Scenes."""
+        """Number of scenes."""
         return len(self.labelled)
 
     @property
@@ -52,14 +53,14 @@ class Regions:
 
     @property
     def iou(self) -> np.ndarray:
-        """Intersection over union of each class in percent, (K,) float64; 0 for a class that is nowhere."""
+        """Intersection over union of each class in percent, (K,) float64; 0 for a class that does not occur."""
         intersection = self.matrix.diagonal()
         union = self.matrix.sum(0) + self.matrix.sum(1) - intersection
         return 100 * intersection / np.maximum(union, 1)
 
     @property
     def miou(self) -> float:
-        """Mean IoU over all classes in percent; an absent class counts 0, as in the published figures."""
+        """Mean IoU over all classes in percent; an absent class counts as 0, as in the published figures."""
         return float(self.iou.mean())
 
     @property
@@ -69,26 +70,26 @@ class Regions:
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of the labelled pixels whose class is predicted, in percent."""
+        """Share of the labelled pixels whose class is predicted correctly, in percent."""
         return float(100 * self.matrix.trace() / max(self.matrix.sum(), 1))
 
 
 @dataclass(frozen=True)
 class RegionProtocol:
-    """How a scene is shown to a network, and its scores are brought back to the pixels of the scene.
+    """How a network sees a scene, and how its scores become scores of the scene's pixels.
 
-    "whole": the scene at once. "slide": windows of crop x crop pixels, the logits averaged where they overlap.
-    "published": the same windows, but of exp(logits) (not softmax: confident windows weigh more), summed over scales.
-    "centre": what the crop holds of a scene whose short side is the crop; the mask is cut likewise, so that only these
-    pixels count: for the evaluation during training.
+    "whole": the scene at once. "slide": windows of crop x crop pixels; logits are averaged where windows overlap.
+    "published": the same windows, but exp(logits) is averaged (not softmax: confident windows weigh more) and summed
+    over scales. "centre": the centre crop of a scene whose short side is resized to the crop; the mask is cut in the
+    same way, so that only these pixels count. It is for the evaluation during training.
 
     Source: PyTorch-Encoding, encoding/models/base.py (MultiEvalModule) and encoding/datasets/base.py.
 
     Attributes:
         name: one of the four.
         crop: side of a window in pixels; None for "whole".
-        base: long side of the resized scene in pixels; None: its own.
-        scales: factors of that size.
+        base: long side of the resized scene in pixels; None: the scene keeps its own.
+        scales: factors of that size; the scores of all scales are added.
         flip: whether the logits of the mirrored input are added.
     """
 
@@ -111,7 +112,7 @@ class RegionProtocol:
 
     @property
     def text(self) -> str:
-        """The rule in words, to stand beside every number."""
+        """The rule in words, shown beside every figure."""
         if self.name == "centre":
             return _centre(self.crop).protocol + ", flipped too" * self.flip
         parts = [self.name, "own size" if self.base is None else f"long side {self.base}"]
@@ -123,7 +124,7 @@ class RegionProtocol:
         return ", ".join(parts)
 
     def resized(self, height: int, width: int) -> Iterator[tuple[int, int]]:
-        """Yield the size (height, width) of a scene at each scale: the long side rounded up, the other to nearest."""
+        """Yield a scene's size (height, width) at each scale: the long side rounded up, the other to nearest."""
         longest = max(height, width)
         for scale in self.scales:
             side = math.ceil((self.base or longest) * scale)
@@ -148,21 +149,22 @@ def measure_regions(
         network: maps images (B, 3, H, W) of any size to logits (B, K, H, W); left in evaluation mode.
         loader: this rank's share of the set: scenes uint8 (1, 3, H, W), each of its own size, and masks uint8
             (1, H, W) with classes and VOID.
-        ranks: who takes part.
-        protocol: how scenes are shown.
+        ranks: the ranks of the evaluation.
+        protocol: how the network sees scenes.
         num_classes: K.
         precision: fp32, bf16 or fp16.
-        before_batch: called with the number of each batch on this rank, and whether all ranks have one of this number.
-        name: of a scene, by its index.
+        before_batch: called with the number of each batch on this rank, and whether all ranks have a batch of this
+            number.
+        name: returns a scene's name, by its index.
 
     Raises:
-        NonFiniteError: on all ranks, after the last batch: of a scene a score is NaN or infinite, as exp() above 88.
-        DataError: likewise, of a scene a mask has other values than classes and VOID.
-        RuntimeError: where the ranks together did not see each scene once.
+        NonFiniteError: on all ranks, after the last batch: a score of some scene is NaN or infinite, as exp() above 88.
+        DataError: on all ranks, after the last batch: some mask has other values than classes and VOID.
+        RuntimeError: the ranks together did not see each scene once.
     """
     network.eval()
     plan = loader.plan
-    # Integers, so that no order of ranks changes a sum; on the device, and read once at the end.
+    # Integers, so that the order of the ranks cannot change a sum; on the device, and read once at the end.
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=ranks.device)
     table = torch.zeros(plan.num_samples, 5, dtype=torch.int64, device=ranks.device)
     common = plan.num_batches // ranks.world_size
@@ -184,7 +186,7 @@ def measure_regions(
 
 
 def _judge(scores: Tensor, masks: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the confusions (K, K) int64 of one scene, and (seen, is finite, mask is known, correct, labelled) int64.
+    """Return the confusions (K, K) int64 of one scene, and (1, is finite, mask is valid, correct, labelled) int64.
 
     Args:
         scores: (1, K, H, W).
@@ -193,7 +195,7 @@ def _judge(scores: Tensor, masks: Tensor, num_classes: int) -> tuple[Tensor, Ten
     """
     truth, predicted = masks.long(), scores.argmax(1)
     is_labelled = truth < num_classes
-    # What has no label falls into a row of its own, which is dropped.
+    # Pixels without a label get a row of their own, which is dropped.
     cells = truth.clamp(max=num_classes) * num_classes + predicted
     confusions = torch.bincount(cells.flatten(), minlength=num_classes * (num_classes + 1))
     confusions = confusions.reshape(num_classes + 1, num_classes)[:num_classes]
@@ -221,7 +223,7 @@ def cut_centre(images: Tensor, masks: Tensor, crop: int | None) -> tuple[Tensor,
         crop: in pixels.
 
     Returns:
-        float32 (1, 3, crop, crop), 0..255, bilinear as Pillow has it; uint8 (1, crop, crop), nearest.
+        float32 (1, 3, crop, crop), 0..255, bilinear as by Pillow; uint8 (1, crop, crop), nearest.
     """
     transform = _centre(crop)
     size = transform.resized(*masks.shape[1:])
@@ -234,14 +236,14 @@ def cut_centre(images: Tensor, masks: Tensor, crop: int | None) -> tuple[Tensor,
 
 @torch.inference_mode()
 def score_pixels(network: nn.Module, images: Tensor, protocol: RegionProtocol, precision: str = "fp32") -> Tensor:
-    """Return the scores of each pixel of a scene, float32 (1, K, H, W): the highest is that of the predicted class.
+    """Return the scores of each pixel of a scene, float32 (1, K, H, W): the predicted class has the highest.
 
-    "centre" shows the network what it is given; see `cut_centre`.
+    For "centre", call `cut_centre` first.
 
     Args:
         network: in evaluation mode.
         images: (1, 3, H, W), 0..255.
-        protocol: how the scene is shown.
+        protocol: how the network sees the scene.
         precision: fp32, bf16 or fp16.
     """
     forward = partial(_forward, network, protocol, precision)
@@ -278,7 +280,7 @@ def _forward(network: nn.Module, protocol: RegionProtocol, precision: str, pixel
 
 
 def place_windows(length: int, crop: int) -> list[int]:
-    """Return where the windows along a side begin: 2/3 of the crop apart; the last one may end behind the side."""
+    """Return the starts of the windows along a side, 2/3 of the crop apart; the last window may end beyond the side."""
     stride = crop * 2 // 3
     return [number * stride for number in range(max(0, math.ceil((length - crop) / stride)) + 1)]
 
@@ -287,7 +289,7 @@ def _score_windows(forward: Forward, images: Tensor, crop: int) -> Tensor:
     """Return the scores (1, K, H, W) of a scene (1, 3, H, W), averaged over the windows that cover a pixel."""
     height, width = images.shape[2:]
     tops, lefts = place_windows(height, crop), place_windows(width, crop)
-    # Black, as training crops are padded.
+    # Pad with black, as training crops are padded.
     images = F.pad(images, (0, lefts[-1] + crop - width, 0, tops[-1] + crop - height))
     places = [(slice(top, top + crop), slice(left, left + crop)) for top in tops for left in lefts]
     covering = images.new_zeros(images.shape[2:])

@@ -1,4 +1,4 @@
-"""Figures that were measured: the files they are written to, and what is read back from files and run folders."""
+"""Measured figures: the content of results files, and figures read from results files and run folders."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from resnest_imagenet.models.rcnn_options import name_detector
 from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
-COCO = "coco"  # the layout of data that detectors are evaluated on
+COCO = "coco"  # the layout of data on which detectors are evaluated
 MIOU = "miou"  # the metric of segmentation
-BOX_AP, MASK_AP = "box_ap", "mask_ap"  # those of detection, without and with masks
-_OF_REGIONS = b'"task": "segmentation"'  # in its results files
+BOX_AP, MASK_AP = "box_ap", "mask_ap"  # the metrics of detection without and with masks
+_OF_REGIONS = b'"task": "segmentation"'  # stands in its results files
 _OF_BOXES = b'"task": "detection"'
 
 
@@ -27,9 +27,9 @@ class CropResult(Options):
     """Accuracy under one protocol.
 
     Attributes:
-        crop: side of the images the model saw, in pixels.
+        crop: side of the images that the network saw, in pixels.
         top1, top5: percent.
-        correct1, correct5, count: the integers behind them.
+        correct1, correct5, count: the numbers of images from which they are computed.
         protocol: how the images were resized and cropped.
     """
 
@@ -47,10 +47,10 @@ class Results(Options):
 
     Attributes:
         model: name of the network.
-        ckpt: what was evaluated.
-        is_average: whether it was the moving average of the weights.
-        num_classes: of the model.
-        epoch, training: epochs done and all training options, where the checkpoint knows them.
+        ckpt: the weights that were evaluated.
+        is_average: whether they were the moving average.
+        num_classes: of the network.
+        epoch, training: epochs done and all training options, if the checkpoint has them.
         results: one for each crop.
     """
 
@@ -67,7 +67,7 @@ class RegionResult(Options):
     """How well the pixels of a set of scenes are classified, under one protocol.
 
     Attributes:
-        protocol: how the scenes were shown.
+        protocol: how the network saw the scenes.
         miou, miou_present: mean IoU over all classes, and over those in the ground truth, in percent.
         pixel_accuracy: percent.
         count: scenes.
@@ -86,12 +86,12 @@ class RegionResults(Options):
     """A results file of segmentation, of resnest-eval out=...
 
     Attributes:
-        task: what tells it from another task's.
+        task: tells it from the file of another task.
         model: name of the backbone.
-        ckpt: what was evaluated.
-        data: layout of the scenes that it was evaluated on: ade20k, cityscapes or masks.
-        is_average: whether it was the moving average of the weights.
-        epoch, training: epochs done and all training options, where the checkpoint knows them.
+        ckpt: the weights that were evaluated.
+        data: layout of the scenes: ade20k, cityscapes or masks.
+        is_average: whether they were the moving average.
+        epoch, training: epochs done and all training options, if the checkpoint has them.
         results: one for each protocol.
     """
 
@@ -106,13 +106,13 @@ class RegionResults(Options):
 
 
 class BoxResult(Options):
-    """How well the objects of a set are found, in percent; what else a results file has of COCO's figures is not read.
+    """How well the objects of a set are detected, in percent; a results file has more of COCO's figures.
 
     Attributes:
-        protocol: how the images were shown, and which detections count.
-        box_ap, mask_ap: COCO's AP; None: of a detector without masks.
+        protocol: how the network saw the images, and which detections count.
+        box_ap, mask_ap: COCO's AP; mask_ap is None for a detector without masks.
         count: images.
-        ap_per_class: of "box" and "mask", by class; None where the set has no object of it.
+        ap_per_class: for "box" and "mask", the AP of each class; None for a class without objects in the set.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -128,12 +128,12 @@ class BoxResults(Options):
     """A results file of detection, of resnest-eval out=...
 
     Attributes:
-        task: what tells it from another task's.
+        task: tells it from the file of another task.
         model: name of the backbone.
-        detector: its kind, of `models.rcnn_options.name_detector`.
-        ckpt: what was evaluated.
-        is_average: whether it was the moving average of the weights.
-        epoch, training: epochs done and all training options, where the checkpoint has them.
+        detector: its kind, see `models.rcnn_options.name_detector`.
+        ckpt: the weights that were evaluated.
+        is_average: whether they were the moving average.
+        epoch, training: epochs done and all training options, if the checkpoint has them.
         results: one for each protocol.
     """
 
@@ -155,10 +155,10 @@ class Measured:
         model: name of the network.
         crop: side of the images in pixels.
         top1: percent.
-        count, num_classes: of the images it was measured on; ImageNet's are 50000 and 1000.
-        recipe: what the weights were trained with, or where they come from.
+        count, num_classes: of the images on which it was measured; ImageNet has 50000 and 1000.
+        recipe: the recipe of the weights, or their source.
         protocol: how the images were resized and cropped.
-        source: the file that it is read from.
+        source: the file with this figure.
     """
 
     model: str
@@ -179,10 +179,10 @@ class MeasuredRegions:
         model: name of the backbone.
         data: layout of the scenes: ade20k, cityscapes or masks.
         miou, pixel_accuracy: percent.
-        count, num_classes: scenes and classes that it was measured on.
-        recipe: what the weights were trained with, or where they come from.
-        protocol: how the scenes were shown.
-        source: the file that it is read from.
+        count, num_classes: of the scenes on which it was measured.
+        recipe: the recipe of the weights, or their source.
+        protocol: how the network saw the scenes.
+        source: the file with these figures.
     """
 
     model: str
@@ -202,13 +202,13 @@ class MeasuredBoxes:
 
     Attributes:
         model: name of the backbone.
-        detector: its kind, of `models.rcnn_options.name_detector`.
+        detector: its kind, see `models.rcnn_options.name_detector`.
         data: layout of the data set: coco.
-        box_ap, mask_ap: percent; None: of a detector without masks.
-        count, num_classes: images and classes that it was measured on; those of val2017 are 5000 and 80.
-        recipe: what the weights were trained with, or where they come from.
-        protocol: how the images were shown, and which detections count.
-        source: the file that it is read from.
+        box_ap, mask_ap: percent; mask_ap is None for a detector without masks.
+        count, num_classes: of the images on which it was measured; val2017 has 5000 and 80.
+        recipe: the recipe of the weights, or their source.
+        protocol: how the network saw the images, and which detections count.
+        source: the file with these figures.
     """
 
     model: str
@@ -238,22 +238,22 @@ def read_all_measured(
 ) -> tuple[list[Result], list[str]]:
     """Read results files and run folders.
 
-    A run folder stands for the results files in it, or without any for its last evaluation.
+    A run folder stands for the results files in it or, if it has none, for its last evaluation.
 
     Args:
-        patterns: paths, or patterns with * of which what is no result is skipped.
-        recipes: the values of each recipe by its name: what a run changed is named.
-        metrics: of the evaluations that are wanted; others are no results.
+        patterns: paths, or patterns with *; files that match a pattern but are not results are skipped.
+        recipes: the values of each recipe by its name: a run's description lists the values that it changed.
+        metrics: of the evaluations to read; others are not results.
 
     Returns:
-        The figures, and a line for everything that was skipped.
+        The figures, and a line for each path that was skipped.
 
     Raises:
-        ConfigError: for a path that is not there, or holds no results.
+        ConfigError: a path does not exist or holds no results.
     """
     measured: dict[Path, list[Result]] = {}
     contents, skipped = read_matching(patterns, lambda path: dict(_read(path, recipes, metrics)))
-    for by_file in contents:  # a file may be named, and be in a folder that is named
+    for by_file in contents:  # a file may be given twice: by its path and by its folder
         measured |= by_file
     return [result for results in measured.values() for result in results], skipped
 
@@ -274,13 +274,13 @@ def _read(
 
 
 def list_results(folder: Path, metrics: Sequence[str]) -> list[Path]:
-    """Return the files of resnest-eval out=... in a folder that are of some metrics."""
+    """Return the files of resnest-eval out=... in a folder that have one of these metrics."""
     files = [path for path in sorted(folder.glob("*.json")) if path.is_file()]
     try:
         contents = [path.read_bytes() for path in files]
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    # A list is a file of detections.
+    # A file that begins with a list holds detections.
     results = [
         (path, content)
         for path, content in zip(files, contents, strict=True)
@@ -290,14 +290,14 @@ def list_results(folder: Path, metrics: Sequence[str]) -> list[Path]:
 
 
 def _guess_metric(content: bytes) -> str:
-    """Return the metric that the task of a results file has, read or not."""
+    """Return the metric of a results file by its task, without parsing it."""
     if _OF_BOXES in content:
         return MASK_AP if f'"{MASK_AP}"'.encode() in content else BOX_AP
     return MIOU if _OF_REGIONS in content else TOP1
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads values without aliases: the trainer writes none, and with them a small file becomes a huge value."""
+    """Refuses aliases: the trainer writes none, and with them a small file can become a huge value."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -306,7 +306,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Return what the trainer wrote to a YAML or JSON file of a run folder.
+    """Return the content of a YAML or JSON file that the trainer wrote to a run folder.
 
     Raises:
         ConfigError: it cannot be read, or holds something else.
@@ -330,7 +330,7 @@ def _read_results(path: Path, recipes: dict[str, dict[str, Any]], metrics: Seque
             recipe = f"weights {content.ckpt}"
         else:
             recipe = _describe(content.training, recipes, content.epoch or 0, None)
-            # Where there is a moving average, it is what a reader expects.
+            # A reader expects the moving average if there is one.
             if content.training.get("ema_decay") is not None and not content.is_average:
                 recipe += ", not the moving average"
     except (OSError, ValidationError, LookupError, TypeError) as error:
@@ -346,7 +346,7 @@ _RESULTS: TypeAdapter[_AnyResults] = TypeAdapter(_AnyResults)
 
 
 def _metric_of(content: _AnyResults) -> str:
-    """Return the value by which a network of the results' task is chosen."""
+    """Return the name of the value by which the best network of the results' task is chosen."""
     if isinstance(content, BoxResults):
         return BOX_AP if all(boxes.mask_ap is None for boxes in content.results) else MASK_AP
     return MIOU if isinstance(content, RegionResults) else TOP1
@@ -420,16 +420,16 @@ def _measure_run(
 
 
 def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoch: int, step: int | None) -> str:
-    """Name the recipe, the values that a run set otherwise, and how far it was.
+    """Return the recipe's name, the values that a run changed, and how far an unfinished run was.
 
     Args:
         training: the options of the training.
         recipes: the values of each recipe by its name.
         epoch: epochs done.
-        step: steps done; None where they are not known.
+        step: steps done; None if they are unknown.
 
     Raises:
-        LookupError, TypeError: these are no options of a training.
+        LookupError, TypeError: these are not options of a training.
     """
     training = upgrade_recipe(training)
     name, epochs, steps = training["recipe"], training["epochs"], training.get("steps")
@@ -439,7 +439,8 @@ def _describe(training: dict[str, Any], recipes: dict[str, dict[str, Any]], epoc
     changed = [
         f"{key}={training.get(key)}"
         for key, value in published.items()
-        if training.get(key) != value and not (key in ("epochs", "steps") and training.get(key) is None)  # one is given
+        # Only one of epochs and steps is set.
+        if training.get(key) != value and not (key in ("epochs", "steps") and training.get(key) is None)
     ]
     unfinished = []
     if steps is not None and step is not None and step < steps:

@@ -1,4 +1,4 @@
-"""The result of an evaluation, whatever was trained."""
+"""The result of an evaluation, the same type for every task."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ class Score:
     """The result of one evaluation, the same on every rank.
 
     Attributes:
-        values: plain numbers and text by name, a line of metrics.jsonl beside its "event", "epoch", "step" and "time";
-            trackers plot those that are floats, in percent.
+        values: plain numbers and texts by name: with "event", "epoch", "step" and "time" they are a line of
+            metrics.jsonl. Trackers plot the floats, in percent.
         text: the same for people, in one line.
-        pictures: for the trackers, by name: each function draws one, uint8 (H, W, 3).
-        files: of the run folder, by name, that describe the best network: each function returns the content.
+        pictures: for the trackers, by name: each function draws a picture, uint8 (H, W, 3).
+        files: files of the run folder that describe the best network, by name: each function returns the content.
     """
 
     values: Mapping[str, Any]

@@ -1,1 +1,1 @@
-"""Trained networks and pictures: what they predict, where they differ, and why."""
+"""Trained networks on pictures: their predictions, where they disagree, and explanations."""

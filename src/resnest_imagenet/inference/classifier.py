@@ -1,4 +1,4 @@
-"""Networks as they are used: how they see images, what they call their outputs, and the probabilities they give."""
+"""Trained classifiers ready for use: their transforms, the names of their outputs, and their probabilities."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ from resnest_imagenet.weights.load import Weights, list_classes, read_weights, r
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network that is not trained any further.
+    """A trained network, for inference only.
 
     Attributes:
-        weights: what their source tells; the tensors themselves are the module's.
+        weights: the description of its weights; the tensors themselves are in the module.
         name: of the network.
         classes: of its outputs, in order: class folders, or synsets for ImageNet's 1000, or else numbers.
-        transforms: how it sees images, at each crop that was asked for.
+        transforms: how it sees images, one for each crop.
         module: maps normalised images (B, 3, H, W) to logits (B, K).
     """
 
@@ -41,17 +41,17 @@ class Classifier:
 
     @property
     def source(self) -> str:
-        """Where its weights are from, as the user gave it."""
+        """The source of its weights, as the user gave it."""
         return self.weights.source
 
     @property
     def transform(self) -> EvalTransform:
-        """How it sees images, at the first crop."""
+        """The transform at the first crop."""
         return self.transforms[0]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its parameters."""
         return next(self.module.parameters()).device
 
 
@@ -63,29 +63,29 @@ def open_classifier(
     protocol: Mapping[str, Any] | None = None,
     device: str | torch.device = "auto",
 ) -> Classifier:
-    """Read a network to predict, evaluate, compare or explain with.
+    """Read a network to predict, evaluate, compare or explain.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights: official:NAME or timm:NAME; or what
-            `read_weights` has made of one.
-        model: name of the network; None where the weights tell.
-        weights: "model", "ema" (the moving average), or "auto": the moving average where there is one.
+        source: a checkpoint, a file of weights, or published weights: official:NAME or timm:NAME; or the result of
+            `read_weights` for one.
+        model: name of the network; None if the weights include it.
+        weights: "model", "ema" (the moving average), or "auto": the moving average if there is one.
         crop: side of the images that it sees, in pixels, or several for an evaluation at each; None: the weights' own.
-        protocol: what is to differ from the weights' own protocol, as `EvalTransform` has it: order, ratio,
-            interpolation, antialias.
-        device: where it computes: "auto", "cpu", "cuda", or torch's own.
+        protocol: changes to the weights' own protocol, by the names of `EvalTransform`: order, ratio, interpolation,
+            antialias.
+        device: of the computation: "auto", "cpu", "cuda", or a torch.device.
 
     Returns:
-        The network, whose parameters need no gradients.
+        The network; its parameters need no gradients.
 
     Raises:
         UserError: the weights cannot be read or do not fit, an argument is not valid, or there is no such device.
     """
-    asked = check_arguments(crop=crop, protocol=protocol)
+    arguments = check_arguments(crop=crop, protocol=protocol)
     place_on = choose_device(device)
     loaded = source if isinstance(source, Weights) else read_weights(source, weights)
     network, name = restore_network(loaded, model)
-    transforms = choose_transforms(loaded, name, asked.crop, asked.changes)
+    transforms = choose_transforms(loaded, name, arguments.crop, arguments.changes)
     outputs = count_outputs(network, name)
     classes = list_classes(loaded.classes, outputs) or [str(output) for output in range(outputs)]
     module = place(fold_batch_norms(network).requires_grad_(False), place_on)
@@ -93,33 +93,33 @@ def open_classifier(
 
 
 def take_classifier(network: Classifier | str | PathLike[str]) -> Classifier:
-    """Return the network that a library function was given; see `take_network`."""
+    """Return a library function's argument as a network; see `take_network`."""
     return take_network(network, Classifier, open_classifier)
 
 
 def choose_transforms(
     weights: Weights, name: str, crops: Sequence[int] | None, protocol: Mapping[str, Any]
 ) -> list[EvalTransform]:
-    """Return how a network sees images, at each crop: as asked for, and else as its weights were evaluated.
+    """Return a network's transform at each crop: like its weights' own evaluation, except where the arguments differ.
 
-    Weights that do not tell are taken at the usual crop of their network, by the paper's protocol. A line on stderr
-    names that, and a crop that is not the weights' own.
+    Weights without such a record get the usual crop of their network and the paper's protocol. A line on stderr reports
+    that, and any crop that is not the weights' own.
 
     Args:
         weights: the network's.
         name: of the network.
-        crops: that were asked for, in pixels; None: one, the weights' own.
-        protocol: what is to differ from the weights' own protocol, as `EvalTransform` has it.
+        crops: in pixels; None: only the weights' own.
+        protocol: changes to the weights' own protocol, by the names of `EvalTransform`.
     """
     own = EvalTransform.of(weights.crop or usual_crop(name), weights.protocol or ())
     transforms = [replace(own, crop=crop, **protocol) for crop in crops or [own.crop]]
     trained = (weights.training or {}).get("crop")
-    others = [str(crop) for crop in crops or () if weights.crop is not None and crop not in (own.crop, trained)]
+    other_crops = [str(crop) for crop in crops or () if weights.crop is not None and crop not in (own.crop, trained)]
     line = None
     if crops is None and (weights.crop is None or weights.training is None):
         line = f"taking the usual test crop of {name}: {transforms[0].protocol}; crop=... sets another"
-    elif others:
-        line = f"crop={','.join(others)} is not its own: evaluated at {own.crop}"
+    elif other_crops:
+        line = f"crop={','.join(other_crops)} is not its own: evaluated at {own.crop}"
         line += f", trained at {trained}" if trained else ""
     if line is not None and launched_as()[0] == 0:
         print(f"{weights.source}: {line}", file=sys.stderr)
@@ -127,9 +127,10 @@ def choose_transforms(
 
 
 def find_outputs(names: Sequence[str], classes: Sequence[str]) -> list[list[int]]:
-    """Return the outputs that each of some names may mean.
+    """Return the outputs that each name may mean.
 
-    A class's name means that class; else what has it among its words: "goldfish" or "golden_retriever" for ImageNet's.
+    A name means the class of that name or, without one, the classes that have it among their words, such as "goldfish"
+    or "golden_retriever" for ImageNet's.
 
     Args:
         names: as people write them.
@@ -154,13 +155,13 @@ def compute_probabilities(
     """Yield for each batch the classifiers' probabilities, float32 (B, K) on the CPU; the images are decoded once.
 
     Args:
-        classifiers: that see images alike, on one device.
+        classifiers: they have the same transform and device.
         loader: of all images, in order.
         precision: fp32, bf16 or fp16.
-        name: of an image, by its index.
+        name: returns an image's name, by its index.
 
     Raises:
-        NonFiniteError: of an image a logit is NaN or infinite.
+        NonFiniteError: a logit of some image is NaN or infinite.
     """
     done = 0
     for images, _ in loader.batches(epoch=0):

@@ -1,4 +1,4 @@
-"""Several networks on the same images: the probability each gives to the true class, and where they disagree."""
+"""Compares networks on the same images: the probability that each gives to the true class, and their disagreements."""
 
 import csv
 import io
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What M networks make of N images.
+    """The predictions of M networks for N images.
 
     Attributes:
         names: of the networks, all different.
         images: with their true classes.
-        titles: of the true classes, in words where they are synsets.
+        titles: of the true classes; synsets are in words.
         probabilities: (M, N) float64, of the true class.
         predicted: (M, N) str, the likeliest class, in words.
         in_top5: (M, N) bool, whether the true class is among the five likeliest.
-        is_right: (M, N) bool, whether it is the likeliest.
+        is_right: (M, N) bool, whether the true class is the likeliest.
         protocols: how each network sees an image.
-        skipped: a line for each image that cannot be used; it is none of the N.
+        skipped: a line for each image that cannot be used; these are not among the N.
     """
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class Comparison:
 
     @property
     def disagreements(self) -> np.ndarray:
-        """The images that some of the networks have right and others not, where they differ most first."""
+        """The images that some networks predict correctly and others do not, those that differ most first."""
         differ = np.flatnonzero(self.is_right.any(0) & ~self.is_right.all(0))
         spread = np.ptp(self.probabilities[:, differ], axis=0)
         return differ[np.argsort(-spread, kind="stable")]
@@ -78,18 +78,18 @@ def compare(
 
     Args:
         networks: one or several, each of `open_classifier`, or a source that it takes.
-        images: a folder with one folder per true class, named as the networks' classes are or in words.
+        images: a folder with one folder per true class, with the names of the networks' classes or their words.
         batch_size: images at a time.
         precision: fp32, bf16 or fp16.
-        loader: what decodes the images: "auto", "dali" or "torchvision".
-        workers: the loader's threads or processes; None: this process's cores, at most 8.
+        loader: decodes the images: "auto", "dali" or "torchvision".
+        workers: number of the loader's threads or processes; None: this process's cores, at most 8.
 
     Raises:
         DataError: no image can be used.
-        ConfigError: no network, or an argument that is not valid.
-        UserError: for what else a user can cause, as one line.
+        ConfigError: there is no network, or an argument is not valid.
+        UserError: another user's error, in one line.
     """
-    asked = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    arguments = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     several = networks if isinstance(networks, Sequence) and not isinstance(networks, str) else [networks]
     if not several:
         raise ConfigError("networks is empty: give one network or several")
@@ -99,17 +99,17 @@ def compare(
     if not len(usable):
         raise DataError(skipped[0])
     judgements = [_Judgement(classifier, usable) for classifier in classifiers]
-    plan = plan_evaluation(len(usable), asked.batch_size, 0, 1)
-    # Networks that see images alike share the decoded ones.
+    plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
+    # Networks with the same transform share the decoded images.
     groups: dict[tuple[object, object], list[_Judgement]] = {}
     for judgement in judgements:
         classifier = judgement.classifier
         groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
-    total = len(usable) * len(groups)
-    with tqdm(total=total, unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
+    with tqdm(total=len(usable) * len(groups), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
         for group in groups.values():
             alike = [judgement.classifier for judgement in group]
-            batches = build_loader(asked.loader, usable, plan, alike[0].transform, alike[0].device, asked.workers)
+            transform, device = alike[0].transform, alike[0].device
+            batches = build_loader(arguments.loader, usable, plan, transform, device, arguments.workers)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):
                     judgement.add(probabilities)
@@ -128,7 +128,7 @@ def compare(
 
 
 class _Judgement:
-    """What one network makes of N images, filled batch by batch; the arrays are rows of a `Comparison`."""
+    """The predictions of one network for N images, filled batch by batch; the arrays are rows of a `Comparison`."""
 
     def __init__(self, classifier: Classifier, images: ImageSource) -> None:
         labelled = label_images(images, classifier.weights.classes, len(classifier.classes), classifier.source)
@@ -141,7 +141,7 @@ class _Judgement:
         self.in_top5, self.is_right = np.zeros((2, len(images)), dtype=bool)
 
     def add(self, probabilities: Tensor) -> None:
-        """Take the probabilities of the next B images, (B, K)."""
+        """Add the probabilities of the next B images, (B, K)."""
         part = slice(self._done, self._done + len(probabilities))
         self._done = part.stop
         truth = self._labels[part]
@@ -153,11 +153,11 @@ class _Judgement:
 
 
 def mcnemar_p(only_one: int, only_other: int) -> float:
-    """Return McNemar's exact two-sided p: how likely so unequal a division is if both networks err as often.
+    """Return McNemar's exact two-sided p: how likely a division this unequal is if both networks err equally often.
 
     Args:
-        only_one: images that only one of them has right.
-        only_other: images that only the other has right.
+        only_one: number of images that only one of them predicts correctly.
+        only_other: number of images that only the other one predicts correctly.
     """
     n = only_one + only_other
     ways = (
@@ -179,7 +179,8 @@ def format_comparison(comparison: Comparison) -> str:
     for label, title in enumerate(titles):
         of_class = comparison.probabilities[:, comparison.images.labels == label]
         count = of_class.shape[1]
-        cells = [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)] if count else []  # all images of it were skipped
+        # A class has no images if all of them were skipped.
+        cells = [f"{p:.4f}  {1 - p:.4f}" for p in of_class.mean(1)] if count else []
         lines.append(line(title, str(count), cells or ["-"] * len(names)))
     count = comparison.probabilities.shape[1]
     totals = comparison.probabilities.sum(1)
@@ -191,14 +192,14 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def describe_protocols(comparison: Comparison) -> list[str]:
-    """Return a line about how the networks see images, or one for each of them where they do not see alike."""
+    """Return a line about how the networks see images, or a line for each network if they differ."""
     if len(set(comparison.protocols)) == 1:
         return [comparison.protocols[0]]
     return [f"{name}: {protocol}" for name, protocol in zip(comparison.names, comparison.protocols, strict=True)]
 
 
 def describe_pairs(comparison: Comparison) -> list[str]:
-    """Return a line for each pair of networks: where one is right alone, and McNemar's p."""
+    """Return a line for each pair of networks: how many images only one predicts correctly, and McNemar's p."""
     lines = []
     for (name, is_right), (other_name, is_other_right) in itertools.combinations(
         zip(comparison.names, comparison.is_right, strict=True), 2
@@ -215,7 +216,7 @@ def encode_csv(comparison: Comparison) -> str:
     """Return a row for each image: its class, and each network's probability of it and likeliest class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    heads = [f"{name} {what}" for name in comparison.names for what in ("p", "predicted")]
+    heads = [f"{name} {column}" for name in comparison.names for column in ("p", "predicted")]
     writer.writerow(["file", "class", *map(guard, heads)])
     images = comparison.images
     for index in range(len(images)):
@@ -231,7 +232,7 @@ def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def distinguish(networks: "Sequence[Classifier | Segmenter | Detector]") -> tuple[str, ...]:
-    """Return the networks' names; where two have the same, with what differs in their sources, or numbered."""
+    """Return the networks' names; if two are equal, with the differing parts of their sources, or numbered."""
     names = [network.name for network in networks]
     if len(set(names)) < len(names):
         parts = _drop_shared([network.source.split("/") for network in networks])
@@ -244,6 +245,6 @@ def distinguish(networks: "Sequence[Classifier | Segmenter | Detector]") -> tupl
 
 
 def _drop_shared(lists: list[list[str]]) -> list[list[str]]:
-    """Drop the first items, as far as they are the same in all lists."""
+    """Drop the first items that are the same in all lists."""
     shared = sum(1 for _ in itertools.takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))
     return [items[shared:] for items in lists]

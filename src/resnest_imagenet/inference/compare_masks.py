@@ -1,4 +1,4 @@
-"""Several networks of segmentation on the same images: where their masks differ."""
+"""Compares networks of segmentation on the same images: where their masks differ."""
 
 import csv
 import io
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MaskComparison:
-    """What M networks make of the pixels of N images.
+    """The masks of M networks for N images, compared.
 
     Attributes:
         names: of the networks, all different.
         images: the N images.
         classes: K names, in the order of the class indices, the same for all networks.
         palette: uint8 (K, 3), the first network's.
-        differing: (N,) float64, the share of the pixels of each image that do not have the same class in all masks.
-        pixels: (M, K) int64, pixels of all images that each network gives each class.
-        shared: (K,) int64, those that all of them give it.
-        covered: (K,) int64, those that at least one of them gives it.
-        disagreements: for each image the classes, one per network, that most of its differing pixels have, and the
-            share of the image that these pixels are; None where the masks are equal.
-        masks: for each image a PNG file per network: a photograph's masks are kilobytes, and megabytes as arrays.
+        differing: (N,) float64, the share of each image's pixels that do not have the same class in all masks.
+        pixels: (M, K) int64, how many pixels of all images each network gives each class.
+        shared: (K,) int64, how many pixels all networks give this class.
+        covered: (K,) int64, how many pixels at least one network gives this class.
+        disagreements: for each image, the classes (one per network) that most of its differing pixels have, and the
+            share of the image that these pixels are; None if the masks are equal.
+        masks: for each image a PNG file per network: a photograph's masks are kilobytes as files, megabytes as arrays.
         protocols: how each network sees an image.
-        skipped: a line for each image that cannot be used; it is none of the N.
+        skipped: a line for each image that cannot be used; these are not among the N.
     """
 
     names: tuple[str, ...]
@@ -61,12 +61,12 @@ class MaskComparison:
 
     @property
     def order(self) -> np.ndarray:
-        """The images whose masks are not equal, those that differ most first."""
+        """The images whose masks differ, those that differ most first."""
         return np.argsort(-self.differing, kind="stable")[: np.count_nonzero(self.differing)]
 
     @property
     def overlap(self) -> np.ndarray:
-        """Of each class the shared pixels in percent of the covered ones, (K,) float64: the IoU of two networks."""
+        """Shared over covered pixels of each class in percent, (K,) float64: for two networks, their IoU."""
         return 100 * self.shared / np.maximum(self.covered, 1)
 
     def read_masks(self, index: int) -> np.ndarray:
@@ -80,16 +80,16 @@ def compare_masks(
     """Compare networks of segmentation on the same images; images that cannot be used are skipped.
 
     Args:
-        networks: two or more, each of `open_segmenter`, or a source that it takes; their classes are the same.
+        networks: two or more, each of `open_segmenter`, or a source that it takes; with the same classes.
         images: files, folders or patterns such as "photos/**/*.jpg", one or several.
         precision: fp32, bf16 or fp16.
 
     Raises:
         DataError: no image can be used.
-        ConfigError: less than two networks, or their classes differ.
-        UserError: for what else a user can cause, as one line.
+        ConfigError: there are fewer than two networks, or their classes differ.
+        UserError: another user's error, in one line.
     """
-    asked = check_arguments(precision=precision)
+    arguments = check_arguments(precision=precision)
     if isinstance(networks, str | PathLike | Segmenter) or len(networks) < 2:
         raise ConfigError("networks: give two networks or more")
     listed = list_images(images)
@@ -99,7 +99,7 @@ def compare_masks(
     if not len(usable):
         raise DataError(skipped[0])
     count = _Count(segmenters)
-    segmented = [SegmentedImages(segmenter, usable, (), asked.precision) for segmenter in segmenters]
+    segmented = [SegmentedImages(segmenter, usable, (), arguments.precision) for segmenter in segmenters]
     rows = tqdm(
         zip(*segmented, strict=True), total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False
     )
@@ -124,20 +124,20 @@ def compare_masks(
 def require_same_classes(networks: "Sequence[Segmenter | Detector]") -> None:
     """Raise a ConfigError unless all networks have the same classes in the same order."""
     first = networks[0]
-    for other in networks[1:]:
-        if other.classes == first.classes:
+    for network in networks[1:]:
+        if network.classes == first.classes:
             continue
-        if len(other.classes) != len(first.classes):
-            what = f"{len(first.classes)} classes, {other.source} {len(other.classes)}"
+        if len(network.classes) != len(first.classes):
+            difference = f"{len(first.classes)} classes, {network.source} {len(network.classes)}"
         else:
-            pairs = zip(first.classes, other.classes, strict=True)
+            pairs = zip(first.classes, network.classes, strict=True)
             index, names = next((index, names) for index, names in enumerate(pairs) if names[0] != names[1])
-            what = f"{names[0]} as class {index}, {other.source} {names[1]}"
-        raise ConfigError(f"{first.source} has {what}: compare networks of the same classes")
+            difference = f"{names[0]} as class {index}, {network.source} {names[1]}"
+        raise ConfigError(f"{first.source} has {difference}: compare networks of the same classes")
 
 
 class _Count:
-    """What is counted image by image; the attributes are those of `MaskComparison`."""
+    """Counts image by image; the attributes are those of `MaskComparison`."""
 
     def __init__(self, segmenters: Sequence[Segmenter]) -> None:
         self._classes, self._palette = segmenters[0].classes, segmenters[0].palette
@@ -149,7 +149,7 @@ class _Count:
         self.masks: list[tuple[bytes, ...]] = []
 
     def add(self, masks: np.ndarray) -> None:
-        """Take the masks of the next image, uint8 (M, H, W)."""
+        """Add the masks of the next image, uint8 (M, H, W)."""
         num_classes, flat = len(self._classes), masks.reshape(len(masks), -1)
         is_same = (flat == flat[0]).all(0)
         shared = np.bincount(flat[0, is_same], minlength=num_classes)
@@ -171,7 +171,7 @@ class _Count:
 
 
 def _count_covered(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return in how many columns of labels, uint8 (M, n), each class occurs at least once, int64 (num_classes,)."""
+    """Return the number of columns of labels, uint8 (M, n), in which each class occurs, int64 (num_classes,)."""
     ordered = np.sort(labels, axis=0)
     is_first = np.ones(ordered.shape, bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
@@ -208,15 +208,15 @@ def describe_difference(comparison: MaskComparison) -> str:
     """Return a line about how much the masks differ."""
     differing = comparison.differing
     return (
-        f"{100 * differing.mean():.2f} % of an image differs in the mean over {len(differing):,} images; "
-        f"{np.count_nonzero(differing):,} of them differ"
+        f"on average {100 * differing.mean():.2f} % of an image differs; "
+        f"{np.count_nonzero(differing):,} of {len(differing):,} images differ"
     )
 
 
 def encode_mask_csv(comparison: MaskComparison) -> str:
-    """Return a row for each image: the share of its pixels that differs, and the largest disagreement in it.
+    """Return a row for each image: the share of its pixels that differ, and its largest disagreement.
 
-    That is the class of each network in most of the differing pixels, and the share of the image that has these.
+    That is the class of each network in most of the differing pixels, and the share of the image that these pixels are.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

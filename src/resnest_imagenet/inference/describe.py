@@ -1,4 +1,4 @@
-"""How images become a network's input, told to another program."""
+"""Describes for other programs how images become a network's input."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +14,19 @@ from resnest_imagenet.weights.load import Weights
 def describe_input(
     weights: Weights, name: str, crop: int | None = None, protocol: Mapping[str, Any] | None = None
 ) -> ImageInput:
-    """Return how images are brought to the crop; with the first two arguments it is what the exports ask for.
+    """Return how images become the network's input; with the first two arguments it is the exports' `describe`.
 
     Args:
         weights: of the network.
         name: of the network.
         crop: side of the images in pixels; None: the weights' own.
-        protocol: what is to differ from the weights' own protocol, as `EvalTransform` has it.
+        protocol: changes to the weights' own protocol, by the names of `EvalTransform`.
 
     Raises:
         ConfigError: crop or protocol is not valid.
     """
-    asked = check_arguments(crop=crop, protocol=protocol)
-    (transform,) = choose_transforms(weights, name, asked.crop, asked.changes)
+    arguments = check_arguments(crop=crop, protocol=protocol)
+    (transform,) = choose_transforms(weights, name, arguments.crop, arguments.changes)
     mean, std = _scale_normalisation()
     return ImageInput(
         transform.crop,
@@ -41,21 +41,21 @@ def describe_input(
 
 
 def describe_scene_input(weights: Weights, crop: int) -> dict[str, str]:
-    """Return what another program must know of a network of segmentation, as texts: numbers and lists in JSON.
+    """Describe a network of segmentation for other programs, as texts: numbers and lists in JSON.
 
     Args:
         weights: of a run's checkpoint.
-        crop: side of the images that the network was tried with, in pixels.
+        crop: side of the images with which the network was tried, in pixels.
 
     Raises:
-        CheckpointError: its configuration does not tell.
+        CheckpointError: its configuration is not of this project.
     """
     mean, std = _scale_normalisation()
     return to_texts(
         {
             "model": f"DeepLabV3 on {weights.model}",
             "input": INPUT,
-            "output": "logits (batch, classes, height, width): a pixel has the class of its highest",
+            "output": "logits (batch, classes, height, width): a pixel's class has its highest logit",
             "crop": crop,
             "protocol": read_protocol(weights)[0].text,
             "mean": mean,

@@ -1,4 +1,4 @@
-"""Why a network decides as it does: where it finds a class, and how its blocks weigh their splits."""
+"""Explains a classifier's decision: where in an image it finds a class, and how its blocks weight their splits."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ class ClassMap:
     Attributes:
         name: of the class, in words.
         probability: the network's, between 0 and 1.
-        evidence: what `map_evidence` returns for this image, float32 (h, w).
+        evidence: the map of `map_evidence` for this image, float32 (h, w).
     """
 
     name: str
@@ -42,13 +42,13 @@ class ClassMap:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a network makes of one image.
+    """The explanation of one image.
 
     Attributes:
         file: the image's.
         pixels: what the network sees, uint8 (crop, crop, 3).
-        maps: of the classes that were asked for.
-        attention: the weights of the splits a_i^k(c) (section 3.1), float32 (R, C), by block: "layer1.0", ...; none
+        maps: of the chosen classes.
+        attention: the weights of the splits a_i^k(c) (section 3.1), float32 (R, C), by block: "layer1.0", ...; empty
             for a network without split attention.
     """
 
@@ -60,18 +60,18 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Explanations:
-    """The explanations of N images, in order; each batch is computed when it is reached.
+    """The explanations of N images, in order; a batch is computed when the iteration reaches it.
 
     Attributes:
         classifier: the network.
         images: the N images.
-        skipped: a line for each image that cannot be used; it is none of the N.
-        top: maps of so many of the likeliest classes.
-        target: the output whose map is wanted instead.
-        layer: whose maps they are.
+        skipped: a line for each image that cannot be used; these are not among the N.
+        top: number of the likeliest classes to map.
+        target: the output to map instead, or None.
+        layer: the layer of the maps.
         batch_size: images at a time.
         precision: of the probabilities and the attention.
-        loader, workers: what decodes the images.
+        loader, workers: decode the images.
     """
 
     classifier: Classifier
@@ -109,7 +109,7 @@ class Explanations:
             require_finite(logits.isfinite().all(1).cpu().numpy(), self.images.name, self.precision, done)
             probabilities = logits.float().softmax(1)
             chosen = self._choose_classes(probabilities)
-            # In float32 whatever the precision is: fp16 would lose small gradients.
+            # Maps are computed in float32 at any precision: fp16 would lose small gradients.
             evidence = torch.stack([map_evidence(model, self.layer, batch, classes) for classes in chosen.T], 1)
             maps_of_batch, pixels = evidence.cpu().numpy(), to_pixels(batch)
             weights = {block: values.cpu().numpy() for block, values in attention.items()}
@@ -123,7 +123,7 @@ class Explanations:
                 done += 1
 
     def _choose_classes(self, probabilities: Tensor) -> Tensor:
-        """Return the outputs whose maps are wanted, int64 (B, number of maps)."""
+        """Return the outputs to map, int64 (B, number of maps)."""
         if self.target is None:
             return probabilities.topk(min(self.top, probabilities.shape[1])).indices
         return torch.full((len(probabilities), 1), self.target, device=probabilities.device)
@@ -141,51 +141,51 @@ def explain(
     loader: str = "auto",
     workers: int | None = None,
 ) -> Explanations:
-    """Explain what a network makes of images; images that cannot be used are skipped.
+    """Explain a network's predictions for images; images that cannot be used are skipped.
 
     Args:
         network: of `open_classifier`, or a source that it takes.
         images: files, folders or patterns such as "photos/**/*.jpg", one or several.
-        top: maps of so many of the likeliest classes.
-        target: the map of this class instead, as `find_class` takes it.
-        layer: "layer1" to "layer4", or another module with maps: earlier ones give finer maps, but rougher evidence.
+        top: number of the likeliest classes to map.
+        target: the class to map instead, as `find_class` takes it.
+        layer: "layer1" to "layer4", or another module with maps: earlier layers give finer maps, but rougher evidence.
         batch_size: images at a time.
         precision: of the probabilities and the attention, fp32, bf16 or fp16; the maps are fp32.
-        loader: what decodes the images: "auto", "dali" or "torchvision".
-        workers: the loader's threads or processes; None: this process's cores, at most 8.
+        loader: decodes the images: "auto", "dali" or "torchvision".
+        workers: number of the loader's threads or processes; None: this process's cores, at most 8.
 
     Returns:
-        The explanations, one for each image, to be iterated over.
+        The explanations, one for each image, as an iterable.
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
     """
     require_captum()
-    asked = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    arguments = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     listed = list_images(images)
     classifier = take_classifier(network)
     if layer not in dict(classifier.module.named_modules()):
         raise ConfigError(f"layer={layer}: {classifier.name} has no layer of that name")
     if layer in ("", find_head(classifier.name)):
-        raise ConfigError(f"layer={layer!r}: it has no maps, as layer4 has: logits come out of it")
+        raise ConfigError(f"layer={layer!r} returns logits, not maps: choose a layer with maps, such as layer4")
     output = None if target is None else find_class(str(target), classifier.classes)
     usable, skipped = split_unreadable(listed)
     return Explanations(
         classifier,
         usable,
         tuple(skipped),
-        asked.top,
+        arguments.top,
         output,
         layer,
-        asked.batch_size,
-        asked.precision,
-        asked.loader,
-        asked.workers,
+        arguments.batch_size,
+        arguments.precision,
+        arguments.loader,
+        arguments.workers,
     )
 
 
 def require_captum() -> None:
-    """Raise a ConfigError where the library is missing that computes the maps."""
+    """Raise a ConfigError if captum, which computes the maps, is not installed."""
     if find_spec("captum") is None:
         raise ConfigError(f"resnest-explain needs {name_extra('explain')}")
 
@@ -193,13 +193,13 @@ def require_captum() -> None:
 def map_evidence(model: nn.Module, layer: str, images: Tensor, classes: Tensor) -> Tensor:
     """Return the class-activation maps of a layer: Grad-CAM (arXiv 1610.02391, equations 1 and 2).
 
-    The sum over the layer's channels of activation times mean gradient of the class's logit; what is negative, which
-    speaks against the class, is 0. At layer4, which only the global average and fc follow, the gradient is fc's
-    weight / (h w) at every place, and this is CAM (arXiv 1512.04150): how much of the logit each place gives. At
-    earlier layers the gradients differ between the places: the maps are finer, but rougher evidence.
+    A map is the sum over the layer's channels of activation times mean gradient of the class's logit. Negative values,
+    which are evidence against the class, are set to 0. Only the global average and fc follow layer4, so there the
+    gradient is fc's weight / (h w) at every place, and the map is CAM (arXiv 1512.04150): the share of each place in
+    the logit. At earlier layers the gradients differ between places: the maps are finer, but rougher evidence.
 
     Args:
-        model: a network in evaluation mode; its parameters need no gradients, so that the graph begins at the layer.
+        model: a network in evaluation mode; its parameters need no gradients, so the graph begins at the layer.
         layer: the name of a module.
         images: normalised (B, 3, H, W).
         classes: int64 (B,), one for each image.
@@ -215,9 +215,10 @@ def map_evidence(model: nn.Module, layer: str, images: Tensor, classes: Tensor) 
 
 @contextmanager
 def recording_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield what fills, at each forward pass, with the weights (B, R, C) of every split attention, by block.
+    """Yield a dictionary that each forward pass fills with the weights (B, R, C) of every split attention, by block.
 
-    They are no module's output, which a hook could see: the method that computes them is replaced meanwhile.
+    The weights are not the output of a module, so no hook can see them: the method that computes them is replaced for
+    the time of the context.
     """
     weights: dict[str, Tensor] = {}
 
@@ -239,14 +240,14 @@ def recording_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def find_class(target: str, classes: Sequence[str]) -> int:
-    """Return the output that a user names.
+    """Return the output of the class that a user names.
 
     Args:
-        target: a class's name, one of its words ("goldfish", "golden_retriever"), or its number from 0 on.
+        target: a class's name, one of its words ("goldfish", "golden_retriever"), or its number, counted from 0.
         classes: the names, in the order of the outputs.
 
     Raises:
-        ConfigError: no class is meant, or several are.
+        ConfigError: the name fits no class, or several.
     """
     (outputs,) = find_outputs([target], classes)
     if not outputs and target.isdecimal() and int(target) < len(classes):
@@ -256,5 +257,5 @@ def find_class(target: str, classes: Sequence[str]) -> int:
         near = suggest(target, sorted({*classes, *words}))
         raise ConfigError(f"target={target}: none of the network's {len(classes)} classes{near}")
     if len(outputs) > 1:
-        raise ConfigError(f"target={target} may be {' or '.join(classes[output] for output in outputs)}")
+        raise ConfigError(f"target={target} may mean {' or '.join(classes[output] for output in outputs)}")
     return outputs[0]

@@ -1,4 +1,4 @@
-"""The images that networks are asked about, and what is checked before any is read."""
+"""Lists the images for inference, and checks what can be checked before any is read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
@@ -20,13 +20,13 @@ Images: TypeAlias = ImageFolder | str | PathLike[str] | Sequence[str | PathLike[
 
 
 def list_images(images: Images) -> ImageFolder:
-    """List images that have no classes; what is skipped is named on stderr.
+    """List images without classes; notes on stderr name skipped files.
 
     Args:
-        images: files, folders or patterns such as "photos/**/*.jpg", one or several; or what this has returned.
+        images: files, folders or patterns such as "photos/**/*.jpg", one or several; or a list of images already.
 
     Raises:
-        DataError: one that finds no image.
+        DataError: a file, folder or pattern has no image.
     """
     if isinstance(images, ImageFolder):
         return images
@@ -37,11 +37,11 @@ def list_images(images: Images) -> ImageFolder:
 
 
 def list_classified_images(folder: str | PathLike[str]) -> ImageFolder:
-    """List the images of a folder that has one folder per true class; what is skipped is named on stderr.
+    """List the images of a folder that has one folder per true class; notes on stderr name skipped files.
 
     Raises:
-        DataError: no such folder, no classes, or one without images.
-        ConfigError: what is given is no path.
+        DataError: there is no such folder, it has no classes, or a class has no images.
+        ConfigError: the argument is not a path.
     """
     if not isinstance(folder, str | PathLike):
         raise ConfigError(
@@ -52,7 +52,7 @@ def list_classified_images(folder: str | PathLike[str]) -> ImageFolder:
 
 
 def list_part(root: str, name: str, option: str) -> ImageFolder:
-    """List the images of one part of a data set, as `read_image_folder`; rank 0 names on stderr what is skipped."""
+    """List the images of one part of a data set by `read_image_folder`; rank 0 prints notes on skipped files."""
     listed = read_image_folder(root, name, option)
     if launched_as().rank == 0:
         print_notes(listed)
@@ -65,13 +65,13 @@ def prepare_inference(
     """Refuse what can be refused before anything is read, and return the device.
 
     Args:
-        models: names of networks; None for those that their weights tell.
+        models: names of networks; None if the weights include the name.
         loader: "auto", "dali" or "torchvision".
         device: "auto", "cpu" or "cuda".
-        outputs: the files to be written, by option; None for those that nobody asks for.
+        outputs: the files to be written, by option, or None.
 
     Raises:
-        ConfigError: an unknown network, a loader or device that is not there, a file that cannot be written.
+        ConfigError: a network is unknown, the loader or device is missing, or a file cannot be written.
     """
     for name in models:
         if name is not None:

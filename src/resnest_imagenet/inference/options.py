@@ -1,4 +1,4 @@
-"""The arguments of the library's functions, held to the rules of the commands' options."""
+"""Checks the arguments of the library's functions by the rules of the commands' options."""
 
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
@@ -12,18 +12,18 @@ from resnest_imagenet.errors import ConfigError, suggest
 
 
 def _as_integer(value: Any) -> Any:
-    """Take NumPy's integers for Python's."""
+    """Turn NumPy's integers into Python's."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _as_crops(value: Any) -> Any:
-    """Take one crop for a list of one."""
+    """Turn one crop into a list of one."""
     is_several = isinstance(value, Iterable) and not isinstance(value, str)
     return [_as_integer(crop) for crop in (value if is_several else [value])]
 
 
 def _fill_protocol(value: Any) -> Any:
-    """Take what is not given for the network's own."""
+    """Set the options that are missing to the network's own."""
     return dict.fromkeys(OwnProtocolOptions.model_fields, "own") | dict(value) if isinstance(value, Mapping) else value
 
 
@@ -31,7 +31,7 @@ _INTEGER = BeforeValidator(_as_integer)
 
 
 class Arguments(Options):
-    """What the functions share; each checks those that it takes. The defaults are no function's: they pass."""
+    """The arguments that functions share; each function checks its own. The defaults only fill the others."""
 
     crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(_as_crops)] | None = None
     protocol: Annotated[OwnProtocolOptions, BeforeValidator(_fill_protocol)] | None = None
@@ -44,18 +44,18 @@ class Arguments(Options):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the network's own protocol, as `EvalTransform` takes it."""
+        """The changes to the network's own protocol, by the names of `EvalTransform`."""
         return self.protocol.list_changes() if self.protocol else {}
 
 
 def check_arguments(**arguments: Any) -> Arguments:
-    """Return arguments as the commands have them.
+    """Return arguments in the form of the commands' options.
 
     Args:
         **arguments: of a library function, by the names of `Arguments`.
 
     Raises:
-        ConfigError: names the first whose value is not valid, and the values that are.
+        ConfigError: a value is not valid; names the first, and the valid values.
     """
     try:
         return Arguments(**arguments)
@@ -74,11 +74,11 @@ Network = TypeVar("Network")
 def take_network(
     network: Network | str | PathLike[str], kind: type[Network], open_network: Callable[[str | PathLike[str]], Network]
 ) -> Network:
-    """Return the network that a library function was given; one that is named is opened.
+    """Return a library function's argument as a network; a source of one is opened.
 
     Args:
-        network: of the kind, or a source of one.
-        kind: what the function takes.
+        network: a network of this kind, or a source of one.
+        kind: the type that the function takes.
         open_network: opens a source.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The likeliest classes of single images."""
+"""Predicts the likeliest classes of images."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ class Prediction:
 
     Attributes:
         file: the image's.
-        rank: 1 is the likeliest.
+        rank: 1 for the likeliest.
         label: the class's name in the checkpoint: its folder, or a synset.
         description: the class in words.
         probability: between 0 and 1.
@@ -55,32 +55,32 @@ def predict(
     Args:
         network: of `open_classifier`, or a source that it takes.
         images: files, folders or patterns such as "photos/**/*.jpg", one or several.
-        top: so many classes for each image.
+        top: number of classes for each image.
         batch_size: images at a time.
         precision: fp32, bf16 or fp16.
-        loader: what decodes the images: "auto", "dali" or "torchvision".
-        workers: the loader's threads or processes; None: this process's cores, at most 8.
+        loader: decodes the images: "auto", "dali" or "torchvision".
+        workers: number of the loader's threads or processes; None: this process's cores, at most 8.
 
     Returns:
         The predictions, by image and rank, and a line for each image that was skipped.
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
     """
-    asked = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    arguments = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     listed = list_images(images)
     classifier = take_classifier(network)
     usable, skipped = split_unreadable(listed)
     predictions: list[Prediction] = []
     if not len(usable):
         return predictions, skipped
-    plan = plan_evaluation(len(usable), asked.batch_size, 0, 1)
-    batches = build_loader(asked.loader, usable, plan, classifier.transform, classifier.device, asked.workers)
+    plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
+    batches = build_loader(arguments.loader, usable, plan, classifier.transform, classifier.device, arguments.workers)
     done = 0
     with tqdm(total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
         for (probabilities,) in compute_probabilities([classifier], batches, precision, usable.name):
             files = [usable.name(index) for index in range(done, done + len(probabilities))]
-            predictions += _rank_classes(classifier.classes, files, probabilities, asked.top)
+            predictions += _rank_classes(classifier.classes, files, probabilities, arguments.top)
             done += len(files)
             progress.update(len(files))
     return predictions, skipped

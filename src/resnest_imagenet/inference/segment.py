@@ -1,4 +1,4 @@
-"""The class of each pixel of single images."""
+"""Predicts the class of each pixel of images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from resnest_imagenet.inference.segmenter import Segmenter, take_segmenter
 
 @dataclass(frozen=True)
 class SegmentedImage:
-    """What a network makes of one image.
+    """One image and its predicted mask.
 
     Attributes:
         file: the image's.
@@ -34,18 +34,18 @@ class SegmentedImage:
     mask: np.ndarray
 
     def share_classes(self, num_classes: int) -> np.ndarray:
-        """Return the share of the pixels that each class has, float64 (num_classes,): they add up to 1."""
+        """Return each class's share of the pixels, float64 (num_classes,): they add up to 1."""
         return np.bincount(self.mask.ravel(), minlength=num_classes) / self.mask.size
 
 
 @dataclass(frozen=True)
 class SegmentedImages:
-    """What a network makes of N images, in order; each is computed when it is reached.
+    """N images with their predicted masks, in order; a mask is computed when the iteration reaches it.
 
     Attributes:
         segmenter: the network.
         images: the N images.
-        skipped: a line for each image that cannot be used; it is none of the N.
+        skipped: a line for each image that cannot be used; these are not among the N.
         precision: fp32, bf16 or fp16.
     """
 
@@ -64,14 +64,14 @@ class SegmentedImages:
 
     @property
     def protocol(self) -> RegionProtocol:
-        """How the images are shown."""
+        """How the network sees the images."""
         return cover_pixels(self.segmenter.protocol)
 
     def __iter__(self) -> Iterator[SegmentedImage]:
         for index, file in enumerate(self.files):
             try:
                 pixels = decode_by_pillow(self.images.read(index))
-            except BadImage as error:  # it has changed since it was looked at
+            except BadImage as error:  # the file has changed since it was checked
                 raise DataError(f"{file}: {error}") from error
             yield SegmentedImage(file, pixels, self._classify(file, pixels))
 
@@ -84,7 +84,7 @@ class SegmentedImages:
 
 
 def cover_pixels(protocol: RegionProtocol) -> RegionProtocol:
-    """Return a protocol that gives each pixel a class: "centre" does not, and becomes "whole"."""
+    """Return a protocol that covers every pixel: "centre" does not, so it becomes "whole"."""
     return replace(protocol, name="whole", crop=None) if protocol.name == "centre" else protocol
 
 
@@ -97,16 +97,16 @@ def segment(network: Segmenter | str | PathLike[str], images: Images, *, precisi
         precision: fp32, bf16 or fp16.
 
     Returns:
-        The images with their masks, to be iterated over, and a line for each image that was skipped.
+        The images with their masks, as an iterable, and a line for each image that was skipped.
 
     Raises:
-        UserError: for what a user can cause, as one line; for what is wrong with an image when it is reached.
+        UserError: a user's error, in one line; during the iteration if it is about an image.
     """
-    asked = check_arguments(precision=precision)
+    arguments = check_arguments(precision=precision)
     listed = list_images(images)
     segmenter = take_segmenter(network)
     usable, skipped = split_unreadable(listed)
-    return SegmentedImages(segmenter, usable, tuple(skipped), asked.precision)
+    return SegmentedImages(segmenter, usable, tuple(skipped), arguments.precision)
 
 
 def format_shares(image: SegmentedImage, classes: Sequence[str], top: int) -> str:
@@ -115,7 +115,7 @@ def format_shares(image: SegmentedImage, classes: Sequence[str], top: int) -> st
     Args:
         image: of `SegmentedImages`.
         classes: names, in the order of the indices.
-        top: so many classes, fewer where the image has fewer.
+        top: the largest number of classes.
     """
     shares = image.share_classes(len(classes))
     largest = [label for label in np.argsort(-shares, kind="stable")[:top].tolist() if shares[label]]

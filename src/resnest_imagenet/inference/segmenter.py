@@ -1,4 +1,4 @@
-"""Trained networks that give each pixel a class."""
+"""Trained networks of segmentation ready for use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,14 +24,14 @@ from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A network that is not trained any further.
+    """A trained network, for inference only.
 
     Attributes:
-        weights: what their source tells; the tensors themselves are the module's.
+        weights: the description of its weights; the tensors themselves are in the module.
         name: of the backbone.
         classes: of its outputs, in order.
         palette: uint8 (K, 3), red, green and blue of each class: the data set's own, or those of `make_palette`.
-        data_kind: the layout of the scenes that it was trained on.
+        data_kind: the layout of the scenes on which it was trained.
         protocol: how it sees scenes.
         module: maps normalised images (B, 3, H, W) to logits (B, K, H, W).
     """
@@ -46,12 +46,12 @@ class Segmenter:
 
     @property
     def source(self) -> str:
-        """Where its weights are from, as the user gave it."""
+        """The source of its weights, as the user gave it."""
         return self.weights.source
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its parameters."""
         return next(self.module.parameters()).device
 
 
@@ -61,17 +61,17 @@ def open_segmenter(
     protocol: RegionProtocolOptions | Mapping[str, Any] | None = None,
     device: str | torch.device = "auto",
 ) -> Segmenter:
-    """Read a network to evaluate or predict with.
+    """Read a network to evaluate or predict.
 
     Args:
-        source: a checkpoint of a run of this task, or what `read_weights` has made of it.
-        choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
-        protocol: how it is to see scenes: name, and what is not the recipe's of crop, base, scales and flip; None: as
-            in its run's evaluation after each epoch.
-        device: where it computes: "auto", "cpu", "cuda", or torch's own.
+        source: a checkpoint of a run of segmentation, or the result of `read_weights` for one.
+        choice: "model", "ema" (the moving average), or "auto": the moving average if there is one.
+        protocol: how it sees scenes: name, and those of crop, base, scales and flip that differ from the recipe's;
+            None: as in its run's evaluation after each epoch.
+        device: of the computation: "auto", "cpu", "cuda", or a torch.device.
 
     Returns:
-        The network, whose parameters need no gradients.
+        The network; its parameters need no gradients.
 
     Raises:
         UserError: the weights cannot be read or do not fit, the protocol is not valid, or there is no such device.
@@ -89,21 +89,21 @@ def open_segmenter(
 
 
 def take_segmenter(network: Segmenter | str | PathLike[str]) -> Segmenter:
-    """Return the network that a library function was given; see `take_network`."""
+    """Return a library function's argument as a network; see `take_network`."""
     return take_network(network, Segmenter, open_segmenter)
 
 
 def read_protocol(
     weights: Weights, protocol: RegionProtocolOptions | Mapping[str, Any] | None = None
 ) -> tuple[RegionProtocol, str]:
-    """Return how a run's network sees scenes, and the layout of those that it was trained on.
+    """Return how a run's network sees scenes, and the layout of the scenes on which it was trained.
 
     Args:
         weights: of the run's checkpoint.
-        protocol: as `open_segmenter` takes it.
+        protocol: see `open_segmenter`.
 
     Raises:
-        CheckpointError: its configuration does not tell.
+        CheckpointError: its configuration is not of this project.
         ConfigError: the protocol is not valid.
     """
     assert weights.run and weights.training
@@ -115,20 +115,22 @@ def read_protocol(
         raise CheckpointError(f"{weights.source}: not a configuration of this project") from error
 
 
-def _fill(own: RegionProtocolOptions, given: RegionProtocolOptions | Mapping[str, Any] | None) -> RegionProtocolOptions:
-    """Return a protocol that is given with some of its options, or the network's own."""
-    if given is None or isinstance(given, RegionProtocolOptions):
-        return given or own
+def _fill(
+    own: RegionProtocolOptions, protocol: RegionProtocolOptions | Mapping[str, Any] | None
+) -> RegionProtocolOptions:
+    """Return a user's protocol with defaults for missing options, or the network's own."""
+    if protocol is None or isinstance(protocol, RegionProtocolOptions):
+        return protocol or own
     defaults = {"crop": None, "base": None, "scales": [1.0], "flip": False}
     try:
-        return RegionProtocolOptions.model_validate({**defaults, **given})
+        return RegionProtocolOptions.model_validate({**defaults, **protocol})
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise ConfigError(f"protocol: {place}: {error.errors()[0]['msg']}") from error
 
 
 def choose_protocol(options: RegionProtocolOptions, crop: int, base: int) -> RegionProtocol:
-    """Return a protocol with what it takes from a recipe: the crop, and for "published" the base.
+    """Return a protocol; a missing crop, and for "published" a missing base, come from the recipe.
 
     Args:
         options: of the protocol.
@@ -136,7 +138,7 @@ def choose_protocol(options: RegionProtocolOptions, crop: int, base: int) -> Reg
         base: the recipe's.
 
     Raises:
-        ConfigError: the options do not go together.
+        ConfigError: the options contradict each other.
     """
     needs_crop, needs_base = options.name != "whole", options.name == "published"
     return RegionProtocol(

@@ -22,10 +22,10 @@ class WorstScene:
 
     Attributes:
         file: the image's.
-        accuracy: share of its labelled pixels whose class was predicted in that evaluation, in percent.
-        image: with the predicted mask; None where there is a fault.
-        truth: the true mask, uint8 (H, W), class indices and VOID; the same.
-        fault: why it cannot be shown, in one line; "" otherwise.
+        accuracy: share of its labelled pixels whose class was predicted correctly in that evaluation, in percent.
+        image: with the predicted mask; None if there is a fault.
+        truth: the true mask, uint8 (H, W), class indices and VOID; None if there is a fault.
+        fault: why it cannot be shown, in one line, or "".
     """
 
     file: str
@@ -41,7 +41,7 @@ class WorstScenes:
 
     Attributes:
         scenes: of the evaluation.
-        protocol: how the network is shown what the pictures have: that of the evaluation, or the whole image.
+        protocol: how the network sees the scenes of the pictures: as in the evaluation, or the whole image.
         palette: uint8 (K, 3), a colour for each class.
     """
 
@@ -51,9 +51,9 @@ class WorstScenes:
 
 
 def rank_scenes(regions: Regions, count: int) -> list[int]:
-    """Return the scenes with the lowest shares of right pixels, the lowest first, at most `count`.
+    """Return the scenes with the lowest shares of correct pixels, the lowest first, at most `count`.
 
-    Scenes without a labelled pixel, and those that are all right, are none of them.
+    Scenes without a labelled or without a wrong pixel are not included.
     """
     accuracy = regions.correct / np.maximum(regions.labelled, 1)
     order = np.argsort(accuracy, kind="stable")
@@ -68,18 +68,18 @@ def find_worst_scenes(
     count: int = 12,
     device: str | torch.device = "auto",
 ) -> WorstScenes:
-    """Segment the worst scenes of an evaluation once more, since masks are in none of its files.
+    """Segment the worst scenes of an evaluation again, because its files do not include masks.
 
     Args:
         evaluation: of `read_regions`.
         checkpoint: the network that was evaluated.
         kind: the layout of the data set: ade20k, cityscapes or masks.
         part: of the data set: val.
-        count: so many scenes.
-        device: where: "auto", "cpu", "cuda", or torch's own.
+        count: number of scenes.
+        device: of the computation: "auto", "cpu", "cuda", or a torch.device.
 
     Raises:
-        UserError: the checkpoint cannot be used, or is of other classes, or there is no such layout or device.
+        UserError: the checkpoint cannot be used, or has other classes, or there is no such layout or device.
     """
     choose_layout(kind)
     segmenter = open_segmenter(checkpoint, device=device)
@@ -94,7 +94,7 @@ def find_worst_scenes(
 
 
 def _view_scene(segmenter: Segmenter, kind: str, part: str, file: str, accuracy: float) -> WorstScene:
-    """Return a scene with both masks, or with the fault that prevents it: it may have been moved or changed since."""
+    """Return a scene with both masks, or with a fault: its files may have been moved or changed since."""
     try:
         scene = open_scene(kind, part, file, segmenter.classes, segmenter.palette)
         _, truth = scene.read(0)

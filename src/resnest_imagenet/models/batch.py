@@ -1,4 +1,4 @@
-"""How few images a training step may have: a property of the network."""
+"""The smallest batch that a network can be trained on."""
 
 import copy
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from resnest_imagenet.models.zoo import build_model
 def smallest_batch(model: nn.Module, crop: int) -> int:
     """Return how many images per rank a training step of a network needs.
 
-    2 where a batch norm is trained on a single value per image and channel, as in split attention and in selective
-    kernels, or behind the last stage of images of 32 pixels; else 1. Frozen batch norms need no batch, and synchronised
-    ones have that of all ranks.
+    2 if a batch norm in training mode gets a single value per image and channel, as in split attention, in selective
+    kernels, or in the last stage with images of 32 pixels; else 1. Frozen batch norms need no batch, and synchronised
+    ones use the batch of all ranks.
 
     Args:
-        model: maps images (B, 3, H, W) to anything; as it is trained, with its norms in their modes.
+        model: maps images (B, 3, H, W) to anything; its norms must be in the modes in which it is trained.
         crop: side of the images in pixels.
     """
     network = copy.deepcopy(model).to("meta")
@@ -46,14 +46,14 @@ def require_batch(
     option: str = "train.batch_size",
     build: Callable[[], nn.Module] | None = None,
 ) -> None:
-    """Raise a ConfigError unless a network can be trained on so many images per rank.
+    """Raise a ConfigError if a network cannot be trained on `batch_size` images per rank.
 
     Args:
         name: of the network.
         batch_size: images per rank.
         crop: side of the images in pixels.
-        option: what sets the batch size, for the error message.
-        build: builds the network as it is trained; None: by `build_model`.
+        option: the option that sets the batch size, for the error message.
+        build: builds the network as it is trained; None means `build_model`.
     """
     if batch_size > 1:
         return

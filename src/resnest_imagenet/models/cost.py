@@ -23,14 +23,14 @@ class StageCost:
     """What one stage of a network costs, for one image.
 
     Attributes:
-        stage: "stem" (to the max pool), "layer1" to "layer4", or "head"; of a network without these stages, a module
-            of it, or "other": what is in none.
-        output: shape of its output, (channels, height, width) or (classes,); () of "other".
-        parameters: how many.
-        multiply_adds: of convolutions and fc, and one for each activation that a BN scales and shifts: the paper's
+        stage: "stem" (to the max pool), "layer1" to "layer4", or "head". A network without these stages has one for
+            each of its modules, and "other" for what is in no module.
+        output: shape of its output, (channels, height, width) or (classes,); () for "other".
+        parameters: number of parameters.
+        multiply_adds: of convolutions and fc, plus one for each activation that a BN scales and shifts: the paper's
             "FLOPs".
-        activations: elements of the outputs of all convolutions, as pycls' model zoo has them (Radosavovic et al. 2020,
-            "Designing Network Design Spaces").
+        activations: elements of the outputs of all convolutions, counted as in pycls' model zoo (Radosavovic et al.
+            2020, "Designing Network Design Spaces").
     """
 
     stage: str
@@ -48,11 +48,11 @@ def count_cost(name: str, crop: int) -> tuple[int, int]:
         crop: side of the image in pixels.
     """
     stages = count_stages(name, crop)
-    return sum(each.parameters for each in stages), sum(each.multiply_adds for each in stages)
+    return sum(stage.parameters for stage in stages), sum(stage.multiply_adds for stage in stages)
 
 
 def count_stages(name: str, crop: int) -> list[StageCost]:
-    """Return the cost of each stage, in their order. Nothing is allocated.
+    """Return the cost of each stage, in order. Nothing is allocated.
 
     Args:
         name: one of `list_models()`, with 1000 classes.
@@ -64,13 +64,13 @@ def count_stages(name: str, crop: int) -> list[StageCost]:
 
 
 def count_deeplab(name: str, num_classes: int, crop: int, **options: Any) -> list[StageCost]:
-    """Return the cost of a DeepLabV3's backbone, head and auxiliary head, which costs nothing but in training.
+    """Return the cost of a DeepLabV3's backbone, head and auxiliary head (which runs in training only).
 
     Args:
         name: of the backbone, one of `list_models()`.
         num_classes: width of the logits.
         crop: side of the image in pixels.
-        options: others of `build_deeplab`.
+        options: further options of `build_deeplab`.
     """
     with torch.device("meta"):
         model = build_deeplab(name, num_classes, **options).eval()
@@ -127,7 +127,7 @@ class _Stages(nn.Sequential):
 
 
 def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost]:
-    """Return the cost of each stage of a network on the meta device; its head is no convolution."""
+    """Return the cost of each stage of a network on the meta device; `head` is not counted as a convolution."""
     normalised: Counter[str] = Counter()
     outputs: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
@@ -163,7 +163,7 @@ def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost
 
 
 def _list_stages(model: nn.Module, head: str) -> dict[str, tuple[str, ...]]:
-    """Return the modules of each stage; of a network that is no ResNet in its names each module is one."""
+    """Return the modules of each stage; if the modules are not named as a ResNet's, each one is a stage."""
     stages = {**STAGES, "head": (head,)}
     parts = {part for of_stage in stages.values() for part in of_stage}
     children = [name for name, _ in model.named_children()]
@@ -174,28 +174,28 @@ def _list_stages(model: nn.Module, head: str) -> dict[str, tuple[str, ...]]:
 
 
 def count_kept(name: str, crop: int, batch_size: int) -> int:
-    """Return the bytes that a training step's forward pass leaves for the backward pass, on a CPU.
+    """Return the bytes that a training step's forward pass saves for the backward pass, on a CPU.
 
-    They are the storages that autograd saves, each once, the network's own left out: activations, the images, under
-    autocast also its copies of the weights. The pass is run in name only (`FakeTensorMode`): little is allocated.
+    Counts each storage that autograd saves once, without the network's own: activations, the images, and under
+    autocast its copies of the weights. The pass runs on fake tensors (`FakeTensorMode`), so little is allocated.
 
     Args:
         name: one of `list_models()`, with 1000 classes.
         crop: side of the images in pixels.
-        batch_size: as many as `smallest_batch`, or more.
+        batch_size: at least `smallest_batch`.
     """
     return _count_kept(partial(build_model, name), (crop, crop), batch_size, lambda logits: None)
 
 
 def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, **options: Any) -> int:
-    """Return the bytes that a DeepLabV3's forward pass and cross entropy leave for the backward pass; see `count_kept`.
+    """Return the bytes that a DeepLabV3's forward pass and cross entropy save for the backward pass; see `count_kept`.
 
     Args:
         name: of the backbone, one of `list_models()`.
         num_classes: width of the logits.
         crop: side of the images in pixels.
-        batch_size: as many as `smallest_batch`, or more.
-        options: others of `build_deeplab`.
+        batch_size: at least `smallest_batch`.
+        options: further options of `build_deeplab`.
     """
 
     def compare(logits: Tensor | tuple[Tensor, Tensor]) -> object:
@@ -229,11 +229,11 @@ def count_kept_rcnn(name: str, num_classes: int, size: tuple[int, int], batch_si
 def _count_kept(
     build: Callable[[], nn.Module], size: tuple[int, int], batch_size: int, compare: Callable[[Any], object]
 ) -> int:
-    """Return the bytes that are kept while a network and what compares its outputs with the truth are run."""
-    kept: set[torch.UntypedStorage] = set()
+    """Return the bytes that autograd saves while a network runs and `compare` turns its outputs into losses."""
+    storages: set[torch.UntypedStorage] = set()
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.add(tensor.untyped_storage())
+        storages.add(tensor.untyped_storage())
         return tensor
 
     with FakeTensorMode():
@@ -241,22 +241,22 @@ def _count_kept(
         images = torch.empty(batch_size, 3, *size).contiguous(memory_format=torch.channels_last)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             compare(model(images))
-    kept -= {tensor.untyped_storage() for tensor in model.state_dict().values()}
-    return sum(storage.nbytes() for storage in kept)
+    storages -= {tensor.untyped_storage() for tensor in model.state_dict().values()}
+    return sum(storage.nbytes() for storage in storages)
 
 
 def _count_elements(*arguments: Any, out_shape: Any, **options: Any) -> int:
     return prod(out_shape)
 
 
-# The operators that convolutions become: 1x1 ones of a single pixel are computed as products of matrices.
+# The operators that compute convolutions: a 1x1 convolution of a single pixel is computed as a product of matrices.
 _OUTPUT_SIZES = dict.fromkeys((torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.bmm), _count_elements)
 
 
 def _sum_by_child(model: nn.Module, counter: FlopCounterMode) -> Counter[str]:
-    """Return what was counted in each child of the network, and as "" in none of them."""
-    found = counter.get_flop_counts()
+    """Return the count of each child of the network, and under "" the count outside all of them."""
+    by_path = counter.get_flop_counts()
     paths = {name: f"{type(model).__name__}.{name}" for name, _ in model.named_children()}
-    counts = Counter({name: sum(found[path].values()) for name, path in paths.items() if path in found})
-    counts[""] = sum(found["Global"].values()) - sum(counts.values())
+    counts = Counter({name: sum(by_path[path].values()) for name, path in paths.items() if path in by_path})
+    counts[""] = sum(by_path["Global"].values()) - sum(counts.values())
     return counts

@@ -1,6 +1,6 @@
-"""DeepLabV3 (arXiv 1706.05587) on a backbone of the zoo, as the paper's Table 7 has it.
+"""DeepLabV3 (arXiv 1706.05587) on a backbone of the zoo, as in the paper's Table 7.
 
-Heads and upsampling are those of PyTorch-Encoding (encoding/models/sseg/deeplab.py, fcn.py) and GluonCV
+Heads and upsampling follow PyTorch-Encoding (encoding/models/sseg/deeplab.py, fcn.py) and GluonCV
 (gluoncv/model_zoo/deeplabv3.py); both align the corners.
 """
 
@@ -27,10 +27,10 @@ class DeepLabV3(nn.Module):
       -> auxiliary on layer3     logits (B, num_classes, h, w), in training only
       -> bilinear upsampling     (B, num_classes, H, W)
 
-    The heads' convolutions start with torch's own initial values, as in PyTorch-Encoding.
+    The heads' convolutions keep torch's default initial values, as in PyTorch-Encoding.
 
     Args:
-        backbone: whose features are layer3 and layer4, or layer4 alone without an auxiliary head.
+        backbone: its features must be layer3 and layer4, or layer4 alone without an auxiliary head.
         num_classes: width of the logits.
         channels: of the head.
         rates: dilations of its 3x3 convolutions.
@@ -81,11 +81,11 @@ class DeepLabV3(nn.Module):
 
 
 class DeepLabHead(nn.Module):
-    """Atrous spatial pyramid pooling and a classifier of its pixels.
+    """Atrous spatial pyramid pooling and a classifier for each pixel.
 
     x (B, in_channels, h, w)
       -> branches: a 1x1 convolution, and a 3x3 convolution of each rate      (B, channels, h, w) each
-         pooled: global average, 1x1 convolution                              (B, channels, 1, 1), the same everywhere
+         pooled: global average, 1x1 convolution                              (B, channels, 1, 1), repeated over h, w
       -> concatenated, project (1x1), dropout .5     (B, channels, h, w)
       -> block (3x3), dropout .1                     (B, channels, h, w)
       -> classify (1x1, with bias)                   (B, num_classes, h, w)
@@ -113,7 +113,7 @@ class DeepLabHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """A classifier of pixels: block (3x3) to a quarter of the channels, dropout .1, classify (1x1, with bias)."""
+    """A classifier for each pixel: block (3x3) to a quarter of the channels, dropout .1, classify (1x1, with bias)."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def build_deeplab(
     Args:
         name: of the backbone, one of `list_models()`.
         num_classes: width of the logits.
-        output_stride: of the backbone: 8, 16 or 32. In its dilated form a ResNeSt has the official code's pools.
+        output_stride: of the backbone: 8, 16 or 32. A dilated ResNeSt keeps the official code's pools.
         rates: dilations of the head's 3x3 convolutions.
         channels: of the head.
         norm: of backbone and heads: "bn", "frozen" (statistics, weights and biases stay as they are) or "sync"

@@ -1,4 +1,4 @@
-"""A network of the zoo as a backbone for detection and segmentation: the features of its stages in place of logits."""
+"""A network of the zoo as a backbone for detection and segmentation: it returns its stages' features, no logits."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ from resnest_imagenet.models.split_attention import SplitAttention
 
 Norm = Literal["bn", "frozen", "sync"]
 
-# The features, and the modules that each adds to the one before, by the names that all networks have.
+# Each feature, and the modules that compute it from the one before. All networks of the zoo have these names.
 STAGES = {
     "stem": ("conv1", "bn1"),
     "layer1": ("maxpool", "layer1"),
@@ -33,16 +33,16 @@ class Backbone(nn.Module):
     The stem ends before the max pool, as in timm's features_only: U-Nets want a feature of stride 2. detectron2's
     "stem" ends after it, at layer1's resolution; its heads take res2 to res5, here layer1 to layer4.
 
-    Keys of the state dict are the network's. Stages behind the last feature are left out: they would be parameters
-    without gradients.
+    Keys of the state dict are the network's. Stages after the last feature are dropped: their parameters would get no
+    gradients.
 
     Args:
-        network: any of the zoo's; its modules are taken over.
+        network: any network of the zoo; the backbone takes over its modules.
         out_features: which of STAGES `forward` returns, in this order.
         output_stride: the network's.
-        freeze_at: as in detectron2, the first so many of STAGES are not trained: no gradients, and batch norms that
-            stay in evaluation mode, whatever `train` says.
-        norm: "frozen": so are all batch norms, and only they. The others are the network's.
+        freeze_at: number of STAGES, from the first, that are not trained, as in detectron2: no gradients, and batch
+            norms that stay in evaluation mode, also after `train()`.
+        norm: "frozen" freezes all batch norms, and nothing else. With "bn" and "sync" the network's norms stay.
 
     Attributes:
         names, strides, channels: of the features, in the order of `forward`.
@@ -67,8 +67,8 @@ class Backbone(nn.Module):
             raise ConfigError(f"freeze_at is 0 to {len(STAGES)}, not {freeze_at}")
         if norm not in get_args(Norm):
             raise ConfigError(f"norm is {', '.join(get_args(Norm))}, not {norm}")
-        every = list(STAGES)
-        self._stages = every[: 1 + max(every.index(name) for name in out_features)]
+        stages = list(STAGES)
+        self._stages = stages[: 1 + max(stages.index(name) for name in out_features)]
         self._freeze_at, self._norm = freeze_at, norm
         self._recomputes = False
         missing = [part for name in self._stages for part in STAGES[name] if not hasattr(network, part)]
@@ -78,7 +78,7 @@ class Backbone(nn.Module):
             for part in STAGES[name]:
                 self.add_module(part, network.get_submodule(part))
         self.names = tuple(out_features)
-        self.strides = tuple(min(2 ** (1 + every.index(name)), output_stride) for name in out_features)
+        self.strides = tuple(min(2 ** (1 + stages.index(name)), output_stride) for name in out_features)
         self.channels = tuple(self._count_channels(name) for name in out_features)
         for module in self._list_frozen():
             module.requires_grad_(False)
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map normalised images (B, 3, H, W) to the features, (B, channels, H / stride, W / stride) each."""
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        found = {"stem": x}
+        features = {"stem": x}
         for name in self._stages[1:]:
             for part in STAGES[name]:
                 module = self.get_submodule(part)
@@ -96,11 +96,11 @@ class Backbone(nn.Module):
                         x = run_recomputed(block, x)
                 else:
                     x = module(x)
-            found[name] = x
-        return [found[name] for name in self.names]
+            features[name] = x
+        return [features[name] for name in self.names]
 
     def recompute(self) -> None:
-        """Let training compute the activations of the blocks again in the backward pass, in place of keeping them."""
+        """Make training recompute the blocks' activations in the backward pass, instead of keeping them."""
         self._recomputes = True
         for module in self.modules():
             if isinstance(module, SplitAttention):
@@ -120,6 +120,6 @@ class Backbone(nn.Module):
         return frozen
 
     def _count_channels(self, name: str) -> int:
-        # The first block of every layer changes the channels: its shortcut ends in a batch norm.
+        # The first block of every layer changes the number of channels, so its shortcut ends in a batch norm.
         stage: Any = self.get_submodule(STAGES[name][-1])
         return stage.num_features if name == "stem" else stage[0].downsample[-1].num_features

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: fewer passes over the activations in an evaluation."""
+"""Folds batch norms into the convolutions before them: an evaluation then reads its activations fewer times."""
 
 import copy
 
@@ -9,8 +9,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode whose batch norms are part of the convolutions, equal up to rounding.
 
-    A batch norm belongs to the convolution that its module names just before it, alone or at the end of a Sequential
-    (the deep stem); so it is in every network of the zoo. Others stay, and so do those with an activation within.
+    A batch norm is folded into the convolution that its module names just before it, alone or at the end of a
+    Sequential (the deep stem). Every network of the zoo is ordered like this. Other batch norms stay, and so do those
+    that include an activation.
     """
     folded = copy.deepcopy(model).eval()
     for parent in folded.modules():

@@ -1,8 +1,8 @@
 """Split attention as one operator with its own backward pass: less memory traffic and fewer saved activations.
 
-Between the 3x3 convolution and the weighted sum, what is written out and kept is y alone, the convolution's output.
-The splits U = relu(bn0(y)) are recomputed in the backward pass, and the gradient of y is written once. Where bn0 is
-none of torch's, y is its output, which the splits replace.
+Between the 3x3 convolution and the weighted sum, only y, the convolution's output, is written and kept. The splits
+U = relu(bn0(y)) are recomputed in the backward pass, and the gradient of y is written once. If bn0 is not a plain
+BatchNorm2d, y is its output and is overwritten by the splits.
 
     g (B, C, H, W)  gradient of V = sum_r a_r U_r
     gradient of a_r      = sum over pixels of g U_r
@@ -23,7 +23,7 @@ Gate = Callable[[Tensor], Tensor]
 
 
 def _choose_splits(y: Tensor) -> type[Splits]:
-    """Return the Triton kernels where they can run; torch has Triton with it on Linux."""
+    """Return the Triton kernels where they can run; on Linux, torch installs Triton."""
     if not y.is_cuda or y.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not find_spec("triton"):
         return Splits
     from resnest_imagenet.models.triton_splits import TritonSplits
@@ -45,11 +45,11 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         splits = _choose_splits(y)(y, weight, bias, statistics, radix)
         splits.rectify()
-        # The gate has a graph of its own, some kilobytes: whatever it consists of, torch knows its gradients.
+        # The gate has a graph of its own, of some kilobytes: torch computes its gradients, whatever it consists of.
         with torch.enable_grad():
             pooled = splits.pool().requires_grad_()
             weights = gate(pooled)
-        ctx.set_materialize_grads(False)  # nobody has a use for y once it is rectified
+        ctx.set_materialize_grads(False)  # y's own gradient is never needed after the in-place ReLU
         ctx.save_for_backward(y, weight, bias)
         ctx.statistics, ctx.radix, ctx.gate = statistics, radix, (pooled, weights, parameters)
         out = splits.sum_weighted(weights.detach())
@@ -65,13 +65,13 @@ class _Attend(torch.autograd.Function):
         splits = _choose_splits(y)(y, weight, bias, ctx.statistics, ctx.radix)
         pooled, weights, parameters = ctx.gate
         trained = [p for p in parameters if p.requires_grad]
-        # Its graph is kept: whoever keeps the outer one for a second pass needs this one too.
+        # The gate's graph is kept: a caller that keeps the outer graph for a second pass needs this one too.
         of_pooled, *of_trained = torch.autograd.grad(
             weights, [pooled, *trained], splits.weight_gradient(gradient), retain_graph=True
         )
         of_input = splits.input_gradient(gradient, weights.detach(), of_pooled)
-        found = iter(of_trained)
-        return *of_input, None, None, None, *(next(found) if p.requires_grad else None for p in parameters)
+        gradients = iter(of_trained)
+        return *of_input, None, None, None, *(next(gradients) if p.requires_grad else None for p in parameters)
 
 
 def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterable[Tensor]) -> Tensor:
@@ -79,14 +79,14 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
 
     Args:
         y: (B, R C, H, W), radix-major, of either memory format.
-        bn: bn0; one that is not torch's BatchNorm2d is called, and its output, which it must not keep, becomes the
-            splits, and is kept in place of y.
+        bn: bn0. If it is not torch's BatchNorm2d, it is called; its output, which it must not keep, is overwritten by
+            the splits and kept instead of y.
         radix: R.
         gate: maps the pooled sum of the splits, (B, C), to their weights (B, R, C).
         parameters: the gate's.
 
     Returns:
-        (B, C, H, W), of y's type and memory format.
+        (B, C, H, W), in y's type and memory format.
     """
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -104,7 +104,7 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
 
 @torch.no_grad()
 def _take_statistics(y: Tensor, bn: nn.BatchNorm2d) -> Statistics:
-    """Return what bn normalises y with; in training its running statistics move, as in its own forward."""
+    """Return the statistics that bn normalises y with; in training, update its running statistics as bn would."""
     assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
     if not bn.training:
         return Statistics(bn.running_mean, bn.running_var, False, bn.eps)

@@ -1,4 +1,4 @@
-"""What ImageNet's classes are called: synset ids, and words from timm's table."""
+"""The names of ImageNet's classes: synset ids, and words from timm's table."""
 
 import re
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ def imagenet_synsets() -> list[str]:
 
 
 def class_words(classes: Sequence[str]) -> list[str]:
-    """Return the names of classes in words: those of synsets from timm's table, of all others as they are."""
+    """Return the names of classes in words: synsets are looked up in timm's table, other names stay."""
     if not any(re.fullmatch(r"n\d{8}", name) for name in classes):
         return list(classes)  # without timm, which takes seconds to import
     from timm.data import ImageNetInfo
 
     table = ImageNetInfo("imagenet-1k")
-    known = set(table.label_names())
-    return [table.label_name_to_description(name) if name in known else name for name in classes]
+    synsets = set(table.label_names())
+    return [table.label_name_to_description(name) if name in synsets else name for name in classes]
 
 
 def short_class_names(classes: Sequence[str]) -> list[str]:
-    """Return short names of classes: the first of the words where there are words, else the names as they are."""
+    """Return short names of classes: the first word of a synset, other names as they are."""
     described = zip(classes, class_words(classes), strict=True)
     return [name if words == name else words.partition(",")[0] for name, words in described]

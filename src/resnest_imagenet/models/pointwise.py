@@ -1,17 +1,17 @@
-"""1x1 convolutions, computed as products of matrices where that is faster."""
+"""1x1 convolutions that are computed as products of matrices where that is faster."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_PIXELS = 14 * 14  # of a map: up to here a product beats the convolution in float32 too
+FEW_PIXELS = 14 * 14  # of a map: up to this size a product is faster than the convolution in float32 too
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution of stride 1: keys, initial values and result are those of `nn.Conv2d`.
+    """A 1x1 convolution of stride 1 with the keys, initial values and result of `nn.Conv2d`.
 
-    A CPU computes a training step faster with products of matrices than with oneDNN's convolutions, above all the
-    gradient of the weight; an evaluation is no faster, and torch.compile does better with the convolution
+    On a CPU, a training step is faster with products of matrices than with oneDNN's convolutions, above all for the
+    gradient of the weight. An evaluation is not faster, and torch.compile is faster with the convolution
     (docs/performance.md).
     """
 
@@ -26,7 +26,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     def project(self, x: Tensor) -> Tensor:
         """Map vectors (..., in_channels) to (..., out_channels)."""
-        # By way of (O, 1, 1, I) the gradient gets the strides of channels_last, as DistributedDataParallel wants it.
+        # Through (O, 1, 1, I) the gradient gets the strides of channels_last, which DistributedDataParallel expects.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         if self.groups == 1:
             return F.linear(x, weight, self.bias)

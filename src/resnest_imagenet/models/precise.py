@@ -1,12 +1,11 @@
-"""Statistics of batch norms, averaged over many batches of training in place of the last ones' moving average.
+"""Statistics of batch norms, averaged over many training batches instead of a moving average over the last ones.
 
-As fvcore/nn/precise_bn.py has them: the plain mean over the batches of their means and unbiased variances. Here they
-are averaged over the ranks too, so that all evaluate the same network.
+As in fvcore/nn/precise_bn.py: the plain mean over the batches of their means and unbiased variances. Here they are
+also averaged over the ranks, so that all evaluate the same network.
 
 detectron2 does this after every TEST.EVAL_PERIOD iterations and after the last one, before it evaluates and saves
-(engine/hooks.py, PreciseBN; engine/defaults.py, build_hooks). So does a run here, before each of its evaluations: the
-network that is evaluated is the one that is saved. Training continues from these statistics, which its own steps do
-not read.
+(engine/hooks.py, PreciseBN; engine/defaults.py, build_hooks). A run here does it before each evaluation: the network
+that is evaluated is the one that is saved. Training continues from these statistics; its own steps do not read them.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,16 +23,16 @@ def estimate_norms(
     run: Callable[[Any], object],
     average: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> int:
-    """Replace the statistics of a network's batch norms that are trained; return the number of batches.
+    """Replace the statistics of a network's trained batch norms; return the number of batches.
 
-    Norms that stay in evaluation mode are frozen, and keep theirs. The norms' counts of batches stay too: they are of
-    the training, and an evaluation that is made again must leave the same network. So they do where an error comes.
+    Norms that stay in evaluation mode are frozen and keep their statistics. The norms' counts of batches stay too: they
+    belong to the training, and a repeated evaluation must leave the same network. After an error nothing has changed.
 
     Args:
         network: changed in place, and left in training mode.
-        batches: of training, one or more; on every rank as many.
-        run: a forward pass in training mode on one of them.
-        average: the mean over the ranks of what each has, float64 (n,).
+        batches: training batches, one or more, the same number on every rank.
+        run: makes a forward pass in training mode on a batch.
+        average: returns the mean over the ranks of a float64 (n,).
     """
     network.train()
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
@@ -44,7 +43,7 @@ def estimate_norms(
     before, momenta = [buffer.clone() for buffer in buffers], [norm.momentum for norm in norms]
     sums, number = torch.zeros_like(_pack(statistics)), 0
     for norm in norms:
-        norm.momentum = 1.0  # the statistics are then those of the batch
+        norm.momentum = 1.0  # the running statistics are then the batch's
     try:
         for batch in batches:
             run(batch)

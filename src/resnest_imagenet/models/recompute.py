@@ -1,4 +1,4 @@
-"""Blocks whose activations are computed again in the backward pass, in place of being kept (arXiv 1604.06174)."""
+"""Blocks whose activations are recomputed in the backward pass instead of being kept (arXiv 1604.06174)."""
 
 from contextlib import nullcontext
 
@@ -9,10 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """Return block(x), and keep x only; outside training, or where nothing in the block is trained, plainly.
+    """Return block(x) and keep only x. Without training, or without a trained parameter, just return block(x).
 
-    The gradients, and what the block's batch norms count and average, are bit for bit those of block(x) where a
-    device computes the same twice.
+    The gradients and the batch norms' statistics are bit for bit those of block(x) on a device that is deterministic.
     """
     is_trained = any(parameter.requires_grad for parameter in block.parameters())
     if not (block.training and is_trained and torch.is_grad_enabled()):
@@ -22,7 +21,7 @@ def run_recomputed(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class _KeptStatistics:
-    """While a block is computed again, its batch norms move copies of their statistics: they have moved their own."""
+    """While a block is recomputed, its batch norms update copies of their statistics: they were updated before."""
 
     def __init__(self, block: nn.Module) -> None:
         norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]

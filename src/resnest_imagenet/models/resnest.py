@@ -17,12 +17,12 @@ EXPANSION = 4  # output channels of a bottleneck over its planes
 
 @dataclass(frozen=True)
 class ResNeStSpec:
-    """What distinguishes one member of the family from another.
+    """The numbers that tell the members of the family apart.
 
     Attributes:
         layers: number of blocks in layer1..layer4.
-        radix, cardinality, width: the setting, written 2s1x64d in the ablation (section 5.2); planes P give split
-            attention int(P * width / 64) * cardinality channels.
+        radix, cardinality, width: the setting, written 2s1x64d in the ablation (section 5.2). With P planes, split
+            attention has int(P * width / 64) * cardinality channels.
         stem_width: channels of the first two stem convolutions; the third has twice as many.
         avd_first: average downsampling before split attention ("fast") or after it.
         planes: planes of layer1, doubled in each layer; 64 in every published network.
@@ -95,8 +95,9 @@ class ResNeSt(nn.Module):
         num_classes: width of the classifier.
         dropout: probability before the classifier.
         zero_gamma: start each block as the identity: the last BN's weight is 0 (section 4.2).
-        output_stride: 32, or 16 or 8 for dense prediction: the strides of layer4 (and layer3) become dilations, and
-            as in the official code the 3x3 average pool stays, with stride 1, in the first block of such a layer.
+        output_stride: 32, or 16 or 8 for dense prediction: the strides of layer4 (and layer3) become dilations. As in
+            the official code, the first block of such a layer keeps its 3x3 average pool, with stride 1.
+        split_attention: how it is computed; see `SplitAttention`.
 
     Raises:
         ValueError: for another output_stride.
@@ -169,7 +170,7 @@ def _make_layer(
     dilation: int,
     pool: bool,
 ) -> nn.Sequential:
-    """Stack the blocks of one layer; the first changes channels and resolution, and pools its shortcut (ResNet-D)."""
+    """Stack the blocks of one layer. The first changes channels and resolution and pools its shortcut (ResNet-D)."""
     out_channels = planes * EXPANSION
     downsample = nn.Sequential(
         OrderedDict(

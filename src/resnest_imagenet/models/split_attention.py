@@ -17,9 +17,9 @@ def r_softmax(logits: Tensor, radix: int, cardinality: int) -> Tensor:
     """Turn attention logits into the weights of the splits (section 3.1: the assignment weights a_i^k(c)).
 
     Args:
-        logits: (B, K R C / K), cardinality-major: [k][r][c / K], the order in which the grouped second 1x1 convolution
-            writes them.
-        radix: number of splits R; with R = 1 the weights are a sigmoid, otherwise a softmax over the splits.
+        logits: (B, K R C / K), cardinality-major: [k][r][c / K], the order of the second grouped 1x1 convolution's
+            outputs.
+        radix: number of splits R. The weights are a sigmoid if R = 1, otherwise a softmax over the splits.
         cardinality: number of groups K.
 
     Returns:
@@ -48,11 +48,11 @@ class SplitAttention(nn.Module):
         reduction: the inner width is max(C * R // reduction, 32).
         implementation: "reference", the formula above in torch's operators; "fused", one operator with its own backward
             pass (`fused_attention`); "auto", the fused one in eager mode and the formula under torch.compile, which
-            fuses it itself. What is exported is the formula.
+            fuses it itself. An export always gets the formula.
 
     Raises:
-        ValueError: in training with one image on the device, where bn1 has one value per channel; not where bn1 is
-            frozen (in evaluation mode) or a SyncBatchNorm.
+        ValueError: in training with one image on the device, because bn1 then has one value per channel. A frozen bn1
+            (in evaluation mode) and a SyncBatchNorm take one image.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class SplitAttention(nn.Module):
                 "split attention normalises one value per image and channel: train with at least 2 images per device"
             )
         y = self.conv(x)
-        # The attention is float32 under autocast: a few small products, which casts would make slower.
+        # The attention stays float32 under autocast: its products are small, and casts would make them slower.
         with self._in_full_precision(y.device.type):
             if self._is_fused(y):
                 gate = [*self.fc1.parameters(), *self.bn1.parameters(), *self.fc2.parameters()]
                 weigh = self._weigh_and_keep if self.is_recomputed else self._weigh
                 return attend(y, self.bn0, self.radix, weigh, gate)
-            # Chunks are 4-dimensional views: the sum over a fifth dimension would throw channels_last away.
+            # Chunks are 4-dimensional views: a sum over a fifth dimension would lose channels_last.
             splits = F.relu(self.bn0(y), inplace=True).chunk(self.radix, dim=1)
             weights = self._weigh(sum(splits[1:], splits[0]).mean((2, 3)))[..., None, None].to(y.dtype)
             products = [split * weights[:, r] for r, split in enumerate(splits)]
@@ -117,9 +117,9 @@ class SplitAttention(nn.Module):
         return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
     def _weigh_and_keep(self, pooled: Tensor) -> Tensor:
-        """Do the same, and keep its activations, some kilobytes.
+        """Do the same as `_weigh`, and keep its activations, some kilobytes.
 
-        Their graph is one of its own inside of the backward pass: for it the block would be computed once more.
+        The gate's graph is built inside the backward pass: without them, the block would be recomputed a second time.
         """
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             return self._weigh(pooled)

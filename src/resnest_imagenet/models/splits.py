@@ -1,4 +1,4 @@
-"""The splits of one batch and what is computed from them, by torch's operators on any device.
+"""The splits of one batch and all computations on them, with torch's operators on any device.
 
 `TritonSplits` computes the same in kernels for CUDA; `fused_attention` chooses between them.
 """
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """What bn0 normalises with.
+    """The statistics that bn0 normalises with.
 
     Attributes:
         mean, variance: float32 (R C,).
-        are_of_batch: whether they depend on y, and so take part in its gradient.
+        are_of_batch: whether they depend on y, and so contribute to its gradient.
         eps: added to the variance.
     """
 
@@ -25,12 +25,12 @@ class Statistics(NamedTuple):
 
 
 class Splits:
-    """The splits relu(bn0(y)) of one batch, and all that is computed from them.
+    """The splits relu(bn0(y)) of one batch, and all computations on them.
 
     Args:
         y: (B, R C, H, W), radix-major, of either memory format.
         weight, bias: bn0's, (R C,), or None.
-        statistics: bn0's, or None where y is normalised already; `rectify` then comes first.
+        statistics: bn0's, or None if y is normalised already; then call `rectify` first.
         radix: R.
     """
 
@@ -45,7 +45,7 @@ class Splits:
             self._x = torch.native_batch_norm(y, weight, bias, mean, variance, False, 0.0, eps)[0].relu_()
 
     def rectify(self) -> None:
-        """Put the splits in the place of y where it is normalised already: it is what the backward pass gets."""
+        """Overwrite y with the splits if it is normalised already: the backward pass gets them as y."""
         if self._statistics is None:
             self._y.relu_()
 
@@ -54,9 +54,9 @@ class Splits:
         return self._divide(_sum_pixels(self._x)).sum(1) / self._x[0, 0].numel()
 
     def sum_weighted(self, weights: Tensor) -> Tensor:
-        """Return the sum over the splits of weight * split, (B, C, H, W); weights: (B, R, C), of an r-softmax."""
+        """Return the sum over the splits of weight * split, (B, C, H, W); weights: (B, R, C), from an r-softmax."""
         splits, weights = self._divide(self._x), weights.to(self._x.dtype)[..., None, None]
-        if self._radix == 2:  # the weights of a softmax over two: u + a (v - u) reads each split once
+        if self._radix == 2:  # a softmax over two sums to 1: u + a (v - u) reads each split once
             return torch.lerp(splits[:, 0], splits[:, 1], weights[:, 1])
         out = splits[:, 0] * weights[:, 0]
         for r in range(1, self._radix):
@@ -93,7 +93,7 @@ class Splits:
         )
 
     def _divide(self, x: Tensor) -> Tensor:
-        """View (B, R C, ...) as (B, R, C, ...): dividing a dimension needs no copy in any memory format."""
+        """View (B, R C, ...) as (B, R, C, ...): splitting a dimension needs no copy in any memory format."""
         return x.unflatten(1, (self._radix, -1))
 
 
@@ -102,7 +102,7 @@ def _sum_pixels(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not x.is_contiguous(memory_format=torch.channels_last) or x.is_cuda:
         return x.sum((2, 3), dtype=dtype)
-    # On a CPU in channels_last a product with ones is faster than sum, and as exact.
+    # On a CPU in channels_last, a product with ones is faster than `sum`, and as exact.
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
     ones = pixels.new_ones(1, 1, pixels.shape[1]).expand(len(x), -1, -1)
     return torch.bmm(ones, pixels)[:, 0].to(dtype)

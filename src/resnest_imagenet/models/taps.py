@@ -1,8 +1,8 @@
-"""3x3 convolutions whose weights' gradient is computed as products of matrices, one for each of the nine weights.
+"""3x3 convolutions that compute the gradient of their weights as nine products of matrices, one for each tap.
 
-oneDNN's gradient of such weights is several times slower than its forward pass where the batch is small and the
-channels are many, as in the heads of segmentation networks (make bench-segmentation) and of detectors. A product also
-skips what a large dilation puts outside the map.
+With a small batch and many channels, as in the heads of segmentation networks (make bench-segmentation) and of
+detectors, oneDNN's gradient of these weights is several times slower than its forward pass. A product also skips the
+pixels that a large dilation puts outside the map.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 
 
 class TapConv2d(nn.Conv2d):
-    """A 3x3 convolution of stride 1 that keeps the size; result and keys are those of `nn.Conv2d`.
+    """A 3x3 convolution of stride 1 that keeps the size, with the keys and result of `nn.Conv2d`.
 
-    Products are used in training on a CPU in full precision, in channels_last; anything else is torch's convolution.
+    It uses products in training on a CPU, in full precision and channels_last; else it is torch's convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int = 1, bias: bool = False) -> None:
@@ -39,10 +39,10 @@ class TapConv2d(nn.Conv2d):
 
 
 def use_taps(module: nn.Module) -> None:
-    """Put a `TapConv2d` with the same parameters in place of each convolution in a module that one can compute."""
+    """Replace each convolution in a module that a `TapConv2d` can compute by one with the same parameters."""
     for name, child in module.named_children():
         if type(child) is nn.Conv2d and _fits(child):
-            with torch.device("meta"):  # no first weights, which would draw from torch's generator
+            with torch.device("meta"):  # no initial weights: they would draw from torch's generator
                 bias = child.bias is not None
                 tap = TapConv2d(child.in_channels, child.out_channels, child.dilation[0], bias)
             tap.weight, tap.bias = child.weight, child.bias
@@ -87,7 +87,7 @@ def _differentiate_weight(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
     """
     x, gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
     channels, out_channels = x.shape[3], gradient.shape[3]
-    # In channels_last, as the weights are: DistributedDataParallel wants it.
+    # In channels_last, as the weights are: DistributedDataParallel expects that.
     of_weight = gradient.new_empty(out_channels, 3, 3, channels)
     for row in range(3):
         written_rows, read_rows = _overlap(x.shape[1], (row - 1) * dilation)
@@ -100,6 +100,6 @@ def _differentiate_weight(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
 
 
 def _overlap(side: int, shift: int) -> tuple[slice, slice]:
-    """Return which outputs read an input within the map, and which inputs: those `shift` further on."""
+    """Return the outputs whose input, `shift` places further, lies within the map, and those inputs."""
     length, start = max(side - abs(shift), 0), max(-shift, 0)
     return slice(start, start + length), slice(start + shift, start + shift + length)

@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN202, N803 - Triton compiles the kernels: their arguments are pointers, numbers and constants.
 # mypy: disable-error-code="no-untyped-def"
-"""What `Splits` computes, in Triton kernels for CUDA: the splits never reach memory.
+"""The computations of `Splits` in Triton kernels for CUDA: the splits are never written to memory.
 
-y (B, R C, H, W) is read once for the pooled sum and once for the weighted sum; in the backward pass once for all sums
-over the pixels and once for its gradient. Sums are float32, in a fixed order: no atomic additions.
+The forward pass reads y (B, R C, H, W) once for the pooled sum and once for the weighted sum, the backward pass once
+for all sums over the pixels and once for y's gradient. Sums are float32, in a fixed order, without atomic additions.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from resnest_imagenet.models.splits import Splits, Statistics
 
 CHANNELS = 64  # of a tile, at most
-PIXELS = 32  # of a tile, at most: more would need registers that other programs could use
+PIXELS = 32  # of a tile, at most: more would take registers from other programs
 STEPS = 32  # tiles that one program sums, at most: fewer make more programs, and more partial sums
 
 
@@ -142,7 +142,7 @@ def _write_gradient(
 
 
 class TritonSplits(Splits):
-    """`Splits`, computed in the kernels: float32, bfloat16 or float16, on CUDA."""
+    """`Splits`, computed by the kernels: float32, bfloat16 or float16, on CUDA."""
 
     def __init__(
         self, y: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics | None, radix: int
@@ -150,7 +150,7 @@ class TritonSplits(Splits):
         self._y, self._radix, self._statistics = _with_pixel_stride(y), radix, statistics
         self._images, self._channels = y.shape[:2]
         self._width, self._pixels = self._channels // radix, y[0, 0].numel()
-        self._norm = y  # not read where y is normalised already
+        self._norm = y  # a placeholder: not read if y is normalised already
         if statistics is not None and weight is not None and bias is not None:
             inverse = (statistics.variance + statistics.eps).rsqrt()
             self._norm = torch.stack([statistics.mean, inverse, weight, bias]).float()
@@ -211,7 +211,7 @@ class TritonSplits(Splits):
     def input_gradient(
         self, gradient: Tensor, weights: Tensor, pooled: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See `Splits`; `weight_gradient` has to come first."""
+        """See `Splits`; call `weight_gradient` first."""
         gradient, pooled = _with_pixel_stride(gradient), (pooled / self._pixels).float().contiguous()
         weights, scales = weights.float().contiguous(), self._norm
         of_weight = of_bias = None
@@ -240,7 +240,7 @@ class TritonSplits(Splits):
 
 
 def _with_pixel_stride(x: Tensor) -> Tensor:
-    """Return x (B, C, H, W) with its pixels at one stride, as they are in both memory formats."""
+    """Return x (B, C, H, W) with one stride between all pixels, as both memory formats have."""
     return x if x.stride(2) == x.shape[3] * x.stride(3) else x.contiguous()
 
 

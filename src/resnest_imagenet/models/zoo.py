@@ -1,6 +1,6 @@
-"""Every architecture by name: the ResNeSt family (ours), the peers of the paper's tables (timm's), and others'.
+"""Every architecture by name: the ResNeSt family, the peers of the paper's tables (timm's) and registered networks.
 
-Architecture numbers stand here and nowhere else; conf/model/ has the names.
+Architecture numbers stand here and nowhere else; conf/model/ has only names.
 """
 
 import inspect
@@ -19,9 +19,9 @@ from resnest_imagenet.models.initialise import initialise
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import Implementation
 
-# The mean and deviation that torchvision's and timm's networks were trained with: .485 .456 .406, .229 .224 .225.
+# Mean and deviation of torchvision's and timm's training: .485 .456 .406 and .229 .224 .225, times 255.
 _IMAGENET_PIXELS = Pixels((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-# As Caffe read pictures; conv1 has the standard deviation in its weights (detectron2, config/defaults.py, PIXEL_MEAN).
+# As Caffe read pictures; conv1's weights include the standard deviation (detectron2, config/defaults.py, PIXEL_MEAN).
 _CAFFE_PIXELS = Pixels((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), is_bgr=True)
 
 
@@ -32,8 +32,8 @@ class PeerSpec:
     Attributes:
         timm_name: name in timm's registry, or "resnet" for timm's ResNet class with `arguments`.
         arguments: keyword arguments beyond the classifier's.
-        strides_first: blocks that halve their map do so in the first 1x1 convolution, not in the 3x3.
-        pixels: what its published weights expect in a detector.
+        strides_first: whether blocks that halve their map do so in the first 1x1 convolution, not in the 3x3.
+        pixels: how a detector with its published weights normalises images.
     """
 
     timm_name: str
@@ -88,11 +88,11 @@ ARCHITECTURES: dict[str, ResNeStSpec | PeerSpec] = {
 }
 extensions.models.reserve(ARCHITECTURES)
 
-# Side of the images that the published weights are tested on, in pixels; of all others 224 (the paper's section 5.1 and
-# table 3, the official repository).
+# Side in pixels of the images that the published weights are tested on, if it is not 224 (the paper's section 5.1 and
+# Table 3, the official repository).
 _TEST_CROPS = {"resnest101": 256, "resnest200": 320, "resnest269": 416}
 
-# The ResNeSts that timm has under names of its own.
+# timm's names of the ResNeSts that it has.
 TIMM_RESNESTS: dict[str, str] = {
     "resnest14": "resnest14d",
     "resnest26": "resnest26d",
@@ -117,19 +117,19 @@ def usual_crop(name: str) -> int:
 
 
 def find_head(name: str) -> str:
-    """Return the name of a network's classifier, a module with a weight; fc of a network that is not known."""
+    """Return the name of a network's classifier, a module with a weight; "fc" for an unknown network."""
     outside = extensions.models.find(name)
     return outside.head if outside else "fc"
 
 
 def find_pixels(name: str) -> Pixels:
-    """Return what the images of a detector on this network are normalised with."""
+    """Return how a detector on this network normalises its images."""
     spec = ARCHITECTURES.get(name)
     return spec.pixels if isinstance(spec, PeerSpec) else Pixels()
 
 
 def strides_first(name: str) -> bool:
-    """Return whether a network's blocks halve their map in the first 1x1 convolution, as MSRA's do."""
+    """Return whether a network's blocks halve their map in the first 1x1 convolution, as in MSRA's ResNets."""
     spec = ARCHITECTURES.get(name)
     return isinstance(spec, PeerSpec) and spec.strides_first
 
@@ -140,7 +140,7 @@ def count_outputs(model: nn.Module, name: str) -> int:
 
 
 def require_model(name: str) -> None:
-    """Raise a ConfigError, with the nearest name, unless `build_model` knows the name."""
+    """Raise a ConfigError with the nearest name unless `build_model` takes this one."""
     if name not in ARCHITECTURES and extensions.models.find(name) is None:
         raise ConfigError(f"unknown model {name!r}{suggest(name, list_models())}")
 
@@ -161,26 +161,26 @@ def build_model(
     """Build a network with random weights.
 
     Args:
-        name: one of `list_models()`. A registered network (`extensions.register_model`) has first weights of its own:
-            it gets init and zero_gamma where its builder takes them.
+        name: one of `list_models()`. A registered network (`extensions.register_model`) initialises itself: its
+            builder gets init and zero_gamma only if it takes them.
         num_classes: width of the classifier.
         dropout: probability before the classifier.
         zero_gamma: the weight of each block's last BN starts at 0 (Goyal et al. 2017, section 5.1).
         output_stride: input pixels per output pixel of the last features: 32, 16 or 8.
         init: what `initialise` does: "fan_in" or "fan_out".
         split_attention: how it is computed: "auto", "fused" or "reference"; the peers have none.
-        features_only: build a `Backbone`, for detection and segmentation: no classifier, and a list of features.
-        out_features: of a backbone: which, of "stem" (stride 2) and "layer1" to "layer4".
-        freeze_at: of a backbone: the first so many of these stages are not trained.
-        norm: of a backbone: "bn", "frozen" (statistics, weights and biases stay as they are) or "sync" (statistics over
-            all ranks; torch computes these on accelerators only).
+        features_only: build a `Backbone` for detection and segmentation: no classifier, a list of features.
+        out_features: for a backbone: the features to return, from "stem" (stride 2) and "layer1" to "layer4".
+        freeze_at: for a backbone: how many of these stages, from the first, are not trained.
+        norm: for a backbone: "bn", "frozen" (statistics, weights and biases stay as they are) or "sync" (statistics
+            over all ranks; torch computes these on accelerators only).
 
     Returns:
         A module that maps normalised images (B, 3, H, W) to logits (B, num_classes), or a `Backbone`.
 
     Raises:
-        ConfigError: (a ValueError) for a name that is not in the table, options of a backbone that do not fit, or a
-            registered network that does not take an option, or fails.
+        ConfigError: (a ValueError) for an unknown name, options of a backbone that do not fit, or a registered network
+            that fails or does not take an option.
     """
     require_model(name)
     outside = extensions.models.find(name)
@@ -199,7 +199,7 @@ def build_model(
         with extensions.naming(f"features_only of model {name!r} of {outside.origin}") if outside else nullcontext():
             return Backbone(model, out_features, output_stride, freeze_at, norm)
     if (tuple(out_features), freeze_at, norm) != (tuple(STAGES), 0, "bn"):
-        raise ConfigError("out_features, freeze_at and norm are of a backbone: add features_only=True")
+        raise ConfigError("out_features, freeze_at and norm are options of a backbone: set features_only=True")
     return model
 
 
@@ -236,31 +236,31 @@ def _move_strides(model: nn.Module) -> nn.Module:
 def _build_outside(
     name: str, outside: extensions.Model, num_classes: int, options: dict[str, Any], first_weights: dict[str, Any]
 ) -> nn.Module:
-    """Build a registered network with what its builder takes.
+    """Build a registered network with the options that its builder takes.
 
     Args:
         name: of the network.
-        outside: what was registered.
+        outside: the registration.
         num_classes: width of the classifier.
-        options: others of `build_model`, which must have their defaults where the builder does not take them.
-        first_weights: others, which need not.
+        options: options of `build_model` that must keep their defaults if the builder does not take them.
+        first_weights: options of `build_model` that are ignored if the builder does not take them.
     """
-    who = f"model {name!r} of {outside.origin}"
+    label = f"model {name!r} of {outside.origin}"
     defaults = inspect.signature(build_model).parameters
-    with extensions.naming(who):
+    with extensions.naming(label):
         taken = inspect.signature(outside.build).parameters
         for option, value in options.items():
             if option not in taken and value != defaults[option].default:
-                raise ConfigError(f"{who} takes no {option}={value}: leave it at {defaults[option].default}")
-        given = {option: value for option, value in (options | first_weights).items() if option in taken}
-        model = outside.build(num_classes=num_classes, **given)
+                raise ConfigError(f"{label} takes no {option}={value}: leave it at {defaults[option].default}")
+        accepted = {option: value for option, value in (options | first_weights).items() if option in taken}
+        model = outside.build(num_classes=num_classes, **accepted)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{who}: its builder returned a {type(model).__name__}, not an nn.Module")
+        raise ConfigError(f"{label}: its builder returned a {type(model).__name__}, not an nn.Module")
     head = dict(model.named_parameters()).get(f"{outside.head}.weight")
     if head is None or len(head) != num_classes:
         raise ConfigError(
-            f"{who}: {outside.head}.weight is no parameter with a row for each of {num_classes} classes: "
-            "name the classifier, register_model(..., head=NAME)"
+            f"{label}: {outside.head}.weight is not a parameter with a row for each of {num_classes} classes: "
+            "name the classifier with register_model(..., head=NAME)"
         )
     return model
 
@@ -268,7 +268,7 @@ def _build_outside(
 def _synchronise(model: nn.Module) -> nn.Module:
     if isinstance(model, ResNeSt):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # torch's conversion would drop the activations that timm's SKNets have within their batch norms.
+    # torch's conversion would drop the activations inside the batch norms of timm's SKNets.
     from timm.layers import convert_sync_batchnorm
 
     return convert_sync_batchnorm(model)

@@ -1,1 +1,1 @@
-"""What people look at: pages, pictures and tables."""
+"""Pages, pictures and tables for people."""

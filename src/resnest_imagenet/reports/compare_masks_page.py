@@ -43,7 +43,7 @@ def _render_classes(comparison: MaskComparison) -> str:
             f'<td><meter value="{overlap:.4f}" max="100"></meter> {overlap:.2f}</td>{cells}</tr>'
         )
     heads = "".join(f"<th>{escape(name)}: pixels, %</th>" for name in comparison.names)
-    return f"""<p>Overlap: the pixels that all networks give a class, of those that at least one gives it.</p>
+    return f"""<p>Overlap: of the pixels that any network gives a class, the share that all networks give it.</p>
 <div class="wide"><table><thead><tr><th>class</th><th>overlap %</th>{heads}</tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>"""
 
@@ -58,7 +58,7 @@ def _render_image(comparison: MaskComparison, index: int) -> str:
         caption.append(f"<div>{100 * disagreement[1]:.1f} %: {escape(text)}</div>")
     try:
         pixels = decode_by_pillow(comparison.images.read(index))
-    except (BadImage, UserError) as error:  # it has changed since it was segmented
+    except (BadImage, UserError) as error:  # the file has changed since it was segmented
         return f"<figure><figcaption>{''.join(caption)}(no picture: {escape(str(error))})</figcaption></figure>"
     masks = zip(comparison.names, comparison.read_masks(index), strict=True)
     return render_strip(pixels, masks, comparison.palette, caption)

@@ -37,7 +37,7 @@ probability that a network gives to the true class; error is 1 minus that.</p>
 </table></div>
 {pairs}
 <h2>Where they disagree</h2>
-<p>{shown if pictures else "Nowhere: every image is right or wrong for all of them."}</p>
+<p>{shown if pictures else "Nowhere: all networks are right, or all are wrong, on every image."}</p>
 <div class="pictures">{pictures}</div>"""
     return render_page(" against ".join(names), body)
 

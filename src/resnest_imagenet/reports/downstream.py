@@ -1,4 +1,4 @@
-"""The paper's tables of other tasks (arXiv 2004.08955) beside what this project counts and measured: 5, 6 and 7."""
+"""Tables 5, 6 and 7 of the paper (arXiv 2004.08955) beside this project's counted and measured figures."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ class PaperData:
     Attributes:
         name: in the table.
         num_images, num_classes: of its validation set.
-        crop: side in pixels of the image whose multiply-adds are counted, that of training; or its height and width.
+        crop: side of the training images, or their (height, width), in pixels; the multiply-adds are counted for it.
     """
 
     name: str
@@ -33,21 +33,21 @@ class PaperData:
 
     @property
     def shown_crop(self) -> int | str:
-        """The crop as it is printed."""
+        """The crop in print."""
         return self.crop if isinstance(self.crop, int) else "x".join(map(str, self.crop))
 
 
 @dataclass(frozen=True)
 class DownstreamRow:
-    """One row as printed.
+    """One row of the paper's table.
 
     Attributes:
         name: in the table.
         data: the layout of its data set.
         model: the backbone, a name of models/zoo.py.
         experiment: the file of conf/experiment/ that trains it.
-        paper: percent, by metric; what the paper does not tell is not there.
-        detector: the kind of a detector, of `models.rcnn_options.name_detector`; "" of other networks.
+        paper: percent, by metric, without metrics that the paper does not give.
+        detector: the kind of a detector, see `models.rcnn_options.name_detector`; "" for other networks.
     """
 
     name: str
@@ -63,7 +63,7 @@ class DownstreamTable:
     """One table.
 
     Attributes:
-        metrics: what the figures are called in the heading, by metric.
+        metrics: the names of the metrics in the heading, by metric.
         data: the data sets, by layout.
         rows: in the paper's order.
         count: returns the parameters of a row's network, and its multiply-adds for one image.
@@ -78,7 +78,7 @@ class DownstreamTable:
 def count_segmentation(row: DownstreamRow, data: PaperData) -> tuple[int, int]:
     """Return the parameters of a DeepLabV3, and its multiply-adds for one image of the crop's size.
 
-    The auxiliary head's parameters count, as they are in a checkpoint; it computes nothing but in training.
+    The auxiliary head's parameters are counted, as a checkpoint has them; it adds no multiply-adds outside training.
     """
     assert isinstance(data.crop, int)
     stages = count_deeplab(row.model, data.num_classes, data.crop)
@@ -95,7 +95,7 @@ def count_detection(row: DownstreamRow, data: PaperData) -> tuple[int, int]:
 
 @cache
 def _count_with_masks(model: str, num_classes: int, size: tuple[int, int], cascade: bool) -> list[StageCost]:
-    """Return the cost of a detector's parts, once for the rows with and without masks: it takes seconds."""
+    """Return the cost of a detector's parts, cached for the rows with and without masks: counting takes seconds."""
     return count_rcnn(model, num_classes, size, cascade=cascade, masks=True)
 
 
@@ -167,7 +167,7 @@ TABLE7 = DownstreamTable(
 
 
 def build_downstream(table: DownstreamTable, measured: Sequence[MeasuredDownstream]) -> list[dict[str, Any]]:
-    """Return the rows of a table: the paper's figures, those counted now, and what was measured.
+    """Return the rows of a table: the paper's figures, those counted now, and those measured here.
 
     Keys: row, data, model, experiment (a file of the repository), parameters (millions), crop, gflops (multiply-adds in
     billions at the crop), paper ({metric: percent}), measured (list of results as dictionaries).
@@ -235,11 +235,11 @@ def _format_markdown(table: DownstreamTable, rows: list[dict[str, Any]]) -> str:
 
 
 def _note(result: dict[str, Any], data: PaperData) -> str:
-    """Return under what a figure was measured, and on what if not on the data set's validation set."""
+    """Return the recipe and protocol of a figure, and its images if they are not the data set's validation set."""
     images = (result["count"], result["num_classes"])
     is_whole = images == (data.num_images, data.num_classes)
-    others = "" if is_whole else f"; NOT {data.name}'s validation set: {images[0]} images, {images[1]} classes"
-    return f"{result['recipe']}; {result['protocol']}{others}"
+    warning = "" if is_whole else f"; NOT {data.name}'s validation set: {images[0]} images, {images[1]} classes"
+    return f"{result['recipe']}; {result['protocol']}{warning}"
 
 
 def _format_csv(table: DownstreamTable, rows: list[dict[str, Any]]) -> str:

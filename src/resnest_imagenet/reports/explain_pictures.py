@@ -1,4 +1,4 @@
-"""Explanations as pictures."""
+"""Draws explanations as pictures."""
 
 import csv
 import io
@@ -19,16 +19,16 @@ from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.files import replacing, storing
 from resnest_imagenet.inference.explain import ClassMap, Explanation, Explanations
 
-# Of the splits: Okabe and Ito's, which colour-blind people tell apart.
+# Colours of the splits: Okabe and Ito's, which colour-blind people can tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-HEAT = "inferno"  # from dark to light for every eye
+HEAT = "inferno"  # its lightness rises, so colour-blind people can read it
 WIDEST = 8  # blocks side by side
-# Names of files and classes are not formulas, whatever dollars they have.
+# Names of files and classes may have dollar signs: they are not formulas.
 PLAIN: dict[str, Any] = {"parse_math": False}
 
 
 def write_pictures(out: Path, explanations: Explanations) -> list[str]:
-    """Write a picture of each image's maps and attention, then of the attention over all; return lines about them.
+    """Draw each image's maps and attention, then the attention over all images; return lines about the files.
 
     Args:
         out: the folder.
@@ -59,13 +59,13 @@ def write_pictures(out: Path, explanations: Explanations) -> list[str]:
 
 
 def name_pictures(files: Sequence[str]) -> list[str]:
-    """Return a file name for the picture of each image: its path below the folder that all have in common, and .png."""
+    """Return a file name for the picture of each image: its path below the images' common folder, and .png."""
     common = os.path.commonpath([os.path.dirname(file) for file in files])
     return [os.path.relpath(file, common) + ".png" for file in files]
 
 
 def encode_csv(files: Sequence[str], attention: dict[str, np.ndarray]) -> str:
-    """Return a row for each image, block and split: mean and standard deviation of its weights over the channels.
+    """Return a row for each image, block and split: mean and standard deviation of the weights over the channels.
 
     Args:
         files: of the N images.
@@ -92,19 +92,19 @@ def encode_png(figure: Figure) -> bytes:
     """Return a figure as a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # letters that the font lacks are boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # letters that the font lacks are drawn as boxes
         figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
 def draw_maps(explanation: Explanation, layer: str) -> Figure:
-    """Draw an image as the network sees it, and beside it where the network finds each class.
+    """Draw an image as the network sees it and, beside it, the map of each class.
 
-    Each map has a scale of its own: it shows where. The probability shows how sure the network is.
+    Each map has its own scale, so it shows only where the evidence is; the probability shows how much there is.
 
     Args:
         explanation: of the image.
-        layer: whose maps they are.
+        layer: the layer of the maps.
     """
     maps = explanation.maps
     figure = Figure(figsize=(3.2 * (1 + len(maps)) + 0.8, 3.8), layout="constrained")
@@ -125,7 +125,7 @@ def draw_maps(explanation: Explanation, layer: str) -> Figure:
 
 
 def _draw_map(panel: Axes, pixels: np.ndarray, class_map: ClassMap) -> None:
-    """Draw a map over the image, which is grey: the colours are the map's."""
+    """Draw a map over the image; the image is grey, so all colours are the map's."""
     height, width = pixels.shape[:2]
     edges = (-0.5, width - 0.5, height - 0.5, -0.5)
     panel.imshow(pixels.mean(2), cmap="gray", vmin=0, vmax=255)
@@ -136,9 +136,9 @@ def _draw_map(panel: Axes, pixels: np.ndarray, class_map: ClassMap) -> None:
 
 
 def draw_attention(explanation: Explanation) -> Figure:
-    """Draw the weights of the splits in one image: the blocks, a row for each layer or more, and in each its channels.
+    """Draw the weights of the splits in one image, by channel; each layer has one row of blocks, or several.
 
-    The channels are grouped by the split that weighs most; within a group they are sorted by its weight.
+    Within a block, channels are grouped by the split with the largest weight, and sorted by that weight.
     """
     layers: dict[str, list[tuple[str, np.ndarray]]] = {}
     for block, weights in explanation.attention.items():
@@ -175,7 +175,7 @@ def _draw_blocks(panel: Axes, blocks: list[tuple[str, np.ndarray]]) -> None:
 
 
 def draw_summary(model: str, attention: dict[str, np.ndarray]) -> Figure:
-    """Draw which split each block prefers over all images, and what the weights of its channels depend on.
+    """Draw each block's mean weight of every split over all images, and what these weights depend on.
 
     Args:
         model: the network's name.
@@ -195,7 +195,7 @@ def draw_summary(model: str, attention: dict[str, np.ndarray]) -> Figure:
     upper.set_ylim(0, 1)
     upper.set_ylabel("mean weight of each split" + "\n(dotted: equal)" * (radix > 1), fontsize=9)
     _add_legend(figure, radix)
-    # Of each split and channel the deviation, then their mean: both have the unit of a weight.
+    # The mean over splits of the deviation between channels; it has the unit of a weight, and so has the next one.
     of_channels = [weights.mean(0).std(1).mean() for weights in attention.values()]
     lower.bar(places - 0.2, of_channels, 0.4, color="#56b4e9", label="on the channel (between channels)")
     if number > 1:
@@ -216,5 +216,5 @@ def _add_legend(figure: Figure, radix: int) -> None:
 
 
 def _printable(name: str) -> str:
-    """Return a name that can be drawn: without the bytes that are no characters."""
+    """Return a name that can be drawn: bytes that are not characters are replaced."""
     return name.encode(errors="replace").decode()

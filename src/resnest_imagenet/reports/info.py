@@ -1,4 +1,4 @@
-"""What networks cost: counted, and timed on this machine."""
+"""The costs of networks: counted, and timed on this machine."""
 
 import json
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from resnest_imagenet.models.zoo import build_model, require_model
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """What one network costs.
+    """The costs of one network.
 
     Attributes:
         model: its name.
         stages: for one image.
-        training_bytes: by use, of a training step: "parameters", "gradients" and "momentum" in float32, and "kept",
-            what the forward pass of a batch leaves for the backward pass (`count_kept`). The backward pass's own
-            tensors, the libraries' workspaces and the allocator's rounding are not among them.
-        seconds: median latency by batch size; empty where it was not measured.
+        training_bytes: memory of a training step by use: "parameters", "gradients" and "momentum" in float32, and
+            "kept", which the forward pass of a batch saves for the backward pass (`count_kept`). The backward pass's
+            own tensors, the libraries' workspaces and the allocator's rounding are not counted.
+        seconds: median latency by batch size; empty if it was not measured.
     """
 
     model: str
@@ -35,14 +35,14 @@ class NetworkCost:
 
 @dataclass(frozen=True)
 class CostReport:
-    """What several networks cost, and under which conditions that was found.
+    """The costs of several networks, with the conditions of the measurement.
 
     Attributes:
         crop: side of the images in pixels.
         batch_size: of the training step whose memory is counted, and of the second latency.
         precision: fp32, bf16 or fp16.
         rounds: of the latencies' measurement.
-        device: what timed them, in words.
+        device: of the latencies, in words.
         networks: their costs.
     """
 
@@ -64,19 +64,19 @@ def describe_networks(
     latency: bool = True,
     rounds: int = 10,
 ) -> CostReport:
-    """Count what networks cost, and measure their latency if asked to.
+    """Count the costs of networks; measure their latency if `latency` is true.
 
     Args:
         models: names of networks; each is described once.
         crop: side of the images in pixels.
         batch_size: of the training step whose memory is counted, and of the second latency.
         precision: fp32, bf16 or fp16.
-        device: where the latency is measured: "auto", "cpu" or "cuda".
+        device: of the latency: "auto", "cpu" or "cuda".
         latency: whether to measure it.
         rounds: of its measurement.
 
     Raises:
-        ConfigError: an unknown network, a batch too small for it, or no such device.
+        ConfigError: a network is unknown, the batch is too small for it, or there is no such device.
     """
     names = list(dict.fromkeys(models))
     for name in names:
@@ -93,9 +93,9 @@ def describe_networks(
     for name in names:
         stages = count_stages(name, crop)
         with autocast(torch.device("cpu"), precision):
-            kept = count_kept(name, crop, batch_size)
+            kept_bytes = count_kept(name, crop, batch_size)
         weights = 4 * sum(stage.parameters for stage in stages)
-        training_bytes = {"parameters": weights, "gradients": weights, "momentum": weights, "kept": kept}
+        training_bytes = {"parameters": weights, "gradients": weights, "momentum": weights, "kept": kept_bytes}
         of_network = {size: of_batch[name] for size, of_batch in seconds.items()}
         costs.append(NetworkCost(name, stages, training_bytes, of_network))
     return CostReport(crop, batch_size, precision, rounds, name_device(timed_on), costs)
@@ -127,11 +127,11 @@ def _format_cost(cost: NetworkCost, report: CostReport) -> str:
 
 
 def _explain(report: CostReport) -> str:
-    """Return what the figures are, in words."""
+    """Return a legend of the figures."""
     lines = [
-        "multiply-adds: of convolutions and fc, and one for each activation that a batch norm scales",
+        "multiply-adds: of convolutions and fc, plus one for each activation that a batch norm scales",
         "activations: elements of all convolutions' outputs (Radosavovic et al. 2020)",
-        "training: SGD; kept: what the forward pass leaves for the backward pass, on a CPU. Not counted: the backward",
+        "training: SGD; kept: saved by the forward pass for the backward pass, on a CPU. Not counted: the backward",
         "  pass's own tensors, and the libraries' workspaces",
     ]
     if any(cost.seconds for cost in report.networks):

@@ -1,4 +1,4 @@
-"""Masks of images as picture files."""
+"""Writes masks of images as picture files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ ENDS = (".png", "_colours.png", "_overlay.png")  # of the pictures of one image
 def write_mask(stem: Path, image: SegmentedImage, palette: np.ndarray) -> None:
     """Write three pictures of an image's mask.
 
-    STEM.png has the class indices, with the palette; STEM_colours.png has the colours, and STEM_overlay.png the image
-    under them.
+    STEM.png has the class indices, with the palette. STEM_colours.png has the colours. STEM_overlay.png has the image
+    under the colours.
 
     Args:
-        stem: the path that the three names begin with.
+        stem: the common beginning of the three paths.
         image: with its mask.
         palette: uint8 (K, 3).
 
@@ -40,5 +40,5 @@ def write_mask(stem: Path, image: SegmentedImage, palette: np.ndarray) -> None:
 
 
 def name_masks(files: Sequence[str]) -> list[str]:
-    """Return what the names of each image's pictures begin with: see `name_pictures`."""
+    """Return the beginning of the names of each image's pictures; see `name_pictures`."""
     return name_pictures(files, ENDS)

@@ -1,4 +1,4 @@
-"""Pages for a browser that need nothing else: no script, no network; light or dark as the reader has it."""
+"""Self-contained pages for a browser: no script, no network; light or dark as the reader's browser prefers."""
 
 import base64
 import io
@@ -61,12 +61,12 @@ def render_page(title: str, body: str) -> str:
 
 
 def render_table(head: Iterable[str], rows: Iterable[Iterable[object]], style: str = "") -> str:
-    """Return a table of texts and numbers, which scrolls sideways where it is too wide.
+    """Return a table of texts and numbers; it scrolls sideways if it is too wide.
 
     Args:
-        head: of the columns.
-        rows: a value for each column.
-        style: "text" aligns all columns to the left, "ends-in-text" the last one as well as the first.
+        head: titles of the columns.
+        rows: each has a value for each column.
+        style: "text" aligns all columns to the left, "ends-in-text" the first and the last one.
     """
     heads = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
@@ -80,8 +80,8 @@ def render_picture(encoded: bytes, truth: str, caption: Iterable[str]) -> str:
 
     Args:
         encoded: a file that `decode` reads.
-        truth: its class, which a reader hears who cannot see it.
-        caption: HTML, a line each.
+        truth: its class, for readers who cannot see the image.
+        caption: HTML, one item for each line.
     """
     picture = Image.fromarray(decode(encoded).permute(1, 2, 0).numpy())
     image = embed_image(ImageOps.fit(picture, (SIDE, SIDE)), truth)
@@ -89,11 +89,11 @@ def render_picture(encoded: bytes, truth: str, caption: Iterable[str]) -> str:
 
 
 def embed_image(picture: Image.Image, text: str) -> str:
-    """Return an <img> that holds its picture.
+    """Return an <img> that includes the data of its picture.
 
     Args:
         picture: RGB.
-        text: what a reader hears who cannot see it.
+        text: describes it for readers who cannot see it.
     """
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)

@@ -1,4 +1,4 @@
-"""Pictures of images as files beside each other."""
+"""Names for the picture files of images."""
 
 import io
 import os
@@ -11,31 +11,31 @@ from PIL import Image
 
 
 def name_pictures(files: Sequence[str], ends: Sequence[str]) -> list[str]:
-    """Return what the names of each image's pictures begin with, so that no picture overwrites another.
+    """Return the beginning of the names of each image's pictures, so that no picture overwrites another.
 
-    It is the path below the folder that all images have in common, without the suffix; with it where only the suffix
-    tells two images apart, and with a number where that is not enough, as for "a" beside "a_overlay".
+    It is the path below the images' common folder, without the suffix. The suffix stays if two images differ only in
+    it, and a number is added if that is not enough, as for "a" beside "a_overlay".
 
     Args:
         files: paths of images, all different.
-        ends: of the names of an image's pictures.
+        ends: the ends of the names of an image's pictures.
     """
     paths = shorten_paths(files)
     short = [os.path.splitext(path)[0] for path in paths]
     uses = Counter(_list_pictures(short, ends))
     stems: list[str] = []
-    taken: set[str] = set()
+    used: set[str] = set()
     for path, stem in zip(paths, short, strict=True):
         is_clear = all(uses[name] == 1 for name in _list_pictures([stem], ends))
         names = chain([stem] * is_clear, [path], (f"{path}-{number}" for number in count(2)))
-        chosen = next(name for name in names if taken.isdisjoint(_list_pictures([name], ends)))
-        taken.update(_list_pictures([chosen], ends))
+        chosen = next(name for name in names if used.isdisjoint(_list_pictures([name], ends)))
+        used.update(_list_pictures([chosen], ends))
         stems.append(chosen)
     return stems
 
 
 def shorten_paths(files: Sequence[str]) -> list[str]:
-    """Return paths below the folder that all files have in common."""
+    """Return paths below the files' common folder."""
     common = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
     return [os.path.relpath(file, common) for file in files]
 

@@ -1,4 +1,4 @@
-"""What a report has about segmentation: IoU by class, confusions, and the worst scenes."""
+"""The sections of a report about segmentation: IoU by class, confusions, and the worst scenes."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -21,15 +21,15 @@ from resnest_imagenet.reports.scene_strips import render_legend, render_strip
 
 PAIRS = 20  # of confused classes
 PAIRS_OF_SCENE = 3
-LONG = 30  # classes from which their table scrolls
+LONG = 30  # a table with more classes scrolls
 
 
 def view_scenes(run: Run, device: torch.device) -> list[WorstScenes | str]:
-    """Compute the pictures of a run's report: for each evaluation its worst scenes, or a line about why there are none.
+    """Segment the worst scenes of each of a run's evaluations; return them, or a line about why there are none.
 
     Args:
-        run: with `regions`; its best network is segmented with.
-        device: where.
+        run: with `regions`; its best network segments the scenes.
+        device: of the computation.
     """
     views: list[WorstScenes | str] = []
     for evaluation in run.regions:
@@ -44,7 +44,7 @@ def view_scenes(run: Run, device: torch.device) -> list[WorstScenes | str]:
 
 
 def count_cost_of_run(run: Run, crop: int) -> tuple[int, int] | None:
-    """Return the parameters and multiply-adds of a run's DeepLabV3; None where the folder does not tell enough."""
+    """Return the parameters and multiply-adds of a run's DeepLabV3; None if its configuration is incomplete."""
     config = run.config
     if run.model not in list_models():
         return None
@@ -58,7 +58,7 @@ def count_cost_of_run(run: Run, crop: int) -> tuple[int, int] | None:
 
 
 def render_scores(runs: Sequence[Run]) -> str:
-    """Return a table of the means over classes and pixels; "" where no run has any."""
+    """Return a table of the means over classes and pixels; "" if no run has any."""
     rows = [
         (
             run.name,
@@ -77,11 +77,11 @@ def render_scores(runs: Sequence[Run]) -> str:
 
 
 def render_regions(evaluation: NamedRegions, worst: WorstScenes | str | None) -> str:
-    """Return where a network errs: classes, pairs of classes, and scenes.
+    """Return the section on a network's mistakes: classes, pairs of classes, and scenes.
 
     Args:
         evaluation: of the best network.
-        worst: of `view_scenes`; None: without pictures.
+        worst: of `view_scenes`; None for no pictures.
     """
     regions, classes = evaluation.regions, evaluation.classes
     labelled = int(regions.matrix.sum())
@@ -98,7 +98,7 @@ def render_regions(evaluation: NamedRegions, worst: WorstScenes | str | None) ->
 
 
 def _render_classes(evaluation: NamedRegions) -> str:
-    """Return a bar for the IoU of each class, the highest first, beside one for its pixels in the ground truth."""
+    """Return a bar for the IoU of each class, the highest first, and a bar for its pixels in the ground truth."""
     regions = evaluation.regions
     pixels = regions.matrix.sum(1)
     shares = pixels / max(int(pixels.sum()), 1)
@@ -151,8 +151,8 @@ def _render_worst(evaluation: NamedRegions, worst: WorstScenes | str) -> str:
     strips = "".join(_render_scenes(evaluation.classes, worst))
     imperfect = int((evaluation.regions.correct < evaluation.regions.labelled).sum())
     text = (
-        f"{len(worst.scenes)} of {imperfect:,} that are not all right, the lowest share of right pixels first. The "
-        f"predictions are made for this page, in fp32: {worst.protocol}."
+        f"{len(worst.scenes)} of {imperfect:,} scenes with wrong pixels, the lowest share of right pixels first. The "
+        f"predictions were made for this page, in fp32: {worst.protocol}."
     )
     return f"<p>{escape(text)}</p>{render_legend(evaluation.classes, worst.palette, labels)}{strips}"
 

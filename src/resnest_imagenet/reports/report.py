@@ -1,4 +1,4 @@
-"""Runs as a page for a browser: what they were, what they reached, where they err."""
+"""Runs as a page for a browser: configuration, results and mistakes."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,9 +53,9 @@ def write_report(
     Args:
         runs: of `find_runs`.
         out: the file.
-        crop: the column of Table 3 beside which the runs are placed.
+        crop: the crop of Table 3's column with which the runs are compared.
         latency: whether to measure the networks of Table 3 and of the runs on this machine, for a chart.
-        device: where, and where the worst scenes of runs of segmentation are segmented: "auto", "cpu" or "cuda".
+        device: of that measurement, and of the segmentation of the worst scenes: "auto", "cpu" or "cuda".
 
     Raises:
         ConfigError: the file cannot be written, or there is no such device.
@@ -70,7 +70,7 @@ def write_report(
     worst = {run.name: view_scenes(run, measured_on) for run in runs}
     images = {run.name: view_images(run) for run in runs}
     page = render_report(runs, crop, seconds, name_device(measured_on), worst, images)
-    # Names of files come back as their bytes; no other half of a character is text.
+    # File names return to their bytes when the page is written; other lone surrogates are replaced.
     page = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", page)
     with replacing(Path(out)) as file:
         file.write(page.encode(errors="surrogateescape"))
@@ -88,11 +88,11 @@ def render_report(
 
     Args:
         runs: at least one.
-        crop: 224 or 320: the column of Table 3 beside which the runs are placed.
-        latency: seconds for one image of this crop, by network; {}: without that chart.
-        device: on which the latency was measured.
-        worst: of `view_scenes`, by run; None: without pictures of scenes.
-        images: of `view_images`, by run; None: without pictures of detections.
+        crop: 224 or 320: the crop of Table 3's column with which the runs are compared.
+        latency: seconds for one image of this crop, by network; {} for no such chart.
+        device: of the latency, in words.
+        worst: of `view_scenes`, by run; None for no pictures of scenes.
+        images: of `view_images`, by run; None for no pictures of detections.
     """
     classifiers = list(filter(_is_classifier, runs))
     sections = {
@@ -117,7 +117,8 @@ def render_report(
 
 
 def _is_classifier(run: Run) -> bool:
-    return run.metric == TOP1 and not run.regions and not run.boxes  # a folder without events names no metric
+    # The metric alone is not enough: a folder without events has the default, top1.
+    return run.metric == TOP1 and not run.regions and not run.boxes
 
 
 def _render_summary(runs: list[Run]) -> str:
@@ -148,9 +149,9 @@ def _render_summary(runs: list[Run]) -> str:
 
 
 def _count_cost(run: Run) -> tuple[int, int, str] | None:
-    """Return the parameters and multiply-adds, None where the folder does not tell the network.
+    """Return the parameters and multiply-adds; None if the folder does not name the network.
 
-    They are at 224 pixels; of a detector at the size of its evaluation, which the last value names.
+    They are for 224 pixels, or for the size of a detector's evaluation, which the last value names.
     """
     if is_detector(run):
         of_detector = count_cost_of_detector(run)
@@ -162,7 +163,7 @@ def _count_cost(run: Run) -> tuple[int, int, str] | None:
 
 
 def _describe_progress(run: Run) -> str:
-    """Return how many epochs, or steps where the run counts these, its last evaluation comes after."""
+    """Return the epochs before a run's last evaluation, or the steps if the run counts steps."""
     last, steps = run.evaluations[-1], run.config.get("train.steps")
     if steps is not None:
         return f"{last['epoch']} ({last['step']} of {steps} steps)"
@@ -170,7 +171,7 @@ def _describe_progress(run: Run) -> str:
 
 
 def _name_metric(metric: str) -> str:
-    """Return how a report names the value of an evaluation."""
+    """Return a report's name for the value of an evaluation."""
     return {TOP1: "top-1 %", "miou": "mIoU %", "box_ap": "box AP %", "mask_ap": "mask AP %"}.get(metric, metric)
 
 
@@ -208,7 +209,7 @@ def _render_curves(runs: list[Run]) -> str:
         return paint
 
     runs = [run for run in runs if run.steps]
-    # An evaluation tells how long an epoch is; younger runs alone are drawn over their steps.
+    # The length of an epoch is known from an evaluation. Without any evaluation, runs are drawn over their steps.
     runs = [run for run in runs if run.evaluations] or runs
     if not runs:
         return ""
@@ -252,8 +253,8 @@ def _render_accuracy(runs: list[Run]) -> str:
         render_chart("Calibration", "confidence", "accuracy", draw_calibration),
         render_chart("Accuracy by class", "% of the classes, the worst first", "top-1 %", draw_classes),
     ]
-    note = """<p>Calibration: images in 15 bins by the probability of their likeliest class; a network that knows how
-sure it may be stays on the diagonal. The error is the mean distance from it, weighted by images.</p>"""
+    note = """<p>Calibration: images in 15 bins by the probability of their likeliest class. The line of a well
+calibrated network follows the diagonal. The error is the mean distance from it, weighted by images.</p>"""
     return table + _arrange(charts) + note
 
 
@@ -269,8 +270,8 @@ def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device
     for row in PAPER:
         families.setdefault(row.name.replace("-50", "").replace("-101", ""), []).append(row)
     results = [(run, result) for run in runs for result in run.measured]
-    known = [(run, result) for run, result in results if result.crop == crop and result.model in list_models()]
-    placed = [(run, result) for run, result in known if result.num_classes == 1000]
+    comparable = [(run, result) for run, result in results if result.crop == crop and result.model in list_models()]
+    placed = [(run, result) for run, result in comparable if result.num_classes == 1000]
 
     def draw(cost: Callable[[str], float]) -> Callable[[Axes], None]:
         def paint(axes: Axes) -> None:
@@ -292,16 +293,16 @@ def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device
         in_ms = {name: 1000 * seconds for name, seconds in latency.items()}
         x = "ms for one image, fp32, batch norms folded"
         charts.append(render_chart("Accuracy against latency", x, "top-1 %", draw(in_ms.__getitem__), size))
-    notes = ["Small marks: the paper's accuracies, networks of 50 and 101 layers joined. Stars: the runs."]
-    others = sorted({run.name for run, result in known if result.num_classes != 1000})
-    notes += [f"Not placed, since their classes are not ImageNet's: {', '.join(others)}."] if others else []
-    notes += [] if known else [f"No run has an accuracy at {crop} pixels."]
-    notes += [f"Latency: median of 5 interleaved rounds on {device}, as this page was made."] if latency else []
+    notes = ["Small marks: the paper's accuracies; lines join networks of 50 and 101 layers. Stars: the runs."]
+    unplaced = sorted({run.name for run, result in comparable if result.num_classes != 1000})
+    notes += [f"Not drawn, because their classes are not ImageNet's: {', '.join(unplaced)}."] if unplaced else []
+    notes += [] if comparable else [f"No run has an accuracy at {crop} pixels."]
+    notes += [f"Latency: median of 5 interleaved rounds on {device}, when this page was made."] if latency else []
     return f"<p>{escape(' '.join(notes))}</p>" + _arrange(charts, wide=True)
 
 
 def _count_gflops(crop: int, placed: set[str]) -> dict[str, float]:
-    """Return the computation of Table 3's networks, as printed, unless those of some runs must stand beside it."""
+    """Return the GFLOPs of Table 3's networks as printed; counted ones if other networks or crops are compared."""
     printed = {row.model: row.gflops for row in PAPER}
     if crop == 224 and placed <= printed.keys():
         return printed
@@ -354,7 +355,7 @@ def _show_mistakes(predictions: Predictions, titles: Sequence[str], indices: Ite
         file = str(predictions.files[index])
         lines = [
             f"<div>{escape(truth)}, {100 * evaluation.true_probability[index]:.1f} %: {escape(Path(file).name)}</div>",
-            f"<div class=right>said: {escape(predicted)}, {100 * evaluation.confidence[index]:.1f} %</div>",
+            f"<div class=right>predicted: {escape(predicted)}, {100 * evaluation.confidence[index]:.1f} %</div>",
         ]
         try:
             yield render_picture(read_named(file), truth, lines)
@@ -370,7 +371,7 @@ def _render_environment(runs: list[Run]) -> str:
 
 
 def _accuracy_by_class(predictions: Predictions) -> np.ndarray:
-    """Return the share of right images of each class; 1 for a class without images."""
+    """Return the accuracy of each class, 0 to 1; 1 for a class without images."""
     labels, num_classes = predictions.evaluation.labels, len(predictions.classes)
     counts = np.bincount(labels, minlength=num_classes)
     right = np.bincount(labels, predictions.evaluation.is_right, num_classes)

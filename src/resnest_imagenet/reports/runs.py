@@ -1,4 +1,4 @@
-"""What runs did, read from their folders."""
+"""Reads runs from their folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
 from resnest_imagenet.evaluation.results import Measured, has_accuracy, list_results, read_measured, read_values
 from resnest_imagenet.files import read_matching, require_file, require_folder
 
-# What a report takes of each event; of an evaluation also the value of its metric.
+# The numbers that a report needs from each event; from an evaluation also the value of its metric.
 _KEYS = {"train": ("step", "loss", "lr", "images_per_s", "data_wait"), "eval": ("step", "epoch")}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; what is not there is empty.
+    """The content of a run folder; the value for a missing file is empty.
 
     Attributes:
         name: the folder, as the user gave it.
@@ -28,11 +28,11 @@ class Run:
         steps, evaluations: the events of metrics.jsonl.
         status: status.json.
         environment: environment.json.
-        measured: accuracies of resnest-eval out=..., or else the last one of the training.
+        measured: accuracies of resnest-eval out=..., or else the training's last one.
         predictions: predictions.csv, by protocol.
         regions: iou.csv and scenes.csv, by protocol.
         boxes: the files about the best detector; None without them.
-        folder: where all that is.
+        folder: the folder's path.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def model(self) -> str | None:
-        """Name of the network, where the folder tells."""
+        """Name of the network, if the folder has it."""
         return self.config.get("model.name") or next((result.model for result in self.measured), None)
 
     @property
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float:
-        """From the last report of the first epoch, else the first evaluation; 1 without: then steps stand for epochs.
+        """By the last report of the first epoch, or else by the first evaluation; 1 without either: steps, not epochs.
 
         A run's last epoch may be shorter, and the first evaluation may come after it.
         """
         first_epoch = [event["step"] for event in self.steps if event.get("epoch") == 0]
-        if first_epoch and (self.evaluations or len(first_epoch) < len(self.steps)):  # it has ended
+        if first_epoch and (self.evaluations or len(first_epoch) < len(self.steps)):  # the first epoch has ended
             return max(first_epoch)
         return next((event["step"] / event["epoch"] for event in self.evaluations), 1)
 
@@ -74,13 +74,13 @@ def find_runs(patterns: Sequence[str], recipes: dict[str, dict[str, Any]]) -> tu
 
     Args:
         patterns: run folders, or patterns such as "runs/*".
-        recipes: the values of each recipe by its name: what a run changed is named.
+        recipes: the values of each recipe by its name: a run's description lists the values that it changed.
 
     Returns:
-        The runs, at least one, and a line for everything that a pattern matches and that is none.
+        The runs, at least one, and a line for each path that matches a pattern but is not a run.
 
     Raises:
-        ConfigError: there is no run, or none in a folder that is named itself.
+        ConfigError: there is no run, or a folder that is given without a pattern is not a run.
     """
     runs, skipped = read_matching(patterns, lambda folder: read_run(folder, recipes))
     if not runs:
@@ -92,7 +92,7 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     """Read a run folder, or any folder with results of resnest-eval.
 
     Raises:
-        ConfigError: there is nothing of the kind, or something that cannot be read.
+        ConfigError: it is not such a folder, or a file in it cannot be read.
     """
     require_folder(folder, "runs")
     metrics, predictions = folder / "metrics.jsonl", folder / "predictions.csv"
@@ -110,7 +110,7 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     for path in (predictions, iou, scenes):
         require_file(path)
     run = Run(
-        name=str(folder).encode(errors="replace").decode(),  # charts cannot draw everything that a system can name
+        name=str(folder).encode(errors="replace").decode(),  # charts cannot draw every name that a system allows
         config=config,
         steps=[event for event in events if event["event"] == "train"],
         evaluations=evaluations,
@@ -139,5 +139,5 @@ def list_differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML or JSON file, {} where there is none."""
+    """Return the content of a YAML or JSON file, {} if there is none."""
     return read_values(path) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Scenes in a page: the image and, side by side with it, the image under the colours of masks."""
+"""Scenes in a page: the image and, beside it, the image under the colours of masks."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -10,7 +10,7 @@ from resnest_imagenet.data.scenes import VOID
 from resnest_imagenet.evaluation.overlays import VOID_COLOUR, overlay_mask
 from resnest_imagenet.reports.page import embed_image
 
-SIDE = 480  # the longer one of each picture, in pixels, at most
+SIDE = 480  # largest long side of a picture, in pixels
 
 
 def render_strip(
@@ -20,9 +20,9 @@ def render_strip(
 
     Args:
         pixels: of the image, uint8 (H, W, 3).
-        masks: titles, and uint8 (H, W), class indices and VOID.
+        masks: pairs of a title and a mask, uint8 (H, W), class indices and VOID.
         palette: uint8 (K, 3), a colour for each class.
-        caption: HTML, a line each.
+        caption: HTML, one item for each line.
     """
     height, width = pixels.shape[:2]
     scale = min(1.0, SIDE / max(height, width))
@@ -30,7 +30,7 @@ def render_strip(
     small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
     views = [_render_view("image", small)]
     for title, mask in masks:
-        # Class indices have no values in between.
+        # Nearest: class indices cannot be interpolated.
         small_mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         views.append(_render_view(title, overlay_mask(small, small_mask, palette)))
     return (
@@ -44,16 +44,16 @@ def _render_view(title: str, pixels: np.ndarray) -> str:
 
 
 def render_legend(classes: Sequence[str], palette: np.ndarray, labels: Iterable[int]) -> str:
-    """Return which colours stand for which classes.
+    """Return a legend of the classes' colours.
 
     Args:
         classes: names, in the order of the class indices.
         palette: uint8 (K, 3).
-        labels: the values that occur in masks, of which only these are named: class indices, and VOID.
+        labels: the values to list: class indices, and VOID.
     """
     shown = sorted(set(labels))
     rows = [(classes[label], palette[label].tolist()) for label in shown if label != VOID]
-    # Where nothing is labelled, the image stays as it is.
+    # An overlay does not change pixels without a label.
     rows += [("not labelled: as in the image", VOID_COLOUR)] if VOID in shown else []
     items = (
         f'<li><i style="background:rgb({red},{green},{blue})"></i>{escape(name)}</li>'

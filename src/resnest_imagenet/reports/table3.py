@@ -1,4 +1,4 @@
-"""Table 3 of the paper (arXiv 2004.08955) beside what this project counts and measured."""
+"""Table 3 of the paper (arXiv 2004.08955) beside this project's counted and measured figures."""
 
 import csv
 import io
@@ -13,14 +13,14 @@ from resnest_imagenet.models.cost import count_cost
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row as printed.
+    """One row of the paper's table.
 
     Attributes:
         name: in the table.
-        model: the network that it is, a name of models/zoo.py.
+        model: the network's name in models/zoo.py.
         parameters: in millions.
-        gflops: multiply-adds in billions, of one image at 224 pixels.
-        top1: percent, by crop; the weights are trained at 224 for both.
+        gflops: multiply-adds in billions, for one image at 224 pixels.
+        top1: percent, by crop; the weights are trained at 224 for both crops.
     """
 
     name: str
@@ -49,7 +49,7 @@ PAPER = (
 
 
 def build_table(measured: list[Measured]) -> list[dict[str, Any]]:
-    """Return the rows: the paper's figures, those counted now, and what was measured.
+    """Return the rows: the paper's figures, those counted now, and those measured here.
 
     Keys: row, model, parameters_paper and parameters (millions), gflops_paper and gflops (multiply-adds in billions at
     224), top1_paper ({crop: percent}), measured (list of `Measured` as dictionaries).
@@ -97,8 +97,8 @@ def _format_markdown(rows: list[dict[str, Any]]) -> str:
         for crop in crops:
             if crop in row["top1_paper"]:
                 cells.append(f"{row['top1_paper'][crop]:.2f}")
-            here = [result for result in row["measured"] if result["crop"] == crop]
-            cells.append("; ".join(f"{result['top1']:.2f} [{number_note(notes, _note(result))}]" for result in here))
+            results = [result for result in row["measured"] if result["crop"] == crop]
+            cells.append("; ".join(f"{result['top1']:.2f} [{number_note(notes, _note(result))}]" for result in results))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *([""] if notes else []), *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
@@ -108,7 +108,7 @@ def _heads_of(crop: int) -> list[str]:
 
 
 def _note(result: dict[str, Any]) -> str:
-    """Return under what a number was measured, and on what if not on ImageNet's validation set."""
+    """Return the recipe and protocol of a figure, and its images if they are not ImageNet's validation set."""
     images = (result["count"], result["num_classes"])
     data = (
         "" if images == (50000, 1000) else f"; NOT ImageNet's validation set: {images[0]} images, {images[1]} classes"
@@ -134,8 +134,8 @@ def _format_csv(rows: list[dict[str, Any]]) -> str:
         paper = row["top1_paper"]
         crops = sorted({*paper, *(result["crop"] for result in row["measured"])})
         for crop in crops:
-            here = [result for result in row["measured"] if result["crop"] == crop] or [{"crop": crop}]
-            for result in here:
+            results = [result for result in row["measured"] if result["crop"] == crop] or [{"crop": crop}]
+            for result in results:
                 measured = {key: guard(result[key]) for key in of_result if key in result}
                 writer.writerow({**base, "top1_paper": paper.get(crop), **measured})
     return text.getvalue().rstrip("\n")

@@ -1,1 +1,1 @@
-"""What a run trains a network for."""
+"""Tasks: what differs between training for classification, detection and segmentation."""

@@ -26,7 +26,7 @@ def open_task(config: TrainConfig) -> Task:
     """Open the task of a recipe.
 
     Raises:
-        UserError: what cannot be trained: an unknown task or network, no data, classes that differ.
+        UserError: it cannot be trained: the task or network is unknown, there is no data, or classes differ.
     """
     outside = find_outside_task(config.train.task)
     if outside is None:

@@ -1,4 +1,4 @@
-"""By what the images of two data sets are told apart: digests of names, labels, sizes and content."""
+"""Digests of a data set's names, labels, sizes and content, which tell two data sets apart."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -11,7 +11,8 @@ from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.distributed import Ranks, gather_objects
 
-_THREADS, _CHUNK = 32, 256  # each waits for its own answer of a file server; and is given so many files
+_THREADS = 32  # most of the time they wait for a file server
+_CHUNK = 256  # files that a thread gets at a time
 
 
 def describe_images(
@@ -19,12 +20,12 @@ def describe_images(
 ) -> dict[str, str]:
     """Return digests of the images by part and property: "training images", "val labels", ...
 
-    Paths are relative to the data set's folder, which may move. All ranks take part, and share the files.
+    Paths are relative to the data set's folder, so the folder may move. All ranks take part and share the files.
 
     Args:
         parts: of the data set, by name.
         level: "names" (of files, with their labels), "sizes" (in bytes too) or "content" (of each file too).
-        ranks: who takes part.
+        ranks: the ranks of the run.
         tick: called from time to time while files are read.
     """
     files: dict[str, str] = {}
@@ -43,7 +44,7 @@ def describe_images(
 def _map_images(
     images: ImageSource, function: Callable[[np.ndarray], np.ndarray], ranks: Ranks, tick: Callable[[], None]
 ) -> np.ndarray:
-    """Return what `function` returns for the indices of all images, (N, ...); each rank computes its share."""
+    """Return the results of `function` for the indices of all images, (N, ...); each rank computes its share."""
     share = np.arange(len(images))[ranks.rank :: ranks.world_size]
     results = []
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -66,7 +67,7 @@ def _digest_images(images: ImageSource, indices: np.ndarray) -> np.ndarray:
 def _digest_image(images: ImageSource, index: int) -> bytes:
     try:
         return hashlib.sha256(images.read(index)).digest()
-    except (BadImage, OSError):  # the loaders name it
+    except (BadImage, OSError):  # the loaders report it
         return bytes(32)
 
 

@@ -1,4 +1,4 @@
-"""The accuracy of a network at one or several crops."""
+"""Measures the accuracy of a network at one or several crops."""
 
 import copy
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from resnest_imagenet.supervision import EVALUATING, supervise
 
 @dataclass(frozen=True)
 class CropEvaluation:
-    """An accuracy, and the images behind it.
+    """An accuracy with its images.
 
     Attributes:
         crop: side of the images that the network saw, in pixels.
         protocol: how the images were resized and cropped.
-        images: the set, labelled as the network's outputs are.
-        evaluation: of each of them.
+        images: the set, labelled by the network's outputs.
+        evaluation: of each image.
     """
 
     crop: int
@@ -52,7 +52,7 @@ class CropEvaluation:
 
     @property
     def result(self) -> CropResult:
-        """The numbers alone."""
+        """The numbers, without the images."""
         counts = self.evaluation
         return CropResult(
             crop=self.crop,
@@ -82,29 +82,28 @@ def evaluate(
         images: a folder with one folder per true class, or any other source of images.
         batch_size: images at a time, per rank.
         precision: fp32, bf16 or fp16.
-        compile_network: with torch.compile: a minute at first, then some percent faster.
-        loader: what decodes the images: "auto", "dali" or "torchvision".
-        workers: the loader's threads or processes; None: this process's cores, at most 8.
+        compile_network: use torch.compile: it takes a minute first, then the network is some percent faster.
+        loader: decodes the images: "auto", "dali" or "torchvision".
+        workers: number of the loader's threads or processes; None: this process's cores, at most 8.
 
     Returns:
         One evaluation for each crop, the same on every rank.
 
     Raises:
-        DataError: an image cannot be decoded, or no output stands for a class.
-        UserError: for what else a user can cause, as one line.
+        DataError: an image cannot be decoded, or a class has no output.
+        UserError: another user's error, in one line.
     """
-    asked = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    arguments = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     listed = images if isinstance(images, ImageSource) else list_classified_images(images)
     classifier = take_classifier(network)
-    known, num_outputs = classifier.weights.classes, len(classifier.classes)
-    labelled = label_images(listed, known, num_outputs, classifier.source)
-    module = _compile(classifier.module, asked.batch_size) if compile_network else classifier.module
+    labelled = label_images(listed, classifier.weights.classes, len(classifier.classes), classifier.source)
+    module = _compile(classifier.module, arguments.batch_size) if compile_network else classifier.module
     transforms = classifier.transforms
     with distributed.join(classifier.device) as ranks, supervise(ranks) as watch:
-        plan = plan_evaluation(len(labelled), asked.batch_size, ranks.rank, ranks.world_size)
-        # All before the first is used: what one of them refuses is known at once.
+        plan = plan_evaluation(len(labelled), arguments.batch_size, ranks.rank, ranks.world_size)
+        # Build all loaders before the first is used: a refusal then comes at once.
         loaders = [
-            build_loader(asked.loader, labelled, plan, transform, ranks.device, asked.workers)
+            build_loader(arguments.loader, labelled, plan, transform, ranks.device, arguments.workers)
             for transform in transforms
         ]
         evaluations: list[Evaluation] = []
@@ -121,14 +120,14 @@ def evaluate(
 
 
 def _compile(module: nn.Module, batch_size: int) -> nn.Module:
-    """Return a network that is compiled when it is first used, once for all crops where they are not tiny."""
-    compiled = copy.copy(module)  # the caller's stays as it is
+    """Return a network that is compiled at its first use, once for all crops unless they are tiny."""
+    compiled = copy.copy(module)  # the caller's network does not change
     compiled.compile(dynamic=True, options={"freezing": True})
     return _FullBatches(compiled, batch_size)
 
 
 class _FullBatches(nn.Module):
-    """Fills up the last batch, which may be smaller: a network is compiled again for another number of images."""
+    """Fills up a smaller last batch: for another number of images, the network would be compiled again."""
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
         super().__init__()
@@ -165,7 +164,7 @@ def write_results(path: Path, classifier: Classifier, evaluations: Sequence[Crop
 
 
 def write_evaluations(path: Path, evaluations: Sequence[CropEvaluation]) -> None:
-    """Write predictions.csv: what was predicted of each image, at each crop.
+    """Write predictions.csv: the prediction for each image at each crop.
 
     Raises:
         StorageError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""How well a trained network segments a data set."""
+"""Measures how well a trained network segments a data set."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ def evaluate_segmenter(
         segmenter: of `open_segmenter`.
         scenes: of `open_scenes`.
         precision: fp32, bf16 or fp16.
-        workers: processes of the loader; None: this process's cores, at most 8.
+        workers: number of the loader's processes; None: this process's cores, at most 8.
 
     Raises:
         DataError: a scene cannot be used, or the classes are not the network's.
-        UserError: for what else a user can cause, as one line.
+        UserError: another user's error, in one line.
     """
-    asked = check_arguments(precision=precision, workers=workers)
+    arguments = check_arguments(precision=precision, workers=workers)
     if segmenter.classes != scenes.classes:
         raise DataError(
             f"{scenes.images.root}: its {len(scenes.classes)} classes are not the {len(segmenter.classes)} of "
@@ -42,7 +42,7 @@ def evaluate_segmenter(
     num_classes, name = len(scenes.classes), scenes.images.name
     with distributed.join(segmenter.device) as ranks, supervise(ranks) as watch:
         plan = plan_evaluation(len(scenes), 1, ranks.rank, ranks.world_size)
-        loader = SceneLoader(scenes, plan, None, ranks.device, asked.workers)
+        loader = SceneLoader(scenes, plan, None, ranks.device, arguments.workers)
 
         def before_batch(batch: int, is_everywhere: bool) -> None:
             watch.at(0, batch, EVALUATING)
@@ -53,12 +53,12 @@ def evaluate_segmenter(
 
 
 def write_regions(path: Path, segmenter: Segmenter, data: str, regions: Regions) -> None:
-    """Write the figures of a network as JSON, for `read_all_measured`: in percent, the IoU of each class by its name.
+    """Write the figures of a network as JSON, for `read_all_measured`; all are percent, the IoU is by class name.
 
     Args:
         path: of the file.
         segmenter: the network.
-        data: layout of the scenes that it was evaluated on.
+        data: layout of the scenes on which it was evaluated.
         regions: its evaluation.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Mixup, CutMix, random erasing and label smoothing, of a batch that is already on the device."""
+"""Mixup, CutMix, random erasing and label smoothing for a batch that is on the device."""
 
 import math
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right, in pixels
 
 @dataclass(frozen=True)
 class Mixing:
-    """Who is mixed with whom in one batch, and how much.
+    """Which images of a batch are mixed, and how much.
 
     Attributes:
-        weight: share of the image itself, its partner has the rest: one for the batch, or float32 (B,).
+        weight: share of the image itself, its partner has the rest; one number for the batch, or float32 (B,).
         partner: int64 (B,), the index of each image's partner; None: its counterpart in the reversed batch.
-        box: what is the partner's in CutMix (Yun et al. 2019); None: mixup of all pixels (Zhang et al. 2018).
+        box: the part that comes from the partner in CutMix (Yun et al. 2019); None: mixup of all pixels (Zhang et al.
+            2018).
     """
 
     weight: float | Tensor
@@ -26,7 +27,7 @@ class Mixing:
     box: Box | None = None
 
     def mix_images(self, images: Tensor) -> Tensor:
-        """Mix normalised images, (B, 3, H, W); CutMix does so in place."""
+        """Mix normalised images, (B, 3, H, W); CutMix works in place."""
         if self.box is None:
             return self.mix_targets(images)
         top, left, bottom, right = self.box
@@ -39,7 +40,7 @@ class Mixing:
         weight = self.weight
         if isinstance(weight, Tensor):
             weight = weight.view(-1, *[1] * (targets.ndim - 1))
-        return self._partners_of(targets).lerp_(targets, weight)  # a copy, and the only one
+        return self._partners_of(targets).lerp_(targets, weight)  # the partners are the only copy
 
     def _partners_of(self, values: Tensor) -> Tensor:
         return values.flip(0) if self.partner is None else values[self.partner]
@@ -68,7 +69,7 @@ def draw_cutmix(
 ) -> Mixing:
     """Draw a rectangle that covers a share of 1 - w of the image, w from Beta(alpha, alpha), and partners.
 
-    Its centre is uniform; what leaves the image is cut off, and the weight is the share that is left.
+    Its centre is uniform. It is clipped to the image, and the weight is the share of the image outside it.
 
     Args:
         alpha: greater than 0.
@@ -91,7 +92,7 @@ def _draw_partner(kind: str, batch: int, rng: np.random.Generator, device: torch
 
 
 def _send(values: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to a device; from memory that is not pinned a GPU's host would wait for all that it has to do."""
+    """Copy to a device. From memory that is not pinned, the host would wait until the GPU has finished its work."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -99,12 +100,12 @@ def _send(values: np.ndarray, device: torch.device) -> Tensor:
 def erase_rectangles(images: Tensor, probability: float, rng: np.random.Generator) -> None:
     """Set a random rectangle of some images to zero, the mean colour, in place (random erasing, Zhong et al. 2020).
 
-    Its share of the image is uniform in .02 to .33, the logarithm of height / width uniform in .3 to 3.3; the first of
-    10 attempts that fits is taken.
+    Its share of the image is uniform in .02 to .33, and height / width is uniform in its logarithm in .3 to 3.3. The
+    first of 10 attempts that fits is used.
 
     Args:
         images: (B, 3, H, W), normalised.
-        probability: of an image to have one.
+        probability: that an image has a rectangle.
         rng: of this batch.
     """
     batch, _, height, width = images.shape

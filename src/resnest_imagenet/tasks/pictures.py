@@ -1,4 +1,4 @@
-"""Pictures of a run for its trackers."""
+"""Draws the pictures of a run for its trackers."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MARGIN = 2  # pixels around each image
 
 
 def draw_samples(images: Tensor) -> np.ndarray:
-    """Draw normalised images, (N, 3, S, S), as they were before: uint8 (H, W, 3)."""
+    """Draw normalised images, (N, 3, S, S), as they were before the normalisation: uint8 (H, W, 3)."""
     return tile(list(to_pixels(images)))
 
 
@@ -32,7 +32,7 @@ def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def draw_confusions(evaluation: Evaluation, classes: Sequence[str], title: str) -> np.ndarray:
-    """Draw which share of each class's images was taken for which class; above 1000 classes neighbours share a cell.
+    """Draw the share of each class's images that was predicted as each class; above 1000, neighbours share a cell.
 
     Args:
         evaluation: of the images.
@@ -50,17 +50,17 @@ def draw_matrix(confusions: np.ndarray, names: Sequence[str], title: str, in_per
     """Draw a confusion matrix.
 
     Args:
-        confusions: images or pixels of each true class (rows) that were taken for each class (columns), (K, K).
+        confusions: images or pixels of each true class (rows) that were predicted as each class (columns), (K, K).
         names: of the classes.
         title: a line.
-        in_percent: as of `paint_confusions`.
+        in_percent: see `paint_confusions`.
 
     Returns:
         uint8 (H, W, 3).
     """
-    # Late: half a second that a process without trackers does not need.
+    # Imported late: it takes half a second, and a process without trackers does not need it.
     from resnest_imagenet.evaluation.charts import draw_chart, paint_confusions
 
     paint = partial(paint_confusions, confusions=confusions, names=names, in_percent=in_percent)
-    side = 7 if len(confusions) <= 100 else 13.5  # inches of 100 pixels: a thousand classes have a pixel each
+    side = 7 if len(confusions) <= 100 else 13.5  # in inches of 100 pixels: each of 1000 classes has a pixel
     return draw_chart(title, "predicted", "true", paint, (side, 0.9 * side))

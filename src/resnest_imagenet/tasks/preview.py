@@ -1,4 +1,4 @@
-"""A contact sheet: what the network gets of some training images."""
+"""Draws a contact sheet: some training images as the network sees them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,12 +44,12 @@ class _FixedSamples(BatchPlan):
 
 @dataclass(frozen=True)
 class _Preview:
-    """What stands on the sheet.
+    """The content of the sheet.
 
     Attributes:
         names: of the rows.
-        originals: a picture of each row, of any size.
-        epochs: yields what the network gets of each row in an epoch, uint8 (H, W, 3), at most `side`.
+        originals: a picture for each row, of any size.
+        epochs: returns each row's image as the network sees it in an epoch, uint8 (H, W, 3), at most `side`.
         side: of the sheet's cells in pixels.
     """
 
@@ -62,11 +62,11 @@ class _Preview:
 def write_preview(config: PreviewDataConfig) -> int:
     """Write the sheet to `config.out`: a row for each image, the original first; return the number of rows.
 
-    Scenes are drawn under the colours of their masks, the mask after the same augmentation as its image; images with
-    objects have boxes and names, and are as large as they are for the network, or smaller by the same factor.
+    Scenes are drawn under the colours of their masks, which have the same augmentation. Images with objects have boxes
+    and names; they have the size that the network sees, or are all smaller by the same factor.
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
     """
     out, recipe = Path(config.out), config.train
     require_writable(out, "out")
@@ -106,7 +106,7 @@ def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> 
 
 
 def _preview_scenes(config: PreviewDataConfig, recipe: SegmentationRecipe) -> _Preview:
-    """Scenes have one loader, whatever `loader` is."""
+    """Preview scenes; they have only one loader, so `loader.name` is not used."""
     data = config.data
     scenes = open_scenes(data.kind, data.root, data.train_dir, "data.train_dir")
     print_notes(scenes.images)
@@ -131,7 +131,7 @@ def _preview_scenes(config: PreviewDataConfig, recipe: SegmentationRecipe) -> _P
 
 
 def _preview_objects(config: PreviewDataConfig, recipe: DetectionRecipe) -> _Preview:
-    """Images with objects have one loader, too."""
+    """Preview images with objects; they have only one loader, so `loader.name` is not used."""
     data = config.data
     if data.kind != "coco":
         raise ConfigError(f"data.kind={data.kind}: a detector is trained on data=coco")
@@ -147,7 +147,7 @@ def _preview_objects(config: PreviewDataConfig, recipe: DetectionRecipe) -> _Pre
     palette, scale = make_box_palette(len(instances.classes)), min(1.0, LARGEST / recipe.longest)
 
     def draw(picture: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        # The names after scaling, so that they can be read.
+        # Names are drawn after scaling, so that they can be read.
         height, width = (max(1, int(side * scale)) for side in picture.shape[:2])
         small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
         return draw_detections(small, boxes * scale, labels, instances.classes, palette)
@@ -165,7 +165,7 @@ def _preview_objects(config: PreviewDataConfig, recipe: DetectionRecipe) -> _Pre
 
 
 def _choose_samples(num_samples: int, num_rows: int) -> tuple[int, ...]:
-    """Return so many samples, evenly spaced over the set."""
+    """Return `num_rows` samples, evenly spaced over the set."""
     return tuple(np.unique(np.linspace(0, num_samples - 1, num_rows).round().astype(int)).tolist())
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: the other ranks, requests to stop, saving."""
+"""Everything around the steps of a run: the other ranks, requests to stop, saving."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,23 +14,23 @@ from resnest_imagenet.training.saving import Saver
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.stopping import StopRequest
 
-BATCHES_BETWEEN_ASKING = 10  # in an evaluation; in training the ranks ask each other at every step
+BATCHES_BETWEEN_ASKING = 10  # in an evaluation; in training the ranks exchange stop requests at every step
 
 
 class StopAgreed(Exception):  # noqa: N818 - not an error
-    """All ranks have agreed to stop, where they can save."""
+    """All ranks have agreed to stop at a point where they can save."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """What surrounds the steps.
+    """Everything around the steps.
 
     Attributes:
-        ranks: who takes part.
+        ranks: the ranks of the run.
         watch: notices a rank that hangs.
         request: whether this rank was asked to stop.
         health: judges each step.
-        log: where to report.
+        log: reports the run.
         saver: writes checkpoints.
         steps_between_saves: within an epoch.
     """
@@ -44,13 +44,13 @@ class Control:
     steps_between_saves: int
 
     def read_verdicts(self, unread: int = 0) -> bool:
-        """Read the verdicts on finished steps, and report what was skipped; return whether the ranks agree to stop.
+        """Read the verdicts on finished steps and report skipped ones; return whether the ranks agree to stop.
 
         Args:
             unread: how many of the newest verdicts to leave for later.
 
         Raises:
-            NonFiniteError: on all ranks; the steps it is about were applied nowhere.
+            NonFiniteError: on all ranks; no rank has applied the step.
         """
         stops = False
         for verdict in self.health.read_verdicts(unread):
@@ -60,7 +60,7 @@ class Control:
         return stops
 
     def is_save_due(self, state: TrainingState) -> bool:
-        """Say whether to save after a step within an epoch."""
+        """Return whether to save after a step within an epoch."""
         return state.step % self.steps_between_saves == 0
 
     def save(self, state: TrainingState, loader: Loader, is_best: bool = False) -> None:
@@ -75,7 +75,7 @@ class Control:
         self.saver.save(state, loader, is_best)
 
     def before_eval_batch(self, epoch: int, first: int, batch: int, is_everywhere: bool) -> None:
-        """Note the progress of an evaluation, and end it where the ranks agree to stop.
+        """Note the progress of an evaluation, and end it if the ranks agree to stop.
 
         Args:
             epoch: epochs done.
@@ -94,21 +94,21 @@ class Control:
 
     @contextmanager
     def saving_before_leaving(self, state: TrainingState, loader: Loader) -> Iterator[None]:
-        """Save where the ranks agree to stop, or where the storage does not return this rank's images, and leave.
+        """Save and end the run if the ranks agree to stop, or if the storage does not return this rank's images.
 
         Raises:
-            Stopped: the ranks have agreed.
-            LoadingError: as it came.
+            Stopped: the ranks have agreed to stop.
+            LoadingError: the error of the storage.
         """
         try:
             yield
         except StopAgreed:
             self.request.agree()
             self.save(state, loader)
-            barrier(self.ranks)  # none leaves before the checkpoint is written
+            barrier(self.ranks)  # no rank ends before the checkpoint is written
             raise Stopped(f"stopped after step {state.step}; the same command resumes the run") from None
         except LoadingError:
-            # Other ranks wait for this one elsewhere: together they cannot save, and the last checkpoint stands.
+            # With other ranks, which wait at another point, saving is not possible: the last checkpoint stays the last.
             if state.step > 0 and self.ranks.world_size == 1:
                 self.save(state, loader)
             raise

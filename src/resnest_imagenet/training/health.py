@@ -1,6 +1,6 @@
 """Losses and gradients that are not finite: found before a step is applied, by all ranks together, on the device.
 
-The host reads the verdict on a step later: a GPU whose host waits for it in every step has nothing to do meanwhile.
+The host reads the verdict on a step later: if it waited in every step, the GPU would be idle meanwhile.
 """
 
 import math
@@ -16,21 +16,21 @@ from resnest_imagenet.errors import NonFiniteError
 from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.training.state import TrainingState
 
-# What a rank reports of a step, added up. The second is the same on all ranks.
+# Flags that a rank reports for a step, added up. TOO_LARGE is the same on all ranks.
 UNSOUND, TOO_LARGE, STOPS = 1, 2, 4
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a step, the same on all ranks.
+    """The outcome of a step, the same on all ranks.
 
     Attributes:
         epoch: epochs done before it.
         step: its number in the run, from 1.
         lr: its learning rate.
         unsound: the ranks whose loss or gradient is not finite.
-        is_skipped: whether it was not applied for that, or because the gradient summed over the ranks is not finite. In
-            fp16 the scaler skips steps too, and lowers its scale: that is no fault of a step.
+        is_skipped: whether it was not applied because of them, or because the gradient summed over the ranks is not
+            finite. In fp16 the scaler also skips steps and lowers its scale; these do not count.
         stops: whether a rank was asked to stop.
     """
 
@@ -67,25 +67,25 @@ class Health:
         """Forget the last step."""
         self._state.losses.start_step()
         self._has_bad_gradient = torch.zeros((), device=self._parameters[0].device, dtype=torch.bool)
-        # A forward pass that is undone has already moved the BN statistics.
+        # The forward pass of a skipped step has changed the BN statistics: keep them to restore them.
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def judge(self, lr: float, wants_to_stop: bool, ranks: Ranks) -> Tensor:
-        """Agree with the other ranks about the step, and take back its loss and BN statistics where it is skipped.
+        """Agree with the other ranks about the step; take back its loss and BN statistics if it is skipped.
 
         Args:
             lr: its learning rate.
-            wants_to_stop: whether this rank was asked to.
-            ranks: who takes part.
+            wants_to_stop: whether this rank was asked to stop.
+            ranks: the ranks of the run.
 
         Returns:
-            float32 scalar on the device: 1 where its gradients, now unscaled, must not be applied, else 0.
+            float32 scalar on the device: 1 if its gradients, now unscaled, must not be applied, else 0.
         """
         state = self._state
         is_bad = ~state.losses.is_finite()
         state.scaler.unscale_(state.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        # The largest, which is finite where all are: a sum of squares may overflow.
+        # The largest gradient is finite if all are; a sum of squares may overflow.
         has_overflown = ~nn.utils.get_total_norm(gradients, math.inf).isfinite()
         if self._is_scaled:
             # An overflow is fp16's: the loss scale is too high, unless it is already below 1.
@@ -103,13 +103,13 @@ class Health:
         return (is_skipped | has_overflown).float()
 
     def read_verdicts(self, unread: int = 0) -> Iterator[Verdict]:
-        """Yield the verdicts that were not read before, and count the steps that were skipped; waits for the device.
+        """Yield the verdicts that were not read before, and count skipped steps; this waits for the device.
 
         Args:
             unread: how many of the newest verdicts to leave for later.
 
         Raises:
-            NonFiniteError: at a step that was skipped, where that is one too many.
+            NonFiniteError: more steps were skipped than allowed.
         """
         while len(self._unread) > unread:
             verdict = self._unread.popleft().read()
@@ -122,9 +122,9 @@ class Health:
         state.skipped += 1
         state.losses.take_back()
         if state.skipped > self._max_skipped:
-            who = f"rank {', '.join(map(str, verdict.unsound))}" if verdict.unsound else "the sum over the ranks"
+            source = f"rank {', '.join(map(str, verdict.unsound))}" if verdict.unsound else "the sum over the ranks"
             raise NonFiniteError(
-                f"{who}: loss or gradient not finite at step {verdict.step}, learning rate {verdict.lr:.4g}; it was "
+                f"{source}: loss or gradient not finite at step {verdict.step}, learning rate {verdict.lr:.4g}; it was "
                 f"not applied (number {state.skipped}, train.max_skipped_steps={self._max_skipped})"
             )
 
@@ -134,7 +134,7 @@ class Health:
 
 @dataclass(frozen=True)
 class _Unread:
-    """A verdict on its way to the host, where `codes` has it when `event`, of a GPU, has passed."""
+    """A verdict on its way to the host: on a GPU, `codes` is valid after `event`."""
 
     epoch: int
     step: int
@@ -152,7 +152,7 @@ class _Unread:
 
 
 def _send(codes: Tensor, state: TrainingState, lr: float) -> _Unread:
-    """Start to copy the codes to the host, from a GPU into pinned memory."""
+    """Start copying the codes to the host, from a GPU into pinned memory."""
     on_host = codes.to("cpu", non_blocking=True)
     event = torch.cuda.Event() if codes.is_cuda else None
     if event is not None:

@@ -1,4 +1,4 @@
-"""One epoch of a run: its steps, and the evaluation after them."""
+"""One epoch of a run: its steps and its evaluation."""
 
 import itertools
 import math
@@ -29,21 +29,21 @@ from resnest_imagenet.training.state import TrainingState
 def train_epoch(
     state: TrainingState, network: nn.Module, task: Task, loader: Loader, plan: StepPlan, control: Control
 ) -> None:
-    """Take the remaining steps of the epoch; `state` moves along.
+    """Take the remaining steps of the epoch; `state` is updated.
 
     Args:
-        state: what is trained.
+        state: the state of the training.
         network: `state.model`, wrapped for this run: distributed, compiled.
-        task: what it is trained for.
+        task: of the run.
         loader: this rank's training batches, `plan.accumulation` for each step.
         plan: the steps.
-        control: what surrounds the steps.
+        control: everything around the steps.
 
     Raises:
-        NonFiniteError: a loss or gradient of any rank; on all ranks, and the step is applied nowhere. At the end of the
-            next step, where nothing is reported or saved before.
-        StopAgreed: after the step in which a rank was asked, or after the next; on all ranks after the same one.
-        LoadingError: on this rank, after a whole step; in the middle of one it is a StorageError.
+        NonFiniteError: a loss or gradient of any rank is not finite. It is raised on all ranks, no rank applies the
+            step, and it may come at the end of the next step.
+        StopAgreed: after the step in which a rank was asked to stop, or the next; on all ranks after the same one.
+        LoadingError: on this rank, after a whole step; in the middle of a step it is a StorageError.
     """
     ranks, log, watch = control.ranks, control.log, control.watch
     network.train()
@@ -54,7 +54,7 @@ def train_epoch(
     watch.at(state.epoch, start, LOADING)
     for index, batch in enumerate(clock.timing(_load_steps(loader, plan, state, start)), start):
         watch.at(state.epoch, index, FORWARD)
-        # Numbered over all ranks: what is drawn for a batch depends on nothing else.
+        # The batch's number over all ranks: the draws of a batch depend on nothing else.
         draws = Draws(task.config.seed, state.epoch, index * ranks.world_size + ranks.rank)
         ends_step = (index + 1) % plan.accumulation == 0
         if log.wants_samples:
@@ -73,7 +73,7 @@ def train_epoch(
 def _end_step(
     state: TrainingState, task: Task, loader: Loader, plan: StepPlan, control: Control, clock: "_Clock"
 ) -> None:
-    """Apply a step unless the ranks agree to skip it; report, save or stop where it is time to."""
+    """Apply a step unless the ranks agree to skip it; report, save or stop if that is due."""
     health, log = control.health, control.log
     control.watch.then(AGREEING)
     lr = plan.learning_rate(state.step)
@@ -81,8 +81,8 @@ def _end_step(
     _apply_gradients(state, task.config.train, lr, skips)
     state.step += 1
     clock.count_step()
-    # Read the verdict on the step before: by now a GPU has finished that one, so the host does not wait. Read this
-    # step's only before a report or a checkpoint.
+    # Read the verdict on the previous step: by now a GPU has finished it, so the host does not wait. Read this step's
+    # only before a report or a checkpoint.
     is_needed = log.is_due(state) or control.is_save_due(state)
     stops = control.read_verdicts(unread=0 if is_needed else 1)
     if log.is_due(state) and state.losses.num_steps:
@@ -98,17 +98,17 @@ def _end_step(
 def end_epoch(
     state: TrainingState, task: Task, loader: Loader, plan: StepPlan, evaluate: Evaluate, control: Control
 ) -> None:
-    """Evaluate after an epoch's steps where that is due, report and save; arguments as in `train_epoch`.
+    """Evaluate after an epoch's steps if that is due, report and save; arguments as in `train_epoch`.
 
     Raises:
         NonFiniteError: the metric is not finite; on all ranks.
-        StopAgreed: in the middle of the evaluation, which is made again when the run is resumed; on all ranks.
+        StopAgreed: in the middle of the evaluation, which is repeated when the run is resumed; on all ranks.
     """
     epoch, is_best = state.epoch + 1, False
     if epoch % task.config.eval.every_epochs == 0 or epoch == plan.epochs:
         broadcast_buffers(state.evaluated_model)
         score = evaluate(state.evaluated_model, partial(control.before_eval_batch, state.epoch, len(loader.plan)))
-        value = float(score.values[task.metric])  # plain, as a checkpoint holds
+        value = float(score.values[task.metric])  # a plain number, for checkpoints
         if not math.isfinite(value):
             raise NonFiniteError(f"{task.metric}={value} after epoch {epoch}: the evaluation is not finite")
         is_best = state.end_epoch(value)
@@ -120,10 +120,10 @@ def end_epoch(
 
 
 def _load_steps(loader: Loader, plan: StepPlan, state: TrainingState, start: int) -> Iterator[Any]:
-    """Yield this rank's batches of the steps that are left of an epoch, from its `start`-th on.
+    """Yield this rank's batches for the remaining steps of an epoch, from its `start`-th batch.
 
-    A LoadingError in the middle of a step becomes a StorageError: BN statistics have moved, and nothing is whole that
-    could be saved.
+    A LoadingError in the middle of a step becomes a StorageError: BN statistics have changed, so the state cannot be
+    saved.
     """
     is_shorter = plan.end_of_epoch(state.epoch) < (state.epoch + 1) * plan.steps_per_epoch
     num_batches = (plan.total_steps - state.step) * plan.accumulation if is_shorter else None
@@ -141,7 +141,7 @@ def _load_steps(loader: Loader, plan: StepPlan, state: TrainingState, start: int
 
 
 def _apply_gradients(state: TrainingState, recipe: Recipe, lr: float, skips: Tensor) -> None:
-    """Take one optimiser step, unless `skips`, a scalar on the device, is 1; fp16's scale moves either way."""
+    """Take one optimiser step, unless `skips`, a scalar on the device, is 1; fp16's scale is updated in both cases."""
     clip_gradients(state.optimizer, recipe)
     take_step(state.optimizer, lr, skips)
     state.scaler.update()
@@ -150,7 +150,7 @@ def _apply_gradients(state: TrainingState, recipe: Recipe, lr: float, skips: Ten
 
 
 def _keep_gradients_local(network: nn.Module) -> AbstractContextManager[None]:
-    """Leave the reduction over ranks to the last batch of a step."""
+    """Reduce the gradients over the ranks only in the last batch of a step."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
@@ -166,7 +166,7 @@ class _Clock:
         self._started = time.perf_counter()
 
     def timing(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Pass the batches on and sum the time spent waiting for them."""
+        """Yield the batches and sum the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
@@ -183,7 +183,7 @@ class _Clock:
         self._steps += 1
 
     def read(self) -> tuple[int, float, float]:
-        """Return the steps, the seconds they took and those spent waiting for data, and start again."""
+        """Return the steps, their seconds and the seconds of waiting for data; then restart."""
         read = self._steps, time.perf_counter() - self._started, self._waited
         self._restart()
         return read

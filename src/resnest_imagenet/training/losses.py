@@ -13,25 +13,25 @@ TOTAL = "loss"  # the name of the sum of all parts
 
 
 def divide_loss(parts: Mapping[str, Tensor], accumulation: int) -> dict[str, Tensor]:
-    """Return a batch's share of a step's loss: the sum as `TOTAL`, and the parts where there are several.
+    """Return a batch's share of a step's loss: the sum as `TOTAL`, and the parts if there are several.
 
     Args:
-        parts: scalars by name; none is named as the total.
+        parts: scalars by name; no name is `TOTAL`.
         accumulation: batches in a step.
     """
     shares = {name: part / accumulation for name, part in parts.items()}
     total = reduce(torch.add, shares.values())
-    assert TOTAL not in shares, f"a part of a loss is named {TOTAL}, as their sum is"
+    assert TOTAL not in shares, f"a part of a loss must not be named {TOTAL}, which is the sum"
     return {TOTAL: total, **(shares if len(shares) > 1 else {})}
 
 
 class LossMeter:
-    """Sums losses by name, on the device: reading them waits for it.
+    """Sums losses by name, on the device: reading them waits for the device.
 
-    A step is added when its losses are known to be applied, or taken back by then: see `end_step`.
+    A step's losses are added by `end_step`, unless the step is skipped.
 
     Attributes:
-        num_steps: how many were added; those among them that were skipped count until `take_back`.
+        num_steps: number of steps added; a skipped step counts until `take_back`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class LossMeter:
         self.start_step()
 
     def start_step(self) -> None:
-        """Forget a step that was not ended."""
+        """Drop a step that was not ended."""
         self._with_step = dict(self._sums)
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
@@ -50,7 +50,7 @@ class LossMeter:
             self._with_step[name] = self._with_step.get(name, self._zero) + loss.detach()
 
     def is_finite(self) -> Tensor:
-        """Return whether the total, with the step's, is finite: a bool scalar on the device."""
+        """Return whether the total with this step's loss is finite: a bool scalar on the device."""
         return self._with_step[TOTAL].isfinite()
 
     def end_step(self, is_skipped: Tensor) -> None:
@@ -62,11 +62,11 @@ class LossMeter:
         self.num_steps += 1
 
     def take_back(self) -> None:
-        """Stop counting a step that turns out to have been skipped."""
+        """Do not count a step that was skipped."""
         self.num_steps -= 1
 
     def read(self, ranks: Ranks) -> dict[str, float]:
-        """Return the means over the steps and ranks, and start again; all ranks take part."""
+        """Return the means over the steps and ranks, and restart; all ranks take part."""
         names = sorted(self._sums)  # the same order on all ranks
         sums = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
         count = self.num_steps * ranks.world_size
@@ -81,12 +81,12 @@ class LossMeter:
         return {"loss_sums": gather_objects(sums, ranks), "steps_summed": self.num_steps}
 
     def load_state_dict(self, state: Mapping[str, Any], ranks: Ranks) -> None:
-        """Restore what `state_dict` returned; the number of ranks may be another."""
+        """Restore the result of `state_dict`; the number of ranks may have changed."""
         sums = state["loss_sums"]
         if len(sums) == ranks.world_size:
-            own = sums[ranks.rank]
+            of_rank = sums[ranks.rank]
         else:
-            own = {name: sum(values[name] for values in sums) / len(sums) for name in sums[0]}
-        self._sums = {name: self._zero + value for name, value in own.items()}
+            of_rank = {name: sum(values[name] for values in sums) / len(sums) for name in sums[0]}
+        self._sums = {name: self._zero + value for name, value in of_rank.items()}
         self.num_steps = state["steps_summed"]
         self.start_step()

@@ -1,4 +1,4 @@
-"""The optimiser: which parameters train how, gradients that are clipped, and steps that may be skipped."""
+"""The optimiser: parameter groups, clipping of gradients, and steps that may be skipped."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,27 +10,27 @@ from resnest_imagenet.recipe import Recipe
 
 
 def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> list[dict]:
-    """Split parameters by weight decay: first what decays, then the rest; the same once more for the head.
+    """Split parameters into those with weight decay and those without; the head has two groups of its own.
 
     Convolution and fc weights decay; with `decay_biases` their biases too (detectron2: all but norms), with `decay_all`
-    everything (torchvision). Weights are exactly the parameters of more than one dimension (section 4.2 of the paper):
-    a rule by name misses some of them.
+    all parameters (torchvision). Weights are exactly the parameters of more than one dimension (section 4.2 of the
+    paper): a rule by name misses some of them.
 
     Args:
-        model: its parameters without a gradient are in no group.
-        recipe: weight decay, and `head_lr_factor`; at 1 the head is in the groups of the rest.
+        model: parameters that are not trained are in no group.
+        recipe: weight decay, and `head_lr_factor`; if it is 1, the head is in the groups of the rest.
         head: names of the modules of the head.
 
     Returns:
         Groups with "params", "weight_decay" and "lr_factor".
 
     Raises:
-        ConfigError: a factor for a model without a head, or a model of which nothing is trained.
+        ConfigError: the factor is for a model without a head, or no parameter is trained.
     """
     require_head(recipe, head)
     biases = {id(bias) for bias in _find_biases(model)} if recipe.decay_biases else set()
     factors = {id(p): recipe.head_lr_factor for name in head for p in model.get_submodule(name).parameters()}
-    # A fixed number of groups: without a factor those of earlier versions, whose checkpoints have these.
+    # The number of groups is fixed; without a factor they are those of earlier versions' checkpoints.
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {
         (factor, decays): [] for factor in dict.fromkeys((1.0, recipe.head_lr_factor)) for decays in (True, False)
     }
@@ -48,13 +48,13 @@ def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ())
 
 
 def require_head(recipe: Recipe, head: Sequence[str]) -> None:
-    """Raise a ConfigError for a rate of its own where there is no head."""
+    """Raise a ConfigError if the recipe has a rate for the head and the task has no head."""
     if recipe.head_lr_factor != 1 and not head:
         raise ConfigError(f"train.head_lr_factor={recipe.head_lr_factor}: train.task={recipe.task} has no head for it")
 
 
 def _find_biases(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the biases beside weights of more than one dimension: those of norms are not among them."""
+    """Yield the biases of modules whose weight has more than one dimension, so not those of norms."""
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(bias, nn.Parameter):
@@ -65,15 +65,15 @@ def build_optimizer(model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) 
     """Build the recipe's optimiser over the model's parameter groups; `take_step` sets the learning rate.
 
     SGD and AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) are torch's fused kernels. LAMB (You et al. 2020,
-    arXiv 1904.00962) is timm's, without its own clipping: `clip_gradients` does that, where the recipe asks for it.
+    arXiv 1904.00962) is timm's, without its own clipping: `clip_gradients` clips if the recipe has it.
 
     Args:
-        model: what is trained.
-        recipe: how.
+        model: to be trained.
+        recipe: the optimiser and its options.
         head: names of the modules whose parameters train at `recipe.head_lr_factor` times the rate.
 
     Raises:
-        ConfigError: `train.head_lr_factor` for a model without a head.
+        ConfigError: `train.head_lr_factor` is set, but the model has no head.
     """
     groups = group_parameters(model, recipe, head)
     optimizer: torch.optim.Optimizer
@@ -92,17 +92,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) 
 
 
 def complete_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state ready for a first step that is skipped on the device, which only the fused kernels can.
+    """Complete the state, so that the device can skip the first step, as only the fused kernels can.
 
-    To be called too after `load_state_dict`, of this version's state or an earlier one's. What the first step would
-    allocate is there before it, else it would be undefined where that step is skipped; and it is in the memory layout
-    of its parameter, which the kernels take for granted on a CPU.
+    Call it after `load_state_dict` too, for a state of this version or an earlier one. It allocates the state that the
+    first step would allocate: otherwise the state would be undefined if that step is skipped. It also has the memory
+    layout of its parameter, as the kernels expect on a CPU.
     """
     for group in optimizer.param_groups:
-        group.setdefault("lr_factor", 1.0)  # earlier versions have none
+        group.setdefault("lr_factor", 1.0)  # checkpoints of earlier versions lack it
         names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
         if isinstance(optimizer, torch.optim.SGD):
-            group["fused"] = True  # not so in checkpoints of earlier versions
+            group["fused"] = True  # false in checkpoints of earlier versions
             names = ("momentum_buffer",) if group["momentum"] else ()
         for parameter in group["params"] if names else []:
             state = optimizer.state[parameter]
@@ -114,10 +114,10 @@ def complete_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
-    """Clip the gradients by norm (Pascanu et al. 2013) or value, as the recipe asks; the host does not wait.
+    """Clip the gradients by norm (Pascanu et al. 2013) or value, if the recipe has it; the host does not wait.
 
-    Before `take_step`, when they are summed over the ranks, unscaled, and it is decided whether the step is skipped. A
-    norm above 1e19 is infinite in float32: gradients of that size become 0.
+    Call it before `take_step`, when the gradients are summed over the ranks and unscaled, and it is decided whether the
+    step is skipped. A norm above 1e19 is infinite in float32: gradients of that size become 0.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if recipe.clip_norm is not None:
@@ -127,20 +127,20 @@ def clip_gradients(optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr: float, skips: Tensor) -> None:
-    """Take one step, and forget the gradients.
+    """Take one step, and drop the gradients.
 
-    A fused kernel reads `skips` on the device. LAMB has none: for it the host waits for `skips` before each step.
+    A fused kernel reads `skips` on the device. LAMB has no fused kernel: the host waits for `skips` before each step.
 
     Args:
         optimizer: of `build_optimizer`.
-        lr: learning rate, of groups whose factor is 1.
-        skips: float32 scalar on the device: 1 leaves weights and state as they are, whatever the gradients.
+        lr: learning rate of groups whose factor is 1.
+        skips: float32 scalar on the device: if it is 1, weights and state do not change, whatever the gradients.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
     if optimizer.defaults.get("fused"):
-        # GradScaler.step would set these; we set them, because it looks at gradients only, and a step may be skipped
-        # for its loss.
+        # GradScaler.step would set these. They are set here because it only looks at gradients, and a step may be
+        # skipped for its loss.
         optimizer.grad_scale, optimizer.found_inf = None, skips  # type: ignore[attr-defined]
         optimizer.step()
     elif not skips.item():

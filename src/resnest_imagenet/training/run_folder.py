@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked, where it ran, how it stands, and its checkpoints."""
+"""The folder of a run: its configuration, environment, status and checkpoints."""
 
 import itertools
 import json
@@ -45,37 +45,37 @@ _FILES = (
     *("metrics.jsonl", "trackers.json"),
 )
 _MOVING = ".moving"  # the suffix of earlier-<number> until all of that run is in it
-# When a run is set aside: what is of this start's processes, and what was set aside before.
+# Entries that stay when a run is set aside: those of this start's processes, and runs that were set aside before.
 _STAYS = re.compile(rf"lock|rank-.*\.trace|earlier-\d+({re.escape(_MOVING)})?")
 _PACKAGES = ("resnest-imagenet", "torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130")
 
 
 class RunFolder:
-    """Files of one run; only rank 0 writes, for the others every method that writes does nothing.
+    """The files of one run. Only rank 0 writes; on other ranks, methods that write do nothing.
 
     config.yaml        the resolved configuration
     environment.json   versions, devices, git commit, command
     status.json        {"state": "running" | "finished" | "stopped" | "failed", "saved_step": ..., "exit_code": ...}
-    failed_start.json  how the last start ended, if it ended before it was clear that it is of the run in this folder
+    failed_start.json  how the last start ended, if it ended before it was clear that it belongs to this folder's run
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
-    predictions.csv    what the best network so far predicts for each image of the evaluation (a task's `Score.files`)
+    predictions.csv    the best network's prediction for each image of the evaluation (a task's `Score.files`)
     tensorboard/       the same as event files, with pictures
-    wandb/             the same for W&B, where log.trackers has it
-    trackers.json      by which names W&B and MLflow know the run
+    wandb/             the same for W&B, if log.trackers has it
+    trackers.json      the run's names in W&B and MLflow
     checkpoints/       step-<number>.pt, the last few, and best.pt
     lock               held by the process that writes
-    rank-*.trace       where each rank is: left by those that a signal has ended at once (`Trace`)
-    suspects.txt       the images that such a rank was at
-    *.damaged          what was not what it should be
-    earlier-<number>/  a run that was set aside: all that was here but the lock, traces and earlier runs
+    rank-*.trace       each rank's place: left by ranks that a signal has killed (`Trace`)
+    suspects.txt       the images of such a rank
+    *.damaged          damaged files
+    earlier-<number>/  a run that was set aside: everything except the lock, traces and earlier runs
     """
 
     def __init__(self, path: str, keep: int, is_main: bool) -> None:
         """Name the folder.
 
         Args:
-            path: of the folder, made by `opened`.
-            keep: how many checkpoints stay beside the best.
+            path: of the folder, which `opened` makes.
+            keep: number of checkpoints to keep, without best.pt.
             is_main: whether this process writes.
         """
         self.path = Path(path)
@@ -84,13 +84,13 @@ class RunFolder:
         self._is_main = is_main
         self._owns_status = False
         self._saved_step: int | None = None
-        self._damaged: list[Path] = []  # checkpoints, as `read_newest` has found them
+        self._damaged: list[Path] = []  # damaged checkpoints that `read_newest` has found
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Make the folder, keep others out of it, and say how a start or run ends: see `write_end`.
+        """Make the folder, lock it, and record how a start or run ends, see `write_end`.
 
-        What the folder holds of an earlier run stays as it is until `begin`.
+        The files of an earlier run do not change until `begin`.
 
         Raises:
             ConfigError: it cannot be written, or another process holds it.
@@ -110,17 +110,17 @@ class RunFolder:
             try:
                 yield
             except BaseException as error:
-                with suppress(StorageError):  # what failed first is what is reported
+                with suppress(StorageError):  # the first error is the one to report
                     self.write_end(error)
                 raise
 
     def begin(self, config: dict[str, Any], ranks: Ranks, saved_step: int | None) -> None:
-        """Write what the run is, once it is clear that the folder holds no other: from now on all files are its own.
+        """Write the run's description, when it is clear that the folder holds no other run: all files are now its own.
 
         Args:
             config: the resolved configuration.
-            ranks: who takes part.
-            saved_step: of the checkpoint that it resumes from; None: from scratch.
+            ranks: the ranks of the run.
+            saved_step: of the checkpoint from which it resumes; None: from scratch.
         """
         if not self._is_main:
             return
@@ -139,7 +139,7 @@ class RunFolder:
         self._write_json("environment.json", describe_environment(ranks))
 
     def write_end(self, error: BaseException) -> None:
-        """Say how the run ended: in status.json, or in failed_start.json where it has not begun."""
+        """Write how the run ended: to status.json, or to failed_start.json if it has not begun."""
         error = explain_runtime(error) or error
         text = str(error) if isinstance(error, UserError | Stopped) else f"{type(error).__name__}: {error}"
         code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -152,11 +152,11 @@ class RunFolder:
     def write_status(self, state: str, **details: Any) -> None:
         """Replace status.json."""
         if self._is_main:
-            known = {"state": state, "saved_step": self._saved_step}
-            self._write_json("status.json", {**known, **details, **_describe_process()})
+            status = {"state": state, "saved_step": self._saved_step}
+            self._write_json("status.json", {**status, **details, **_describe_process()})
 
     def read_status(self) -> dict[str, Any]:
-        """Return status.json; {}: there is none, or it is damaged."""
+        """Return status.json; {} if there is none, or it is damaged."""
         try:
             status = json.loads((self.path / "status.json").read_bytes())
         except (OSError, ValueError):
@@ -170,38 +170,38 @@ class RunFolder:
         self.write_status("running")
 
     def _holds_run(self) -> bool:
-        """Say whether a run has begun here, which status.json is about."""
+        """Return whether a run has begun here; status.json is then about that run."""
         names = ("config.yaml", "metrics.jsonl", "checkpoints/best.pt")
         return any((self.path / name).exists() for name in names) or bool(self.list_checkpoints())
 
     def find_remains(self) -> str | None:
-        """Return what shows that the run in this folder had a checkpoint, in words, where it has left more than that.
+        """Return in words what shows that the run in this folder had a checkpoint; None if nothing does.
 
         A run that died before its first checkpoint leaves events, and may leave best.pt, which is written first. So
-        status.json says whether there was one; where it does not, they count.
+        status.json decides whether there was a checkpoint; without it, best.pt and the events do.
         """
-        left = ["checkpoints/best.pt"] if (self.checkpoints / "best.pt").exists() else []
+        remains = ["checkpoints/best.pt"] if (self.checkpoints / "best.pt").exists() else []
         with storing(self.path / "metrics.jsonl"):
             events, damaged = parse_events(self.path / "metrics.jsonl")
-        if not (left or events or damaged):
+        if not (remains or events or damaged):
             return None
         status = self.read_status()
         if "saved_step" in status:
             step = status["saved_step"]
-            return None if step is None else f"status.json tells of a checkpoint after step {step}"
+            return None if step is None else f"status.json names a checkpoint after step {step}"
         if any(event["event"] == "eval" for event in events) or (not status and (events or damaged)):
-            left.append("metrics.jsonl")
-        return f"it has {' and '.join(left)}" if left else None
+            remains.append("metrics.jsonl")
+        return f"it has {' and '.join(remains)}" if remains else None
 
     def list_checkpoints(self) -> list[Path]:
-        """Return the checkpoints, the newest first; best.pt is none of them."""
+        """Return the checkpoints, the newest first, without best.pt."""
         return sorted(self.checkpoints.glob("step-*.pt"), reverse=True)
 
     def save(self, content: dict[str, Any], is_best: bool) -> None:
-        """Write a checkpoint, as best.pt too where this is the best so far, and remove the oldest.
+        """Write a checkpoint, also as best.pt if it is the best so far, and remove the oldest.
 
         Raises:
-            StorageError: it cannot be written; the one before is still there.
+            StorageError: it cannot be written; the previous one is still there.
         """
         if not self._is_main:
             return
@@ -216,46 +216,46 @@ class RunFolder:
         self.write_status("running")
 
     def read_newest(self) -> tuple[str | None, dict[str, Any]]:
-        """Return the name and content of the newest checkpoint that is whole, or None where there is none.
+        """Return the name and content of the newest checkpoint that is not damaged; None and {} if there is none.
 
-        Damaged ones are named on stderr. They get another name once the run begins, which makes them again.
+        Damaged ones are named on stderr, and renamed when the run begins, because the run writes them again.
 
         Raises:
             CheckpointError: all are damaged, or one cannot be read.
         """
-        found = self.list_checkpoints()
-        for path in found:
+        checkpoints = self.list_checkpoints()
+        for path in checkpoints:
             try:
                 return path.name, load_checkpoint(path)
             except DamagedCheckpointError as error:
                 print(f"WARNING: {error}; going back to the checkpoint before it", file=sys.stderr, flush=True)
                 self._damaged.append(path)
-        if found or list(self.checkpoints.glob(f"*{DAMAGED}")):
+        if checkpoints or list(self.checkpoints.glob(f"*{DAMAGED}")):
             raise CheckpointError(
                 f"{self.checkpoints}: all checkpoints are damaged: start from scratch in another run_dir"
             )
         return None, {}
 
     def set_aside(self) -> Path:
-        """Move all of an earlier run into a folder of its own, within this one, and return that.
+        """Move all files of an earlier run into a new folder within this one; return that folder.
 
-        A process that is killed meanwhile leaves the rest to the next one: see `opened`.
+        If the process is killed meanwhile, the next one moves the rest, see `opened`.
         """
         folders = (self.path / f"earlier-{number}" for number in itertools.count(1))
         aside = next(folder for folder in folders if not folder.exists())
         with storing(aside):
             aside.with_name(aside.name + _MOVING).mkdir()
             self._finish_moving()
-        self._damaged.clear()  # they are there
+        self._damaged.clear()  # they were moved too
         self._own_status()
         return aside
 
     def is_moving(self) -> bool:
-        """Say whether a run was being set aside here by a process that was killed."""
+        """Return whether a process was killed here while it set a run aside."""
         return any(self.path.glob(f"earlier-*{_MOVING}"))
 
     def _finish_moving(self) -> None:
-        """Move what is left of a run that is being set aside; nothing of a new one is there before this is done."""
+        """Move the remaining files of a run that is being set aside; a new run writes nothing before this is done."""
         for moving in self.path.glob(f"earlier-*{_MOVING}"):
             synchronise(self.path)
             for entry in sorted(self.path.iterdir()):
@@ -290,7 +290,7 @@ def describe_environment(ranks: Ranks) -> dict[str, Any]:
 
 
 def list_versions() -> dict[str, str | None]:
-    """Return the versions of what a run computes with; None: not installed."""
+    """Return the versions of the packages that a run computes with; None if one is not installed."""
     return {name: _version(name) for name in _PACKAGES}
 
 
@@ -302,7 +302,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of this source tree, with "-dirty" where it was changed; None for an installed wheel."""
+    """Return the commit of this source tree, with "-dirty" if it was changed; None for an installed wheel."""
     repository = Path(__file__).parents[3]
     if not (repository / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""How many steps, of how many images, at which learning rate."""
+"""The steps of a run: their number, size and learning rate."""
 
 import math
 from bisect import bisect_right
@@ -15,12 +15,12 @@ class StepPlan:
     Attributes:
         global_batch: images per step: batch_size * world_size * accumulation.
         accumulation: forward passes per step on each rank.
-        steps_per_epoch: whole steps; what is left of an epoch's order is not seen in that epoch.
+        steps_per_epoch: whole steps; the remaining images of an epoch's order are not seen in that epoch.
         total_steps: of the run.
-        warmup_steps: of them, with a rising learning rate.
-        warmup_start: share of the peak at which it begins.
+        warmup_steps: the first steps, with a rising learning rate.
+        warmup_start: the learning rate of the first step, as a share of the peak.
         peak_lr: learning rate at the end of the warm-up.
-        reductions: steps from which on the rate is multiplied once more by `factor`; None for a curve.
+        reductions: steps at which the rate is multiplied by `factor` once more; None for a curve.
         factor: of one reduction.
         power: of a polynomial; None for half a cosine, or reductions.
     """
@@ -38,7 +38,7 @@ class StepPlan:
 
     @property
     def epochs(self) -> int:
-        """Of the run; the last one may be shorter."""
+        """Number of epochs of the run; the last one may be shorter."""
         return -(-self.total_steps // self.steps_per_epoch)
 
     def end_of_epoch(self, epoch: int) -> int:
@@ -48,7 +48,7 @@ class StepPlan:
     def find_epoch(self, step: int, epoch: int) -> int:
         """Return the epoch in which a run resumes.
 
-        Where it is extended, that which was its last may have been shorter than it is now.
+        In an extended run, the earlier last epoch may have been shorter than it is now.
 
         Args:
             step: steps done.
@@ -59,10 +59,11 @@ class StepPlan:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0 over the run.
 
-        Over the warm-up linear from `warmup_start` of the peak (Goyal et al. 2017, section 2.2). Then constant between
-        the reductions, which are counted from the start of the run (He et al. 2016, section 3.4); or, from the end of
-        the warm-up, half a cosine (Loshchilov & Hutter 2017, without restarts) or a polynomial ("poly", Chen et al.
-        2017, arXiv 1606.00915, section 4.1), which would reach 0 at step `total_steps`.
+        During the warm-up it rises linearly from `warmup_start` of the peak (Goyal et al. 2017, section 2.2). Then it
+        is constant between the reductions, which are counted from the start of the run (He et al. 2016, section 3.4).
+        Or it follows a curve from the end of the warm-up: half a cosine (Loshchilov & Hutter 2017, without restarts) or
+        a polynomial ("poly", Chen et al. 2017, arXiv 1606.00915, section 4.1), which would reach 0 at step
+        `total_steps`.
         """
         if step < self.warmup_steps:
             first = self.peak_lr * self.warmup_start
@@ -79,24 +80,24 @@ def count_accumulation(recipe: Recipe, world_size: int) -> int:
     """Return how many batches each rank accumulates to reach the global batch.
 
     Raises:
-        ConfigError: where the numbers do not divide.
+        ConfigError: the numbers do not divide.
     """
     per_pass = recipe.batch_size * world_size
     global_batch = recipe.global_batch or per_pass
     if global_batch % per_pass:
         raise ConfigError(
-            f"train.global_batch={global_batch} is no multiple of "
+            f"train.global_batch={global_batch} is not a multiple of "
             f"train.batch_size={recipe.batch_size} x {world_size} ranks = {per_pass}"
         )
     return global_batch // per_pass
 
 
 def plan_steps(num_samples: int, recipe: Recipe, world_size: int) -> StepPlan:
-    """Work out the steps of a run over a training set of `num_samples` images.
+    """Return the steps of a run over a training set of `num_samples` images.
 
     Raises:
-        ConfigError: where batch size, ranks and global batch do not divide, or the warm-up is too long.
-        DataError: where the set is smaller than one step.
+        ConfigError: batch size, ranks and global batch do not divide, or the warm-up is too long.
+        DataError: the set is smaller than one step.
     """
     accumulation = count_accumulation(recipe, world_size)
     global_batch = recipe.batch_size * world_size * accumulation
@@ -121,7 +122,7 @@ def plan_steps(num_samples: int, recipe: Recipe, world_size: int) -> StepPlan:
 
 
 def _place_reductions(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> tuple[int, ...] | None:
-    """Return the steps at which the learning rate falls; None where it follows a curve."""
+    """Return the steps at which the learning rate falls; None if it follows a curve."""
     if recipe.schedule == "step":
         distance = (recipe.step_epochs or 0) * steps_per_epoch
         return tuple(range(distance, total_steps, distance))
@@ -132,7 +133,7 @@ def _place_reductions(recipe: Recipe, steps_per_epoch: int, total_steps: int) ->
 
 
 def _count_warmup(recipe: Recipe, steps_per_epoch: int, reductions: tuple[int, ...] | None, total_steps: int) -> int:
-    """Return the steps of the warm-up. The recipe itself cannot compare epochs of the one with steps of the other."""
+    """Return the steps of the warm-up, and check them: a recipe alone cannot compare epochs with steps."""
     option = "warmup_epochs" if recipe.warmup_steps is None else "warmup_steps"
     steps = recipe.warmup_steps
     if steps is None:

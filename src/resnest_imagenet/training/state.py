@@ -1,4 +1,4 @@
-"""All that the future of a run depends on."""
+"""The whole state of a run, as a checkpoint saves it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +17,17 @@ class TrainingState:
     """Model, optimiser, loss scaler, moving average and counters.
 
     Attributes:
-        model: the bare network: its state dict has plain keys, whatever wraps it for training.
+        model: the bare network: its state dict has plain keys, without those of the wrappers of training.
         optimizer: the recipe's.
-        scaler: of the fp16 loss; inert for other precisions.
+        scaler: of the fp16 loss; disabled for other precisions.
         ema: exponential moving average of weights and BN statistics, or None.
         step: optimiser steps done.
         epoch: epochs done, with their evaluation.
         best: highest value of the task's metric in an evaluation so far, in percent; -1 before the first.
-        skipped: steps that were not applied because a loss or gradient was not finite, as far as that was read.
+        skipped: steps that were not applied because a loss or gradient was not finite, among the verdicts read so far.
         losses: of this rank's steps since the last report.
-        history: for each time the run was extended {"epochs" or "steps": how many it had before, "until_step": when
-            that was}.
+        history: for each time the run was extended {"epochs" or "steps": its length before, "until_step": the step of
+            the extension}.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> None:
@@ -35,7 +35,7 @@ class TrainingState:
 
         Args:
             model: on its device.
-            recipe: how to train it.
+            recipe: of the training.
             head: names of the modules that are trained at `train.head_lr_factor` times the rate.
         """
         device = next(model.parameters()).device
@@ -52,7 +52,7 @@ class TrainingState:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The network that is evaluated: the moving average where there is one."""
+        """The network that is evaluated: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def end_epoch(self, value: float | None) -> bool:
@@ -85,7 +85,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any], ranks: Ranks) -> None:
-        """Restore what `state_dict` returned for the same configuration; the number of ranks may be another."""
+        """Restore the result of `state_dict` for the same configuration; the number of ranks may have changed."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal sets a flag, and the run stops where all ranks can save."""
+"""Requests to stop: a signal sets a flag, and the run stops at a point where all ranks can save."""
 
 import os
 import signal
@@ -16,21 +16,21 @@ SECONDS_OF_ONE_REQUEST = 2.0
 
 
 class StopRequest:
-    """Answers the signals that ask a run to stop: before the first step with `Stopped`, from then on by noting it.
+    """Handles the signals that ask a run to stop: it raises `Stopped` before the first step, and notes it afterwards.
 
-    `Stopped` may come out of any line then. Nothing but an exit is made of it, and where a callback in C or a `__del__`
-    swallows it, `wait_for_step` raises it again. A later second one ends the process at once. That is safe: files are
-    written whole or not at all.
+    `Stopped` may then be raised in any line. It always ends the process; if a callback in C or a `__del__` swallows it,
+    `wait_for_step` raises it again. A second signal ends the process at once. That is safe, because files are written
+    whole or not at all.
 
     Attributes:
-        name: of the signal that came; None: none did.
+        name: of the signal that came, or None.
     """
 
     def __init__(self, speaks: bool = True) -> None:
-        """Prepare to be entered.
+        """Prepare the request; signals are handled after `__enter__`.
 
         Args:
-            speaks: whether to answer a signal with a line.
+            speaks: whether to print a line for a signal.
         """
         self.name: str | None = None
         self.before_leaving: Callable[[], None] = lambda: None  # at a second signal
@@ -41,8 +41,8 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # others may not
-            # nohup ignores SIGHUP for the run: it shall outlast its terminal.
+        if threading.current_thread() is threading.main_thread():  # other threads must not set handlers
+            # nohup ignores SIGHUP so that the run outlives its terminal: keep that.
             is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             signals = [number for number in SIGNALS if not (number == signal.SIGHUP and is_nohup)]
             self._before = {number: signal.signal(number, self._note) for number in signals}
@@ -51,22 +51,22 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Once asked, this process is about to leave, with a code that another signal must not change.
+        # After a stop request this process is exiting; a further signal must not change its exit code.
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.name else handler)  # type: ignore[arg-type]
 
     def wait_for_step(self) -> None:
-        """From now on only note a signal: there is something to save.
+        """From now on only note a signal, because there is a state to save.
 
         Raises:
-            Stopped: one has come before, and what was at work then has swallowed it.
+            Stopped: a signal came before, and the code that ran then swallowed the exception.
         """
         if self.name is not None:
             raise self._stopped()
         self._is_stepping = True
 
     def agree(self) -> None:
-        """Take another rank's request for one to this rank: from now on it is about to leave."""
+        """Treat another rank's request as a request to this rank."""
         self.name = self.name or "another rank"
         self._since = time.monotonic()
 
@@ -88,5 +88,5 @@ class StopRequest:
 
     def _say(self, line: str) -> None:
         if self._speaks:  # not through sys.stderr, which the signal may have interrupted
-            with suppress(OSError):  # the terminal may be what is gone
+            with suppress(OSError):  # the terminal may have been closed
                 os.write(2, f"resnest-train: {line}\n".encode())

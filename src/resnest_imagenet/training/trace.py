@@ -1,4 +1,4 @@
-"""Where each rank is, in a file that outlives it: what is left to tell of a rank that a signal ends at once."""
+"""Records each rank's place in a file that outlives it: the only trace of a rank that a signal kills."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from resnest_imagenet.errors import UserError, printable
 from resnest_imagenet.supervision import EVALUATING, STARTING, describe_place
 
 SUSPECTS = "suspects.txt"
-_SIZE = 1024  # bytes of a record: always as many, so that no disk can be too full for it
+_SIZE = 1024  # bytes of a record: a fixed size, so that a full disk cannot prevent an update
 _READ_AHEAD = 2  # batches that DALI decodes while the run works on one
 _DEALT = ("rank", "world_size", "batch_size", "num_batches")  # what may differ between attempts
 _KNOWN = ("num_samples", "seed")
@@ -27,12 +27,12 @@ _KNOWN = ("num_samples", "seed")
 class Trace:
     """A record of this rank's place in the run folder, and one for torchrun's summary.
 
-    Both are removed at every end that has a line of its own. What an attempt has left, that had none, the next reports.
-    They are not synchronised to the disk: the system keeps what a process has written, and that is all they outlive.
+    Both are removed when a run ends with a line of its own. If an attempt ends without one, the next attempt reports
+    its records. They are not synchronised to the disk: they only have to outlive the process.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read what the last attempt has left.
+        """Read the records that the last attempt has left.
 
         Args:
             folder: of the run.
@@ -41,7 +41,7 @@ class Trace:
         self._left: dict[Path, dict[str, Any] | None] = {}
         for path in sorted(folder.glob("rank-*.trace")):
             record = None
-            with suppress(OSError, ValueError):  # it may be empty where a machine has lost its power
+            with suppress(OSError, ValueError):  # it may be empty after a power cut
                 record = json.loads(path.read_bytes())
             is_ours = isinstance(record, dict) and record.keys() >= {"epoch", "batch", "doing", *_DEALT, *_KNOWN}
             self._left[path] = record if is_ours else None
@@ -55,14 +55,14 @@ class Trace:
         self.close()
 
     def begin(self, batches: BatchPlan) -> None:
-        """Make the records; when all ranks have read what was left.
+        """Make the records, after all ranks have read the earlier ones.
 
         Args:
-            batches: this rank's of an epoch of training.
+            batches: this rank's batches of an epoch of training.
         """
         self._batches = batches
-        known = {name: getattr(batches, name) for name in (*_DEALT, *_KNOWN)}
-        self._dealt = json.dumps(known).strip("{}")
+        values = {name: getattr(batches, name) for name in (*_DEALT, *_KNOWN)}
+        self._dealt = json.dumps(values).strip("{}")
         self._own = self._folder / f"rank-{batches.rank}.{platform.node()}.{os.getpid()}.trace"
         launcher_file = find_launcher_file()
         for path in (self._own, *([Path(launcher_file)] if launcher_file else [])):
@@ -71,7 +71,7 @@ class Trace:
         self.note(0, 0, STARTING)
 
     def note(self, epoch: int, batch: int, doing: str) -> None:
-        """Write down where this rank is; some microseconds."""
+        """Write this rank's place; it takes some microseconds."""
         for path, descriptor in self._files.items():
             if path == self._own:
                 text = f'{{"epoch": {epoch}, "batch": {batch}, "doing": "{doing}", {self._dealt}}}'
@@ -87,13 +87,13 @@ class Trace:
         while self._files:
             path, descriptor = self._files.popitem()
             with suppress(OSError):
-                # torchrun may have been told of another cause by now.
+                # The file may have another cause for torchrun by now.
                 if os.pread(descriptor, 2 * _SIZE, 0) == self._written[path]:
                     path.unlink()
                 os.close(descriptor)
 
     def closing_after(self, end: Callable[[UserError], None]) -> Callable[[UserError], None]:
-        """Return what says how the run ends, and then removes the records."""
+        """Return a function that calls `end` and then removes the records."""
 
         def end_and_close(error: UserError) -> None:
             end(error)
@@ -102,24 +102,24 @@ class Trace:
         return end_and_close
 
     def report_last_attempt(self, train_set: ImageSource, val_set: ImageSource) -> None:
-        """Print on rank 0 which ranks ended without a word, where, and on which images; forget what they have left.
+        """Print on rank 0 which ranks ended without a message, where, and with which images; remove their records.
 
         Args:
             train_set: the images of training.
-            val_set: those of the evaluation.
+            val_set: the images of the evaluation.
         """
         if self._batches.rank > 0:
             return
-        left = [record for path, record in self._left.items() if record is not None and path.exists()]
+        records = [record for path, record in self._left.items() if record is not None and path.exists()]
         for path in self._left:
             path.unlink(missing_ok=True)
-        if not left:
+        if not records:
             return
-        first = min(left, key=lambda record: (record["epoch"], record["batch"], record["rank"]))
-        ranks = sorted(record["rank"] for record in left)
+        first = min(records, key=lambda record: (record["epoch"], record["batch"], record["rank"]))
+        ranks = sorted(record["rank"] for record in records)
         plan = replace(self._batches, **{name: first[name] for name in _DEALT})
         where = _describe(first["epoch"], first["batch"], first["doing"], len(plan))
-        line = f"WARNING: rank {', '.join(map(str, ranks))} of the last attempt ended without a word, {where}"
+        line = f"WARNING: rank {', '.join(map(str, ranks))} of the last attempt ended without a message, {where}"
         is_same = all(first[name] == getattr(self._batches, name) for name in _KNOWN)
         names = list(_name_images(first, plan, train_set, val_set)) if is_same else []
         if names:
@@ -135,7 +135,7 @@ class Trace:
 def _name_images(
     record: dict[str, Any], plan: BatchPlan, train_set: ImageSource, val_set: ImageSource
 ) -> Iterator[str]:
-    """Yield the images of the batch that a rank was at, and of those that it had begun to read."""
+    """Yield the images of a rank's batch, and of the batches that it had begun to read."""
     if record["doing"] == STARTING:
         return
     source, batch = train_set, record["batch"]

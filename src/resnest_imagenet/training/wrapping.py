@@ -1,4 +1,4 @@
-"""A network as it is called in training: over the ranks, compiled, warmed up."""
+"""Wraps a network for training: distributed, compiled, warmed up."""
 
 import inspect
 import time
@@ -16,12 +16,12 @@ from resnest_imagenet.tasks.task import Task
 
 
 def wrap(model: nn.Module, task: Task, ranks: Ranks) -> nn.Module:
-    """Make the module that is called in training; the model's own keys stay what they are."""
+    """Return the module that training calls; the model's own keys do not change."""
     keep_freed_memory()
     network, compiles = model, task.config.train.compile
     if distributed.has_joined():
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        # BN statistics are used in evaluation only, which takes rank 0's. torch 2.13 has another name for it.
+        # Only evaluation uses BN statistics, and it takes rank 0's. torch 2.13 has another name for the option.
         parameters = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, sync: False}
@@ -37,11 +37,11 @@ def wrap(model: nn.Module, task: Task, ranks: Ranks) -> nn.Module:
 
 
 def _warm_up(network: nn.Module, task: Task, device: torch.device) -> None:
-    """Run one blank batch forward and backward, and undo its effects: what is compiled is compiled then.
+    """Run one blank batch forward and backward, and undo its effects: compilation happens here, not in the first step.
 
-    After its first backward pass DistributedDataParallel packs the gradients in another order, and from three ranks on
-    the order in which they are added depends on their place in a bucket. So that the first step after a resumption is
-    like any other, no step is the first.
+    After its first backward pass, DistributedDataParallel packs the gradients in another order; with three ranks or
+    more, the order of their additions depends on that. With the blank batch, the first step after a resumption has the
+    same order as any other step.
     """
     before = [buffer.clone() for buffer in network.buffers()]
     losses = task.loss(network, task.blank_batch(device), Draws(task.config.seed, 0, 0))

@@ -1,1 +1,1 @@
-"""Weights: where they are published, how others name them, and how they get into a network."""
+"""Weights: where they are published, how others name them, how they get into a network and out of it."""

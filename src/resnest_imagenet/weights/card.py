@@ -1,4 +1,4 @@
-"""What another program must know of a network to use it: how images go in, and what its outputs are called."""
+"""What another program needs to use a network: how it prepares images, and the names of the outputs."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,9 +21,9 @@ class ImageInput:
 
     Attributes:
         crop: side of the input in pixels.
-        ratio: crop over the image's short side before it.
+        ratio: crop over the short side of the resized image.
         interpolation: of the resize, "bilinear" or "bicubic".
-        order: "resize_crop" or "crop_resize", as `EvalTransform` has it.
+        order: "resize_crop" or "crop_resize", see `EvalTransform`.
         antialias: of the resize.
         protocol: the rule in words.
         mean, std: of red, green and blue.
@@ -40,15 +40,15 @@ class ImageInput:
 
     @property
     def options(self) -> str:
-        """The rule as resnest-eval takes it."""
+        """The rule as options of resnest-eval."""
         values = {"order": self.order, "ratio": self.ratio, "interpolation": self.interpolation}
         words = [f"protocol.{name}={value}" for name, value in values.items()]
         return " ".join([f"crop={self.crop}", *words, f"protocol.antialias={str(self.antialias).lower()}"])
 
 
 DescribeInput = Callable[[Weights, str], ImageInput]
-DescribeObjects = Callable[[Weights], dict[str, str]]  # of a detector
-DescribeScenes = Callable[[Weights, int], dict[str, str]]  # of a network of segmentation, tried at a crop
+DescribeObjects = Callable[[Weights], dict[str, str]]  # for a detector
+DescribeScenes = Callable[[Weights, int], dict[str, str]]  # for a network of segmentation, at a crop
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Card:
     Attributes:
         model: its name in the zoo.
         images: its input.
-        classes: of its outputs, in order; None where nothing tells them.
+        classes: of its outputs, in order; None if they are unknown.
     """
 
     model: str
@@ -71,7 +71,7 @@ class Card:
         return tuple(class_words(self.classes)) if self.classes else None
 
     def to_metadata(self) -> dict[str, str]:
-        """Return the card as texts: numbers and lists in JSON, without what is not known."""
+        """Return the card as texts: numbers and lists in JSON, without unknown values."""
         values = {
             "model": self.model,
             "input": INPUT,
@@ -93,9 +93,9 @@ def open_network(
     """Read a network to be exported, on the CPU and in evaluation mode.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
-        describe: returns the input of weights and their network's name.
-        model: name of the network; None where the weights tell.
+        source: a checkpoint, a file of weights, or published weights; or the result of `read_weights` for one.
+        describe: returns the network's input, from the weights and the network's name.
+        model: name of the network; None if the weights include it.
         weights: "model", "ema" or "auto".
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint, for other programs."""
+"""Writes the weights of a checkpoint for other programs."""
 
 import hashlib
 from os import PathLike
@@ -26,18 +26,18 @@ def export_weights(
     layout: str = "official",
     form: str = "safetensors",
 ) -> str:
-    """Write a bare state dict in the layout and format asked for; return a line about the file.
+    """Write a bare state dict in a layout and format; return a line about the file.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
+        source: a checkpoint, a file of weights, or published weights; or the result of `read_weights` for one.
         out: the file; None: MODEL-LAYOUT.FORMAT.
-        model: name of the network; None where the weights tell.
+        model: name of the network; None if the weights include it.
         weights: "model", "ema" or "auto".
         layout: "official", "timm", "mmpretrain", "mmsegmentation" or "detectron2" (both without the classifier).
         form: "safetensors" or "pth".
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
     """
     loaded = source if isinstance(source, Weights) else read_weights(source, weights)
     name, tensors = match_tensors(loaded, model)
@@ -59,22 +59,22 @@ def export_deeplab(
 ) -> str:
     """Write a bare state dict of a DeepLabV3; return a line about the file.
 
-    A run starts from it, train.init_from=..., where its classes are as many and in the same order. mmsegmentation's
-    layout has the backbone alone: its head has a 3x3 convolution where this one has a 1x1 and another 3x3.
+    A run can start from it (train.init_from=...) if its classes are the same, in the same order. The mmsegmentation
+    layout has only the backbone: its head has a 3x3 convolution where this head has a 1x1 and another 3x3.
 
     Args:
-        source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
+        source: a checkpoint of a run of segmentation, or the result of `read_weights` for one.
         out: the file; None: deeplabv3_MODEL-official.FORMAT.
         weights: "model", "ema" or "auto".
-        layout: "official", which are PyTorch-Encoding's names, or "mmsegmentation".
+        layout: "official" (PyTorch-Encoding's names) or "mmsegmentation".
         form: "safetensors" or "pth".
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
     """
     if layout not in ("official", "mmsegmentation"):
         raise ConfigError(
-            f"layout={layout} is of classification: a DeepLabV3 has official (PyTorch-Encoding's) or mmsegmentation"
+            f"layout={layout} is of classification: a DeepLabV3 takes official (PyTorch-Encoding's) or mmsegmentation"
         )
     loaded = source if isinstance(source, Weights) else read_weights(source, weights, (SEGMENTATION,))
     network = restore_deeplab(loaded)
@@ -93,7 +93,7 @@ def export_deeplab(
 
 
 def require_layout(layout: str, name: str, source: str) -> None:
-    """Raise a ConfigError where a layout has no names for a network's tensors."""
+    """Raise a ConfigError if a layout has no names for a network's tensors."""
     if layout not in ("official", "timm") and not isinstance(ARCHITECTURES.get(name), ResNeStSpec):
         raise ConfigError(f"layout={layout} is known for ResNeSts, and {source} holds a {name}")
     spec = ARCHITECTURES.get(name)
@@ -103,22 +103,22 @@ def require_layout(layout: str, name: str, source: str) -> None:
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], words: str) -> str:
     """Write a state dict; return a line about the file, with some words about the network."""
-    # Contiguous, whatever layout training used, and no views of larger memory.
+    # Contiguous, whatever memory format training used, and not views of larger storages.
     content = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     save_checkpoint(content, file)
     return f"wrote {file}: {words}, {len(content)} tensors, SHA-256 {digest(file)}"
 
 
 def choose_file(source: str | PathLike[str], out: str | PathLike[str] | None, default: str) -> Path:
-    """Return the file to write, of the default's suffix.
+    """Return the file to write; it must have the default's suffix.
 
     Args:
-        source: what is exported.
-        out: the file that was asked for.
-        default: the file where none was.
+        source: the checkpoint that is exported.
+        out: the user's choice, or None.
+        default: the file if there is no choice.
 
     Raises:
-        ConfigError: it has another one, cannot be written, or is the source itself.
+        ConfigError: it has another suffix, cannot be written, or is the source itself.
     """
     file, suffix = Path(out or default), Path(default).suffix
     if file.suffix != suffix:
@@ -131,19 +131,19 @@ def choose_file(source: str | PathLike[str], out: str | PathLike[str] | None, de
 
 
 def require_other(source: str | PathLike[str], out: str | PathLike[str], file: Path) -> None:
-    """Raise a ConfigError where a file to be written is the source itself.
+    """Raise a ConfigError if the file to be written is the source itself.
 
     Args:
-        source: what is exported.
-        out: the file or folder that was asked for, for the message.
-        file: the file.
+        source: the checkpoint that is exported.
+        out: the file or folder that the user chose, for the message.
+        file: the file to be written.
     """
     if file.exists() and Path(source).exists() and file.samefile(source):
         raise ConfigError(f"out={out} is the checkpoint itself: set another name")
 
 
 def describe_weights(weights: Weights, name: str) -> str:
-    """Return what was exported, in words: with the classes, where these are numbers, but not those of the outputs."""
+    """Return the exported network in words, with its classes if they are the outputs' numbers in another order."""
     words = f"moving average of {name}" if weights.is_average else name
     classes, numbers = weights.classes or [], [str(output) for output in range(len(weights.classes or []))]
     if classes != numbers and set(classes) == set(numbers):
@@ -152,7 +152,7 @@ def describe_weights(weights: Weights, name: str) -> str:
 
 
 def describe_deeplab(weights: Weights) -> str:
-    """Return which network of segmentation was exported, in words."""
+    """Return the exported network of segmentation in words."""
     name = f"DeepLabV3 on {weights.model} with {len(weights.classes or ())} classes"
     return f"moving average of {name}" if weights.is_average else name
 

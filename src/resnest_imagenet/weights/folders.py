@@ -1,4 +1,4 @@
-"""A folder that describes its weights, read as the checkpoint that they are from."""
+"""Reads a folder with weights and their description as if it were the checkpoint that they come from."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.weights.sources import SETTINGS
 
 TENSORS, README = "model.safetensors", "README.md"
-# What a checkpoint of a run tells of its network; "palette" too where the masks have one.
+# The entries of a run's checkpoint that describe its network; there is also "palette" if the masks have one.
 ENTRIES = ("task", "config", "classes", "epoch")
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint would hold: the entries of config.json, and the tensors as its "model".
+    """Return the content of a checkpoint: the entries of config.json, and the tensors as "model".
 
     Args:
         folder: of `export_deeplab_folder` or `export_rcnn_folder`.
 
     Raises:
-        CheckpointError: not such a folder, or its files are missing, unreadable or damaged.
+        CheckpointError: it is not such a folder, or its files are missing, unreadable or damaged.
     """
     try:
         content = json.loads((folder / SETTINGS).read_bytes())

@@ -26,8 +26,8 @@ from resnest_imagenet.weights.load import Weights, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
 SUFFIXES = {"onnx": "onnx", "torch_export": "pt2"}
-OPSET = 18  # what torch's translations are written in; any other is converted from it
-TOLERANCE = 1e-3  # of the largest logit, for the difference between the graph and the network
+OPSET = 18  # torch's translations are written for it; any other is converted from it
+TOLERANCE = 1e-3  # largest difference between graph and network, as a share of the largest logit
 
 Run = Callable[[Tensor], Tensor]
 
@@ -42,23 +42,23 @@ def export_graph(
     form: str = "onnx",
     sizes: str | None = None,
 ) -> str:
-    """Write a network as a graph, unless it computes something else; return a line about the file.
+    """Write a network as a graph, if the graph's logits agree with the network's; return a line about the file.
 
-    The batch norms are folded into the convolutions. Of ONNX the input is "images" (batch, 3, height, width), all but
-    the 3 of any size, and the output "logits" (batch, classes); torch.export's program is for images of the crop, and
-    an ONNX graph where that is asked for.
+    The batch norms are folded into the convolutions. An ONNX graph has the input "images" (batch, 3, height, width),
+    with any batch, height and width, and the output "logits" (batch, classes). torch.export's program takes only images
+    of the crop, and so does an ONNX graph with sizes="crop".
 
     Args:
-        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
-        describe: returns the input of weights and their network's name.
+        source: a checkpoint, a file of weights, or published weights; or the result of `read_weights` for one.
+        describe: returns the network's input, from the weights and the network's name.
         out: the file; None: MODEL.onnx or MODEL.pt2.
-        model: name of the network; None where the weights tell.
+        model: name of the network; None if the weights include it.
         weights: "model", "ema" or "auto".
         form: "onnx" or "torch_export".
-        sizes: of images: "any" (of "onnx" only) or "crop"; None: any where there can be.
+        sizes: of images: "any" ("onnx" only) or "crop"; None: any if the form can.
 
     Raises:
-        UserError: for what a user can cause, as one line; or the graph's logits are not the network's.
+        UserError: a user's error, in one line; or the graph's logits differ from the network's.
     """
     require_form(form)
     network, loaded, card = open_network(source, describe, model, weights)
@@ -80,19 +80,20 @@ def export_deeplab_graph(
 ) -> str:
     """Write a DeepLabV3 as a graph in the same way; its output is "logits" (batch, classes, height, width).
 
-    The auxiliary head, which is of training only, is not in it.
+    The graph does not include the auxiliary head, which only training needs.
 
     Args:
-        source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
-        describe: returns what another program must know of the network.
+        source: a checkpoint of a run of segmentation, or the result of `read_weights` for one.
+        describe: returns the description for other programs.
         out: the file; None: deeplabv3_MODEL.onnx or .pt2.
         weights: "model", "ema" or "auto".
-        crop: side of the images that it is tried with, and of all images where not any are taken; None: the recipe's.
+        crop: side of the images with which the graph is tried, and the only side that it takes if it does not take any;
+            None: the recipe's.
         form: "onnx" or "torch_export".
-        sizes: of images: "any" (of "onnx" only) or "crop"; None: any where there can be.
+        sizes: of images: "any" ("onnx" only) or "crop"; None: any if the form can.
 
     Raises:
-        UserError: for what a user can cause, as one line; or the graph's logits are not the network's.
+        UserError: a user's error, in one line; or the graph's logits differ from the network's.
     """
     require_form(form)
     loaded = source if isinstance(source, Weights) else read_weights(source, weights, (SEGMENTATION,))
@@ -108,7 +109,7 @@ def export_deeplab_graph(
 
 @dataclass(frozen=True)
 class GraphForm:
-    """What kind of graph: "onnx" or "torch_export", for images whose side is the crop, or of any size."""
+    """The kind of graph: "onnx" or "torch_export", for images whose sides are the crop, or of any size."""
 
     name: str
     crop: int
@@ -116,7 +117,7 @@ class GraphForm:
 
     @property
     def text(self) -> str:
-        """What the line says of it."""
+        """Its part of the line about the file."""
         kind = [f"opset {OPSET}"] * (self.name == "onnx") + [f"crop {self.crop}"] * (not self.takes_any)
         return ", ".join(kind)
 
@@ -126,10 +127,10 @@ def choose_any(form: str, sizes: str | None) -> bool:
 
     Args:
         form: "onnx" or "torch_export".
-        sizes: as a user gives them: "any", "crop" or None.
+        sizes: the user's choice: "any", "crop" or None.
 
     Raises:
-        ConfigError: there is no such graph.
+        ConfigError: the form has no such graph.
     """
     if sizes == "any" and form != "onnx":
         raise ConfigError(f"sizes=any is for format=onnx, not {form}")
@@ -139,7 +140,7 @@ def choose_any(form: str, sizes: str | None) -> bool:
 def _write_graph(
     network: nn.Module, source: str, file: Path, form: GraphForm, metadata: dict[str, str], words: str
 ) -> str:
-    """Write a network as a graph that has been run beside it; return a line about the file, with some words."""
+    """Write a network as a graph after comparing the two; return a line about the file, with some words."""
     make, load = (_make_onnx, _load_onnx) if form.name == "onnx" else (_make_program, _load_program)
     with quiet(), torch.no_grad():
         content = make(fold_batch_norms(network), form, metadata)
@@ -152,7 +153,9 @@ def _write_graph(
     if not largest < float("inf"):
         raise CheckpointError(f"{source}: the logits are not finite")
     if not difference <= TOLERANCE * largest:
-        raise UserError(f"{file} is not written: its logits differ by {difference:.2g} of {largest:.3g} from torch's")
+        raise UserError(
+            f"{file} is not written: its logits (up to {largest:.3g}) differ by {difference:.2g} from torch's"
+        )
     with replacing(file) as opened:
         opened.write(content)
     return (
@@ -170,7 +173,7 @@ def compare_logits(model: nn.Module, run: Run, shapes: list[tuple[int, int, int]
         shapes: (batch, height, width) of each trial.
 
     Returns:
-        The largest absolute difference of a logit, and the network's lowest and highest logit; NaN if any is.
+        The largest absolute difference of a logit, and the network's lowest and highest logit; NaN if any value is NaN.
     """
     generator = torch.Generator().manual_seed(0)
     figures = []
@@ -179,19 +182,19 @@ def compare_logits(model: nn.Module, run: Run, shapes: list[tuple[int, int, int]
         with torch.no_grad():
             logits = model(images)
             difference = (logits - run(images)).abs().max()
-        figures.append(torch.stack((difference, -logits.min(), logits.max())))  # logits of pixels are too many to keep
+        figures.append(torch.stack((difference, -logits.min(), logits.max())))  # logits of pixels would be too many
     difference, lowest, highest = torch.stack(figures).amax(0).tolist()
     return difference, -lowest, highest
 
 
 def draw_images(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return normalised images (batch, 3, height, width), as smooth as photographs and of their range."""
+    """Return normalised images (batch, 3, height, width), as smooth as photographs and in their range."""
     coarse = torch.randn(batch, 3, height // 16, width // 16, generator=generator)
     return F.interpolate(coarse, (height, width), mode="bicubic").clamp(-2, 2.5)
 
 
 def require_form(form: str) -> None:
-    """Raise a ConfigError where the packages of a format, "onnx" or "torch_export", are not there."""
+    """Raise a ConfigError if a package of a format, "onnx" or "torch_export", is not installed."""
     if form != "onnx":
         return
     try:
@@ -202,7 +205,7 @@ def require_form(form: str) -> None:
 
 
 def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> bytes:
-    # Of any size: equal sides, or of 32 pixels, are taken for special.
+    # For any size, the example has two different sides above 32 pixels: torch would specialise on others.
     sides = (form.crop + 32, form.crop + 64) if form.takes_any else (form.crop, form.crop)
     any_side = {2: Dim("height"), 3: Dim("width")} if form.takes_any else {}
     program = torch.onnx.export(
@@ -220,10 +223,10 @@ def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> b
 
 
 def encode_onnx(graph: Any, metadata: dict[str, str]) -> bytes:
-    """Return an ONNX model with metadata as a file's content, after its check.
+    """Return a checked ONNX model with metadata as a file's content.
 
     Args:
-        graph: of torch.onnx; to be changed.
+        graph: of torch.onnx; it is changed.
         metadata: texts by name.
     """
     import onnx
@@ -244,7 +247,7 @@ def _load_onnx(content: bytes) -> Run:
 
 
 def _make_program(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> bytes:
-    # Of one size: other sizes would depend on the example's being even or odd, in every stage.
+    # For one size: in every stage, other sizes would depend on whether the example's is even or odd.
     images = torch.zeros(2, 3, form.crop, form.crop)
     return encode_program(torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},)), metadata)
 
@@ -265,7 +268,7 @@ def _load_program(content: bytes) -> Run:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back the exporters' progress and warnings of their own parts; what fails is raised."""
+    """Silence the exporters' progress and their warnings about their own code; errors are still raised."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

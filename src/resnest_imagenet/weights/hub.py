@@ -1,4 +1,4 @@
-"""A network as a folder for the Hugging Face hub, which timm loads."""
+"""A network as a folder for the Hugging Face hub that timm loads."""
 
 import json
 from os import PathLike
@@ -52,14 +52,14 @@ def export_folder(
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
     Args:
-        source: a checkpoint, a file of weights, or published weights; or what `read_weights` has made of one.
-        describe: returns the input of weights and their network's name.
+        source: a checkpoint, a file of weights, or published weights; or the result of `read_weights` for one.
+        describe: returns the network's input, from the weights and the network's name.
         out: the folder; None: MODEL-hub.
-        model: name of the network; None where the weights tell.
+        model: name of the network; None if the weights include it.
         weights: "model", "ema" or "auto".
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
     """
     network, loaded, card = open_network(source, describe, model, weights)
     folder = Path(out or f"{card.model}-hub")
@@ -68,7 +68,7 @@ def export_folder(
     require_writable(settings, "out")
     tensors = network.state_dict()
     described = describe_for_timm(card, tensors)
-    # The settings come last, without which timm loads nothing: no old ones for new weights.
+    # Write the settings last: timm loads nothing without them, so it never reads old settings with new weights.
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in (
@@ -85,10 +85,10 @@ def export_folder(
 
 
 def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return timm's config.json of a network.
+    """Return timm's config.json for a network.
 
-    ImageNet's classes have timm's own names there. timm has neither "crop_resize" nor a resize without antialiasing:
-    it takes the nearest protocol, a resize to crop / crop_pct and a centre crop.
+    It does not list ImageNet's classes: timm has names for them. timm has neither "crop_resize" nor a resize without
+    antialiasing: it uses the nearest protocol, a resize to crop / crop_pct and a centre crop.
 
     Args:
         card: the network.
@@ -126,14 +126,14 @@ def describe_for_timm(card: Card, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
-    """Return a network's name in timm, or its nearest relative's and the arguments that make it this network."""
+    """Return a network's name in timm, or that of a similar network and the arguments that turn it into this one."""
     if name not in ARCHITECTURES:
-        raise ConfigError(f"format=hub is for networks of timm's, and {name} is none")
+        raise ConfigError(f"format=hub is for networks that timm has, and it has no {name}")
     spec = ARCHITECTURES[name]
     if isinstance(spec, PeerSpec):
         if spec.strides_first:
             raise ConfigError(
-                f"format=hub is for networks of timm's: its {spec.timm_name} has other strides than {name}"
+                f"format=hub is for networks that timm has: its {spec.timm_name} has other strides than {name}"
             )
         return ("skresnext50_32x4d" if spec.timm_name == "resnet" else spec.timm_name), spec.arguments
     if name in TIMM_RESNESTS:
@@ -150,7 +150,7 @@ def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
 
 def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
     return _README.format(
-        licence="" if source.startswith("timm:") else "license: apache-2.0\n",  # timm's weights have several
+        licence="" if source.startswith("timm:") else "license: apache-2.0\n",  # timm's weights have various licences
         model=card.model,
         mean=card.images.mean,
         std=card.images.std,
@@ -161,7 +161,7 @@ def _write_readme(card: Card, source: str, accuracy: str | None) -> str:
 
 
 def read_score(weights: Weights) -> str | None:
-    """Return Top-1, mIoU or AP in words where a checkpoint has it: a run's best.pt has it of its evaluated weights."""
+    """Return Top-1, mIoU or AP in words if a checkpoint has it: only a run's best.pt has that of its own weights."""
     if weights.training is None or Path(weights.source).name != "best.pt":
         return None
     content = load_checkpoint(weights.source)

@@ -1,4 +1,4 @@
-"""A network of segmentation as a folder: weights, a description that this project reads, and a card for people."""
+"""A network of segmentation as a folder: weights, a description for this project, and a card for people."""
 
 from os import PathLike
 from pathlib import Path
@@ -52,17 +52,17 @@ def export_deeplab_folder(
 ) -> str:
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
-    `read_weights` takes the folder as it takes the checkpoint, of which it has the chosen weights, the auxiliary head
-    with them; torch.hub's entry deeplabv3 likewise.
+    `read_weights` and torch.hub's entry deeplabv3 read the folder like the checkpoint. It has the chosen weights, with
+    the auxiliary head.
 
     Args:
-        source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
-        describe: returns what another program must know of the network.
+        source: a checkpoint of a run of segmentation, or the result of `read_weights` for one.
+        describe: returns the description for other programs.
         out: the folder; None: deeplabv3_MODEL-hub.
         weights: "model", "ema" or "auto".
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
     """
     loaded = source if isinstance(source, Weights) else read_weights(source, weights, (SEGMENTATION,))
     tensors = restore_deeplab(loaded).state_dict()

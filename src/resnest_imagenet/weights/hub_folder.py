@@ -1,4 +1,4 @@
-"""Writes a folder that describes its weights; `weights.folders` reads it."""
+"""Writes a folder with weights and their description; `weights.folders` reads it."""
 
 import json
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ def write_folder(
     """Write model.safetensors, config.json and README.md; return the first.
 
     Args:
-        folder: where.
+        folder: the folder to write.
         weights: of a run's checkpoint.
         tensors: of its network.
-        card: what another program must know of it.
-        readme: for people.
+        card: the description for other programs.
+        readme: the text for people.
 
     Raises:
         UserError: it is the source itself, or cannot be written.
@@ -34,7 +34,7 @@ def write_folder(
     for path in (folder, file):
         require_other(weights.source, folder, path)
     require_writable(settings, "out")
-    # The settings come last, without which the folder is no network: no old ones for new weights.
+    # Write the settings last: the folder is not read without them, so old settings never come with new weights.
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in ((folder / README, readme), (settings, _describe_run(weights, card, tensors))):
@@ -44,7 +44,7 @@ def write_folder(
 
 
 def _describe_run(weights: Weights, card: Mapping[str, str], tensors: dict[str, Tensor]) -> str:
-    """Return what the checkpoint tells of its network, without places of the run's machine; the card beside it."""
+    """Return the checkpoint's description of its network and the card, without paths of the run's machine."""
     run, training = weights.run, weights.training
     assert run and training
     shown = ("input", "output", "channels", "protocol", "mean", "std")

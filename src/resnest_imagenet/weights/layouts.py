@@ -1,25 +1,25 @@
-"""How others name a ResNeSt's tensors, a ResNet's, and a DeepLabV3's.
+"""The names that others give to the tensors of a ResNeSt, a ResNet and a DeepLabV3.
 
-official        zhanghang1989/ResNeSt, and this project's own names; timm's are the same
+official        zhanghang1989/ResNeSt and this project; timm's names are the same
 mmpretrain      backbone.*, head.fc.*
 mmsegmentation  backbone.*, with stem.0 to stem.7; beside it decode_head.*, auxiliary_head.*
-mmdetection     backbone.*, as mmsegmentation
-detectron2      stem.*, res2..res5.*; no classifier, or a ResNet's stem.fc.*
-caffe2          conv1_w, res2_0_branch2a_w, ...: of a ResNet of MSRA's in detectron2's files
-encoding        of a DeepLabV3 in PyTorch-Encoding: pretrained.* (official), head.*, auxlayer.*
+mmdetection     backbone.*, as in mmsegmentation
+detectron2      stem.*, res2..res5.*; no classifier, except a ResNet's stem.fc.*
+caffe2          conv1_w, res2_0_branch2a_w, ...: MSRA's ResNets in detectron2's files
+encoding        a DeepLabV3 in PyTorch-Encoding: pretrained.* (official), head.*, auxlayer.*
 """
 
 import re
 from collections.abc import Callable, Collection
 
-# Beginnings of official names and what replaces them; the first that fits is taken.
+# Beginnings of official names and their replacements; the first that matches is used.
 Rules = list[tuple[str, Callable[[re.Match[str]], str]]]
 
 _MMPRETRAIN: Rules = [
     (r"conv1\.([036])\.", lambda m: f"stem.{int(m[1]) // 3}.conv."),
     (r"conv1\.([14])\.", lambda m: f"stem.{int(m[1]) // 3}.bn."),
     (r"bn1\.", lambda m: "stem.2.bn."),
-    # No pool where the stride is 1: the convolution and its BN move up by one.
+    # There is no pool if the stride is 1, so the numbers of the convolution and its BN are lower by one.
     (r"layer1\.0\.downsample\.([12])\.", lambda m: f"layer1.0.downsample.{int(m[1]) - 1}."),
 ]
 _MMSEGMENTATION: Rules = [
@@ -35,7 +35,7 @@ _DETECTRON2: Rules = [
     (r"layer(\d)\.0\.downsample\.2\.", lambda m: f"res{int(m[1]) + 1}.0.shortcut.norm."),
     (r"layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
 ]
-# Of a network without split attention, torchvision's names on our side.
+# For networks without split attention; this project then has torchvision's names.
 _DETECTRON2_RESNET: Rules = [
     (r"(?=conv1\.|fc\.)", lambda m: "stem."),
     (r"bn1\.", lambda m: "stem.conv1.norm."),
@@ -57,7 +57,7 @@ _CAFFE2: Rules = [
     ),
     (r"fc\.(.)\w+", lambda m: f"fc1000_{m[1]}"),
 ]
-# Beside a network: the momentum of its training, and a bias of its first convolution, which detectron2 does not read.
+# Other keys of a file: the optimiser's momentum, and a bias of the first convolution that detectron2 does not read.
 _UNREAD = {"caffe2": re.compile(r".*_momentum|conv1_b")}
 
 
@@ -77,7 +77,7 @@ _ENCODING: Rules = [
 
 
 def rename(key: str, layout: str) -> str | None:
-    """Return the name of an official key in a layout, or None where the layout has no such tensor."""
+    """Return the name of an official key in a layout, or None if the layout has no such tensor."""
     if layout == "mmpretrain":
         return f"head.{key}" if key.startswith("fc.") else f"backbone.{_apply(_MMPRETRAIN, key)}"
     if layout in ("mmsegmentation", "mmdetection"):
@@ -90,12 +90,12 @@ def rename(key: str, layout: str) -> str | None:
 
 
 def is_unread(key: str, layout: str) -> bool:
-    """Return whether a file of a layout may have this key beside a network's."""
+    """Return whether a file of a layout may have this key in addition to a network's."""
     return layout in _UNREAD and _UNREAD[layout].fullmatch(key) is not None
 
 
 def recognise(keys: Collection[str]) -> str:
-    """Return the layout of a file by a key that no other layout has; official where none is found."""
+    """Return the layout of a file, by a key that no other layout has; "official" without such a key."""
     if "backbone.stem.0.conv.weight" in keys:
         return "mmpretrain"
     if "backbone.stem.0.weight" in keys:
@@ -108,12 +108,12 @@ def recognise(keys: Collection[str]) -> str:
 
 
 def rename_deeplab(key: str, layout: str) -> str:
-    """Return the name of a tensor of our DeepLabV3 in a layout, "official" (ours) or "encoding"."""
+    """Return the name of a tensor of this project's DeepLabV3 in a layout, "official" (its own) or "encoding"."""
     return _apply(_ENCODING, key) if layout == "encoding" else key
 
 
 def recognise_deeplab(keys: Collection[str]) -> str | None:
-    """Return the layout of a DeepLabV3 with heads as ours; None of any other network."""
+    """Return the layout of a DeepLabV3 with the heads of this project; None for any other network."""
     if any(key.startswith("pretrained.") for key in keys):
         return "encoding"
     return "official" if "head.classify.weight" in keys else None

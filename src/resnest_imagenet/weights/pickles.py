@@ -1,7 +1,7 @@
-"""Pickles of numpy arrays, the form in which detectron2's weights are published, read without executing anything.
+"""Reads pickles of numpy arrays, the form of detectron2's published weights, without executing anything.
 
-A pickle names functions and calls them. Here each name that an array needs stands for a function of this file, which
-keeps its arguments; any other name is refused.
+A pickle names functions and calls them. Here each name that an array needs is replaced by a function of this file that
+only keeps its arguments; any other name is refused.
 """
 
 import io
@@ -22,7 +22,7 @@ _TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
 
 
 class _Type:
-    """A numpy type."""
+    """A numpy type in a pickle."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.code, self.order = code, "="
@@ -31,14 +31,14 @@ class _Type:
         self.order = state[1]
 
     def read(self) -> np.dtype[Any]:
-        """Return numpy's own."""
+        """Return the numpy type."""
         if self.code not in _TYPES or self.order not in ("<", ">", "=", "|"):
             raise ValueError(f"arrays of type {self.code!r}")
         return np.dtype(self.order + self.code)
 
 
 class _Array:
-    """A numpy array: what numpy would make it of."""
+    """A numpy array in a pickle: the values from which numpy would build it."""
 
     def __init__(self) -> None:
         self.type, self.shape, self.data = _Type("f4"), (0,), b""
@@ -73,17 +73,17 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _Table(dict[Any, Any]):
-    """An ordered dictionary: torch's have attributes."""
+    """An ordered dictionary that takes attributes, as torch's have some."""
 
 
 _STAND_INS: dict[str, Callable[..., Any]] = {
     "dtype": _Type,
     "_reconstruct": lambda *_: _Array(),
     "_frombuffer": _read_buffer,
-    "scalar": lambda *_: None,  # beside the weights: nobody reads it
+    "scalar": lambda *_: None,  # not a weight: it is not read
     "ndarray": lambda *_: None,  # an argument of _reconstruct
     "encode": _encode,
-    "bytes": lambda: b"",  # as protocol 2 has no bytes
+    "bytes": lambda: b"",  # protocol 2 writes empty bytes as this call
     "OrderedDict": _Table,
 }
 _MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
@@ -97,7 +97,7 @@ class _RefusedNameError(Exception):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name; a function of its own each time, so that no pickle can change another's."""
+        """Return the replacement for a name: a new function each time, so that no pickle can change another's."""
         if f"{module}.{name}" not in _NAMES:
             raise _RefusedNameError(f"{module}.{name}")
         stand_in = _STAND_INS[_NAMES[f"{module}.{name}"]]
@@ -105,11 +105,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
-    """Read a pickle of numpy arrays, its arrays as tensors; a file of torch's under this suffix as `load_checkpoint`.
+    """Read a pickle of numpy arrays, as tensors. A file of torch with this suffix is left to `load_checkpoint`.
 
     Raises:
-        CheckpointError: missing, or not to be read.
-        DamagedCheckpointError: damaged, or holding more than plain containers and arrays.
+        CheckpointError: it is missing, or cannot be read.
+        DamagedCheckpointError: it is damaged, or holds more than plain containers and arrays.
         StorageError: the storage fails, or memory is short.
     """
     data = read_file(path)
@@ -117,17 +117,17 @@ def load_pickle(path: Path) -> dict[str, Any]:
         return load_checkpoint(path)
     try:
         content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-        if isinstance(content, int):  # how torch's older files begin
+        if isinstance(content, int):  # torch's older files begin with a number
             return load_checkpoint(path)
         content = _read_arrays(content)
     except UserError:
         raise
     except _RefusedNameError as error:
         raise DamagedCheckpointError(
-            f"{path}: it holds {error}, which is not read, since it may execute code; where you trust the file, read "
-            "it with Python's pickle, and torch.save its arrays alone, as tensors"
+            f"{path}: it holds {error}, which is not read because it may execute code; if you trust the file, read "
+            "it with Python's pickle and torch.save only its arrays, as tensors"
         ) from None
-    except Exception as error:  # what a pickle of foreign bytes raises has no common type
+    except Exception as error:  # the errors of foreign bytes have no common type
         if is_out_of_memory(error):
             raise StorageError(f"{path}: cannot be read: not enough memory") from error
         raise DamagedCheckpointError(f"{path}: not a readable pickle of arrays") from error
@@ -137,7 +137,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
 
 def _read_arrays(content: Any, depth: int = 2) -> Any:
-    """Return a dictionary, and those in it, with tensors in place of arrays."""
+    """Replace the arrays in a dictionary, and in the dictionaries in it, by tensors."""
     if isinstance(content, _Array):
         return content.read()
     if isinstance(content, dict) and depth:

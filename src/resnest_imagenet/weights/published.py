@@ -1,4 +1,4 @@
-"""Published weights by name: fetched once, verified each time."""
+"""Published weights by name: downloaded once, verified each time."""
 
 import hashlib
 import re
@@ -18,7 +18,7 @@ MIRRORS = (
     "https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1",
     "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-resnest",
 )
-SILENCE = 30.0  # seconds after which a mirror that sends nothing is given up
+SILENCE = 30.0  # seconds without data after which the next mirror is tried
 
 
 def fetch(source: str) -> tuple[Path, str]:
@@ -26,18 +26,18 @@ def fetch(source: str) -> tuple[Path, str]:
 
     Args:
         source: official:NAME (`OFFICIAL`), kept in torch.hub's folder, or timm:NAME (a pretrained name of timm's such
-            as resnet50.tv_in1k), kept in the Hugging Face cache. Several processes may ask at once.
+            as resnet50.tv_in1k), kept in the Hugging Face cache. Several processes may call this at once.
 
     Raises:
-        ConfigError: an unknown source or name.
-        CheckpointError: neither in the cache nor to be had, or damaged wherever it came from.
+        ConfigError: the source or name is unknown.
+        CheckpointError: the file is not in the cache and cannot be downloaded, or all copies are damaged.
     """
     kind, _, name = source.partition(":")
     if kind == "timm":
         network = find_by_timm_name(name)
         return _fetch_timm(name, network), network
     if kind != "official" or name not in OFFICIAL:
-        valid = [f"official:{known}" for known in OFFICIAL]
+        valid = [f"official:{network}" for network in OFFICIAL]
         raise ConfigError(f"unknown weights {source!r}, neither official:NAME nor timm:NAME{suggest(source, valid)}")
     return _fetch_official(name), name
 
@@ -46,19 +46,20 @@ def find_by_timm_name(name: str) -> str:
     """Return the network of weights that timm publishes, such as resnest50 for resnest50d.in1k.
 
     Raises:
-        ConfigError: timm has no such weights for a network of ours, or they need another normalisation than ImageNet's.
+        ConfigError: timm has no such weights for a network of the zoo, or they need another normalisation than
+            ImageNet's.
     """
     from timm import get_pretrained_cfg, list_pretrained
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    networks = {theirs: ours for ours, theirs in TIMM_RESNESTS.items()}
+    networks = {timm_name: network for network, timm_name in TIMM_RESNESTS.items()}
     peers = {name: spec for name, spec in ARCHITECTURES.items() if isinstance(spec, PeerSpec)}
-    networks |= {spec.timm_name: ours for ours, spec in peers.items() if not spec.strides_first}
+    networks |= {spec.timm_name: network for network, spec in peers.items() if not spec.strides_first}
     valid = [weights for weights in list_pretrained() if weights.partition(".")[0] in networks]
     if name not in valid:
         raise ConfigError(f"unknown timm weights {name!r}{suggest(name, valid)}")
     expected = get_pretrained_cfg(name)
-    # resnet50d.ra4_e3600_r224_in1k is the one in timm 1.0.31.
+    # In timm 1.0.31 this is resnet50d.ra4_e3600_r224_in1k.
     if (expected.mean, expected.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         raise ConfigError(
             f"timm weights {name!r} need pixels of mean {expected.mean} and std {expected.std}, not ImageNet's"
@@ -67,7 +68,7 @@ def find_by_timm_name(name: str) -> str:
 
 
 def find_timm_test(name: str) -> tuple[int, float, str]:
-    """Return how timm tests weights of its own: crop in pixels, its ratio to the short side, and the interpolation."""
+    """Return how timm tests its own weights: crop in pixels, its ratio to the short side, and the interpolation."""
     from timm import get_pretrained_cfg
 
     config = get_pretrained_cfg(name)
@@ -80,14 +81,14 @@ def _fetch_official(name: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     failures = []
     try:
-        if _has_sha256(path, OFFICIAL[name]):  # before the lock, so that a cache may be read-only
+        if _has_sha256(path, OFFICIAL[name]):  # before the lock: the cache may be read-only
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{file}.lock"), timeout=-1):  # the other ranks wait for the first one's file
             if _has_sha256(path, OFFICIAL[name]):
                 return path
             if path.exists():
-                _say_damaged(path)
+                _report_damaged(path)
             for mirror in MIRRORS:
                 try:
                     _download(f"{mirror}/{file}", path, OFFICIAL[name])
@@ -101,7 +102,7 @@ def _fetch_official(name: str) -> Path:
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
-    # torch.hub gives no timeout, and without one a silent mirror is waited for without end.
+    # torch.hub sets no timeout, and without one it would wait for a silent mirror forever.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
@@ -115,20 +116,20 @@ def _fetch_timm(name: str, network: str) -> Path:
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it warns of each of its retries: what failed in the end is our one line
+    logging.set_verbosity_error()  # it warns of each retry: one line about the last failure is enough
     place = f"timm/{name}", "model.safetensors"
     cause = None
     try:
         path = Path(hf_hub_download(*place))
         if _is_sound(path):
             return path
-        _say_damaged(path)
-        # Replaced rather than deleted: other ranks may be about to open it.
+        _report_damaged(path)
+        # Replace it, do not delete it: other ranks may be about to open it.
         path = Path(hf_hub_download(*place, force_download=True))
         if _is_sound(path):
             return path
         failure = f"{path} differs from its SHA-256 again"
-    # Transport errors are HTTPErrors, hf_xet's may be RuntimeErrors, and a forced download says offline by ValueError.
+    # Transport raises HTTPError, hf_xet may raise RuntimeError, and a forced download raises ValueError when offline.
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
         cause = error
         failure = first_line(error.__cause__ or error)
@@ -139,14 +140,14 @@ def _fetch_timm(name: str, network: str) -> Path:
 
 
 def _is_sound(path: Path) -> bool:
-    # A snapshot's file links to a blob that is named after its SHA-256; one step only, for the blob itself may link to
-    # a store with other names. Where there are no links, nothing is known to compare with.
+    # A snapshot's file links to a blob that is named by its SHA-256. Follow one link only: the blob may link to a store
+    # with other names. A cache without links has no SHA-256 to compare with.
     name = path.readlink().name if path.is_symlink() else ""
     return not re.fullmatch("[0-9a-f]{64}", name) or _has_sha256(path, name)
 
 
 def _has_sha256(path: Path, expected: str) -> bool:
-    """Whether the file is there and its SHA-256 starts with the expected hexadecimal digits."""
+    """Return whether the file exists and its SHA-256 starts with the expected hexadecimal digits."""
     if not path.is_file():
         return False
     digest = hashlib.sha256()
@@ -156,5 +157,5 @@ def _has_sha256(path: Path, expected: str) -> bool:
     return digest.hexdigest().startswith(expected)
 
 
-def _say_damaged(path: Path) -> None:
+def _report_damaged(path: Path) -> None:
     print(f"{path}: damaged (it differs from its SHA-256), fetching it again", file=sys.stderr, flush=True)

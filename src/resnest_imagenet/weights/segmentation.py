@@ -1,4 +1,4 @@
-"""Weights into a DeepLabV3: a trained one's, or those of a network of the zoo into its backbone."""
+"""Loads weights into a DeepLabV3: those of a trained one, or of a network of the zoo into its backbone."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,29 +12,29 @@ from resnest_imagenet.models.deeplab import DeepLabV3, build_deeplab
 from resnest_imagenet.weights.layouts import recognise_deeplab, rename_deeplab
 from resnest_imagenet.weights.load import TASK, Weights, describe_other_task, match_tensors, read_weights
 
-SEGMENTATION = "segmentation"  # the task of the checkpoints that hold a DeepLabV3
+SEGMENTATION = "segmentation"  # the task of checkpoints with a DeepLabV3
 _CLASSIFIERS = ("head.classify.", "auxiliary.classify.")
 
 
 def start_deeplab(
     model: DeepLabV3, name: str, classes: Sequence[str], source: str | PathLike[str], choice: str = "auto"
 ) -> str:
-    """Load the weights that a source has into a new DeepLabV3; return which, in words.
+    """Load the weights of a source into a new DeepLabV3; return in words which parts were loaded.
 
-    The backbone's come from any weights of a classification network, from the checkpoint of a run of either task, and
-    from files of DeepLabV3 of PyTorch-Encoding and mmsegmentation. Those of the heads come with them, but not from
-    mmsegmentation, whose head has other layers. Classifiers are loaded where they are for the same classes, in any
-    order; a file that does not name its classes has those of the data set where it has as many.
+    The backbone takes weights from any classification network, from a checkpoint of a run of either task, and from
+    files of a DeepLabV3 of PyTorch-Encoding or mmsegmentation. The heads take theirs from the same source if it has
+    them, but not from mmsegmentation, whose head has other layers. Classifiers are loaded if they are for the same
+    classes, in any order; a file without class names is taken to have the data set's classes if their number is equal.
 
     Args:
-        model: to be changed.
+        model: it is changed.
         name: of its backbone.
         classes: in the order of its outputs.
-        source: a file of weights, or published ones, as of `read_weights`.
+        source: a file of weights, or published ones, as for `read_weights`.
         choice: "model", "ema" or "auto".
 
     Raises:
-        UserError: the weights cannot be read, or are not all of this network's.
+        UserError: the weights cannot be read, or are not those of this network.
     """
     weights = read_weights(source, choice, (TASK, SEGMENTATION))
     if recognise_deeplab(weights.tensors) is None:
@@ -42,9 +42,9 @@ def start_deeplab(
         return "its backbone"
     heads = _match_heads(model, weights, has_classifiers=False)
     rows = _find_rows(weights, classes, len(heads["head.classify.weight"]))
-    for key, own in model.state_dict().items():
+    for key, initial in model.state_dict().items():
         if key.startswith(_CLASSIFIERS):
-            heads[key] = own if rows is None else heads[key][rows]
+            heads[key] = initial if rows is None else heads[key][rows]
     _load_backbone(model, name, weights)
     model.load_state_dict(heads, strict=False)
     return "its backbone and heads" if rows is None else "its backbone, heads and classes"
@@ -57,9 +57,9 @@ def restore_deeplab(weights: Weights) -> DeepLabV3:
         weights: of `read_weights(source, choice, (SEGMENTATION, ...))`.
 
     Raises:
-        CheckpointError: not those of a run of segmentation, or they do not fit its configuration.
+        CheckpointError: they are not of a run of segmentation, or do not fit its configuration.
     """
-    # Bare weights have a classification's task: nothing tells theirs.
+    # Bare weights have the task classification, because theirs is unknown.
     if weights.run is None or weights.training is None or weights.classes is None or weights.model is None:
         raise CheckpointError(f"{weights.source}: not the checkpoint of a run: start one from it, train.init_from=...")
     if weights.task != SEGMENTATION:
@@ -81,15 +81,15 @@ def restore_deeplab(weights: Weights) -> DeepLabV3:
 
 
 def load_deeplab(model: DeepLabV3, name: str, weights: Weights) -> None:
-    """Load all weights of a trained DeepLabV3, its classes as they are.
+    """Load all weights of a trained DeepLabV3, without reordering its classes.
 
     Args:
-        model: as it was trained, with or without the auxiliary head; to be changed.
+        model: built as it was trained, with or without the auxiliary head; it is changed.
         name: of its backbone.
         weights: of `read_weights(source, choice, (SEGMENTATION, ...))`, of a run or of PyTorch-Encoding.
 
     Raises:
-        CheckpointError: names the first key that is missing, superfluous or of another shape.
+        CheckpointError: a key is missing, unexpected or of another shape; names it.
         ConfigError: they are of another backbone.
     """
     if recognise_deeplab(weights.tensors) is None:
@@ -103,7 +103,7 @@ def load_deeplab(model: DeepLabV3, name: str, weights: Weights) -> None:
 
 
 def _load_backbone(model: DeepLabV3, name: str, weights: Weights) -> None:
-    """Load the backbone's weights, those of a classification network or of a part of the file's."""
+    """Load the backbone's weights, from a classification network or from the backbone's part of the file."""
     layout, tensors = recognise_deeplab(weights.tensors), weights.tensors
     if layout is not None:
         prefix = rename_deeplab("backbone.", layout)
@@ -115,31 +115,31 @@ def _load_backbone(model: DeepLabV3, name: str, weights: Weights) -> None:
 
 
 def _match_heads(model: DeepLabV3, weights: Weights, has_classifiers: bool) -> dict[str, Tensor]:
-    """Return the tensors of the heads by our names.
+    """Return the tensors of the heads by this project's names.
 
     Args:
-        model: whose heads.
+        model: the network with the heads.
         weights: of a DeepLabV3.
-        has_classifiers: whether the classifiers have the model's number of classes, or any.
+        has_classifiers: whether the classifiers must have the model's number of classes.
     """
     source, layout = weights.source, recognise_deeplab(weights.tensors)
     assert layout is not None
     unused = {key for key in weights.tensors if not key.startswith(rename_deeplab("backbone.", layout))}
     matched = {}
-    for key, own in model.state_dict().items():
+    for key, value in model.state_dict().items():
         if key.startswith("backbone."):
             continue
         key_in_file = rename_deeplab(key, layout)
         tensor = weights.tensors.get(key_in_file)
         unused.discard(key_in_file)
         if tensor is None and key.endswith(".num_batches_tracked"):
-            tensor = torch.zeros_like(own)
+            tensor = torch.zeros_like(value)
         if tensor is None:
             raise CheckpointError(f"{source}: {key_in_file} is missing: not all the weights of this DeepLabV3")
         skipped = 1 if key.startswith(_CLASSIFIERS) and not has_classifiers else 0
-        if tensor.ndim != own.ndim or tensor.shape[skipped:] != own.shape[skipped:]:
+        if tensor.ndim != value.ndim or tensor.shape[skipped:] != value.shape[skipped:]:
             raise CheckpointError(
-                f"{source}: {key_in_file} has shape {tuple(tensor.shape)}, not {tuple(own.shape)}: "
+                f"{source}: {key_in_file} has shape {tuple(tensor.shape)}, not {tuple(value.shape)}: "
                 "of a DeepLabV3 with other channels, rates or classes"
             )
         matched[key] = tensor
@@ -152,7 +152,7 @@ def _match_heads(model: DeepLabV3, weights: Weights, has_classifiers: bool) -> d
 
 
 def _find_rows(weights: Weights, classes: Sequence[str], num_outputs: int) -> Tensor | None:
-    """Return which of the file's outputs each class has, or None where they are not for the same classes."""
+    """Return the file's output for each class, or None if its outputs are not for the same classes."""
     if weights.classes is None:
         return torch.arange(num_outputs) if num_outputs == len(classes) else None
     output_of = {name: output for output, name in enumerate(weights.classes)}
