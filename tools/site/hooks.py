@@ -1,4 +1,4 @@
-"""What the site takes from outside docs/: the changelog, how to contribute, and the files of conf/ that pages link to."""
+"""What the site takes from outside docs/: changelog, contributing, and the files of conf/ that pages link to."""
 
 from pathlib import Path
 
