@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the README's picture."""
+"""Who may import whom: the rooms of docs/architecture.md."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
