@@ -217,15 +217,6 @@ def test_the_tutorial_and_the_demos_run_as_they_are_written(tmp_path, monkeypatc
         assert run_commands(of_demo, monkeypatch, capsys) >= least, page
 
 
-def test_the_tree_has_every_file():
-    tree = (ROOT / "docs/architecture.md").read_text().partition("## Every file\n")[2]
-    commands = {
-        path.name for path in (ROOT / "src/resnest_imagenet/commands").iterdir()
-    }  # as the line of its folder says
-    files = {path.name for path in (ROOT / "src/resnest_imagenet").rglob("*.py")} - commands
-    assert not files - set(re.findall(r"\w+\.py", tree))
-
-
 def read_rows(page):
     """Return the cells of a page's tables, by the first one without its backticks."""
     lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| ")]
@@ -297,4 +288,6 @@ def test_the_site_is_built_without_a_warning(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, "mkdocs"):
         build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))  # strict: a broken link is an error
     assert (tmp_path / "api/index.html").stat().st_size > 20_000
+    listed = (tmp_path / "files/index.html").read_text()
+    assert not {path.name for path in (ROOT / "src").rglob("*.py")} - set(re.findall(r"<code>(\w+\.py)</code>", listed))
     assert "mkdocs" not in {record.name.partition(".")[0] for record in caplog.records}

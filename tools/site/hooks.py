@@ -1,11 +1,13 @@
-"""What the site takes from outside docs/: changelog, contributing, and the files of conf/ that pages link to."""
+"""What the site takes from outside docs/: changelog, contributing, a line for every file, the files of conf/."""
 
+import ast
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src/resnest_imagenet"
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
 
@@ -14,7 +16,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in PAGES.items():
         text = (ROOT / name).read_text().replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
-    for path in sorted((ROOT / "conf").rglob("*.yaml")):
+    files.append(File.generated(config, "files.md", content=list_modules()))
+    for path in sorted((ROOT / "conf").rglob("*.yaml")):  # pages link to them
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
@@ -24,3 +27,16 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     for name, page in PAGES.items():
         markdown = markdown.replace(f"](../{name}", f"]({page}")
     return markdown.replace("](../conf/", "](conf/")
+
+
+def list_modules() -> str:
+    """Return a page with the first sentence of every module, by folder."""
+    lines = ["# Every file", "", "[Architecture](architecture.md) says what the folders are for.", ""]
+    for folder in (PACKAGE, *sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))):
+        lines += [f"## {folder.name}/", "", "| file | what it is for |", "|---|---|"]
+        for path in sorted(folder.glob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            sentence = " ".join(text.partition("\n\n")[0].split()).replace("|", r"\|")
+            lines.append(f"| `{path.name}` | {sentence} |")
+        lines.append("")
+    return "\n".join(lines)
