@@ -51,7 +51,7 @@ demo-detection: $(READY) ## the same for objects and their masks, from the demo'
 	$(BIN)/resnest-eval ckpt=runs/demo_detection/checkpoints/best.pt data.root=data/demo-objects
 
 docs: $(READY) ## build the documentation site into site/; a broken link is an error
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "wrote site/index.html"
 
 picture: $(READY) ## draw the README's picture from the demos' networks and a cascade: needs Chromium, ten minutes at first
