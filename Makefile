@@ -14,7 +14,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-segmentation demo-detection test test-quick fault-test lint docs picture bench \
-  bench-segmentation bench-detection growth bench-gpu bench-data lock clean
+  bench-segmentation bench-detection growth bench-gpu bench-data options lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -99,6 +99,10 @@ bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which nee
 
 bench-data: $(READY) ## compare the loaders with torchvision's and DALI's own: IMAGES=DIR, with DIR/<class>/<image>
 	$(BIN)/python tools/benchmarks/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))
+
+options: $(READY) ## write docs/options.md from the schema
+	$(BIN)/python tools/options_page.py > docs/options.md.new
+	mv docs/options.md.new docs/options.md
 
 lock: $(READY) ## renew constraints.txt
 	$(BIN)/uv pip compile --quiet --universal --upgrade --no-header --no-annotate --python-version 3.10 \

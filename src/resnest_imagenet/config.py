@@ -41,43 +41,64 @@ Schema = TypeVar("Schema", bound=Options)
 
 
 class NetworkOptions(Options):
-    """Which network; conf/model/ has one file for each."""
+    """Which network."""
 
-    name: str
+    name: str = Field(description="Name of the network; the group model sets it.")
 
 
 class ModelOptions(NetworkOptions):
     """The network to train."""
 
-    num_classes: Positive | None  # null: as many as there are class folders
-    # auto: fused, and the formula in torch's operators (reference) where torch.compile fuses that itself.
-    split_attention: Literal["auto", "fused", "reference"]
+    num_classes: Positive | None = Field(
+        description="Outputs of the network; null: the number of classes of the data set."
+    )
+    split_attention: Literal["auto", "fused", "reference"] = Field(
+        description="fused: one operator; reference: the formula; auto: fused, with compile=true reference."
+    )
 
 
-# Layouts of files: of the project's own kinds of data all but webdataset.
-_KINDS_OF_FILES = {"folder", "ade20k", "cityscapes", "masks", "coco"}
-# The kinds that other tasks have, and what to choose instead.
-_KINDS_OF_OTHERS = {
-    "classification": (_KINDS_OF_FILES - {"folder"}, "data=imagenet or data=webdataset"),
-    "segmentation": ({"folder", "webdataset", "coco"}, "data=ade20k, data=cityscapes or data=masks"),
+# The kinds of data of each task.
+KINDS = {
+    "classification": {"folder", "webdataset"},
+    "segmentation": {"ade20k", "cityscapes", "masks"},
+    "detection": {"coco"},
+}
+# Layouts of files: all but shards.
+_KINDS_OF_FILES = set().union(*KINDS.values()) - {"webdataset"}
+# What to choose in place of another task's; a detector's are refused where its data is opened.
+_CHOICES_OF_DATA = {
+    "classification": "data=imagenet or data=webdataset",
+    "segmentation": "data=ade20k, data=cityscapes or data=masks",
 }
 
 
 class DataOptions(Options):
-    """Where the images are: in <root>/<train_dir> and <root>/<val_dir>."""
+    """Where the images are."""
 
-    kind: str  # folder, webdataset, or a registered one
-    root: Place
-    train_dir: Place
-    val_dir: Place
-    train_json: Place | None  # of kind=coco; null: annotations/instances_<train_dir>.json
-    val_json: Place | None
-    on_error: Literal["raise", "substitute"]  # training images that cannot be decoded
-    max_errors: Annotated[int, Field(ge=0)]  # on_error=substitute: how many of them, per rank
-    # Of kind=webdataset: training images are shuffled within so many shards at a time; null: over the whole set.
-    shuffle_shards: Positive | None
-    # By what a run that resumes tells that its images are still the same, besides their names and labels.
-    digest: Literal["names", "sizes", "content"]
+    kind: str = Field(description="Layout of the data set; the group data sets it.")
+    root: Place = Field(description="Folder of the data set.")
+    train_dir: Place = Field(description="Folder of the training set, in root or elsewhere.")
+    val_dir: Place = Field(description="Folder of the validation set, in root or elsewhere.")
+    train_json: Place | None = Field(
+        description="data=coco: training annotations; null: annotations/instances_<train_dir>.json."
+    )
+    val_json: Place | None = Field(
+        description="data=coco: validation annotations; null: annotations/instances_<val_dir>.json."
+    )
+    on_error: Literal["raise", "substitute"] = Field(
+        description="A training image that cannot be decoded: end the run, or take the next image."
+    )
+    max_errors: Annotated[int, Field(ge=0)] = Field(
+        description="on_error=substitute: largest number of such images on a rank; more end the run."
+    )
+    shuffle_shards: Positive | None = Field(
+        description="data=webdataset: shuffle training images within so many shards, which are read together; null: "
+        "over the whole set, and one shard is read after another."
+    )
+    digest: Literal["names", "sizes", "content"] = Field(
+        description="What of the images must be the same when a run resumes, besides classes: their names; their sizes "
+        "too; or their content too, and then every file is read at each start."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
@@ -87,22 +108,32 @@ class DataOptions(Options):
 
 
 class LoaderOptions(Options):
-    """What decodes them."""
+    """What decodes the images."""
 
-    name: Literal["auto", "dali", "torchvision"]
-    workers: Annotated[int, Field(ge=0)] | None  # per rank; null: this process's cores, at most 8
+    name: Literal["auto", "dali", "torchvision"] = Field(
+        description="What decodes images; auto: DALI where it is installed, else torchvision."
+    )
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        description="Threads (DALI) or processes (torchvision) per rank; null: as many as cores, at most 8."
+    )
 
 
 _Own = WrapValidator(keep_own)
 
 
 class OwnProtocolOptions(Protocol):
-    """The same for a network that is there: "own" stands for what its own evaluation has."""
+    """How images are brought to the crop; own: as in the evaluation of the network's run."""
 
-    order: Literal["own", "resize_crop", "crop_resize"]
-    ratio: Annotated[Annotated[float, Field(gt=0, le=1)] | None, _Own]
-    interpolation: Literal["own", "auto", "bilinear", "bicubic"]
-    antialias: Annotated[bool, _Own]
+    order: Literal["own", "resize_crop", "crop_resize"] = Field(
+        description="Resize the short side, then crop; or crop a square, then resize it."
+    )
+    ratio: Annotated[Annotated[float, Field(gt=0, le=1)] | None, _Own] = Field(
+        description="Crop over the resized short side; null: crop / (crop + 32)."
+    )
+    interpolation: Literal["own", "auto", "bilinear", "bicubic"] = Field(
+        description="How pixels are resized; auto: bicubic above 256 pixels, else bilinear."
+    )
+    antialias: Annotated[bool, _Own] = Field(description="Average pixels where an image is made smaller.")
 
     def list_changes(self) -> dict[str, Any]:
         """Return what is not the network's own, as `EvalTransform` takes it."""
@@ -113,25 +144,36 @@ AnyProtocolOptions: TypeAlias = OwnProtocolOptions | RegionProtocolOptions | Box
 
 
 class CheckpointOptions(Options):
-    """When to save, and what to do with what is there; a signal and the end of an epoch save too."""
+    """When to save, and what to do where run_dir holds another run."""
 
-    every_steps: Positive
-    keep: Annotated[int, Field(ge=2)]  # the newest may be damaged
-    on_mismatch: Literal["refuse", "set_aside", "extend"]  # run_dir holds another run, or this one shorter
+    every_steps: Positive = Field(
+        description="Steps from one checkpoint to the next; the end of an epoch and a signal save too."
+    )
+    keep: Annotated[int, Field(ge=2)] = Field(  # the newest may be damaged
+        description="Newest checkpoints to keep, besides best.pt."
+    )
+    on_mismatch: Literal["refuse", "set_aside", "extend"] = Field(
+        description="run_dir holds another run: refuse it; set it aside in a folder there, and train from scratch; or "
+        "extend it to more epochs (steps), with the schedule of the new length."
+    )
 
 
 class LogOptions(Options):
-    """How often to report, and where besides the run folder's own files."""
+    """How often to log, and where besides the run folder."""
 
-    every_steps: Positive
-    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)]
+    every_steps: Positive = Field(description="Steps from one line of the log to the next.")
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)] = Field(
+        description="Where to log besides the run folder; wandb and mlflow read their own environment variables."
+    )
 
 
 class TrainConfig(Options):
     """resnest-train."""
 
-    run_dir: Annotated[str, Field(min_length=1), IS_PATH]
-    seed: Seed
+    run_dir: Annotated[str, Field(min_length=1), IS_PATH] = Field(
+        description="Folder of the run; the same command resumes the run in it."
+    )
+    seed: Seed = Field(description="Seed of all random numbers.")
     device: Device
     model: ModelOptions
     data: DataOptions
@@ -141,13 +183,15 @@ class TrainConfig(Options):
     protocol: Protocol  # the same
     checkpoint: CheckpointOptions
     log: LogOptions
-    timeout_seconds: Annotated[float, Field(gt=0)]
-    dry_run: bool
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        description="Seconds that a rank may keep the others waiting before the run ends."
+    )
+    dry_run: bool = Field(description="Check everything, read one batch, print the plan, and leave.")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        others, own = _KINDS_OF_OTHERS.get(self.train.task, ((), ""))
-        if self.data.kind in others:
+        own = _CHOICES_OF_DATA.get(self.train.task)
+        if own and any(self.data.kind in kinds for task, kinds in KINDS.items() if task != self.train.task):
             raise ValueError(f"data.kind={self.data.kind} is not of train.task={self.train.task}: choose {own}")
         for option in ("train_json", "val_json"):
             if getattr(self.data, option) is not None and self.data.kind in _KINDS_OF_FILES - {"coco"}:
@@ -158,24 +202,38 @@ class TrainConfig(Options):
 class PreviewDataConfig(TrainConfig):
     """resnest-data preview."""
 
-    out: Place
-    images: Positive
-    epochs: Positive
+    out: Place = Field(description="A PNG file.")
+    images: Positive = Field(description="Rows: training images, evenly spaced over the set.")
+    epochs: Positive = Field(description="Columns after the original: the first epochs.")
+
+
+# Options of several commands.
+_Checkpoint = Annotated[Place, Field(description="A checkpoint, a file of weights, official:NAME or timm:NAME.")]
+_Weights = Annotated[
+    Literal["auto", "model", "ema"],
+    Field(description="Which weights of a checkpoint; auto: the moving average where there is one."),
+]
+_Images = Annotated[
+    list[Place],
+    Field(min_length=1, description="Files, folders or patterns (quoted for the shell)."),
+    BeforeValidator(as_list),
+]
 
 
 class EvalConfig(Options):
     """resnest-eval."""
 
-    ckpt: Place
-    weights: Literal["auto", "model", "ema"]
-    # null: the checkpoint's own
-    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(as_list)] | None
-    batch_size: Positive
+    ckpt: _Checkpoint
+    weights: _Weights
+    crop: Annotated[list[Crop], Field(min_length=1), BeforeValidator(as_list)] | None = Field(
+        description="Side of the crop in pixels, or a list of them; null: the checkpoint's own."
+    )
+    batch_size: Positive = Field(description="Images per rank and forward pass.")
     precision: Precision
-    compile: bool
+    compile: bool = Field(description="Compile the network: a minute at first, then some percent faster.")
     device: Device
-    out: Place | None
-    predictions: Place | None
+    out: Place | None = Field(description="A JSON file for the results.")
+    predictions: Place | None = Field(description="A CSV file with what is predicted for each image.")
     protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
     model: NetworkOptions | None
     data: DataOptions
@@ -193,9 +251,11 @@ class EvalConfig(Options):
 class InferenceConfig(Options):
     """What resnest-predict, resnest-explain and resnest-compare share."""
 
-    weights: Literal["auto", "model", "ema"]
-    crop: Crop | None  # null: the checkpoint's own
-    batch_size: Positive
+    weights: _Weights
+    crop: Crop | None = Field(description="Side of the crop in pixels; null: the checkpoint's own.")
+    batch_size: Positive = Field(
+        description="Images per forward pass, of a classifier; other networks see one at a time."
+    )
     precision: Precision
     device: Device
     loader: LoaderOptions
@@ -205,25 +265,31 @@ class PredictConfig(InferenceConfig):
     """resnest-predict."""
 
     protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
-    ckpt: Place
+    ckpt: _Checkpoint
     model: NetworkOptions | None
-    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
-    top: Positive
-    score: Fraction | None  # of detection; null: 0.5
-    out: Place | None
+    images: _Images
+    top: Positive = Field(description="Classes or objects to show of each image.")
+    score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
+    out: Place | None = Field(
+        description="A .csv or .json file besides. Segmentation: a folder for the masks; detection: a file or a folder."
+    )
 
 
 class ExplainConfig(InferenceConfig):
     """resnest-explain."""
 
     protocol: OwnProtocolOptions
-    ckpt: Place
+    ckpt: _Checkpoint
     model: NetworkOptions | None
-    images: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # files, folders, patterns
-    out: Place
-    top: Positive
-    target: str | int | None
-    layer: Literal["layer1", "layer2", "layer3", "layer4"]
+    images: _Images
+    precision: Precision = Field(description="Of the probabilities and the attention; the maps are always fp32.")
+    out: Place = Field(description="A folder for the pictures and tables.")
+    top: Positive = Field(description="Maps of so many of the likeliest classes.")
+    target: str | int | None = Field(description="Map of this class instead: its name, synset, number or words.")
+    layer: Literal["layer1", "layer2", "layer3", "layer4"] = Field(
+        description="Layer of the map; earlier ones are finer, and their evidence is rougher; the places of "
+        "layer4 add up to the logit."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ExplainConfig":
@@ -233,23 +299,31 @@ class ExplainConfig(InferenceConfig):
 
 
 class ComparedDataOptions(Options):
-    """A data set in the ImageNet folder layout, of which the val folder is compared on."""
+    """The data set to compare on."""
 
-    root: Place | None
-    val_dir: Place
+    root: Place | None = Field(description="Folder of a data set, in place of images.")
+    val_dir: Place = Field(description="Folder of the part to compare on, in root or elsewhere.")
 
 
 class CompareConfig(InferenceConfig):
     """resnest-compare."""
 
     protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
-    ckpt: Annotated[list[Place], Field(min_length=2)]
-    models: list[str | None] | None  # for bare weights: the networks' names, in the order of ckpt
-    score: Fraction | None  # of detection: objects have a higher one; null: 0.5
-    images: Place | None  # a folder, for classification with one folder per true class, in place of data.root
+    ckpt: Annotated[list[Place], Field(min_length=2)] = Field(
+        description="[A,B]: two or more checkpoints, files of weights, official:NAME or timm:NAME."
+    )
+    models: list[str | None] | None = Field(
+        description="[NAME,NAME]: names of the networks of bare weights, in the order of ckpt."
+    )
+    score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
+    images: Place | None = Field(
+        description="A folder with one folder per true class; for other tasks any folder, file or pattern."
+    )
     data: ComparedDataOptions
-    csv: Place | None
-    page: Place | None
+    csv: Place | None = Field(description="A CSV file with a row for each image.")
+    page: Place | None = Field(
+        description="An HTML page with the tables and the images on which the networks disagree."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "CompareConfig":
@@ -265,25 +339,35 @@ class CompareConfig(InferenceConfig):
 class ReportConfig(Options):
     """resnest-report."""
 
-    runs: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)]  # run folders, or patterns
-    out: Place
-    crop: Literal[224, 320]
-    latency: bool
-    device: Device
+    runs: Annotated[list[Place], Field(min_length=1), BeforeValidator(as_list)] = Field(
+        description="Run folders, folders with resnest-eval's eval.json and predictions.csv, or patterns."
+    )
+    out: Place = Field(description="The HTML page to write.")
+    crop: Literal[224, 320] = Field(description="Column of Table 3 beside which the runs are placed.")
+    latency: bool = Field(description="Measure the networks of Table 3 on this machine: half a minute.")
+    device: Device = Field(description="Device for latencies and worst scenes; auto: CUDA where there is one.")
 
 
 class ExportConfig(Options):
     """resnest-export."""
 
-    ckpt: Place
-    weights: Literal["auto", "model", "ema"]
+    ckpt: _Checkpoint
+    weights: _Weights
     model: NetworkOptions | None
-    layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "mmdetection", "detectron2"]
-    format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"]
-    sizes: Literal["any", "crop"] | None  # of a graph's images; null: any in ONNX, the crop's in torch.export's program
-    crop: Crop | None  # with the protocol: what the others tell their readers, and are tried at; null: its own
+    layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "mmdetection", "detectron2"] = Field(
+        description="Names in a state dict; mmsegmentation, mmdetection and detectron2: of the backbone alone."
+    )
+    format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"] = Field(
+        description="State dict (pth, safetensors), graph (onnx, torch_export), or a folder that timm loads (hub)."
+    )
+    sizes: Literal["any", "crop"] | None = Field(
+        description="Graphs: images of any size, or of the crop's; null: any in onnx, the crop's in torch_export."
+    )
+    crop: Crop | None = Field(description="Graphs and hub: side of their images in pixels; null: the checkpoint's own.")
     protocol: AnyProtocolOptions  # see `choose_schema`; of segmentation the run's
-    out: Place | None
+    out: Place | None = Field(
+        description="The file or folder to write; null: named after the network, the layout and the format."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ExportConfig":
@@ -299,14 +383,18 @@ class InfoConfig(Options):
     """resnest-info."""
 
     model: NetworkOptions | None
-    models: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)] | None  # several, in place of model
-    crop: Crop
-    batch_size: Positive
+    models: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)] | None = Field(
+        description="Several networks, in place of model: [resnet50,resnest50]."
+    )
+    crop: Crop = Field(description="Side of the images in pixels.")
+    batch_size: Positive = Field(
+        description="Images of the training step whose memory is counted, and of the second latency."
+    )
     precision: Precision
     device: Device
-    latency: bool
-    rounds: Positive
-    format: Literal["text", "json"]
+    latency: bool = Field(description="Measure latencies.")
+    rounds: Positive = Field(description="Rounds of the measurement of latencies.")
+    format: Literal["text", "json"] = Field(description="Form of the output.")
 
     @model_validator(mode="after")
     def _check(self) -> "InfoConfig":
@@ -318,14 +406,18 @@ class InfoConfig(Options):
 class Table3Config(Options):
     """resnest-table3."""
 
-    results: Annotated[list[Place], BeforeValidator(as_list)]
-    format: Literal["markdown", "json", "csv"]
+    results: Annotated[list[Place], BeforeValidator(as_list)] = Field(
+        description="Run folders, files of resnest-eval's out=, or patterns."
+    )
+    format: Literal["markdown", "json", "csv"] = Field(description="Form of the output.")
 
 
 class TablesConfig(Table3Config):
     """resnest-tables."""
 
-    table: Annotated[list[Literal[3, 5, 6, 7]], Field(min_length=1), BeforeValidator(as_list)]
+    table: Annotated[list[Literal[3, 5, 6, 7]], Field(min_length=1), BeforeValidator(as_list)] = Field(
+        description="Tables of the paper to print; format=csv takes one of them."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TablesConfig":
@@ -337,44 +429,44 @@ class TablesConfig(Table3Config):
 class DemoDataConfig(Options):
     """resnest-data demo."""
 
-    out: Place
-    seed: Seed
-    train_per_class: Positive
-    val_per_class: Positive
+    out: Place = Field(description="Folder for the images.")
+    seed: Seed = Field(description="Seed of the images.")
+    train_per_class: Positive = Field(description="Training images of each of the ten classes.")
+    val_per_class: Positive = Field(description="Validation images of each class.")
 
 
 class DemoScenesConfig(Options):
     """resnest-data demo task=segmentation."""
 
-    out: Place
-    seed: Seed
-    train_scenes: Positive
-    val_scenes: Positive
+    out: Place = Field(description="Folder for the scenes and masks.")
+    seed: Seed = Field(description="Seed of the scenes.")
+    train_scenes: Positive = Field(description="Training scenes.")
+    val_scenes: Positive = Field(description="Validation scenes.")
 
 
 class DemoObjectsConfig(Options):
     """resnest-data demo task=detection."""
 
-    out: Place
-    seed: Seed
-    train_images: Positive
-    val_images: Positive
+    out: Place = Field(description="Folder for the images and annotations.")
+    seed: Seed = Field(description="Seed of the images.")
+    train_images: Positive = Field(description="Training images.")
+    val_images: Positive = Field(description="Validation images.")
 
 
 class PrepareDataConfig(Options):
     """resnest-data prepare."""
 
-    archives: Place
-    out: Place
-    verify: bool
+    archives: Place = Field(description="Folder with the three archives, as they were downloaded.")
+    out: Place = Field(description="Folder for the images.")
+    verify: bool = Field(description="Compare the MD5 of the archives first.")
 
 
 class FolderOptions(Options):
-    """A data set in the ImageNet folder layout."""
+    """The data set, a folder for each class."""
 
-    root: Place
-    train_dir: Place | None  # null: leave this part out
-    val_dir: Place | None
+    root: Place = Field(description="Folder of the data set.")
+    train_dir: Place | None = Field(description="Folder of the training set; null: skip it.")
+    val_dir: Place | None = Field(description="Folder of the validation set; null: skip it.")
 
     @model_validator(mode="after")
     def _check(self) -> "FolderOptions":
@@ -389,12 +481,15 @@ class FolderOptions(Options):
 
 
 class CheckedDataOptions(FolderOptions):
-    """A data set in any layout of files."""
+    """The data set, in any layout of files."""
 
-    kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"]
-    # Of kind=coco; null: annotations/instances_<train_dir or val_dir>.json.
-    train_json: Place | None
-    val_json: Place | None
+    kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"] = Field(description="Layout of the data set.")
+    train_json: Place | None = Field(
+        description="data.kind=coco: training annotations; null: annotations/instances_<train_dir>.json."
+    )
+    val_json: Place | None = Field(
+        description="data.kind=coco: validation annotations; null: annotations/instances_<val_dir>.json."
+    )
 
     def _may_share_folder(self) -> bool:
         return self.kind == "coco" and self.train_json != self.val_json
@@ -404,17 +499,19 @@ class CheckDataConfig(Options):
     """resnest-data check."""
 
     data: CheckedDataOptions
-    out: Place | None
-    workers: Positive | None
+    out: Place | None = Field(description="A JSON file for all findings; the table has the first few of each kind.")
+    workers: Positive | None = Field(description="Processes; null: as many as this process's cores.")
 
 
 class ShardDataConfig(Options):
     """resnest-data shard."""
 
     data: FolderOptions
-    out: Place
-    images_per_shard: Positive
-    shuffle: bool
+    out: Place = Field(description="A new or empty folder for the shards.")
+    images_per_shard: Positive = Field(description="Images in each shard.")
+    shuffle: bool = Field(
+        description="Write images in a random order, so that each shard has something of every class."
+    )
 
 
 # Commands whose protocol is of the weights' task.

@@ -12,8 +12,12 @@ Positive = Annotated[int, Field(ge=1)]
 Crop = Annotated[int, Field(ge=32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], Field(description="Where the network runs; auto: CUDA where there is one.")
+]
+Precision = Annotated[
+    Literal["fp32", "bf16", "fp16"], Field(description="Of the network's passes; bf16 and fp16 by autocast.")
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 

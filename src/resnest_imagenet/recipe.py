@@ -11,13 +11,15 @@ from resnest_imagenet.options import IS_PATH, Crop, Fraction, Options, Positive,
 class EvalOptions(Options):
     """The evaluations during a run."""
 
-    every_epochs: Positive  # the last epoch is evaluated too
+    every_epochs: Positive = Field(
+        description="Epochs from one evaluation to the next; the last epoch is always evaluated."
+    )
 
 
 class ClassificationEvalOptions(EvalOptions):
-    """The same of images with a class."""
+    """The evaluations during a run, of images with a class."""
 
-    crop: Crop
+    crop: Crop = Field(description="Side in pixels of the images that the evaluations see.")
 
 
 class Protocol(Options):
@@ -25,32 +27,49 @@ class Protocol(Options):
 
 
 class ProtocolOptions(Protocol):
-    """How images are brought to the crop."""
+    """How images are brought to the crop in an evaluation."""
 
-    order: Literal["resize_crop", "crop_resize"]
-    ratio: Annotated[float, Field(gt=0, le=1)] | None  # crop over the short side; null: crop / (crop + 32)
-    interpolation: Literal["auto", "bilinear", "bicubic"]  # auto: bicubic above 256 pixels, else bilinear
-    antialias: bool
+    order: Literal["resize_crop", "crop_resize"] = Field(
+        description="Resize the short side, then crop; or crop a square, then resize it."
+    )
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        description="Crop over the resized short side; null: crop / (crop + 32)."
+    )
+    interpolation: Literal["auto", "bilinear", "bicubic"] = Field(
+        description="How pixels are resized; auto: bicubic above 256 pixels, else bilinear."
+    )
+    antialias: bool = Field(description="Average pixels where an image is made smaller.")
 
 
 class RegionProtocolOptions(Protocol):
-    """How scenes are shown, and their pixels scored (evaluation/regions.py)."""
+    """How scenes are shown to the network, and which of their pixels count.
 
-    name: Literal["whole", "slide", "centre", "published"]
-    crop: Annotated[int, Field(ge=2)] | None  # side of a window; null: the recipe's crop
-    base: Positive | None  # long side at scale 1; null: the recipe's for published, else the scene's own size
-    scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(as_list)]
-    flip: bool  # the logits of the mirrored scene are added
+    evaluation/regions.py has each protocol's steps.
+    """
+
+    name: Literal["whole", "slide", "centre", "published"] = Field(
+        description="Whole scenes, sliding windows, the centre crop, or the published protocol."
+    )
+    crop: Annotated[int, Field(ge=2)] | None = Field(description="Side of a window in pixels; null: the recipe's crop.")
+    base: Positive | None = Field(
+        description="Long side in pixels at scale 1; null: the scene's own, with name=published the recipe's."
+    )
+    scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(as_list)] = Field(
+        description="Scales at which each scene is seen; the scores are added."
+    )
+    flip: bool = Field(description="Add the logits of the mirrored scene.")
 
 
 class BoxProtocolOptions(Protocol):
     """How images are shown to a detector, and which of its detections count."""
 
-    short_side: Positive  # in pixels
-    longest: Positive  # bound of the long side in pixels; an image that would be longer is scaled to it
-    min_score: Share  # detections have a higher score
-    nms: Annotated[float, Field(gt=0, le=1)]  # IoU from which a detection is dropped for a better one of its class
-    detections: Positive  # at most so many of an image
+    short_side: Positive = Field(description="Short side in pixels to which images are scaled.")
+    longest: Positive = Field(description="Largest long side in pixels; an image that would be longer is scaled to it.")
+    min_score: Share = Field(description="Detections have a higher score than this.")
+    nms: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="IoU from which a detection is dropped for a better one of its class."
+    )
+    detections: Positive = Field(description="Largest number of detections of an image.")
 
     @property
     def text(self) -> str:
@@ -62,47 +81,79 @@ class BoxProtocolOptions(Protocol):
 
 
 class Recipe(Options):
-    """How to train; conf/recipe/ has the published recipes and the source of each value."""
+    """How to train, for every task.
+
+    conf/recipe/ has the published recipes and the source of each value.
+    """
 
     # What `eval` and `protocol` have in a run of this task.
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions
     PROTOCOL: ClassVar[type[Protocol]] = ProtocolOptions
 
-    task: str  # what is trained
-    recipe: str  # its name: results stand under it
-    epochs: Positive | None  # either: the length of the run, and the unit of `milestones`
-    steps: Positive | None  # or; the last epoch may then be shorter
-    batch_size: Positive  # images per rank and forward pass; a network may need more (models/batch.py)
-    global_batch: Positive | None  # images per step; null: batch_size * ranks
-    schedule: Literal["cosine", "step", "milestones", "poly"]
-    step_epochs: Positive | None  # schedule=step: the rate is multiplied by step_factor every so many epochs
-    # schedule=milestones: the rate is multiplied by step_factor after so many epochs, or steps where `steps` is given.
-    milestones: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)] | None
-    step_factor: Annotated[float, Field(gt=0, lt=1)]
-    poly_power: Annotated[float, Field(gt=0)]  # schedule=poly
-    lr: Annotated[float, Field(gt=0)]  # peak learning rate for reference_batch images per step, scaled linearly
-    reference_batch: Positive
-    head_lr_factor: Annotated[float, Field(gt=0)]  # of the rate, for a head that is new
-    warmup_epochs: Annotated[float, Field(ge=0)] | None  # either
-    warmup_steps: Annotated[int, Field(ge=0)] | None  # or
-    warmup_start: Share  # the share of the rate that the warm-up begins with
-    optimizer: Literal["sgd", "adamw", "lamb"]
-    momentum: Fraction  # optimizer=sgd
-    nesterov: bool  # optimizer=sgd
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]  # optimizer=adamw and lamb
-    eps: Annotated[float, Field(gt=0)]  # optimizer=adamw and lamb
-    weight_decay: Annotated[float, Field(ge=0)]  # of convolution and fc weights
-    decay_biases: bool  # of their biases too
-    decay_all: bool  # of every parameter
-    clip_norm: Annotated[float, Field(gt=0)] | None  # the largest norm of all gradients together
-    clip_value: Annotated[float, Field(gt=0)] | None  # the largest absolute value in a gradient
-    # Weights to start from, with a new head where the classes are others.
-    init_from: Annotated[str, Field(min_length=1), IS_PATH] | None
-    ema_decay: Fraction | None  # per step; null: no moving average
+    task: str = Field(description="What is trained: classification, segmentation or detection; the group task sets it.")
+    recipe: str = Field(description="Name of the recipe; results are listed under it.")
+    epochs: Positive | None = Field(description="Length of the run in epochs; null: train.steps is its length.")
+    steps: Positive | None = Field(
+        description="Length of the run in steps, in place of epochs; the last epoch may be shorter."
+    )
+    batch_size: Positive = Field(description="Images per rank and forward pass.")  # at least those of models/batch.py
+    global_batch: Positive | None = Field(
+        description="Images per step, by accumulating gradients; null: train.batch_size times the number of ranks."
+    )
+    schedule: Literal["cosine", "step", "milestones", "poly"] = Field(
+        description="How the learning rate falls after the warm-up."
+    )
+    step_epochs: Positive | None = Field(description="schedule=step: epochs from one fall of the rate to the next.")
+    milestones: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)] | None = Field(
+        description="schedule=milestones: the rate falls after these epochs; with train.steps, after these steps."
+    )
+    step_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="schedule=step or milestones: factor on the rate at each fall."
+    )
+    poly_power: Annotated[float, Field(gt=0)] = Field(
+        description="schedule=poly: power of the share of the run that remains."
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(
+        description="Peak learning rate at train.reference_batch images per step; scaled linearly for others."
+    )
+    reference_batch: Positive = Field(description="Images per step for which train.lr is meant.")
+    head_lr_factor: Annotated[float, Field(gt=0)] = Field(description="Factor on the learning rate of the head.")
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = Field(
+        description="Length of the warm-up in epochs; null: train.warmup_steps is its length."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        description="Length of the warm-up in steps, in place of train.warmup_epochs."
+    )
+    warmup_start: Share = Field(description="Share of the peak rate at which the warm-up begins.")
+    optimizer: Literal["sgd", "adamw", "lamb"] = Field(description="What updates the weights.")
+    momentum: Fraction = Field(description="optimizer=sgd: momentum.")
+    nesterov: bool = Field(description="optimizer=sgd: Nesterov's momentum.")
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        description="optimizer=adamw or lamb: decay of the two moments."
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(description="optimizer=adamw or lamb: added to the denominator.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        description="Weight decay of the weights of convolutions and fc."
+    )
+    decay_biases: bool = Field(description="Weight decay of the biases of convolutions and fc too.")
+    decay_all: bool = Field(description="Weight decay of every parameter.")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        description="Largest norm of all gradients together; null: no limit."
+    )
+    clip_value: Annotated[float, Field(gt=0)] | None = Field(
+        description="Largest absolute value in a gradient; null: no limit."
+    )
+    init_from: Annotated[str, Field(min_length=1), IS_PATH] | None = Field(
+        description="Weights to start from: a file, official:NAME or timm:NAME; other classes get a new head."
+    )
+    ema_decay: Fraction | None = Field(
+        description="Decay per step of the moving average of the weights; null: none is kept."
+    )
     precision: Precision
-    compile: bool
-    # With a loss or gradient that is not finite; 0: the first ends the run.
-    max_skipped_steps: Annotated[int, Field(ge=0)]
+    compile: bool = Field(description="Compile the network with torch.compile.")
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        description="How many steps may be skipped for a loss or gradient that is not finite."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -143,31 +194,56 @@ def _check_pair(name: str, value: float | None, other: str, other_value: float |
         raise ValueError(f"train.{name}={value} and train.{other}={other_value}: set one of them to null")
 
 
+# Options of several tasks.
+ZeroGamma = Annotated[bool, Field(description="Start the last norm of each block with weight 0.")]
+Norm = Annotated[
+    Literal["bn", "sync", "frozen"],
+    Field(description="Norms with each rank's statistics, all ranks' (on accelerators), or those of train.init_from."),
+]
+
+
 class ClassificationRecipe(Recipe):
     """How to train images to classes, as in the paper's Table 3."""
 
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = ClassificationEvalOptions
 
-    crop: Crop
-    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest random crop, as a share; ERandomCrop's own is .1
-    cropping: Literal["random_resized", "erandom"]
-    antialias: bool  # of the crop's resize
-    interpolation: Literal["bilinear", "bicubic"]  # of the same
-    # Operations on the whole image, before the crop; null: none.
-    policy: Literal["resnest", "resnest_torch", "autoaugment", "randaugment", "trivialaugment", "rotation"] | None
-    jitter: Share  # brightness, contrast and saturation, each by up to this factor
-    lighting: Annotated[float, Field(ge=0)]  # standard deviation of the weights of the principal colours
-    pixel_shift: Annotated[float, Field(ge=0, le=255)]  # bound of what is added to all pixels of an image, of 255
-    erasing: Share  # probability of a random rectangle of mean colour in an image
-    label_smoothing: Fraction
-    mixup_alpha: Annotated[float, Field(ge=0)]  # 0: no mixup
-    cutmix_alpha: Annotated[float, Field(ge=0)]  # 0: no CutMix; with mixup, half of the batches have either
-    mixup_per_sample: bool  # a weight for each image, otherwise one per batch, as CutMix always has
-    mixup_partner: Literal["reversed", "permuted"]  # of the image, in its batch; CutMix's too
-    dropout: Fraction  # before fc
-    dropblock: Fraction  # probability in the last epoch, rising linearly; 0: no DropBlock
-    init: Literal["fan_in", "fan_out"]
-    zero_gamma: bool
+    crop: Crop = Field(description="Side in pixels of the training images.")
+    min_crop_area: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Smallest random crop, as a share of the image's area."
+    )
+    cropping: Literal["random_resized", "erandom"] = Field(
+        description="How the random crop is drawn: torchvision's RandomResizedCrop, or ERandomCrop."
+    )
+    antialias: bool = Field(description="Average pixels where the crop is made smaller.")
+    interpolation: Literal["bilinear", "bicubic"] = Field(description="How the crop is resized.")
+    policy: Literal["resnest", "resnest_torch", "autoaugment", "randaugment", "trivialaugment", "rotation"] | None = (
+        Field(description="Operations on the whole image, before the crop; null: none.")
+    )
+    jitter: Share = Field(description="Largest change of brightness, contrast and saturation, as a share; 0: none.")
+    lighting: Annotated[float, Field(ge=0)] = Field(
+        description="Standard deviation of the noise along the principal colours (PCA); 0: none."
+    )
+    pixel_shift: Annotated[float, Field(ge=0, le=255)] = Field(
+        description="Largest value, of 255, by which all pixels of an image are shifted; 0: none."
+    )
+    erasing: Share = Field(description="Probability that a random rectangle of an image gets the mean colour.")
+    label_smoothing: Fraction = Field(description="Share of the target that is spread over all classes.")
+    mixup_alpha: Annotated[float, Field(ge=0)] = Field(
+        description="Parameter of mixup's Beta distribution; 0: no mixup."
+    )
+    cutmix_alpha: Annotated[float, Field(ge=0)] = Field(
+        description="Parameter of CutMix's Beta distribution; 0: none. With mixup, half of the batches have either."
+    )
+    mixup_per_sample: bool = Field(description="Draw a mixup weight for each image, not for each batch.")
+    mixup_partner: Literal["reversed", "permuted"] = Field(
+        description="Which image of the batch an image is mixed with: its mirror place, or a random one."
+    )
+    dropout: Fraction = Field(description="Dropout before fc.")
+    dropblock: Fraction = Field(description="Probability of DropBlock in the last epoch; it rises linearly from 0.")
+    init: Literal["fan_in", "fan_out"] = Field(
+        description="Whether convolutions start with variance 2 / fan_in or 2 / fan_out."
+    )
+    zero_gamma: ZeroGamma
 
     @model_validator(mode="after")
     def _check_dropblock(self) -> "ClassificationRecipe":
@@ -181,17 +257,24 @@ class SegmentationRecipe(Recipe):
 
     PROTOCOL: ClassVar[type[Protocol]] = RegionProtocolOptions
 
-    crop: Crop
-    base: Positive  # the long side of a scene that is scaled by 1, in pixels
-    scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]  # smallest and largest
-    blur: Share  # probability of a Gaussian blur with a radius of up to one pixel
-    output_stride: Literal[8, 16, 32]  # of the backbone
-    rates: Annotated[list[Positive], Field(min_length=1)]  # dilations of the head's 3x3 convolutions
-    head_channels: Positive
-    auxiliary_weight: Annotated[float, Field(ge=0)]  # of the loss on layer3; 0: no auxiliary head
-    # sync: statistics over all ranks; alone and on CPUs each rank's own. frozen: those of the weights to start from.
-    norm: Literal["bn", "sync", "frozen"]
-    zero_gamma: bool
+    crop: Crop = Field(description="Side in pixels of the training crops.")
+    base: Positive = Field(description="Long side in pixels of a scene at scale 1.")
+    scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = Field(
+        description="Smallest and largest random scale of a scene."
+    )
+    blur: Share = Field(description="Probability of a Gaussian blur with a radius of up to one pixel.")
+    output_stride: Literal[8, 16, 32] = Field(
+        description="Stride of the backbone's last layer; below 32 its convolutions are dilated."
+    )
+    rates: Annotated[list[Positive], Field(min_length=1)] = Field(
+        description="Dilations of the head's 3x3 convolutions."
+    )
+    head_channels: Positive = Field(description="Channels of the head.")
+    auxiliary_weight: Annotated[float, Field(ge=0)] = Field(
+        description="Weight of the loss on layer3; 0: no auxiliary head."
+    )
+    norm: Norm
+    zero_gamma: ZeroGamma
 
     @model_validator(mode="after")
     def _check_scales(self) -> "SegmentationRecipe":
@@ -201,39 +284,60 @@ class SegmentationRecipe(Recipe):
 
 
 class DetectionRecipe(Recipe):
-    """How to train a detector, as in the paper's Tables 5 and 6; options of the network are `RCNNOptions`."""
+    """How to train a detector, as in the paper's Tables 5 and 6.
+
+    The options of the network are those of `RCNNOptions`.
+    """
 
     PROTOCOL: ClassVar[type[Protocol]] = BoxProtocolOptions
 
-    short_sides: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)]  # of an image, in pixels
-    side_sampling: Literal["range", "choice"]  # any whole number from the first to the last of them, or one of them
-    longest: Positive  # bound of the long side in pixels; an image that would be longer is scaled to it
-    cascade: bool
-    masks: bool
-    # sync: statistics over all ranks; alone and on CPUs each rank's own. frozen: those of the weights to start from.
-    norm: Literal["bn", "sync", "frozen"]
-    head_norm: Literal["bn", "sync", "frozen", "none"] | None  # null: as norm
-    freeze_at: Annotated[int, Field(ge=0, le=5)]
-    checkpoint_activations: bool  # of the backbone's blocks: computed again in the backward pass, in place of kept
-    zero_gamma: bool
-    channels: Positive
-    anchor_sizes: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=5, max_length=5)]
-    # torchvision's own values of the next three, and of rpn_convs in its second versions: true, false, 2 and 2.
-    anchors_rounded: bool
-    aligned: bool
-    sampling: Annotated[int, Field(ge=0)]
-    rpn_convs: Positive
-    canonical_size: Positive
-    # Boxes of a level before the non-maximum suppression of proposals, and of an image after it: training, evaluation.
-    candidates: Annotated[list[Positive], Field(min_length=2, max_length=2)]
-    proposals: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None  # null: as in the paper
-    samples: Positive
-    box_convs: Annotated[int, Field(ge=0)]
-    box_fcs: Positive
-    box_width: Positive
-    mask_convs: Annotated[int, Field(ge=0)]
-    # Before an evaluation the norms' statistics are replaced by their mean over so many batches of training; 0: not.
-    precise_batches: Annotated[int, Field(ge=0)]
+    short_sides: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)] = Field(
+        description="Short sides in pixels to which training images are scaled."
+    )
+    side_sampling: Literal["range", "choice"] = Field(
+        description="choice: one of train.short_sides; range: any number from the first to the last."
+    )
+    longest: Positive = Field(description="Largest long side in pixels; an image that would be longer is scaled to it.")
+    cascade: bool = Field(description="Cascade R-CNN: three stages of boxes.")
+    masks: bool = Field(description="Mask R-CNN: a mask for each box.")
+    norm: Norm
+    head_norm: Literal["bn", "sync", "frozen", "none"] | None = Field(
+        description="Norms of the feature pyramid and the heads; null: as train.norm."
+    )
+    freeze_at: Annotated[int, Field(ge=0, le=5)] = Field(
+        description="First stages of the backbone that are not trained; 2: stem and layer1."
+    )
+    checkpoint_activations: bool = Field(
+        description="Compute activations again in the backward pass: slower, a third to half less memory."
+    )
+    zero_gamma: ZeroGamma
+    channels: Positive = Field(description="Channels of the feature pyramid and of the heads' convolutions.")
+    anchor_sizes: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=5, max_length=5)] = Field(
+        description="Sides of the anchors in pixels, at strides 4, 8, 16, 32 and 64."
+    )
+    anchors_rounded: bool = Field(description="Round the corners of anchors; torchvision: true.")
+    aligned: bool = Field(description="Pooled pixels have their centres at half pixels; torchvision: false.")
+    sampling: Annotated[int, Field(ge=0)] = Field(
+        description="Samples along a side of a pooled cell; 0: as many as pixels; torchvision: 2."
+    )
+    rpn_convs: Positive = Field(
+        description="3x3 convolutions of the proposals' head; torchvision's second versions: 2."
+    )
+    canonical_size: Positive = Field(description="Side in pixels of a box that is pooled from the level of stride 16.")
+    candidates: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+        description="Boxes of a level before the suppression of proposals: in training, in evaluation."
+    )
+    proposals: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = Field(
+        description="Boxes of an image after the suppression; null: [1000, 1000], of a cascade [2000, 1000]."
+    )
+    samples: Positive = Field(description="Boxes of an image that the heads are trained on.")
+    box_convs: Annotated[int, Field(ge=0)] = Field(description="3x3 convolutions of the box head.")
+    box_fcs: Positive = Field(description="Fully connected layers of the box head.")
+    box_width: Positive = Field(description="Width of the box head's fully connected layers.")
+    mask_convs: Annotated[int, Field(ge=0)] = Field(description="3x3 convolutions of the mask head.")
+    precise_batches: Annotated[int, Field(ge=0)] = Field(
+        description="Training batches to compute the norms' statistics from before an evaluation; 0: keep them."
+    )
 
     @model_validator(mode="after")
     def _check_sides(self) -> "DetectionRecipe":

@@ -1,6 +1,5 @@
 """The commands as a user calls them: what is refused, in which words, with which exit code."""
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
+from asking import ask_for_help
 from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import check_config, explain_composition, find_conf, quote_place
@@ -291,36 +291,6 @@ def test_demo_data_and_unknown_actions(tmp_path, monkeypatch, capsys):
     assert call(data, [], monkeypatch, capsys) == (0, [])
 
 
-@pytest.fixture
-def shared_repository(monkeypatch):
-    """Hydra copies the repository of conf/ for each group that it lists, for a second in all: it changes none here."""
-    from hydra._internal.config_repository import CachingConfigRepository
-
-    monkeypatch.setattr(
-        CachingConfigRepository, "__init__", lambda self, own: vars(self).update(delegate=own, cache={})
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("action", data.ACTIONS)
-def test_every_action_of_resnest_data_has_a_help_and_is_in_the_usage(action, shared_repository, monkeypatch, capsys):
-    assert f"\n  {action:<9}{data.ACTIONS[action].summary}\n" in data.format_usage()
-    monkeypatch.setattr(sys, "argv", ["/bin/resnest-data", action, "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        data.main()
-    help_text = capsys.readouterr().out
-    assert help_text.startswith(f"resnest-data {action}: ")
-    assert f"\n  resnest-data {action} " in help_text
-
-
-def test_the_demo_of_another_task_has_its_own_help(shared_repository, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/bin/resnest-data", "demo", "task=segmentation", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        data.main()
-    help_text = capsys.readouterr().out
-    assert help_text.startswith("resnest-data demo task=segmentation: ") and "\ntrain_scenes: 400\n" in help_text
-
-
 def test_prepare_without_archives_has_exit_code_3(tmp_path, monkeypatch, capsys):
     code, lines = call(data, ["prepare", f"archives={tmp_path}", f"out={tmp_path / 'out'}"], monkeypatch, capsys)
     assert (code, lines) == (3, [f"resnest-data: {tmp_path / 'ILSVRC2012_devkit_t12.tar.gz'}: no such archive"])
@@ -415,43 +385,6 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
     assert sorted(list_keys(composed)) == sorted(option_names(choose_schema(schema, composed)))
 
 
-# Runs each command with --help, as python -m does: prints the help and what is then imported that takes long.
-HELP = """
-import contextlib, io, json, runpy, sys
-from hydra._internal.config_repository import CachingConfigRepository as Repository
-Repository.__init__ = lambda self, own: vars(self).update(delegate=own, cache={})  # as in shared_repository
-helps, imported = {}, {}
-for name in sys.argv[1:]:
-    sys.argv = ["resnest-" + name, "--help"]
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        runpy.run_module("resnest_imagenet.commands." + name, run_name="__main__")
-    helps[name] = text.getvalue()
-    imported[name] = sorted({"torch", "timm", "torchvision", "nvidia.dali", "matplotlib", "captum"} & set(sys.modules))
-from resnest_imagenet.commands.launch import find_conf
-print(json.dumps([helps, imported, str(find_conf())]))
-"""
-COMMANDS = ["train", "evaluate", "predict", "compare", "explain", "report", "export", "info", "table3", "tables"]
-
-
-def ask_for_help(folder, *names, **environment):
-    """Call the commands with --help in a new process, in a folder; return what `HELP` prints."""
-    command = [sys.executable, "-c", HELP, *names]
-    environment = {**os.environ, **environment}
-    return json.loads(subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True).stdout)
-
-
-@pytest.mark.process
-def test_help_needs_no_torch_and_lists_examples_and_choices(tmp_path):
-    """--help answers at once because torch is not imported. From any folder."""
-    helps, imported, _ = ask_for_help(tmp_path, *COMMANDS)
-    assert imported == {name: [] for name in COMMANDS}
-    for name, text in helps.items():
-        assert text.count("\n  resnest-") + text.count("\n  torchrun") in (2, 3, 4), name
-        assert "resnest50_fast_2s1x64d" in text or name in ("table3", "tables", "compare", "report"), name
-    assert "experiment: cascade_mask_rcnn_resnest101, cascade_" in helps["train"]
-    assert "resnest101, resnest101_fast" in helps["train"]
-
-
 @pytest.mark.process
 def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
     from hatchling.build import build_wheel
@@ -463,8 +396,8 @@ def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
     inside = site / "resnest_imagenet" / "conf"
     assert (inside.parent / "py.typed").is_file()
     assert list_files(inside) == list_files(find_conf())
-    helps, _, conf = ask_for_help(tmp_path, "train", "data", PYTHONPATH=str(site))
-    assert all(f"resnest-{name} " in text for name, text in helps.items())
+    helps, _, conf = ask_for_help(tmp_path, "resnest-train", "resnest-data", PYTHONPATH=str(site))
+    assert all(f"{name} " in text for name, text in helps.items())
     assert conf == str(inside)
 
 

@@ -18,7 +18,7 @@ os.environ.pop("OMP_WAIT_POLICY", None)
 
 import timm
 import torch
-from bench import Round, clock, describe_machine, measure, profile_steps, report_part
+from bench import Round, clock, describe_machine, in_percent, measure, profile_steps, report_part
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
@@ -209,7 +209,7 @@ def main() -> None:
         rounds, kept = bench_step(args.batch, args.size)
         seconds = measure(rounds, args.rounds)
         part = {"title": f"Training step, {size}", "seconds": seconds, "kept": kept}
-        result["parts"].append(part | {"profile": profile_steps(rounds, CPU)})
+        result["parts"].append(part | {"profile": in_percent(profile_steps(rounds, CPU))})
         del rounds
     if "evaluation" in args.part:
         seconds = measure(bench_evaluation(args.batch, args.size), args.rounds)

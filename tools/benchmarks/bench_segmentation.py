@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 # Before torch, and as users run it: the Makefile's policy is for processes that share cores.
@@ -20,7 +21,7 @@ os.environ.pop("OMP_WAIT_POLICY", None)
 import timm
 import torch
 import torch.nn.functional as F
-from bench import Round, clock, describe_machine, measure, profile_steps, report_part
+from bench import Round, clock, describe_machine, in_percent, measure, profile_steps, report_part
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import keep_freed_memory, place
@@ -76,14 +77,15 @@ def count_kept(network: nn.Module, images: Tensor, masks: Tensor) -> float:
     return sum(kept.values()) / 2**20
 
 
-def bench_step(batch: int, crop: int) -> tuple[dict[str, Round], dict[str, float]]:
+def bench_step(batch: int, crop: int, names: Iterable[str]) -> tuple[dict[str, Round], dict[str, float]]:
     """A training step with SGD, and the MiB that it keeps."""
     images, masks = torch.randn(batch, 3, crop, crop), torch.randint(CLASSES, (batch, crop, crop))
-    networks = {"ours": (place(build_deeplab("resnest50", CLASSES), CPU), torch.channels_last)}
-    networks |= {name: (build_other().to(memory_format=layout), layout) for name, layout in OTHERS.items()}
     rounds: dict[str, Round] = {}
     kept: dict[str, float] = {}
-    for name, (network, layout) in networks.items():
+    for name in names:
+        layout = OTHERS.get(name, torch.channels_last)
+        model = build_other().to(memory_format=layout) if name in OTHERS else build_deeplab("resnest50", CLASSES)
+        network = model if name in OTHERS else place(model, CPU)
         x = images.contiguous(memory_format=layout)
         optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, weight_decay=1e-4, fused=True)
 
@@ -97,6 +99,16 @@ def bench_step(batch: int, crop: int) -> tuple[dict[str, Round], dict[str, float
         kept[name] = count_kept(network, x, masks)
         rounds[name] = step
     return rounds, kept
+
+
+def profile_each(batch: int, crop: int) -> dict[str, dict[str, float]]:
+    """Return where the time of a step goes, of one network after another: together they need 24 GB."""
+    profiles: dict[str, dict[str, float]] = {}
+    for name in ("ours", *OTHERS):
+        rounds, _ = bench_step(batch, crop, [name])
+        rounds[name]()
+        profiles |= profile_steps(rounds, CPU, tries=2)
+    return in_percent(profiles)
 
 
 def bench_evaluation(batch: int, crop: int) -> dict[str, Round]:
@@ -157,11 +169,11 @@ def main() -> None:
     result: dict = {"machine": describe_machine(CPU), "parts": []}
     size = f"batch {args.batch}, crop {args.crop}, fp32"
     if "step" in args.part:
-        rounds, kept = bench_step(args.batch, args.crop)
+        rounds, kept = bench_step(args.batch, args.crop, ["ours", *OTHERS])
         seconds = measure(rounds, args.rounds)
-        part = {"title": f"Training step, {size}", "seconds": seconds, "kept": kept}
-        result["parts"].append(part | {"profile": profile_steps(rounds, CPU) if args.profile else {}})
         del rounds
+        part = {"title": f"Training step, {size}", "seconds": seconds, "kept": kept}
+        result["parts"].append(part | {"profile": profile_each(args.batch, args.crop) if args.profile else {}})
     if "evaluation" in args.part:
         seconds = measure(bench_evaluation(args.batch, args.crop), args.rounds)
         result["parts"].append({"title": f"Evaluation, {size}", "seconds": seconds, "kept": {}, "profile": {}})

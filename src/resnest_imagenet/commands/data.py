@@ -109,11 +109,10 @@ ACTIONS = {
     "demo": Action(
         DemoDataConfig,
         write_demo,
-        "write the demo images: ten classes of shapes and textures; with task=segmentation scenes with masks, "
-        "with task=detection objects with boxes and masks",
+        "draw a data set: classes, masks or objects",
     ),
-    "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives to the folder layout"),
-    "check": Action(CheckDataConfig, check, "decode every image of a data set and tell what is wrong with it"),
+    "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives"),
+    "check": Action(CheckDataConfig, check, "decode every image of a data set and list what is wrong with it"),
     "preview": Action(PreviewDataConfig, preview, "draw what training makes of some images, in a contact sheet"),
     "shard": Action(ShardDataConfig, shard, "write a folder of images as WebDataset shards"),
 }

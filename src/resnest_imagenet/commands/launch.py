@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from resnest_imagenet.commands.help import HELP, drop_flags, format_help
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.config import Options, choose_schema, list_places, option_names
 from resnest_imagenet.distributed import find_launcher_file, has_joined, launched_as, tell_launcher
@@ -63,6 +64,9 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
     from omegaconf.errors import OmegaConfBaseException
 
     composing = True
+    asks_for_help = not HELP.isdisjoint(sys.argv[1:])
+    if asks_for_help:
+        sys.argv[1:] = drop_flags(sys.argv[1:])
     if not {"-m", "--multirun"} & set(sys.argv[1:]):  # in a sweep a comma is between values
         places = list_places(schema)
         sys.argv[1:] = [quote_place(word, places) for word in sys.argv[1:]]
@@ -75,6 +79,9 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
         composing = False
         # Hydra adds lines of its own to any Exception that leaves a task, but not to an exit.
         try:
+            if asks_for_help:
+                print(format_help(composed, schema))
+                return None
             return job(check_config(composed, schema))
         except (UserError, Stopped) as error:
             _leave(error)
