@@ -31,7 +31,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def list_modules() -> str:
     """Return a page with the first sentence of every module, by folder."""
-    lines = ["# Every file", "", "[Architecture](architecture.md) says what the folders are for.", ""]
+    lines = ["# Every file", "", "What the folders are for: [Architecture](architecture.md).", ""]
     for folder in (PACKAGE, *sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))):
         lines += [f"## {folder.name}/", "", "| file | what it is for |", "|---|---|"]
         for path in sorted(folder.glob("*.py")):
