@@ -1,12 +1,22 @@
+import io
 import json
+import re
+import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 
-from resnest_imagenet.training.log import _keep_events
+from conftest import CPU
+from resnest_imagenet.evaluation.events import parse_events
+from resnest_imagenet.evaluation.score import Score
+from resnest_imagenet.training.log import Report, RunLog, _keep_events
+from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.trackers import _read_ids
+from resnest_imagenet.training.train import prepare
+from run_files import read_events
 
 
 def test_of_damaged_files_that_is_kept_which_can_be_read(tmp_path, capsys):
-    events = [{"event": "train", "epoch": 0, "step": step, "loss": 1.5, "time": 0.25} for step in range(1, 7)]
+    events = [{"event": "train", "epoch": 1, "step": step, "loss": 1.5, "time": 0.25} for step in range(1, 7)]
     lines = [json.dumps(event).encode() for event in events]
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
     damaged = [
@@ -27,9 +37,67 @@ def test_of_damaged_files_that_is_kept_which_can_be_read(tmp_path, capsys):
 
     # An evaluation is of the epoch that it ends: where that is to be made again, it is dropped.
     evaluation = {**events[3], "event": "eval", "epoch": 1}
-    path.write_text("".join(json.dumps(event) + "\n" for event in (*events[:4], evaluation)))
+    write_events(path, [*events[:4], evaluation])
     assert _keep_events(path, SimpleNamespace(step=4, epoch=1)) == ([*events[:4], evaluation], [])
     assert _keep_events(path, SimpleNamespace(step=4, epoch=0)) == (events[:4], [evaluation])
+
+
+def write_events(path, events):
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_epochs_are_counted_from_1_in_every_event_and_old_files_are_read_so(tmp_path):
+    """Earlier versions counted the epochs of steps from 0. A run that resumes writes its file in today's way."""
+    places = [("train", 0, 3), ("skipped", 0, 5), ("train", 0, 6), ("eval", 1, 6), ("train", 1, 9), ("eval", 2, 12)]
+    old = [{"event": kind, "epoch": epoch, "step": step, "time": 0.25} for kind, epoch, step in places]
+    today = [event if event["event"] == "eval" else {**event, "epoch": event["epoch"] + 1} for event in old]
+    path = tmp_path / "metrics.jsonl"
+    write_events(path, old)
+    assert parse_events(path) == (today, [])
+    assert _keep_events(path, SimpleNamespace(step=9, epoch=1)) == (today[:5], today[5:])
+    assert read_events(tmp_path) == today[:5]
+    assert _keep_events(path, SimpleNamespace(step=9, epoch=1)) == (today[:5], [])
+    # Before the evaluation of an epoch, and where its steps are a run's last.
+    assert _keep_events(path, SimpleNamespace(step=6, epoch=0)) == (today[:3], today[3:5])
+
+
+class Terminal(io.StringIO):
+    """A screen that keeps what is written to it."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_narrow_terminal_shows_loss_and_metric_and_a_pipe_all(tiny_run, tmp_path, monkeypatch, capsys):
+    config = tiny_run("log.every_steps=3")
+    task, plan, _ = prepare(config)
+    state = TrainingState(task.build_model(True, CPU), config.train)
+    report = Report({"loss": 1.25}, steps=3, seconds=6.0, waited=3.0)
+    score = Score({"accuracy": 75.0}, "accuracy 75.00 % of 40 samples")
+    monkeypatch.setenv("COLUMNS", "61")
+    monkeypatch.setenv("LINES", "25")
+    for screen, pattern in (
+        (Terminal(), r"epoch 2/2 \|.{8}\| 0/6, loss 1\.250, accuracy 75\.00 %.*"),
+        (io.StringIO(), None),
+    ):
+        monkeypatch.setattr(sys, "stderr", screen)
+        state.step = state.epoch = 0
+        with ExitStack() as ending, RunLog(tmp_path, plan, task, state, is_main=True, ending=ending) as log:
+            log.start_epoch(state)
+            state.step = 6
+            state.end_epoch(75.0)
+            log.evaluation(state, score, is_best=True)
+            assert log.best_epoch == 1
+            log.start_epoch(state)
+            state.step = 9
+            log.training(state, 0.1, report)
+            lines = screen.getvalue().split("\r")
+            assert max(map(len, lines)) <= 61
+            assert pattern is None or any(re.fullmatch(pattern, line.strip("\n ")) for line in lines), lines
+        (tmp_path / "metrics.jsonl").unlink()
+    assert screen.getvalue() == ""
+    last = "epoch 2/2, step 3/6: loss 1.250, accuracy 75.00 %, left: epoch 00:06, run 00:06, lr 0.1, 8 images/s, "
+    assert capsys.readouterr().out.splitlines()[-1] == f"{last}data wait 50%"
 
 
 def test_damaged_names_of_trackers_are_moved_aside(tmp_path):

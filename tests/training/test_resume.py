@@ -238,8 +238,8 @@ def test_a_length_in_steps_ends_in_the_middle_of_an_epoch(tiny_run, inject, tmp_
     assert (state.step, state.epoch) == (16, 3)
     assert "epoch 3/3 4/4, left 00:00" in capsys.readouterr().out
     assert list_places(read_events(tmp_path / "whole")) == [
-        ("train", 0, 5), ("train", 0, 6), ("eval", 1, 6), ("train", 1, 10), ("train", 1, 12), ("eval", 2, 12),
-        ("train", 2, 15), ("train", 2, 16), ("eval", 3, 16),
+        ("train", 1, 5), ("train", 1, 6), ("eval", 1, 6), ("train", 2, 10), ("train", 2, 12), ("eval", 2, 12),
+        ("train", 3, 15), ("train", 3, 16), ("eval", 3, 16),
     ]  # fmt: skip
     config = tiny_run(*options)
     for epoch, number, step in ((1, 2, 9), (2, 2, 15), (2, 7, 16)):

@@ -12,7 +12,8 @@ from resnest_imagenet.files import require_file
 TOP1 = "top1"  # of evaluations that name no metric: those of earlier versions
 MAX_DRAWN = 1e40  # more than float32 holds, and less than breaks a chart's axis
 
-Event = dict[str, Any]  # "event": its kind; and what that has
+# "event": its kind; "epoch": the one that it is of, from 1 on; "step": steps done; and what its kind has.
+Event = dict[str, Any]
 
 _START = b'{"event"'  # of each line
 
@@ -64,7 +65,7 @@ def require_numbers(event: Event, names: Iterable[str]) -> None:
 
 
 def parse_events(path: Path) -> tuple[list[Event], list[bytes]]:
-    """Read what can be read.
+    """Read what can be read; epochs are counted from 1, as they are in the files of today's version.
 
     Returns:
         The events, and the damaged lines. Where an event stands at the end of a damaged line, as after a write that was
@@ -84,7 +85,16 @@ def parse_events(path: Path) -> tuple[list[Event], list[bytes]]:
             event = _parse(line[line.rfind(_START) :])
         events.append(event)
     events.append(_parse(last))
-    return [event for event in events if event is not None], damaged
+    return _count_from_one([event for event in events if event is not None]), damaged
+
+
+def _count_from_one(events: list[Event]) -> list[Event]:
+    """Return the events of a file with their epochs counted from 1: earlier versions counted those of steps from 0."""
+    of_steps = [event for event in events if event["event"] != "eval" and type(event.get("epoch")) is int]
+    if any(event["epoch"] == 0 for event in of_steps):
+        for event in of_steps:
+            event["epoch"] += 1
+    return events
 
 
 def _parse(line: bytes) -> Event | None:

@@ -52,3 +52,5 @@ def _synchronise(device: torch.device) -> None:
     """Wait for the device: what is timed are its computations, not their launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -21,6 +21,7 @@ from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.evaluation.results import Measured
+from resnest_imagenet.evaluation.score import title_metric
 from resnest_imagenet.evaluation.worst_images import WorstImages
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.inference.worst_scenes import WorstScenes
@@ -171,7 +172,8 @@ def _describe_progress(run: Run) -> str:
 
 def _name_metric(metric: str) -> str:
     """Return how a report names the value of an evaluation."""
-    return {TOP1: "top-1 %", "miou": "mIoU %", "box_ap": "box AP %", "mask_ap": "mask AP %"}.get(metric, metric)
+    title = title_metric(metric)
+    return metric if title == metric else f"{title} %"
 
 
 def _render_configuration(runs: list[Run]) -> str:

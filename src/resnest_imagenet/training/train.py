@@ -1,5 +1,6 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
+import time
 from contextlib import ExitStack
 from functools import partial
 
@@ -11,6 +12,7 @@ from resnest_imagenet.supervision import STARTING, supervise
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.control import Control
+from resnest_imagenet.training.describe import describe_plan, describe_result, format_lines
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import end_epoch, train_epoch
@@ -61,6 +63,9 @@ def train(config: TrainConfig) -> TrainingState:
             del saved  # as large as the state
         run.begin(config.model_dump(), ranks, state.step or None)
         trace.report_last_attempt(task.train_set, task.val_set)
+        if is_main:
+            print(format_lines(describe_plan(task, plan, state, ranks)), flush=True)
+        resumed, started = state.step, time.monotonic()
         network = wrap(state.model, task, ranks)
         # 5. The epochs, to the end or to a signal.
         with RunLog(run.path, plan, task, state, is_main, trackers) as log, Health(state, recipe) as health:
@@ -72,6 +77,8 @@ def train(config: TrainConfig) -> TrainingState:
                     train_epoch(state, network, task, loader, plan, control)
                     end_epoch(state, task, loader, plan, evaluate, control)
         run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric)
+        if is_main:
+            print(describe_result(task, state, log.best_epoch, time.monotonic() - started, resumed), flush=True)
     return state
 
 
