@@ -203,6 +203,6 @@ def test_a_device_that_no_torch_has_is_refused_before_torch_is_imported():
     device = TypeAdapter(Device)
     for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"):
         assert device.validate_python(name) == name
-    for name in ("cuda1", "cuda:", "cuda:x", "cuda:-1", "cuda:١", "CUDA", "mps:0", "", " cpu"):
+    for name in ("cuda1", "cuda:", "cuda:x", "cuda:-1", "cuda:\u0661", "CUDA", "mps:0", "", " cpu"):
         with pytest.raises(ValidationError):
             device.validate_python(name)

@@ -72,11 +72,11 @@ def test_the_plan_of_each_task_draws_nothing(task, small_run, segmentation_run, 
     state = TrainingState(opened.build_model(True, CPU), config.train, opened.head)
     plan = plan_steps(len(opened.train_set), config.train, 1)
     torch.manual_seed(7)
-    np.random.seed(7)  # noqa: NPY002 - it is this generator that is watched
-    before = torch.get_rng_state(), np.random.get_state()[1:3]  # noqa: NPY002
+    np.random.seed(7)
+    before = torch.get_rng_state(), np.random.get_state()[1:3]
     # Whatever is free: once a bound is enough, and once the exact count is needed.
     lines = [describe_plan(opened, plan, state, ALONE, is_dry) for is_dry in (False, True)]
-    after = torch.get_rng_state(), np.random.get_state()[1:3]  # noqa: NPY002
+    after = torch.get_rng_state(), np.random.get_state()[1:3]
     assert torch.equal(before[0], after[0])
     assert (before[1][0] == after[1][0]).all() and before[1][1] == after[1][1]
     subjects = {"network", "data", "evaluation", "recipe", "steps", "learning rate", "device", "memory", "checkpoints"}
@@ -117,7 +117,7 @@ def test_times_have_two_units():
 def test_the_commands_at_the_end_of_a_run_compose(small_run, few_images, tmp_path, capsys):
     from resnest_imagenet.reports.runs import find_runs
 
-    run = tmp_path / "it's a run"
+    run = tmp_path / "a run"
     options = ("train.epochs=1", "train.warmup_epochs=0", "log.trackers=[]", f"data.root={few_images}")
     train(small_run(*options, run=run.name))
     *_, first, second = capsys.readouterr().out.splitlines()

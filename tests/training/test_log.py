@@ -1,11 +1,16 @@
-import io
+import fcntl
 import json
+import os
 import re
+import struct
 import sys
-from contextlib import ExitStack
+import termios
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
-from conftest import CPU
+import pytest
+
+from conftest import ALONE, CPU
 from resnest_imagenet.evaluation.events import parse_events
 from resnest_imagenet.evaluation.score import Score
 from resnest_imagenet.training.log import Report, RunLog, _keep_events
@@ -61,43 +66,50 @@ def test_epochs_are_counted_from_1_in_every_event_and_old_files_are_read_so(tmp_
     assert _keep_events(path, SimpleNamespace(step=6, epoch=0)) == (today[:3], today[3:5])
 
 
-class Terminal(io.StringIO):
-    """A screen that keeps what is written to it."""
+@contextmanager
+def terminal(monkeypatch):
+    """Make stderr a terminal of 60 columns; yield what reads all that was written to it."""
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 60, 0, 0))
+    with os.fdopen(theirs, "w") as screen, open(ours, "rb", buffering=0) as written, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        yield lambda: written.read(100_000).decode()
 
-    def isatty(self):
-        return True
+
+def report_one_epoch(log, state):
+    """Go through the first epoch and a half of the second."""
+    log.start_epoch(state)
+    state.step = 6
+    state.end_epoch(75.0)
+    log.evaluation(state, Score({"accuracy": 75.0}, "accuracy 75.00 % of 40 samples"), is_best=True)
+    log.start_epoch(state)
+    state.step = 9
+    log.training(state, 0.1, Report({"loss": 1.25}, steps=3, seconds=6.0, waited=3.0))
 
 
-def test_a_narrow_terminal_shows_loss_and_metric_and_a_pipe_all(tiny_run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run_log(tiny_run, tmp_path):
     config = tiny_run("log.every_steps=3")
     task, plan, _ = prepare(config)
     state = TrainingState(task.build_model(True, CPU), config.train)
-    report = Report({"loss": 1.25}, steps=3, seconds=6.0, waited=3.0)
-    score = Score({"accuracy": 75.0}, "accuracy 75.00 % of 40 samples")
-    monkeypatch.setenv("COLUMNS", "61")
-    monkeypatch.setenv("LINES", "25")
-    for screen, pattern in (
-        (Terminal(), r"epoch 2/2 \|.{8}\| 0/6, loss 1\.250, accuracy 75\.00 %.*"),
-        (io.StringIO(), None),
-    ):
-        monkeypatch.setattr(sys, "stderr", screen)
-        state.step = state.epoch = 0
-        with ExitStack() as ending, RunLog(tmp_path, plan, task, state, is_main=True, ending=ending) as log:
-            log.start_epoch(state)
-            state.step = 6
-            state.end_epoch(75.0)
-            log.evaluation(state, score, is_best=True)
-            assert log.best_epoch == 1
-            log.start_epoch(state)
-            state.step = 9
-            log.training(state, 0.1, report)
-            lines = screen.getvalue().split("\r")
-            assert max(map(len, lines)) <= 61
-            assert pattern is None or any(re.fullmatch(pattern, line.strip("\n ")) for line in lines), lines
-        (tmp_path / "metrics.jsonl").unlink()
-    assert screen.getvalue() == ""
+    with ExitStack() as ending, RunLog(tmp_path, plan, task, state, ALONE, ending) as log:
+        yield log, state
+
+
+def test_a_narrow_terminal_shows_loss_and_metric(run_log, monkeypatch):
+    with terminal(monkeypatch) as read:
+        report_one_epoch(*run_log)
+        lines = [line.strip("\n ") for line in read().split("\r")]
+    assert max(map(len, lines)) <= 60
+    assert any(re.fullmatch(r"epoch 2/2 \|.{8}\| 0/6, loss 1\.250, accuracy 75\.00 %.*", line) for line in lines), lines
+
+
+def test_a_pipe_gets_whole_lines_that_tell_what_is_left_of_what(run_log, capsys):
+    report_one_epoch(*run_log)
+    printed = capsys.readouterr()
     last = "epoch 2/2, step 3/6: loss 1.250, accuracy 75.00 %, left: epoch 00:06, run 00:06, lr 0.1, 8 images/s, "
-    assert capsys.readouterr().out.splitlines()[-1] == f"{last}data wait 50%"
+    assert (printed.out.splitlines()[-1], printed.err) == (f"{last}data wait 50%", "")
 
 
 def test_damaged_names_of_trackers_are_moved_aside(tmp_path):

@@ -90,7 +90,8 @@ def parse_events(path: Path) -> tuple[list[Event], list[bytes]]:
 
 def _count_from_one(events: list[Event]) -> list[Event]:
     """Return the events of a file with their epochs counted from 1: earlier versions counted those of steps from 0."""
-    of_steps = [event for event in events if event["event"] != "eval" and type(event.get("epoch")) is int]
+    numbers = ("epoch", "step")  # an event without them is damaged
+    of_steps = [e for e in events if e["event"] != "eval" and all(type(e.get(name)) is int for name in numbers)]
     if any(event["epoch"] == 0 for event in of_steps):
         for event in of_steps:
             event["epoch"] += 1

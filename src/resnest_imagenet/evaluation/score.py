@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-
 # How people call the value by which a run chooses its best network.
 _TITLES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP", "mask_ap": "mask AP"}
 

@@ -41,11 +41,8 @@ def describe_plan(
     """
     recipe = task.config.train
     lines = task.describe(is_dry)
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
-    frozen = "" if trained == parameters else f", {trained / 1e6:.2f} M of them trained"
     return {
-        "network": f"{lines.pop('network')}, {parameters / 1e6:.2f} M parameters{frozen}",
+        "network": f"{lines.pop('network')}, {_count_parameters(state)}",
         **lines,
         "recipe": _describe_recipe(recipe),
         "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in an epoch, {plan.epochs} epochs; of "
@@ -110,6 +107,13 @@ def count_state_bytes(state: TrainingState) -> tuple[int, int]:
     parameters = sum(parameter.nbytes for parameter in state.model.parameters())
     momentum = sum(tensor.nbytes for entry in state.optimizer.state.values() for tensor in entry.values())
     return weights * (1 if state.ema is None else 2) + momentum, parameters
+
+
+def _count_parameters(state: TrainingState) -> str:
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    trained = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
+    texts = [f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}" for count in (parameters, trained)]
+    return f"{texts[0]} parameters" + (f", {texts[1]} of them trained" if trained < parameters else "")
 
 
 def _describe_recipe(recipe: Recipe) -> str:

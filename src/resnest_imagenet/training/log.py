@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.evaluation.events import Event, parse_events
 from resnest_imagenet.evaluation.score import Score, title_metric
 from resnest_imagenet.files import DAMAGED, make_way, replacing, storing, synchronise_file
 from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.describe import describe_plan, describe_result, format_lines
 from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.losses import TOTAL
 from resnest_imagenet.training.schedule import StepPlan
@@ -47,8 +49,6 @@ class RunLog:
 
     Attributes:
         wants_samples: whether the trackers still lack a batch of this process.
-        best_epoch: the one after which the metric was highest, from 1 on; None: none was evaluated, or metrics.jsonl
-            has lost it.
     """
 
     def __init__(
@@ -57,32 +57,35 @@ class RunLog:
         plan: StepPlan,
         task: Task,
         state: TrainingState,
-        is_main: bool,
+        ranks: Ranks,
         ending: ExitStack,
     ) -> None:
-        """Open the files.
+        """Open the files, and show the plan of the run.
 
         Args:
             folder: of the run.
             plan: its steps.
             task: what it trains for.
             state: where it begins or resumes.
-            is_main: whether this rank shows and writes.
+            ranks: who takes part; rank 0 shows and writes.
             ending: closes the trackers when all else of the run has ended, whatever it ended with.
         """
         self._plan = plan
+        self._task = task
         self._metric = task.metric
         self._every_steps = task.config.log.every_steps
-        self._is_main = is_main
+        self._is_main = ranks.is_main
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
         self._loss: float | None = None
         self._value: float | None = None  # of the metric, in the last evaluation
-        self.best_epoch: int | None = None
+        self._best_epoch: int | None = None  # from 1 on; None too where metrics.jsonl has lost it
+        self._first_step, self._started = state.step, time.monotonic()
         self._folder = folder
         self._trackers: list[Tracker] = []
         self._samples: tuple[int, Callable[[], np.ndarray]] | None = None
-        if is_main:
+        if ranks.is_main:
+            print(format_lines(describe_plan(task, plan, state, ranks)), flush=True)
             with storing(folder / "metrics.jsonl"):
                 events, dropped = _keep_events(folder / "metrics.jsonl", state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
@@ -170,7 +173,7 @@ class RunLog:
             return
         self._bar.close()
         self._value = float(score.values[self._metric])
-        self.best_epoch = state.epoch if is_best else self.best_epoch
+        self._best_epoch = state.epoch if is_best else self._best_epoch
         files = {"files": list(score.files)} if is_best and score.files else {}
         self._write("eval", state, {"metric": self._metric, **score.values, **files})
         if files:
@@ -195,6 +198,12 @@ class RunLog:
             self._write("skipped", verdict, {"lr": verdict.lr, "ranks": verdict.unsound})
             who = f"on ranks {verdict.unsound}" if verdict.unsound else "in the sum over the ranks"
             print(f"step {verdict.step} was not applied: loss or gradient not finite {who}", flush=True)
+
+    def result(self, state: TrainingState) -> None:
+        """Show what came of the run, which is finished."""
+        if self._is_main:
+            seconds = time.monotonic() - self._started
+            print(describe_result(self._task, state, self._best_epoch, seconds, self._first_step), flush=True)
 
     def synchronise(self) -> None:
         """Write to the disk what a checkpoint is about to rely on."""
@@ -222,7 +231,7 @@ class RunLog:
         self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
         values = [(event.get(self._metric), event["epoch"]) for event in events if event["event"] == "eval"]
         self._value = next((value for value, _ in reversed(values) if isinstance(value, float)), None)
-        self.best_epoch = next((epoch for value, epoch in values if value == state.best), None)
+        self._best_epoch = next((epoch for value, epoch in values if value == state.best), None)
 
     def _describe_figures(self) -> str:
         """Return the loss, and the metric of the last evaluation."""

@@ -1,6 +1,5 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
-import time
 from contextlib import ExitStack
 from functools import partial
 
@@ -12,7 +11,6 @@ from resnest_imagenet.supervision import STARTING, supervise
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.control import Control
-from resnest_imagenet.training.describe import describe_plan, describe_result, format_lines
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import end_epoch, train_epoch
@@ -63,12 +61,10 @@ def train(config: TrainConfig) -> TrainingState:
             del saved  # as large as the state
         run.begin(config.model_dump(), ranks, state.step or None)
         trace.report_last_attempt(task.train_set, task.val_set)
-        if is_main:
-            print(format_lines(describe_plan(task, plan, state, ranks)), flush=True)
-        resumed, started = state.step, time.monotonic()
+        log = stack.enter_context(RunLog(run.path, plan, task, state, ranks, trackers))
         network = wrap(state.model, task, ranks)
         # 5. The epochs, to the end or to a signal.
-        with RunLog(run.path, plan, task, state, is_main, trackers) as log, Health(state, recipe) as health:
+        with Health(state, recipe) as health:
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
             request.wait_for_step()
             state.epoch = plan.find_epoch(state.step, state.epoch)
@@ -77,8 +73,7 @@ def train(config: TrainConfig) -> TrainingState:
                     train_epoch(state, network, task, loader, plan, control)
                     end_epoch(state, task, loader, plan, evaluate, control)
         run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric)
-        if is_main:
-            print(describe_result(task, state, log.best_epoch, time.monotonic() - started, resumed), flush=True)
+        log.result(state)
     return state
 
 
