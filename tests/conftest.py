@@ -7,6 +7,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes with tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import json
 import multiprocessing.process
 import re
@@ -83,6 +84,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session):
     """Fail what starts a process in the quick tier."""
+    # What is imported stays: Python need not look through its million objects for cycles, a twentieth of all time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     with pytest.MonkeyPatch.context() as patch:
         if session.config.getoption("quick"):
             patch.setattr(subprocess.Popen, "__init__", _refuse_process)

@@ -5,6 +5,7 @@ import re
 from typing import get_args
 
 import pytest
+import yaml
 
 from conftest import compose_config
 from resnest_imagenet import list_models
@@ -67,8 +68,15 @@ def test_a_row_has_the_recipe_behind_its_number(row):
 
 @pytest.mark.slow
 def test_one_recipe_for_all_models_is_one_override():
-    runs = [compose_train(f"+experiment={name}", "recipe=sknet").train for name in EXPERIMENTS.keys() - {"demo"}]
-    assert runs
+    """An experiment chooses a model and a recipe and sets nothing of it: one of each recipe stands for its others."""
+    one_of_each = {}
+    for name in EXPERIMENTS.keys() - {"demo"}:
+        values = yaml.safe_load(EXPERIMENTS[name])
+        choices = {group: choice for default in values["defaults"] for group, choice in default.items()}
+        assert choices.keys() == {"override /model", "override /recipe"} and "train" not in values
+        one_of_each[choices["override /recipe"]] = name
+    runs = [compose_train(f"+experiment={name}", "recipe=sknet").train for name in one_of_each.values()]
+    assert len(runs) > 5
     assert set(map(str, runs)) == {str(compose_train("recipe=sknet").train)}
 
 

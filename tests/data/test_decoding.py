@@ -25,7 +25,7 @@ from resnest_imagenet.data.decoding import (
     is_ordinary,
 )
 
-MUTATIONS = 1000
+MUTATIONS = 500
 # It smooths what a damaged progressive JPEG lacks in another way (4 of 8,000 mutations).
 HAS_OLD_LIBJPEG = tuple(map(int, version("torchvision").split(".")[:2])) < (0, 28)
 RNG = np.random.default_rng(0)

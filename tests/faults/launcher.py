@@ -4,9 +4,13 @@ import os
 import sys
 import traceback
 
+import hydra  # noqa: F401
+import torch._dynamo
+import torch.utils.tensorboard  # noqa: F401
 from torch.distributed.run import main
 
-import faults.preload  # noqa: F401
+import resnest_imagenet.commands.train
+import resnest_imagenet.training.train  # noqa: F401
 
 if __name__ == "__main__":
     code = 0

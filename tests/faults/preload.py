@@ -8,6 +8,7 @@ import torchvision  # noqa: F401
 import resnest_imagenet.commands.train
 import resnest_imagenet.data.dali
 import resnest_imagenet.data.torchvision
+import resnest_imagenet.evaluation.charts
 import resnest_imagenet.training.train  # noqa: F401
 from faults import composing, harness
 

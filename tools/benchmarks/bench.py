@@ -328,20 +328,26 @@ def measure(rounds: dict[str, Round], count: int, warm_up: int = 1) -> dict[str,
     return seconds
 
 
-def profile_steps(rounds: dict[str, Round], device: torch.device) -> dict[str, dict[str, float]]:
-    """Return the time of each operator in a step, in percent of our step; not of compiled competitors."""
+def profile_steps(rounds: dict[str, Round], device: torch.device, tries: int = 5) -> dict[str, dict[str, float]]:
+    """Return the time of each operator in a step, in percent of our step; not of compiled competitors.
+
+    Args:
+        rounds: a step of each competitor.
+        device: where they run.
+        tries: steps of each; the fastest counts.
+    """
     profiles: dict[str, dict[str, float]] = {}
     for name, step in rounds.items():
         if "compiled" in name:
             continue
-        tries = []
-        for _ in range(5):
+        profiled = []
+        for _ in range(tries):
             with torch.profiler.profile() as profiler:
                 step()
             on_device = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
             times = {event.key: float(getattr(event, on_device)) for event in profiler.key_averages()}
-            tries.append({key: value for key, value in times.items() if value > 0})
-        profiles[name] = min(tries, key=lambda times: sum(times.values()))
+            profiled.append({key: value for key, value in times.items() if value > 0})
+        profiles[name] = min(profiled, key=lambda times: sum(times.values()))
     whole = sum(profiles["ours"].values())
     return {name: {key: 100 * t / whole for key, t in times.items()} for name, times in profiles.items()}
 

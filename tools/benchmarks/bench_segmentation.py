@@ -160,7 +160,7 @@ def main() -> None:
         rounds, kept = bench_step(args.batch, args.crop)
         seconds = measure(rounds, args.rounds)
         part = {"title": f"Training step, {size}", "seconds": seconds, "kept": kept}
-        result["parts"].append(part | {"profile": profile_steps(rounds, CPU) if args.profile else {}})
+        result["parts"].append(part | {"profile": profile_steps(rounds, CPU, tries=2) if args.profile else {}})
         del rounds
     if "evaluation" in args.part:
         seconds = measure(bench_evaluation(args.batch, args.crop), args.rounds)

@@ -138,6 +138,8 @@ def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost
                 normalised[path.partition(".")[0]] += inputs[0].numel()
 
         module.register_forward_hook(see)
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            module.forward = nn.Identity().forward  # type: ignore[method-assign]  # its shape takes torch long
     with (
         torch.no_grad(),
         FlopCounterMode(display=False) as operations,
