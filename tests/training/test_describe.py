@@ -24,7 +24,7 @@ from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import train
 
 SCENES = ("+experiment=demo_segmentation", "device=cpu", "train.crop=64", "train.batch_size=2", "loader.workers=0")
-STEPS = "12, 6 in an epoch, 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
+STEPS = "12 in 2 epochs of 6; each of 16 images: train.batch_size=16 x 1 rank x 1 pass"
 
 
 def parse(text):

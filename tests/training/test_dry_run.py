@@ -24,7 +24,7 @@ def test_the_plan_is_what_the_run_does(tiny_run, tmp_path):
     plan = parse(describe_run(config))
     assert not (tmp_path / "run").exists()
     assert plan["data"] == "103 training and 40 val samples"
-    assert plan["steps"] == "12, 6 in an epoch, 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
+    assert plan["steps"] == "12 in 2 epochs of 6; each of 16 images: train.batch_size=16 x 1 rank x 1 pass"
     assert plan["start"] == f"from scratch in {tmp_path / 'run'}"
     state = train(config)
     assert state.step == 12
@@ -46,7 +46,8 @@ def test_a_shorter_last_epoch_is_in_the_plan(tiny_run):
     plan = parse(
         describe_run(tiny_run("train.epochs=null", "train.steps=10", "train.batch_size=8", "train.warmup_epochs=0"))
     )
-    assert plan["steps"] == "10, 12 in an epoch, 1 epochs; of 8 images, 8 x 1 ranks x 1 passes"
+    steps = "10 in 1 epoch of 12, the last of 10; each of 8 images: train.batch_size=8 x 1 rank x 1 pass"
+    assert plan["steps"] == steps
 
 
 @pytest.mark.slow
@@ -97,5 +98,5 @@ def test_of_two_ranks_the_first_prints_and_none_writes(tiny_run, tmp_path, monke
             monkeypatch.setenv(name, value)
         run_command(tiny_run("dry_run=true"))
     (steps,) = re.findall(r"^steps .*$", capsys.readouterr().out, re.MULTILINE)  # of one rank
-    assert steps.endswith("of 32 images, 16 x 2 ranks x 1 passes")
+    assert steps.endswith("each of 32 images: train.batch_size=16 x 2 ranks x 1 pass")
     assert list(tmp_path.iterdir()) == []

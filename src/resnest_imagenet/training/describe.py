@@ -45,8 +45,7 @@ def describe_plan(
         "network": f"{lines.pop('network')}, {_count_parameters(state)}",
         **lines,
         "recipe": _describe_recipe(recipe),
-        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in an epoch, {plan.epochs} epochs; of "
-        f"{plan.global_batch} images, {recipe.batch_size} x {ranks.world_size} ranks x {plan.accumulation} passes",
+        "steps": _describe_steps(recipe, plan, ranks),
         "learning rate": _describe_learning_rate(recipe.schedule, plan),
         "device": f"{ranks.device}: {name_device(ranks.device)}",
         "memory": _describe_memory(task, state, ranks.device, is_dry),
@@ -116,6 +115,20 @@ def _count_parameters(state: TrainingState) -> str:
     return f"{texts[0]} parameters" + (f", {texts[1]} of them trained" if trained < parameters else "")
 
 
+def _describe_steps(recipe: Recipe, plan: StepPlan, ranks: Ranks) -> str:
+    rest = plan.total_steps - (plan.epochs - 1) * plan.steps_per_epoch
+    shorter = f", the last of {rest:,}" if rest < plan.steps_per_epoch else ""
+    return (
+        f"{plan.total_steps:,} in {_count(plan.epochs, 'epoch')} of {plan.steps_per_epoch:,}{shorter}; each of "
+        f"{plan.global_batch:,} images: train.batch_size={recipe.batch_size} x {_count(ranks.world_size, 'rank')} x "
+        f"{_count(plan.accumulation, 'pass', 'passes')}"
+    )
+
+
+def _count(number: int, unit: str, units: str = "") -> str:
+    return f"{number:,} {unit if number == 1 else units or unit + 's'}"
+
+
 def _describe_recipe(recipe: Recipe) -> str:
     values = {name: getattr(recipe, name, None) for name in _SHOWN}
     others = {"momentum": "sgd", "betas": "adamw lamb"}  # what they are options of
@@ -130,14 +143,13 @@ def _describe_recipe(recipe: Recipe) -> str:
 
 def _describe_learning_rate(schedule: str, plan: StepPlan) -> str:
     epochs = sorted({plan.epochs * quarter // 4 for quarter in range(4)} | {plan.warmup_steps // plan.steps_per_epoch})
-    rates = [f"{plan.learning_rate(epoch * plan.steps_per_epoch):.3g}" for epoch in epochs]
-    last = plan.learning_rate(plan.total_steps - 1)
-    numbers = ", ".join(map(str, epochs))
-    return f"{schedule}: {', '.join(rates)} after {numbers} epochs, {last:.3g} in the last step"
+    rates = {epoch: f"{plan.learning_rate(epoch * plan.steps_per_epoch):.3g}" for epoch in epochs}
+    later = [f"{rate} after epoch {epoch}, " for epoch, rate in rates.items() if epoch]
+    return f"{schedule}: {rates[0]} at first, {''.join(later)}{plan.learning_rate(plan.total_steps - 1):.3g} at last"
 
 
 def _describe_memory(task: Task, state: TrainingState, device: torch.device, is_exact: bool) -> str:
-    """Return what a rank needs, beside what is free where the system tells it."""
+    """Return the bytes that a rank needs, and those that are free, where the system shows them."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else count_free_bytes()
     sharing = 1 if device.type == "cuda" else count_local_ranks()
     enough = 0.0 if is_exact or free is None else free / sharing / PEAK
@@ -146,8 +158,8 @@ def _describe_memory(task: Task, state: TrainingState, device: torch.device, is_
     at_most = "" if is_exact or kept >= enough else "at most "
     is_free = "" if free is None else f"; {free / 1e9:.1f} GB are free"
     return (
-        f"{at_most}{(checkpoint + parameters + kept) / 1e9:.1f} GB per rank for weights, their average, optimiser, "
-        f"gradients and activations; more in the backward pass{is_free}"
+        f"{at_most}{(checkpoint + parameters + kept) / 1e9:.1f} GB per rank for weights, optimiser and activations, "
+        f"more in the backward pass{is_free}"
     )
 
 

@@ -48,13 +48,13 @@ def require_memory(task: Task, device: torch.device) -> None:
 
 
 def count_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the memory that this process may still take, swap included; None where the system does not say.
+    """Return the memory that this process may still take, swap included; None where the system does not show it.
 
     The least of what the machine has and of what the control groups around this process leave (a container's limit, a
     batch system's), of which cached files count as free.
 
     Args:
-        proc: where the kernel tells of processes.
+        proc: where the kernel shows processes.
         cgroups: where control groups are mounted.
     """
     try:
@@ -68,7 +68,9 @@ def count_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         if controllers in ("", "memory"):
             mounted = cgroups / controllers
             folder = mounted / path.lstrip("/")
-            rooms += [_count_room(each, mounted) for each in (folder, *folder.parents) if each.is_relative_to(mounted)]
+            rooms += [
+                _count_room(group, mounted) for group in (folder, *folder.parents) if group.is_relative_to(mounted)
+            ]
     return min(rooms) + swap
 
 

@@ -188,7 +188,7 @@ class RunFolder:
         status = self.read_status()
         if "saved_step" in status:
             step = status["saved_step"]
-            return None if step is None else f"status.json tells of a checkpoint after step {step}"
+            return None if step is None else f"status.json names a checkpoint after step {step}"
         if any(event["event"] == "eval" for event in events) or (not status and (events or damaged)):
             left.append("metrics.jsonl")
         return f"it has {' and '.join(left)}" if left else None

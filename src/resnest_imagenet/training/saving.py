@@ -165,7 +165,7 @@ class Saver:
             lines.append(f"extended from {before} to {now} {unit}: from here on the schedule is that of {now} {unit}")
         unknown = [name for name in self.identity if is_of_images(name) and name not in saved["identity"]]
         if unknown:
-            lines.append(f"not compared, as the checkpoint does not tell them: {', '.join(unknown)}")
+            lines.append(f"not compared, because the checkpoint lacks them: {', '.join(unknown)}")
         circumstances = saved["circumstances"]
         changed = [
             f"{name} {circumstances.get(name)} -> {value}"

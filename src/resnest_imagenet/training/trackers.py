@@ -22,7 +22,7 @@ from resnest_imagenet.files import move_damaged, replacing, storing
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
-MAX_WAITING = 100  # events for a tracker that does not answer, above which pictures are left out
+MAX_WAITING = 100  # events for a tracker that does not answer, above which pictures are skipped
 
 
 class Tracker(Protocol):
@@ -86,16 +86,16 @@ def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, eve
 
 
 def show_event(tracker: Tracker, event: Event) -> None:
-    """Pass the real numbers of an event on."""
+    """Pass the real numbers of an event to a tracker."""
     values = {name: value for name, value in event.items() if isinstance(value, float) and name != "time"}
     tracker.scalars(event["step"], {f"{event['event']}/{name}": value for name, value in values.items()}, event["time"])
 
 
 class TensorBoard:
-    """Event files that say what metrics.jsonl says, and have the pictures.
+    """Event files with the values of metrics.jsonl, and pictures.
 
-    They are written anew when a run goes on: they may lack what a killed process had not written, and have what the
-    last checkpoint does not know.
+    A run that resumes writes them from scratch: they may lack what a killed process had not written yet, and may hold
+    steps after the last checkpoint.
     """
 
     is_new = True
@@ -112,7 +112,7 @@ class TensorBoard:
             for picture in _read_pictures(old, step):  # nothing else has them
                 files.add_event(picture, walltime=picture.wall_time)
             self._writer.add_text("config", f"```yaml\n{_read_config(folder)}```")
-            # The third would say that the run has ended well.
+            # The third summary would mark the run as finished.
             for summary in hparams(_name_options(config), {f"eval/{metric}": 0.0})[:2]:
                 files.add_summary(summary)
             self._writer.flush()
@@ -135,9 +135,9 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of W&B, where its own variables say: WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and the others.
+    """A W&B run, placed by W&B's own environment variables: WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and the others.
 
-    It keeps what it sends in the run folder's wandb/, and sends it from a process of its own.
+    W&B keeps what it sends in the run folder's wandb/, and sends it from a process of its own.
     """
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
@@ -150,7 +150,7 @@ class WandB:
             console="off", save_code=False, disable_code=True, quiet=True, finish_timeout=SECONDS_TO_FINISH
         )
         if "WANDB_INIT_TIMEOUT" not in os.environ:
-            # The other ranks wait meanwhile, and take a long wait for a hang.
+            # The other ranks wait meanwhile: after timeout_seconds they would take this rank for hanging.
             settings.init_timeout = min(90.0, config.timeout_seconds / 2)
         self._run = wandb.init(
             id=known or uuid.uuid4().hex[:8],
@@ -161,7 +161,7 @@ class WandB:
             reinit="create_new",  # of a process that has a run of its own
             settings=settings,
         )
-        # Its own count of steps cannot go back, as a killed run does.
+        # W&B's own count of steps cannot go back, as a run does that was killed.
         self._run.define_metric("*", step_metric="step")
         _keep_id(folder, "wandb", self._run.id)
 
@@ -176,9 +176,9 @@ class WandB:
 
 
 class MLflow:
-    """A run of MLflow, where its own variables say: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME or _ID.
+    """An MLflow run, placed by MLflow's own variables: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME or _ID.
 
-    Its calls wait for the server, and try again for minutes where it does not answer.
+    MLflow's calls wait for the server, and retry for minutes while it does not answer.
     """
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
@@ -192,7 +192,7 @@ class MLflow:
 
     @cached_property
     def _run_id(self) -> str:
-        """Go on in the run, or make it: at the first event, in the background, or at the next one that gets through."""
+        """Resume the run, or make it: at the first event that reaches the server, in the background."""
         run_id = _read_ids(self._folder).get("mlflow")
         if run_id is None:
             experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
@@ -225,10 +225,10 @@ class MLflow:
 
 
 class _InBackground:
-    """A tracker that may be slow or fail: no step waits for it, and what fails is said once and left out."""
+    """A tracker that may be slow or fail: no step waits for it; failed calls are skipped, the first is reported."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
-        Image.init()  # a loader's process, forked while the thread imports Pillow's formats, could not import them
+        Image.init()  # a loader's process that is forked while the thread imports Pillow's formats cannot import them
         self.is_new = tracker.is_new
         self._name = name
         self._tracker = tracker
