@@ -1,3 +1,4 @@
+import ast
 import fcntl
 import json
 import os
@@ -6,10 +7,12 @@ import struct
 import sys
 import termios
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import resnest_imagenet
 from conftest import ALONE, CPU
 from resnest_imagenet.evaluation.events import parse_events
 from resnest_imagenet.evaluation.score import Score
@@ -117,3 +120,16 @@ def test_damaged_names_of_trackers_are_moved_aside(tmp_path):
         (tmp_path / "trackers.json").write_bytes(content)
         assert _read_ids(tmp_path) == {}
     assert len(list(tmp_path.glob("trackers.json.damaged*"))) == 3 and _read_ids(tmp_path) == {}
+
+
+def test_no_bar_goes_into_a_pipe():
+    """tqdm's own default is to write one anywhere; disable=None: to terminals only."""
+    package = Path(resnest_imagenet.__file__).parent
+    calls = [
+        (path.name, node.lineno, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm"
+    ]
+    assert len(calls) > 10
+    assert [call for call in calls if call[2].get("disable") not in ("None", "True")] == []
