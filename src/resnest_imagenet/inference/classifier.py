@@ -73,7 +73,7 @@ def open_classifier(
         crop: side of the images that it sees, in pixels, or several for an evaluation at each; None: the weights' own.
         protocol: what is to differ from the weights' own protocol, as `EvalTransform` has it: order, ratio,
             interpolation, antialias.
-        device: where it computes: "auto", "cpu", "cuda", or torch's own.
+        device: where it computes: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
 
     Returns:
         The network, whose parameters need no gradients.

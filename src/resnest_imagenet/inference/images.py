@@ -67,7 +67,7 @@ def prepare_inference(
     Args:
         models: names of networks; None for those that their weights tell.
         loader: "auto", "dali" or "torchvision".
-        device: "auto", "cpu" or "cuda".
+        device: as `distributed.choose_device` takes it.
         outputs: the files to be written, by option; None for those that nobody asks for.
 
     Raises:

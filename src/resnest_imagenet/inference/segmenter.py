@@ -68,7 +68,7 @@ def open_segmenter(
         choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
         protocol: how it is to see scenes: name, and what is not the recipe's of crop, base, scales and flip; None: as
             in its run's evaluation after each epoch.
-        device: where it computes: "auto", "cpu", "cuda", or torch's own.
+        device: where it computes: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
 
     Returns:
         The network, whose parameters need no gradients.

@@ -76,7 +76,7 @@ def find_worst_scenes(
         kind: the layout of the data set: ade20k, cityscapes or masks.
         part: of the data set: val.
         count: so many scenes.
-        device: where: "auto", "cpu", "cuda", or torch's own.
+        device: where: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
 
     Raises:
         UserError: the checkpoint cannot be used, or is of other classes, or there is no such layout or device.
