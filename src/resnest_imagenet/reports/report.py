@@ -56,7 +56,8 @@ def write_report(
         out: the file.
         crop: the column of Table 3 beside which the runs are placed.
         latency: whether to measure the networks of Table 3 and of the runs on this machine, for a chart.
-        device: where, and where the worst scenes of runs of segmentation are segmented: as `distributed.choose_device` takes it.
+        device: where, and where the worst scenes of runs of segmentation are segmented, as `distributed.choose_device`
+            takes it.
 
     Raises:
         ConfigError: the file cannot be written, or there is no such device.
