@@ -256,7 +256,9 @@ def test_what_a_task_shows_counts_and_refuses(object_run):
     blank, objects = task.blank_batch(CPU)
     assert blank.shape == (2, 3, 64, 96) and not blank.any()
     assert [(target.boxes.tolist(), len(target.masks)) for target in objects] == [([[0, 0, 96, 64]], 1)] * 2
+    generator = torch.get_rng_state()
     exact = task.count_kept_bytes()
+    assert torch.equal(torch.get_rng_state(), generator)  # a run's plan asks for it
     assert exact < task.count_kept_bytes(enough=1e12) < 1e9 and task.count_kept_bytes(enough=exact) == exact
     lines = task.describe(counts_cost=True)
     assert re.fullmatch(r"Mask R-CNN on resnest14_half, 5 classes, \d+\.\d GFLOPs at 64 x 96", lines["network"])

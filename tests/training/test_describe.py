@@ -14,6 +14,7 @@ from faulty_task import Fault
 from forked import ask_to_stop
 from resnest_imagenet.commands.launch import quote_place
 from resnest_imagenet.config import PredictConfig, TrainConfig, list_places
+from resnest_imagenet.data.demo_scenes import write_demo_scenes
 from resnest_imagenet.data.source import describe_counts
 from resnest_imagenet.errors import Stopped
 from resnest_imagenet.tasks.choice import open_task
@@ -40,7 +41,7 @@ def test_a_run_begins_with_its_plan_and_ends_with_its_result(tiny_run, inject, t
         train(config)
     head, _, _ = capsys.readouterr().out.partition("epoch 1/2")
     plan = parse(head)
-    assert plan["steps"] == STEPS and plan["network"] == "tiny, 2 classes, 194 parameters"
+    assert plan["steps"] == STEPS and plan["network"] == "tiny, 2 classes, 210 parameters"
     assert plan["recipe"].startswith("demo: optimizer=sgd, momentum=0.9, weight_decay=0.01, ")
     assert {name: text for name, text in dry.items() if name in plan} | {"memory": ""} == plan | {"memory": ""}
     assert dry.keys() - plan.keys() == {"first batch", "disk", "start"}
@@ -59,29 +60,24 @@ def test_a_run_begins_with_its_plan_and_ends_with_its_result(tiny_run, inject, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
-def test_the_plan_of_each_task_draws_nothing(task, small_run, segmentation_run, object_run):
+def test_the_plan_of_each_task_draws_nothing(small_run, object_run, tmp_path):
     """Neither from torch's nor from numpy's own generator: a run that resumes is the same bit for bit."""
-    scenes = segmentation_run.parent / "scenes"
-    config = {
-        "classification": lambda: small_run("loader=torchvision"),
-        "segmentation": lambda: compose_config("train", TrainConfig, *SCENES, f"data.root={scenes}"),
-        "detection": object_run,
-    }[task]()
-    opened = open_task(config)
-    state = TrainingState(opened.build_model(True, CPU), config.train, opened.head)
-    plan = plan_steps(len(opened.train_set), config.train, 1)
-    torch.manual_seed(7)
-    np.random.seed(7)
-    before = torch.get_rng_state(), np.random.get_state()[1:3]
-    # Whatever is free: once a bound is enough, and once the exact count is needed.
-    lines = [describe_plan(opened, plan, state, ALONE, is_dry) for is_dry in (False, True)]
-    after = torch.get_rng_state(), np.random.get_state()[1:3]
-    assert torch.equal(before[0], after[0])
-    assert (before[1][0] == after[1][0]).all() and before[1][1] == after[1][1]
+    write_demo_scenes(tmp_path / "scenes", seed=0, train_scenes=2, val_scenes=1)
+    scenes = compose_config("train", TrainConfig, *SCENES, f"data.root={tmp_path / 'scenes'}")
     subjects = {"network", "data", "evaluation", "recipe", "steps", "learning rate", "device", "memory", "checkpoints"}
-    assert all(of_run.keys() >= subjects for of_run in lines)
-    assert "M parameters" in lines[0]["network"] and "GFLOPs" in lines[1]["network"]
+    for config, is_dry in ((small_run("loader=torchvision"), True), (object_run(), False), (scenes, False)):
+        task = open_task(config)
+        state = TrainingState(task.build_model(True, CPU), config.train, task.head)
+        plan = plan_steps(len(task.train_set), config.train, 1)
+        torch.manual_seed(7)
+        np.random.seed(7)
+        before = torch.get_rng_state(), np.random.get_state()[1:3]
+        lines = describe_plan(task, plan, state, ALONE, is_dry)
+        after = torch.get_rng_state(), np.random.get_state()[1:3]
+        assert torch.equal(before[0], after[0])
+        assert (before[1][0] == after[1][0]).all() and before[1][1] == after[1][1]
+        assert lines.keys() >= subjects and lines["network"].endswith(" M parameters")
+        assert lines["memory"].startswith("at most ") != is_dry
 
 
 def test_the_classes_with_fewest_and_most_images_are_named():
