@@ -34,7 +34,7 @@ def parse(text):
 
 def test_a_run_begins_with_its_plan_and_ends_with_its_result(tiny_run, inject, tmp_path, capsys, signals):
     """The plan is that of the dry run, but for what that has more of; a run that resumes says so first."""
-    config = tiny_run("train.weight_decay=0.01")
+    config = tiny_run("train.weight_decay=0.01", "train.cutmix_alpha=1.0")
     dry = parse(describe_run(config))
     inject(Fault(1, 1, ask_to_stop))
     with pytest.raises(Stopped):
@@ -42,7 +42,10 @@ def test_a_run_begins_with_its_plan_and_ends_with_its_result(tiny_run, inject, t
     head, _, _ = capsys.readouterr().out.partition("epoch 1/2")
     plan = parse(head)
     assert plan["steps"] == STEPS and plan["network"] == "tiny, 2 classes, 210 parameters"
-    assert plan["recipe"].startswith("demo: optimizer=sgd, momentum=0.9, weight_decay=0.01, ")
+    assert plan["recipe"] == (
+        "demo: optimizer=sgd, momentum=0.9, nesterov=true, weight_decay=0.01, label_smoothing=0.1, cutmix_alpha=1.0, "
+        "precision=fp32"
+    )
     assert {name: text for name, text in dry.items() if name in plan} | {"memory": ""} == plan | {"memory": ""}
     assert dry.keys() - plan.keys() == {"first batch", "disk", "start"}
 

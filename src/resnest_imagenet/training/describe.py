@@ -13,6 +13,7 @@ from resnest_imagenet.compute import name_device
 from resnest_imagenet.config import RECIPES, CheckpointOptions
 from resnest_imagenet.distributed import Ranks, count_local_ranks
 from resnest_imagenet.errors import printable
+from resnest_imagenet.options import format_value
 from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.memory import PEAK, count_free_bytes
@@ -22,9 +23,9 @@ from resnest_imagenet.training.state import TrainingState
 
 _LABEL = 17  # columns of a line's subject
 # Options of recipes that change what is learnt; those that are 0, false or null do nothing.
-_SHOWN = ("optimizer", "momentum", "betas", "weight_decay", "clip_norm", "clip_value", "head_lr_factor", "ema_decay")
-_SHOWN += ("policy", "jitter", "lighting", "erasing", "label_smoothing", "mixup_alpha", "cutmix_alpha", "dropout")
-_SHOWN += ("dropblock", "norm", "freeze_at", "auxiliary_weight", "precision", "compile")
+_SHOWN = ("optimizer", "momentum", "nesterov", "betas", "weight_decay", "clip_norm", "clip_value", "head_lr_factor")
+_SHOWN += ("ema_decay", "policy", "jitter", "lighting", "erasing", "label_smoothing", "mixup_alpha", "cutmix_alpha")
+_SHOWN += ("dropout", "dropblock", "norm", "freeze_at", "auxiliary_weight", "precision", "compile")
 
 
 def describe_plan(
@@ -131,11 +132,13 @@ def _count(number: int, unit: str, units: str = "") -> str:
 
 def _describe_recipe(recipe: Recipe) -> str:
     values = {name: getattr(recipe, name, None) for name in _SHOWN}
-    others = {"momentum": "sgd", "betas": "adamw lamb"}  # what they are options of
+    others = {"momentum": "sgd", "nesterov": "sgd", "betas": "adamw lamb"}  # what they are options of
+    if recipe.head_lr_factor == 1:
+        del values["head_lr_factor"]
     shown = [
-        f"{name}={value}".replace(" ", "")
+        f"{name}={format_value(value)}".replace(" ", "")
         for name, value in values.items()
-        if value and value != 1.0 and recipe.optimizer in others.get(name, recipe.optimizer)
+        if value and recipe.optimizer in others.get(name, recipe.optimizer)
     ]
     start = [] if recipe.init_from is None else [f"init_from={recipe.init_from}"]
     return f"{recipe.recipe}: {', '.join(shown + start)}"
