@@ -52,8 +52,8 @@ def test_a_run_begins_with_its_plan_and_ends_with_its_result(tiny_run, inject, t
     inject()
     state = train(config)
     resumed, *_, finished, best, report = capsys.readouterr().out.splitlines()
-    assert resumed == "resuming after step 8, 1 epochs done"
-    after = rf"accuracy {state.best:.2f} % after epoch [12] of 2; 12 steps, \d+ s since step 8"
+    assert resumed == "resuming after step 9, 1 epochs done"
+    after = rf"accuracy {state.best:.2f} % after epoch [12] of 2; 12 steps, \d+ s since step 9"
     assert re.fullmatch(rf"finished         best {after}", finished)
     assert best == f"best network     {tmp_path}/run/checkpoints/best.pt"
     assert report == f"next             resnest-report {tmp_path}/run"  # what reads other tasks' networks is theirs
