@@ -29,7 +29,7 @@ STEPS = "12 in 2 epochs of 6; each of 16 images: train.batch_size=16 x 1 rank x 
 
 
 def parse(text):
-    return {line[:17].strip(): line[17:] for line in text.splitlines()}
+    return {line[:18].strip(): line[18:] for line in text.splitlines()}
 
 
 def test_a_run_begins_with_its_plan_and_ends_with_its_result(tiny_run, inject, tmp_path, capsys, signals):
@@ -54,9 +54,9 @@ def test_a_run_begins_with_its_plan_and_ends_with_its_result(tiny_run, inject, t
     resumed, *_, finished, best, report = capsys.readouterr().out.splitlines()
     assert resumed == "resuming after step 9, 1 epochs done"
     after = rf"accuracy {state.best:.2f} % after epoch [12] of 2; 12 steps, \d+ s since step 9"
-    assert re.fullmatch(rf"finished         best {after}", finished)
-    assert best == f"best network     {tmp_path}/run/checkpoints/best.pt"
-    assert report == f"next             resnest-report {tmp_path}/run"  # what reads other tasks' networks is theirs
+    assert re.fullmatch(rf"finished          best {after}", finished)
+    assert best == f"best network      {tmp_path}/run/checkpoints/best.pt"
+    assert report == f"next              resnest-report {tmp_path}/run"  # what reads other tasks' networks is theirs
 
     train(config)
     assert capsys.readouterr().out == f"finished: best accuracy {state.best:.2f} %, nothing to do\n"
@@ -95,13 +95,13 @@ def test_the_classes_with_fewest_and_most_images_are_named():
 
 def test_long_lines_are_broken_on_a_terminal_only(monkeypatch):
     lines = {"memory": "word " * 30 + "end", "device": "cpu"}
-    flat = f"memory           {'word ' * 30}end\ndevice           cpu"
+    flat = f"memory            {'word ' * 30}end\ndevice            cpu"
     assert format_lines(lines) == flat
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("COLUMNS", "60")
     broken = format_lines(lines).splitlines()
-    assert len(broken) == 5 and max(map(len, broken)) <= 60 and broken[-1] == "device           cpu"
-    assert all(line.startswith(" " * 17) for line in broken[1:-1])
+    assert len(broken) == 5 and max(map(len, broken)) <= 60 and broken[-1] == "device            cpu"
+    assert all(line.startswith(" " * 18) for line in broken[1:-1])
     assert " ".join(" ".join(broken).split()) == " ".join(flat.split())
     monkeypatch.setenv("COLUMNS", "20")  # too narrow for a table
     assert format_lines(lines) == flat

@@ -16,7 +16,7 @@ from resnest_imagenet.training.train import train
 
 
 def parse(plan):
-    return {line[:17].strip(): line[17:] for line in plan.splitlines()}
+    return {line[:18].strip(): line[18:] for line in plan.splitlines()}
 
 
 def test_the_plan_is_what_the_run_does(tiny_run, tmp_path):

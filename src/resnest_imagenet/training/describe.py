@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from resnest_imagenet.compute import name_device
-from resnest_imagenet.config import RECIPES, CheckpointOptions
+from resnest_imagenet.config import RECIPES, TrainConfig
 from resnest_imagenet.distributed import Ranks, count_local_ranks
 from resnest_imagenet.errors import printable
 from resnest_imagenet.options import format_value
@@ -21,11 +21,21 @@ from resnest_imagenet.training.saving import describe_best
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 
-_LABEL = 17  # columns of a line's subject
+_LABEL = 18  # columns of a line's subject
 # Options of recipes that change what is learnt; those that are 0, false or null do nothing.
-_SHOWN = ("optimizer", "momentum", "nesterov", "betas", "weight_decay", "clip_norm", "clip_value", "head_lr_factor")
-_SHOWN += ("ema_decay", "policy", "jitter", "lighting", "erasing", "label_smoothing", "mixup_alpha", "cutmix_alpha")
-_SHOWN += ("dropout", "dropblock", "norm", "freeze_at", "auxiliary_weight", "precision", "compile")
+_SHOWN: tuple[str, ...] = ("optimizer", "momentum", "nesterov", "betas", "weight_decay", "clip_norm")
+_SHOWN += (
+    "clip_value",
+    "head_lr_factor",
+    "ema_decay",
+    "policy",
+    "jitter",
+    "lighting",
+    "erasing",
+    "label_smoothing",
+    "mixup_alpha",
+)
+_SHOWN += ("cutmix_alpha", "dropout", "dropblock", "norm", "freeze_at", "auxiliary_weight", "precision", "compile")
 
 
 def describe_plan(
@@ -50,7 +60,7 @@ def describe_plan(
         "learning rate": _describe_learning_rate(recipe.schedule, plan),
         "device": f"{ranks.device}: {name_device(ranks.device)}",
         "memory": _describe_memory(task, state, ranks.device, is_dry),
-        "checkpoints": _describe_checkpoints(task.config.checkpoint, state),
+        "checkpoints": _describe_checkpoints(task.config, state),
     }
 
 
@@ -96,6 +106,11 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_bytes(number: int) -> str:
+    """Return a size: "17 MB", "6.5 GB", "1,024.0 GB"."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
 
 
 def count_state_bytes(state: TrainingState) -> tuple[int, int]:
@@ -159,18 +174,18 @@ def _describe_memory(task: Task, state: TrainingState, device: torch.device, is_
     checkpoint, parameters = count_state_bytes(state)
     kept = task.count_kept_bytes(enough)
     at_most = "" if is_exact or kept >= enough else "at most "
-    is_free = "" if free is None else f"; {free / 1e9:.1f} GB are free"
+    is_free = "" if free is None else f"; {format_bytes(free)} are free"
     return (
-        f"{at_most}{(checkpoint + parameters + kept) / 1e9:.1f} GB per rank for weights, optimiser and activations, "
+        f"{at_most}{format_bytes(checkpoint + parameters + kept)} per rank for weights, optimiser and activations, "
         f"more in the backward pass{is_free}"
     )
 
 
-def _describe_checkpoints(options: CheckpointOptions, state: TrainingState) -> str:
-    checkpoint, _ = count_state_bytes(state)
+def _describe_checkpoints(config: TrainConfig, state: TrainingState) -> str:
+    options, size = config.checkpoint, format_bytes(count_state_bytes(state)[0])
     return (
-        f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
-        f"{options.keep} and the best stay"
+        f"{size} each in {Path(config.run_dir) / 'checkpoints'}, every {options.every_steps:,} steps and each epoch; "
+        f"the last {options.keep} and the best stay"
     )
 
 

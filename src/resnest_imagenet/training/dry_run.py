@@ -13,7 +13,7 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError, DamagedCheckpointError
 from resnest_imagenet.tasks.task import Task
-from resnest_imagenet.training.describe import count_state_bytes, describe_plan, format_lines
+from resnest_imagenet.training.describe import count_state_bytes, describe_plan, format_bytes, format_lines
 from resnest_imagenet.training.identity import describe_identity, read_identity
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.saving import describe_best, find_problem, is_over, read_length
@@ -62,7 +62,7 @@ def _describe_disk(num_kept: int, state: TrainingState, run: Path) -> str:
     needed = (num_kept + 2) * checkpoint  # the best, and one that is being written
     free = _count_free_disk(run)
     enough = ": NOT ENOUGH" if needed > free else ""
-    return f"{needed / 1e9:.2f} GB for the checkpoints in {run}, {free / 1e9:,.1f} GB free{enough}"
+    return f"{format_bytes(needed)} for the checkpoints in {run}, {format_bytes(free)} free{enough}"
 
 
 def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.device) -> str:
