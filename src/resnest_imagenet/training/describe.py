@@ -23,18 +23,8 @@ from resnest_imagenet.training.state import TrainingState
 
 _LABEL = 18  # columns of a line's subject
 # Options of recipes that change what is learnt; those that are 0, false or null do nothing.
-_SHOWN: tuple[str, ...] = ("optimizer", "momentum", "nesterov", "betas", "weight_decay", "clip_norm")
-_SHOWN += (
-    "clip_value",
-    "head_lr_factor",
-    "ema_decay",
-    "policy",
-    "jitter",
-    "lighting",
-    "erasing",
-    "label_smoothing",
-    "mixup_alpha",
-)
+_SHOWN: tuple[str, ...] = ("optimizer", "momentum", "nesterov", "betas", "weight_decay", "clip_norm", "clip_value")
+_SHOWN += ("head_lr_factor", "ema_decay", "policy", "jitter", "lighting", "erasing", "label_smoothing", "mixup_alpha")
 _SHOWN += ("cutmix_alpha", "dropout", "dropblock", "norm", "freeze_at", "auxiliary_weight", "precision", "compile")
 
 
