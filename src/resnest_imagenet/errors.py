@@ -2,8 +2,10 @@
 
 import difflib
 import errno
+import importlib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -100,13 +102,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain_runtime(error: BaseException) -> UserError | None:
     """Explain what torch or the system raises where a user can fix it; None for any other error."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
-    if "torchvision::nms" in text:
-        from importlib.metadata import version
-
-        return ConfigError(
-            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
-            "install both from the same index (make setup does, with uv)"
-        )
+    if explained := _explain_kernel(text):
+        return explained
     if is_out_of_memory(error) or "ALLOC_FAILED" in text:  # cuBLAS and cuDNN
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
@@ -118,6 +115,34 @@ def explain_runtime(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS):
         return StorageError(f"{error.filename or 'a file'}: {error.strerror}")
     return None
+
+
+def _explain_kernel(text: str) -> ConfigError | None:
+    """Explain torch's words about a kernel that it does not have."""
+    if "torchvision::nms" in text:
+        from importlib.metadata import version
+
+        return ConfigError(
+            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
+            "install both from the same index (make setup does, with uv)"
+        )
+    if "does not have a deterministic implementation" in text:
+        kernel = text.partition(" does not have a deterministic")[0].rpartition(" ")[2]
+        return ConfigError(f"train.deterministic=true: torch has no such kernel of {kernel}: set it to false")
+    return None
+
+
+def import_extra(module: str) -> Any:
+    """Return a module of the extra [detection], such as pycocotools.mask.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ConfigError(f"detection needs {package}: add the extra [detection] of resnest-imagenet") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -101,6 +101,7 @@ class Recipe(Options):
     ema_decay: Fraction | None  # per step; null: no moving average
     precision: Precision
     compile: bool
+    deterministic: bool  # on CUDA too: kernels that add in a fixed order
     # With a loss or gradient that is not finite; 0: the first ends the run.
     max_skipped_steps: Annotated[int, Field(ge=0)]
 
@@ -271,6 +272,7 @@ _BEFORE: dict[str, Any] = {
     "decay_biases": False,
     "clip_norm": None,
     "clip_value": None,
+    "deterministic": False,
 }
 
 
