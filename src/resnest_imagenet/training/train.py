@@ -1,7 +1,6 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -54,7 +53,7 @@ def train(config: TrainConfig) -> TrainingState:
         loader = task.build_loader(batches, ranks)
         evaluate = task.build_evaluation(ranks)
         # 4. The network, the same on every rank, and all that changes with it: new, or from the newest checkpoint.
-        saver = Saver.of(run, ranks, task, plan, tick=partial(watch.then, STARTING))
+        saver = Saver.of(run, ranks, task, plan, tick=lambda: watch.then(STARTING))
         saved = saver.find(config.checkpoint.on_mismatch)
         state = TrainingState(task.build_model(saved is None, device), recipe, task.head)
         if saved is not None:
