@@ -233,10 +233,11 @@ class ExplainConfig(InferenceConfig):
 
 
 class ComparedDataOptions(Options):
-    """A data set in the ImageNet folder layout, of which the val folder is compared on."""
+    """A data set, of which the val part is compared on."""
 
     root: Place | None
     val_dir: Place
+    val_json: Place | None  # of detection; null: annotations/instances_<val_dir>.json
 
 
 class CompareConfig(InferenceConfig):

@@ -41,7 +41,7 @@ def describe_input(
 
 
 def describe_scene_input(weights: Weights, crop: int) -> dict[str, str]:
-    """Return what another program must know of a network of segmentation, as texts: numbers and lists in JSON.
+    """Return what another program needs to use a network of segmentation, as texts: numbers and lists in JSON.
 
     Args:
         weights: of a run's checkpoint.

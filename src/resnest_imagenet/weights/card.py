@@ -1,4 +1,4 @@
-"""What another program must know of a network to use it: how images go in, and what its outputs are called."""
+"""What another program needs to use a network: how images go in, and what its outputs are called."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -84,7 +84,7 @@ def export_deeplab_graph(
 
     Args:
         source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
-        describe: returns what another program must know of the network.
+        describe: returns what another program needs to use the network.
         out: the file; None: deeplabv3_MODEL.onnx or .pt2.
         weights: "model", "ema" or "auto".
         crop: side of the images that it is tried with, and of all images where not any are taken; None: the recipe's.

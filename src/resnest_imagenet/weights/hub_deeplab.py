@@ -1,13 +1,10 @@
 """A network of segmentation as a folder: weights, a description that this project reads, and a card for people."""
 
 from os import PathLike
-from pathlib import Path
 
 from resnest_imagenet.weights.card import DescribeScenes
-from resnest_imagenet.weights.export import describe_deeplab, digest
-from resnest_imagenet.weights.folders import SETTINGS, TENSORS
-from resnest_imagenet.weights.hub import read_score
-from resnest_imagenet.weights.hub_folder import write_folder
+from resnest_imagenet.weights.export import describe_deeplab
+from resnest_imagenet.weights.hub_folder import export_folder
 from resnest_imagenet.weights.load import Weights, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
@@ -56,7 +53,7 @@ def export_deeplab_folder(
 
     Args:
         source: a checkpoint of a run of segmentation, or what `read_weights` has made of it.
-        describe: returns what another program must know of the network.
+        describe: returns what another program needs to use the network.
         out: the folder; None: deeplabv3_MODEL-hub.
         weights: "model", "ema" or "auto".
 
@@ -67,23 +64,7 @@ def export_deeplab_folder(
     tensors = restore_deeplab(loaded).state_dict()
     assert loaded.training
     card = describe(loaded, loaded.training["crop"])
-    name = f"deeplabv3_{loaded.model}"
-    folder = Path(out or f"{name}-hub")
-    file = write_folder(folder, loaded, tensors, card, _write_readme(loaded, name, card))
-    return (
-        f"wrote {folder}: {describe_deeplab(loaded)}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
-        "resnest-predict, resnest-eval and torch.hub's deeplabv3 take the folder"
-    )
-
-
-def _write_readme(weights: Weights, name: str, card: dict[str, str]) -> str:
-    score = read_score(weights)
-    assert weights.training
-    return _README.format(
-        **{key: card[key] for key in ("input", "output", "protocol", "mean", "std")},
-        name=name,
-        words=describe_deeplab(weights),
-        output_stride=weights.training["output_stride"],
-        score=f"- {score}\n" if score else "",
-        settings=SETTINGS,
-    )
+    card["output_stride"] = str(loaded.training["output_stride"])
+    name, words = f"deeplabv3_{loaded.model}", describe_deeplab(loaded)
+    takers = "resnest-predict, resnest-eval and torch.hub's deeplabv3"
+    return export_folder(loaded, tensors, card, _README, out, name=name, words=words, takers=takers)
