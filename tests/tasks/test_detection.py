@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -67,6 +68,23 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(detectio
     for name in names:
         # A run has 0 in place of what no object of the set could give.
         assert (result[name] or 0) == pytest.approx(last[name], abs=1e-9), name
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_cannot_be_is_one_line(detection_run, demo_objects, tmp_path):
+    config = compose_config(
+        "eval", EvalConfig, f"ckpt={newest_checkpoint(detection_run)}", f"data.root={demo_objects}", "device=cpu"
+    )
+    line = "^predictions=x.csv: a detector's results are JSON: let it end in .json$"
+    with pytest.raises(ConfigError, match=line):
+        evaluate(config.model_copy(update={"predictions": "x.csv"}))
+    file = tmp_path / "own.json"
+    content = json.loads((demo_objects / "annotations/instances_val2017.json").read_text())
+    content["categories"][0]["name"] = "plate"
+    file.write_text(json.dumps(content))
+    line = "own.json: its 5 classes are not the 5 of .*, in the same order: set data.val_json to a file that has these$"
+    with pytest.raises(DataError, match=line):
+        evaluate(config.model_copy(update={"data": config.data.model_copy(update={"val_json": str(file)})}))
 
 
 def interrupt() -> None:
@@ -258,11 +276,16 @@ def test_what_a_task_shows_counts_and_refuses(object_run):
     blank, objects = task.blank_batch(CPU)
     assert blank.shape == (2, 3, 64, 96) and not blank.any()
     assert [(target.boxes.tolist(), len(target.masks)) for target in objects] == [([[0, 0, 96, 64]], 1)] * 2
+    generator = torch.get_rng_state()
     exact = task.count_kept_bytes()
+    assert torch.equal(torch.get_rng_state(), generator)  # a run's plan asks for it
     assert exact < task.count_kept_bytes(enough=1e12) < 1e9 and task.count_kept_bytes(enough=exact) == exact
-    lines = task.describe(ALONE, plan)
-    assert lines["network"].startswith("Mask R-CNN on resnest14_half, 5 classes (")
+    lines = task.describe(counts_cost=True)
+    assert re.fullmatch(r"Mask R-CNN on resnest14_half, 5 classes, \d+\.\d GFLOPs at 64 x 96", lines["network"])
     assert "7 training and 3 val images" in lines["data"]
+    numbers = np.bincount(task._train.labels, minlength=5)
+    least, most = (f"{numbers[label]} ({task.classes[label]})" for label in (numbers.argmin(), numbers.argmax()))
+    assert lines["objects per class"].startswith(f"{least} to {most}, ")
     boxes = open_task(object_run("train.masks=false", "train.cascade=true", "train.precise_batches=2"))
     assert boxes.metric == "box_ap"
     with pytest.raises(DataError, match="7 training images are no batch of 2 for each of 4 ranks, .*: lower train.bat"):

@@ -25,7 +25,7 @@ class Detector:
     """A network that is not trained any further.
 
     Attributes:
-        weights: what their source tells; the tensors themselves are the module's.
+        weights: what is known of them; the tensors themselves are the module's.
         name: of the backbone.
         classes: of its outputs, in order.
         protocol: how it sees images, and which of its detections count.
@@ -78,7 +78,7 @@ def open_detector(
         choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
         protocol: how it is to see images, or what is not its run's of short_side, longest, min_score, nms and
             detections; None: as in its run's evaluation after each epoch, or as published detectors are tested.
-        device: where it computes: "auto", "cpu", "cuda", or torch's own.
+        device: where it computes: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
 
     Returns:
         The network, in evaluation mode; its parameters need no gradients.
@@ -112,7 +112,7 @@ def read_protocol(
         protocol: as `open_detector` takes it.
 
     Raises:
-        CheckpointError: its configuration does not tell.
+        CheckpointError: its configuration has no protocol.
         ConfigError: the protocol is not valid.
     """
     if isinstance(protocol, BoxProtocolOptions):

@@ -1,7 +1,6 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -11,6 +10,7 @@ from resnest_imagenet.supervision import STARTING, supervise
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.control import Control
+from resnest_imagenet.training.determinism import fix_workspace, fixing_kernels
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import end_epoch, train_epoch
@@ -39,6 +39,7 @@ def train(config: TrainConfig) -> TrainingState:
         # 1. What can be refused before the ranks meet: options, then data.
         task, plan, device = prepare(config)
         config, recipe = task.config, task.config.train
+        stack.enter_context(fixing_kernels(recipe.deterministic))
         # 2. The other ranks. The trackers are closed after these have parted: closing may wait for a server.
         trackers = stack.enter_context(ExitStack())
         trace = stack.enter_context(Trace(run.path))
@@ -52,7 +53,7 @@ def train(config: TrainConfig) -> TrainingState:
         loader = task.build_loader(batches, ranks)
         evaluate = task.build_evaluation(ranks)
         # 4. The network, the same on every rank, and all that changes with it: new, or from the newest checkpoint.
-        saver = Saver.of(run, ranks, task, plan, tick=partial(watch.then, STARTING))
+        saver = Saver.of(run, ranks, task, plan, tick=lambda: watch.then(STARTING))
         saved = saver.find(config.checkpoint.on_mismatch)
         state = TrainingState(task.build_model(saved is None, device), recipe, task.head)
         if saved is not None:
@@ -61,9 +62,10 @@ def train(config: TrainConfig) -> TrainingState:
             del saved  # as large as the state
         run.begin(config.model_dump(), ranks, state.step or None)
         trace.report_last_attempt(task.train_set, task.val_set)
+        log = stack.enter_context(RunLog(run.path, plan, task, state, ranks, trackers))
         network = wrap(state.model, task, ranks)
         # 5. The epochs, to the end or to a signal.
-        with RunLog(run.path, plan, task, state, is_main, trackers) as log, Health(state, recipe) as health:
+        with Health(state, recipe) as health:
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
             request.wait_for_step()
             state.epoch = plan.find_epoch(state.step, state.epoch)
@@ -72,6 +74,7 @@ def train(config: TrainConfig) -> TrainingState:
                     train_epoch(state, network, task, loader, plan, control)
                     end_epoch(state, task, loader, plan, evaluate, control)
         run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric)
+        log.result(state)
     return state
 
 
@@ -84,6 +87,8 @@ def prepare(config: TrainConfig) -> tuple[Task, StepPlan, torch.device]:
     world_size = distributed.launched_as().world_size
     require_trackers(config.log.trackers)
     count_accumulation(config.train, world_size)
+    if config.train.deterministic:
+        fix_workspace()
     device = distributed.choose_device(config.device)
     task = open_task(config)
     require_head(config.train, task.head)
