@@ -9,14 +9,17 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 
-from conftest import CPU, LAUNCHED, SMALL, newest_checkpoint, run_module
+from conftest import CPU, LAUNCHED, SMALL, compose_config, newest_checkpoint, run_module
 from faults.harness import Command, Place
 from forked import start_server
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.distributed import gather, join, launched_as
+from resnest_imagenet.config import InfoConfig
+from resnest_imagenet.distributed import choose_device, gather, join, launched_as
 from resnest_imagenet.errors import ConfigError, DistributedError, Stopped
+from resnest_imagenet.options import Device
 from resnest_imagenet.training.stopping import StopRequest
 
 TRAIN = "resnest_imagenet.commands.train"
@@ -161,3 +164,45 @@ def test_ranks_join_a_second_time():
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(queue.get() for _ in range(4)) == [[1, 2], [1, 2], [10, 11], [10, 11]]
+
+
+def test_devices_are_chosen_by_name_and_refused_in_one_line(launched, monkeypatch):
+    """What torch has here is made up: none of them, and then two CUDA devices and one of Apple's."""
+    launched()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name, message in (
+        ("cuda", "device=cuda: torch sees no CUDA device; device=auto takes the CPU then"),
+        ("cuda:0", "device=cuda:0: torch sees no CUDA device"),
+        ("mps", "device=mps: torch sees no GPU of Apple's; device=auto takes CUDA, or the CPU"),
+        ("gpu", r"device='gpu': auto, cpu, cuda, cuda:1 \(any number\) and mps are valid"),
+        ("meta", "device=meta: only a CPU, a CUDA device or mps is valid"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            choose_device(name)
+    assert choose_device("auto") == choose_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    chosen = [str(choose_device(name)) for name in ("auto", "cuda", "cuda:1", "mps")]
+    assert chosen == ["cuda:0", "cuda:0", "cuda:1", "mps"]
+    with pytest.raises(ConfigError, match="^device=cuda:2: torch sees cuda:0, cuda:1$"):
+        choose_device("cuda:2")
+    launched(**LAUNCHED)
+    for name in ("cuda:1", "mps"):
+        with pytest.raises(ConfigError, match=f"^device={name} is for one process: under torchrun set device=cuda, "):
+            choose_device(name)
+    assert str(choose_device("cuda")) == "cuda:0"
+
+
+def test_a_device_that_no_torch_has_is_refused_before_torch_is_imported():
+    assert compose_config("info", InfoConfig, "models=[resnest50]", "device=cuda:1").device == "cuda:1"  # in no quotes
+    with pytest.raises(ConfigError, match=r"^device=gpu: auto, cpu, cuda, cuda:1 \(any number\) and mps are valid$"):
+        compose_config("info", InfoConfig, "models=[resnest50]", "device=gpu")
+    device = TypeAdapter(Device)
+    for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:12", "mps"):
+        assert device.validate_python(name) == name
+    for name in ("cuda1", "cuda:", "cuda:x", "cuda:-1", "cuda:\u0661", "CUDA", "mps:0", "", " cpu"):
+        with pytest.raises(ValidationError):
+            device.validate_python(name)

@@ -195,12 +195,10 @@ class TinyTask:
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
         return partial(draw_numbers, batch[0].clone())
 
-    def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
-        numbers, _ = next(iter(self.build_loader(plan, ranks).batches(epoch=0)))
+    def describe(self, counts_cost: bool) -> dict[str, str]:
         return {
             "network": f"tiny, {len(self.classes)} classes",
             "data": f"{len(self.train_set)} training and {len(self.val_set)} val samples",
-            "loader": f"a first batch {tuple(numbers.shape)} on {numbers.device}",
         }
 
 

@@ -43,4 +43,6 @@ def name_device(device: torch.device) -> str:
     """Return what determines the order of additions: the GPU's name, or a CPU's instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{platform.machine()} MPS, macOS {platform.mac_ver()[0]}"
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -104,17 +104,24 @@ def choose_device(device: "str | torch.device") -> "torch.device":
     """Return this rank's device.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu", "cuda" (this rank's), or torch's own of a CPU or of CUDA.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" (this rank's), "cuda:1" or another number, "mps", or
+            torch's own.
 
     Raises:
-        ConfigError: another one, or cuda where there is none, or none left for this rank.
+        ConfigError: another one, or one that is not there, or none left for this rank, or one for several ranks.
     """
     import torch
 
     if isinstance(device, torch.device):
         return _require_device(device)
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={device!r}: auto, cpu and cuda are valid, and torch.device(...) of a CPU or of CUDA")
+        try:
+            only = _require_device(torch.device(device))
+        except RuntimeError as error:  # of torch, about the name
+            raise ConfigError(f"device={device!r}: auto, cpu, cuda, cuda:1 (any number) and mps are valid") from error
+        if launched_as().world_size > 1:
+            raise ConfigError(f"device={device} is for one process: under torchrun set device=cuda, or device=cpu")
+        return only
     # Not torch.accelerator: it says cuda on a CUDA build without a GPU.
     if device != "cpu" and torch.cuda.is_available():
         _, local_rank, _ = launched_as()
@@ -127,14 +134,17 @@ def choose_device(device: "str | torch.device") -> "torch.device":
 
 
 def _require_device(device: "torch.device") -> "torch.device":
-    """Return a device of torch's, or raise a ConfigError unless it is the CPU or a CUDA device that is there."""
+    """Return a device of torch's, or raise a ConfigError unless it is the CPU, a CUDA device or Apple's, and there."""
     import torch
 
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device}: only a CPU or a CUDA device is valid")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device={device}: only a CPU, a CUDA device or mps is valid")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps: torch sees no GPU of Apple's; device=auto takes CUDA, or the CPU")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
-        raise ConfigError(f"device={device}: torch sees {count} CUDA devices")
+        there = ", ".join(f"cuda:{index}" for index in range(count))
+        raise ConfigError(f"device={device}: torch sees {there or 'no CUDA device'}")
     return device
 
 

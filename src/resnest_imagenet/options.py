@@ -2,19 +2,17 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 # Five halvings need 32 pixels.
 Crop = Annotated[int, Field(ge=32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Device = Annotated[
-    Literal["auto", "cpu", "cuda"], Field(description="Where the network runs; auto: CUDA where there is one.")
-]
 Precision = Annotated[
     Literal["fp32", "bf16", "fp16"], Field(description="Of the network's passes; bf16 and fp16 by autocast.")
 ]
@@ -24,6 +22,20 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 def as_list(value: Any) -> Any:
     """Take crop=224 for crop=[224]."""
     return value if isinstance(value, list) else [value]
+
+
+def check_device(value: str) -> str:
+    """Refuse what no device is called; `distributed.choose_device` refuses what torch does not have."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value, re.ASCII):
+        raise ValueError(f"device={value}: auto, cpu, cuda, cuda:1 (any number) and mps are valid")
+    return value
+
+
+Device = Annotated[
+    str,
+    AfterValidator(check_device),
+    Field(description="Where the network runs: auto, cpu, cuda, cuda:1, mps; auto: CUDA where there is one."),
+]
 
 
 def keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:

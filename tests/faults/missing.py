@@ -66,7 +66,7 @@ def _take_no_notice_of_other_commands(place: Place, whole: Path) -> None:
         require(trainer.wait() == [code], f"{option}: exit code {code}\n{trainer.output}")
         require(_list_files(run) == before, f"{option} changes nothing of a finished run")
     trainer = Trainer(place, run, *OPTIONS)
-    require(trainer.wait() == [0] and "finished: best top1 " in trainer.output, f"is finished\n{trainer.output}")
+    require(trainer.wait() == [0] and "finished: best top-1 " in trainer.output, f"is finished\n{trainer.output}")
     require(_list_files(run) == before, "nor does its own command")
 
 

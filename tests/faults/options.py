@@ -46,7 +46,7 @@ train train.policy=resnst -> train.policy=resnst: input should be 'resnest', 're
 train train.ema_decay=high -> train.ema_decay=high: input should be a valid number
 train loader.worker=4 -> did you mean 'loader.workers'?
 train log.every_stpes=1 -> did you mean 'log.every_steps'?
-train device=gpu -> device=gpu: input should be 'auto', 'cpu' or 'cuda'
+train device=gpu -> device=gpu: auto, cpu, cuda, cuda:1 (any number) and mps are valid
 train seed=-1 -> seed=-1: input should be greater than or equal to 0
 train run_dir=[3] -> run_dir=[3]: input should be a valid string
 train data=webdatasets -> did you mean 'webdataset'?

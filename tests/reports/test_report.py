@@ -229,6 +229,10 @@ def test_a_damaged_run_folder_is_a_line(name, content, tmp_path, recipes):
         ([("train", 4, 0), ("train", 6, 0), ("train", 8, 1), ("train", 12, 1), ("train", 15, 2), ("eval", 15, 3)], 6),
         ([("train", 4, 0), ("train", 6, 0), ("train", 8, 1)], 6),
         ([("train", 4, 0)], 1),  # in the first epoch
+        # Those of steps counted from 1, as today.
+        ([("train", 4, 1), ("train", 6, 1), ("train", 8, 2), ("train", 12, 2), ("train", 15, 3), ("eval", 15, 3)], 6),
+        ([("train", 4, 1), ("train", 6, 1), ("train", 8, 2)], 6),
+        ([("train", 4, 1)], 1),
         ([("eval", 12, 2)], 6),
     ],
 )

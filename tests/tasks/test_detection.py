@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -255,11 +256,16 @@ def test_what_a_task_shows_counts_and_refuses(object_run):
     blank, objects = task.blank_batch(CPU)
     assert blank.shape == (2, 3, 64, 96) and not blank.any()
     assert [(target.boxes.tolist(), len(target.masks)) for target in objects] == [([[0, 0, 96, 64]], 1)] * 2
+    generator = torch.get_rng_state()
     exact = task.count_kept_bytes()
+    assert torch.equal(torch.get_rng_state(), generator)  # a run's plan asks for it
     assert exact < task.count_kept_bytes(enough=1e12) < 1e9 and task.count_kept_bytes(enough=exact) == exact
-    lines = task.describe(ALONE, plan)
-    assert lines["network"].startswith("Mask R-CNN on resnest14_half, 5 classes (")
+    lines = task.describe(counts_cost=True)
+    assert re.fullmatch(r"Mask R-CNN on resnest14_half, 5 classes, \d+\.\d GFLOPs at 64 x 96", lines["network"])
     assert "7 training and 3 val images" in lines["data"]
+    numbers = np.bincount(task._train.labels, minlength=5)
+    least, most = (f"{numbers[label]} ({task.classes[label]})" for label in (numbers.argmin(), numbers.argmax()))
+    assert lines["objects per class"].startswith(f"{least} to {most}, ")
     boxes = open_task(object_run("train.masks=false", "train.cascade=true", "train.precise_batches=2"))
     assert boxes.metric == "box_ap"
     with pytest.raises(DataError, match="7 training images are no batch of 2 for each of 4 ranks, .*: lower train.bat"):

@@ -1,19 +1,22 @@
 import re
 
 import pytest
+import torch
 
 from conftest import ALONE, CPU, LAUNCHED, newest_checkpoint
+from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.commands.train import run as run_command
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError
 from resnest_imagenet.tasks.choice import open_task
-from resnest_imagenet.training.dry_run import count_checkpoint_bytes, describe_run
+from resnest_imagenet.training.describe import count_state_bytes
+from resnest_imagenet.training.dry_run import describe_run
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import train
 
 
 def parse(plan):
-    return {line[:14].strip(): line[15:] for line in plan.splitlines()}
+    return {line[:18].strip(): line[18:] for line in plan.splitlines()}
 
 
 def test_the_plan_is_what_the_run_does(tiny_run, tmp_path):
@@ -21,7 +24,7 @@ def test_the_plan_is_what_the_run_does(tiny_run, tmp_path):
     plan = parse(describe_run(config))
     assert not (tmp_path / "run").exists()
     assert plan["data"] == "103 training and 40 val samples"
-    assert plan["steps"] == "12, 6 in an epoch, 2 epochs; of 16 images, 16 x 1 ranks x 1 passes"
+    assert plan["steps"] == "12 in 2 epochs of 6; each of 16 images: train.batch_size=16 x 1 rank x 1 pass"
     assert plan["start"] == f"from scratch in {tmp_path / 'run'}"
     state = train(config)
     assert state.step == 12
@@ -43,15 +46,19 @@ def test_a_shorter_last_epoch_is_in_the_plan(tiny_run):
     plan = parse(
         describe_run(tiny_run("train.epochs=null", "train.steps=10", "train.batch_size=8", "train.warmup_epochs=0"))
     )
-    assert plan["steps"] == "10, 12 in an epoch, 1 epochs; of 8 images, 8 x 1 ranks x 1 passes"
+    steps = "10 in 1 epoch of 12, the last of 10; each of 8 images: train.batch_size=8 x 1 rank x 1 pass"
+    assert plan["steps"] == steps
 
 
 @pytest.mark.slow
 def test_classification_describes_its_network_its_images_and_a_first_batch(small_run):
     plan = parse(describe_run(small_run("loader=torchvision", "loader.workers=0")))
-    assert plan["network"].startswith("resnest14_half, 10 classes (with 1000: ")
-    assert plan["data"].startswith("103 training and 40 val images in ")
-    assert plan["loader"].startswith("torchvision: a first batch (16, 3, 32, 32) on cpu, after ")
+    parameters = sum(parameter.numel() for parameter in build_model("resnest14_half", 10).parameters())
+    cost = "0.02 GFLOPs at 32 with 1000 classes"
+    assert plan["network"] == f"resnest14_half, 10 classes, {cost}, {parameters / 1e6:.2f} M parameters"
+    assert re.fullmatch("103 training and 40 val images in .*, read by torchvision", plan["data"])
+    assert plan["images per class"] == "4 (disk) to 11 (checker), half of the classes have 11 or more"
+    assert plan["first batch"].startswith("(16, 3, 32, 32) on cpu, after ")
     assert plan["evaluation"] == "short side 37 bilinear, centre crop 32"
     assert plan["start"].startswith("from scratch in ")
 
@@ -61,7 +68,10 @@ def test_a_checkpoint_is_as_large_as_the_plan_tells(small_run, tmp_path, option)
     task = open_task(small_run(option))
     state = TrainingState(task.build_model(True, CPU), task.config.train, task.head)
     save_checkpoint(state.state_dict(ALONE), tmp_path / "a.pt")
-    size, parameters = count_checkpoint_bytes(task)
+    with torch.device("meta"):  # as the dry run does
+        planned = TrainingState(task.build_model(False, torch.device("meta")), task.config.train, task.head)
+    size, parameters = count_state_bytes(planned)
+    assert (size, parameters) == count_state_bytes(state)
     assert size == pytest.approx((tmp_path / "a.pt").stat().st_size, rel=0.01)
     assert parameters == sum(parameter.nbytes for parameter in state.model.parameters())
 
@@ -88,5 +98,5 @@ def test_of_two_ranks_the_first_prints_and_none_writes(tiny_run, tmp_path, monke
             monkeypatch.setenv(name, value)
         run_command(tiny_run("dry_run=true"))
     (steps,) = re.findall(r"^steps .*$", capsys.readouterr().out, re.MULTILINE)  # of one rank
-    assert steps.endswith("of 32 images, 16 x 2 ranks x 1 passes")
+    assert steps.endswith("each of 32 images: train.batch_size=16 x 2 ranks x 1 pass")
     assert list(tmp_path.iterdir()) == []

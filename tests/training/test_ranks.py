@@ -92,7 +92,7 @@ def test_a_run_resumes_with_another_number_of_ranks(tiny_run, tmp_path, capsys):
         assert_same_parameters(tmp_path / "whole", tmp_path / run)
         # The report after the change has the mean loss of all its steps.
         losses = [
-            next(event["loss"] for event in read_events(tmp_path / name) if (event["epoch"], event["step"]) == (0, 5))
+            next(event["loss"] for event in read_events(tmp_path / name) if (event["epoch"], event["step"]) == (1, 5))
             for name in ("whole", run)
         ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -106,7 +106,7 @@ def test_a_step_is_skipped_on_all_ranks_for_the_loss_of_one(tiny_run, tmp_path):
     assert [rank.code for rank in ended] == [0, 0], ended
     events = read_events(tmp_path / "two")
     assert [event.get("ranks") for event in events if event["event"] == "skipped"] == [[1], [1]]
-    assert [place for place in list_places(events) if place[0] == "skipped"] == [("skipped", 0, 3), ("skipped", 1, 8)]
+    assert [place for place in list_places(events) if place[0] == "skipped"] == [("skipped", 1, 3), ("skipped", 2, 8)]
     assert "step 3 was not applied: loss or gradient not finite on ranks [1]\n" in ended[0].text
     assert load_checkpoint(newest_checkpoint(tmp_path / "two"))["ema_updates"] == 10
     config = tiny_run(*OPTIONS, "train.max_skipped_steps=1", run="ended")

@@ -59,8 +59,8 @@ def test_what_is_skipped_does_not_depend_on_when_it_is_read(make_fault, optimize
     events = read_events(tmp_path / "late")
     assert without_clock(events) == without_clock(read_events(tmp_path / "at_once"))
     assert list_places(events) == [
-        ("skipped", 0, 1), ("skipped", 0, 4), ("train", 0, 4), ("train", 0, 6), ("eval", 1, 6),
-        ("skipped", 1, 8), ("train", 1, 8), ("train", 1, 12), ("eval", 2, 12),
+        ("skipped", 1, 1), ("skipped", 1, 4), ("train", 1, 4), ("train", 1, 6), ("eval", 1, 6),
+        ("skipped", 2, 8), ("train", 2, 8), ("train", 2, 12), ("eval", 2, 12),
     ]  # fmt: skip
     assert [event["ranks"] for event in events if event["event"] == "skipped"] == [[0]] * 3
     first = load_checkpoint(tmp_path / "at_once/checkpoints/step-000000001.pt")
@@ -93,7 +93,7 @@ def test_a_run_that_ends_with_a_step_names_it_and_saves_nothing_after_it(tiny_ru
     options = ("train.max_skipped_steps=1", "train.warmup_epochs=0", "checkpoint.every_steps=5", "log.every_steps=100")
     with pytest.raises(NonFiniteError, match=r"rank 0: .* at step 4, learning rate 0.02134;.*\(number 2, .*steps=1\)"):
         train(tiny_run(*options))
-    assert list_places(read_events(tmp_path / "run")) == [("skipped", 0, 2)]
+    assert list_places(read_events(tmp_path / "run")) == [("skipped", 1, 2)]
     assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
 
 

@@ -143,7 +143,7 @@ def test_a_run_is_extended_when_asked_for_whatever_became_of_its_metrics(tiny_ru
     whole = train(extended).state_dict(ALONE)
     printed = capsys.readouterr()
     assert "extended from 1 to 2 epochs: from here on the schedule is that of 2 epochs\n" in printed.out
-    assert "not compared, as the checkpoint does not tell them: training images" not in printed.out
+    assert "not compared, because the checkpoint lacks them: training images" not in printed.out
     assert ": val images, training labels, val labels, training sizes, val sizes\n" in printed.out
     assert "metrics.jsonl: damaged lines moved to metrics.jsonl.damaged: 3\n" in printed.err
     assert (run / "metrics.jsonl").read_bytes().startswith(good)

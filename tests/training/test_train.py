@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
 
     events = read_events(run)
     assert list_places(events) == [
-        ("train", 0, 4), ("train", 0, 6), ("eval", 1, 6), ("train", 1, 8), ("train", 1, 10), ("eval", 2, 10),
+        ("train", 1, 4), ("train", 1, 6), ("eval", 1, 6), ("train", 2, 8), ("train", 2, 10), ("eval", 2, 10),
     ]  # fmt: skip
     first = events[0]
     assert first["images_per_s"] > 0 and 0 <= first["data_wait"] <= 1 and 1.5 < first["loss"] < 5

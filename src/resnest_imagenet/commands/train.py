@@ -2,7 +2,6 @@
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.errors import printable
 
 
 def run(config: TrainConfig) -> float:
@@ -13,7 +12,7 @@ def run(config: TrainConfig) -> float:
 
         plan = describe_run(config)
         if launched_as().rank == 0:
-            print("\n".join(map(printable, plan.splitlines())))
+            print(plan)
         return float("nan")  # to a sweeper
     from resnest_imagenet.training.train import train
 

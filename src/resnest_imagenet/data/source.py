@@ -166,6 +166,23 @@ def require_separate(train: Path, val: Path) -> None:
         raise DataError(f"{train} and {val} {how}: set data.train_dir and data.val_dir to separate folders")
 
 
+def describe_counts(labels: np.ndarray, classes: Sequence[str]) -> str:
+    """Return how many images, or objects, the classes have, from the fewest to the most.
+
+    Args:
+        labels: int64 (N,), of all images or objects.
+        classes: names, in the order of the labels.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[least] == counts[most]:
+        return f"{counts[most]:,} in each of {len(classes)} classes"
+    return (
+        f"{counts[least]:,} ({classes[least]}) to {counts[most]:,} ({classes[most]}), half of the classes have "
+        f"{int(np.median(counts)):,} or more"
+    )
+
+
 def print_notes(*sources: ImageSource) -> None:
     """Print the notes of the listings to stderr, each once."""
     for note in dict.fromkeys(note for source in sources for note in source.notes):

@@ -362,7 +362,7 @@ def _write_part(images: ImageFolder, folder: Path, images_per_shard: int, shuffl
     members = name_members(map(os.fsdecode, images.files.tolist()))
     order = stream(0, Purpose.ORDER, epoch=0).permutation(len(images)) if shuffle else np.arange(len(images))
     paths: list[Path] = []
-    with tqdm(total=len(images), desc=folder.name, unit=" images") as progress:
+    with tqdm(total=len(images), desc=folder.name, unit=" images", disable=None, dynamic_ncols=True) as progress:
         for first in range(0, len(images), images_per_shard):
             paths.append(folder / f"{folder.name}-{len(paths):06d}.tar")
             # Not the default format: DALI's reader does not support its long names.

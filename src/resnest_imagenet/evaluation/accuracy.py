@@ -90,9 +90,9 @@ def measure_accuracy(
     """
     model.eval()
     plan = loader.plan
-    # A row for each image, filled by the one rank that sees it. float64 holds its numbers exactly, so the order of the
-    # ranks cannot change the sum. The table stays on the device and is read once at the end.
-    table = torch.zeros(plan.num_samples, _COLUMNS, dtype=torch.float64, device=ranks.device)
+    # A row for each image, filled by the one rank that sees it. float32 holds its numbers exactly (classes below 2^24), so
+    # the order of the ranks cannot change the sum. The table stays on the device and is read once at the end.
+    table = torch.zeros(plan.num_samples, _COLUMNS, device=ranks.device)
     common = plan.num_batches // ranks.world_size
     for batch, ((images, labels), samples) in enumerate(zip(loader.batches(epoch=0), plan.batches(0), strict=False)):
         before_batch(batch, batch < common)
@@ -100,7 +100,9 @@ def measure_accuracy(
             logits = model(images)
         rows = torch.from_numpy(samples).to(ranks.device, non_blocking=True)
         table[rows] += _judge(logits, labels)
-    seen, is_finite, truth, predicted, in_top5, confidence, true_probability = sum_over_ranks(table).T.cpu().numpy()
+    seen, is_finite, truth, predicted, in_top5, confidence, true_probability = (
+        sum_over_ranks(table).T.cpu().double().numpy()
+    )
     if not (seen == 1).all():
         raise RuntimeError(f"evaluated {int(seen.sum())} images of {plan.num_samples}")
     require_finite(is_finite.astype(bool), name, precision)
@@ -110,7 +112,7 @@ def measure_accuracy(
 
 
 def _judge(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return a row for each image of a batch, float64 (B, 7): 1, whether it is finite, the attributes of `Evaluation`.
+    """Return a row for each image of a batch, float32 (B, 7): 1, and then the attributes of `Evaluation`.
 
     Args:
         logits: (B, K).
@@ -127,7 +129,7 @@ def _judge(logits: Tensor, labels: Tensor) -> Tensor:
         probabilities.gather(1, best[:, :1])[:, 0],
         probabilities.gather(1, labels[:, None])[:, 0],
     )
-    return torch.stack([column.double() for column in columns], dim=1)
+    return torch.stack([column.float() for column in columns], dim=1)
 
 
 def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision: str, first: int = 0) -> None:

@@ -12,7 +12,8 @@ from resnest_imagenet.files import require_file
 TOP1 = "top1"  # the metric of evaluations that name none: those of earlier versions
 MAX_DRAWN = 1e40  # above float32's largest number, and below those that break a chart's axis
 
-Event = dict[str, Any]  # "event" is its kind; the other keys depend on the kind
+# "event" is its kind, "epoch" its epoch, from 1 on, "step" the number of steps done; the other keys depend on the kind.
+Event = dict[str, Any]
 
 _START = b'{"event"'  # of each line
 
@@ -64,7 +65,7 @@ def require_numbers(event: Event, names: Iterable[str]) -> None:
 
 
 def parse_events(path: Path) -> tuple[list[Event], list[bytes]]:
-    """Read all events that can be read.
+    """Read all events that can be read; epochs are counted from 1, as in the files of this version.
 
     Returns:
         The events, and the damaged lines. An event at the end of a damaged line, as after a write that was cut off, is
@@ -84,7 +85,17 @@ def parse_events(path: Path) -> tuple[list[Event], list[bytes]]:
             event = _parse(line[line.rfind(_START) :])
         events.append(event)
     events.append(_parse(last))
-    return [event for event in events if event is not None], damaged
+    return _count_from_one([event for event in events if event is not None]), damaged
+
+
+def _count_from_one(events: list[Event]) -> list[Event]:
+    """Return the events of a file with their epochs counted from 1: earlier versions counted those of steps from 0."""
+    numbers = ("epoch", "step")  # an event without them is damaged
+    of_steps = [e for e in events if e["event"] != "eval" and all(type(e.get(name)) is int for name in numbers)]
+    if any(event["epoch"] == 0 for event in of_steps):
+        for event in of_steps:
+            event["epoch"] += 1
+    return events
 
 
 def _parse(line: bytes) -> Event | None:

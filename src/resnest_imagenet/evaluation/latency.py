@@ -52,3 +52,5 @@ def _synchronise(device: torch.device) -> None:
     """Wait for the device, so that its computations are timed and not only their launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

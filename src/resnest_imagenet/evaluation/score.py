@@ -6,6 +6,14 @@ from typing import Any
 
 import numpy as np
 
+# How people call the value by which a run chooses its best network.
+_TITLES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP", "mask_ap": "mask AP"}
+
+
+def title_metric(metric: str) -> str:
+    """Return how people call a value of a `Score`: its name, where it is another task's."""
+    return _TITLES.get(metric, metric)
+
 
 @dataclass(frozen=True)
 class Score:

@@ -73,7 +73,7 @@ def open_classifier(
         crop: side of the images that it sees, in pixels, or several for an evaluation at each; None: the weights' own.
         protocol: changes to the weights' own protocol, by the names of `EvalTransform`: order, ratio, interpolation,
             antialias.
-        device: of the computation: "auto", "cpu", "cuda", or a torch.device.
+        device: of the computation: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
 
     Returns:
         The network; its parameters need no gradients.

@@ -78,7 +78,7 @@ def open_detector(
         choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
         protocol: how it is to see images, or what is not its run's of short_side, longest, min_score, nms and
             detections; None: as in its run's evaluation after each epoch, or as published detectors are tested.
-        device: where it computes: "auto", "cpu", "cuda", or torch's own.
+        device: where it computes: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
 
     Returns:
         The network, in evaluation mode; its parameters need no gradients.

@@ -67,7 +67,7 @@ def prepare_inference(
     Args:
         models: names of networks; None if the weights include the name.
         loader: "auto", "dali" or "torchvision".
-        device: "auto", "cpu" or "cuda".
+        device: as of `distributed.choose_device`.
         outputs: the files to be written, by option, or None.
 
     Raises:

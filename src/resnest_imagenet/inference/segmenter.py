@@ -68,7 +68,7 @@ def open_segmenter(
         choice: "model", "ema" (the moving average), or "auto": the moving average if there is one.
         protocol: how it sees scenes: name, and those of crop, base, scales and flip that differ from the recipe's;
             None: as in its run's evaluation after each epoch.
-        device: of the computation: "auto", "cpu", "cuda", or a torch.device.
+        device: of the computation: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
 
     Returns:
         The network; its parameters need no gradients.

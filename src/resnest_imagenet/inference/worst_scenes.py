@@ -76,7 +76,7 @@ def find_worst_scenes(
         kind: the layout of the data set: ade20k, cityscapes or masks.
         part: of the data set: val.
         count: number of scenes.
-        device: of the computation: "auto", "cpu", "cuda", or a torch.device.
+        device: of the computation: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
 
     Raises:
         UserError: the checkpoint cannot be used, or has other classes, or there is no such layout or device.

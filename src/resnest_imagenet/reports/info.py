@@ -71,7 +71,7 @@ def describe_networks(
         crop: side of the images in pixels.
         batch_size: of the training step whose memory is counted, and of the second latency.
         precision: fp32, bf16 or fp16.
-        device: of the latency: "auto", "cpu" or "cuda".
+        device: of the latency: as of `distributed.choose_device`.
         latency: whether to measure it.
         rounds: of its measurement.
 

@@ -21,6 +21,7 @@ from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.evaluation.results import Measured
+from resnest_imagenet.evaluation.score import title_metric
 from resnest_imagenet.evaluation.worst_images import WorstImages
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.inference.worst_scenes import WorstScenes
@@ -55,7 +56,7 @@ def write_report(
         out: the file.
         crop: the crop of Table 3's column with which the runs are compared.
         latency: whether to measure the networks of Table 3 and of the runs on this machine, for a chart.
-        device: of that measurement, and of the segmentation of the worst scenes: "auto", "cpu" or "cuda".
+        device: of that measurement, and of the segmentation of the worst scenes: as of `distributed.choose_device`.
 
     Raises:
         ConfigError: the file cannot be written, or there is no such device.
@@ -172,7 +173,8 @@ def _describe_progress(run: Run) -> str:
 
 def _name_metric(metric: str) -> str:
     """Return a report's name for the value of an evaluation."""
-    return {TOP1: "top-1 %", "miou": "mIoU %", "box_ap": "box AP %", "mask_ap": "mask AP %"}.get(metric, metric)
+    title = title_metric(metric)
+    return metric if title == metric else f"{title} %"
 
 
 def _render_configuration(runs: list[Run]) -> str:

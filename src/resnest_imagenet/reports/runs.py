@@ -63,7 +63,7 @@ class Run:
 
         A run's last epoch may be shorter, and the first evaluation may come after it.
         """
-        first_epoch = [event["step"] for event in self.steps if event.get("epoch") == 0]
+        first_epoch = [event["step"] for event in self.steps if event.get("epoch") == 1]
         if first_epoch and (self.evaluations or len(first_epoch) < len(self.steps)):  # the first epoch has ended
             return max(first_epoch)
         return next((event["step"] / event["epoch"] for event in self.evaluations), 1)

@@ -1,6 +1,5 @@
 """Images to classes, as in the paper's Table 3."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,13 @@ from resnest_imagenet.config import DataOptions, TrainConfig
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes, require_separate
+from resnest_imagenet.data.source import (
+    ImageSource,
+    describe_counts,
+    print_notes,
+    require_same_classes,
+    require_separate,
+)
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks, launched_as
 from resnest_imagenet.errors import ConfigError
@@ -58,7 +63,7 @@ class Classification:
         self._recipe = cast(ClassificationRecipe, config.train)
         require_model(config.model.name)
         require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
-        choose_loader(config.loader.name)
+        self._loader = choose_loader(config.loader.name)
         self.train_set, self.val_set = _open_data(config.data)
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
@@ -183,19 +188,16 @@ class Classification:
         images, _ = erase_and_mix(batch[0].clone(), self._recipe, draws)
         return partial(draw_samples, images[:NUM_SHOWN].clone())
 
-    def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
-        """See `Task`."""
-        config, recipe = self.config, self._recipe
-        started = time.perf_counter()
-        images, _ = next(iter(self.build_loader(plan, ranks).batches(epoch=0)))
-        seconds = time.perf_counter() - started
-        parameters, multiply_adds = count_cost(config.model.name, recipe.crop)
+    def describe(self, counts_cost: bool) -> dict[str, str]:
+        """See `Task`; multiply-adds are those of 1000 classes."""
+        name, crop, cost = self.config.model.name, self._recipe.crop, ""
+        if counts_cost:
+            cost = f", {count_cost(name, crop)[1] / 1e9:.2f} GFLOPs at {crop} with 1000 classes"
+        train, val, root = len(self.train_set), len(self.val_set), self.config.data.root
         return {
-            "network": f"{config.model.name}, {len(self.classes)} classes (with 1000: {parameters / 1e6:.2f} M "
-            f"parameters, {multiply_adds / 1e9:.2f} GFLOPs at {recipe.crop})",
-            "data": f"{len(self.train_set):,} training and {len(self.val_set):,} val images in {config.data.root}",
-            "loader": f"{choose_loader(config.loader.name)}: a first batch {tuple(images.shape)} on {images.device}, "
-            f"after {seconds:.1f} s",
+            "network": f"{name}, {len(self.classes)} classes{cost}",
+            "data": f"{train:,} training and {val:,} val images in {root}, read by {self._loader}",
+            "images per class": describe_counts(self.train_set.labels, self.classes),
             "evaluation": self._transform.protocol,
         }
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -18,7 +17,7 @@ from resnest_imagenet.data.instance_geometry import InstanceTransform
 from resnest_imagenet.data.instance_loader import InstanceLoader, restore_pixels
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import ImageSource, print_notes, require_same_classes
+from resnest_imagenet.data.source import ImageSource, describe_counts, print_notes, require_same_classes
 from resnest_imagenet.distributed import Ranks, launched_as, sum_over_ranks
 from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.evaluation.box_files import list_files
@@ -262,24 +261,19 @@ class Detection:
 
         return draw
 
-    def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
-        """See `Task`."""
-        config, name = self.config, self.config.model.name
-        started = time.perf_counter()
-        images, _ = next(iter(self.build_loader(plan, ranks).batches(epoch=0)))
-        seconds = time.perf_counter() - started
-        stages = count_rcnn(name, len(self.classes), self._largest, **self._options)
-        parameters, multiply_adds = (
-            sum(getattr(stage, quantity) for stage in stages) for quantity in ("parameters", "multiply_adds")
-        )
+    def describe(self, counts_cost: bool) -> dict[str, str]:
+        """See `Task`; multiply-adds are those of the largest image."""
+        name, cost = self.config.model.name, ""
+        if counts_cost:
+            height, width = self._largest
+            stages = count_rcnn(name, len(self.classes), self._largest, **self._options)
+            cost = f", {sum(stage.multiply_adds for stage in stages) / 1e9:.1f} GFLOPs at {height} x {width}"
         kind = title_detector(self._recipe.cascade, self._recipe.masks)
-        height, width = self._largest
         return {
-            "network": f"{kind} on {name}, {len(self.classes)} classes ({parameters / 1e6:.2f} M parameters, "
-            f"{multiply_adds / 1e9:.1f} GFLOPs at {height} x {width})",
-            "data": f"{len(self._train):,} training and {len(self._val):,} val images in {config.data.root}, "
+            "network": f"{kind} on {name}, {len(self.classes)} classes{cost}",
+            "data": f"{len(self._train):,} training and {len(self._val):,} val images in {self.config.data.root}, "
             f"{len(self._train.boxes):,} objects to learn from",
-            "loader": f"a first batch {tuple(images.shape)} on {images.device}, after {seconds:.1f} s",
+            "objects per class": describe_counts(self._train.labels, self.classes),
             "evaluation": self._protocol.text,
         }
 

@@ -93,5 +93,9 @@ class Task(Protocol):
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
         """Return what draws some images of a batch as the network sees them, uint8 (H, W, 3); the batch stays."""
 
-    def describe(self, ranks: Ranks, plan: BatchPlan) -> dict[str, str]:
-        """Read a batch, and return the task's lines of a dry run by their subjects."""
+    def describe(self, counts_cost: bool) -> dict[str, str]:
+        """Return the task's lines of a run's plan by their subjects, "network" among them; no image is read.
+
+        Args:
+            counts_cost: whether the network's line has its multiply-adds too, which takes seconds.
+        """

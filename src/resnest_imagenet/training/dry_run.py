@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.errors import ConfigError, DamagedCheckpointError
 from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.describe import count_state_bytes, describe_plan, format_bytes, format_lines
 from resnest_imagenet.training.identity import describe_identity, read_identity
-from resnest_imagenet.training.memory import count_free_bytes
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.saving import describe_best, find_problem, is_over, read_length
 from resnest_imagenet.training.schedule import StepPlan
@@ -34,46 +35,34 @@ def describe_run(config: TrainConfig) -> str:
     rank, local_rank, world_size = distributed.launched_as()
     ranks = Ranks(rank, world_size, local_rank, device)
     run = RunFolder(config.run_dir, config.checkpoint.keep, is_main=False)
-    batches = task.plan_batches(plan.steps_per_epoch * plan.accumulation * world_size, ranks)
+    with torch.device("meta"):  # nothing is allocated
+        state = TrainingState(task.build_model(False, torch.device("meta")), task.config.train, task.head)
     lines = {
-        **task.describe(ranks, batches),
-        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} in an epoch, {plan.epochs} epochs; of "
-        f"{plan.global_batch} images, {config.train.batch_size} x {world_size} ranks x {plan.accumulation} passes",
-        "learning rate": _describe_learning_rate(config.train.schedule, plan),
-        **_describe_storage(task, device, run.path),
+        **describe_plan(task, plan, state, ranks, is_dry=True),
+        "first batch": _read_batch(task, plan, ranks),
+        "disk": _describe_disk(task.config.checkpoint.keep, state, run.path),
         "start": _describe_start(run, task, plan, device),
     }
-    return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
+    return format_lines(lines)
 
 
-def count_checkpoint_bytes(task: Task) -> tuple[int, int]:
-    """Return the bytes of a checkpoint's tensors, and of the parameters. Nothing is allocated.
-
-    A checkpoint has the weights, their moving average and the optimiser's state.
-    """
-    with torch.device("meta"):
-        state = TrainingState(task.build_model(False, torch.device("meta")), task.config.train, task.head)
-    weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
-    parameters = sum(parameter.nbytes for parameter in state.model.parameters())
-    momentum = sum(tensor.nbytes for entry in state.optimizer.state.values() for tensor in entry.values())
-    return weights * (1 if state.ema is None else 2) + momentum, parameters
+def _read_batch(task: Task, plan: StepPlan, ranks: Ranks) -> str:
+    """Read a rank's first batch; return its size, and how long that took."""
+    batches = task.plan_batches(plan.steps_per_epoch * plan.accumulation * ranks.world_size, ranks)
+    started = time.perf_counter()
+    batch = next(iter(task.build_loader(batches, ranks).batches(epoch=0)))
+    seconds = time.perf_counter() - started
+    images = batch[0] if isinstance(batch, tuple | list) else batch
+    size = f"{tuple(images.shape)} on {images.device}, " if isinstance(images, torch.Tensor) else ""
+    return f"{size}after {seconds:.1f} s"
 
 
-def _describe_storage(task: Task, device: torch.device, run: Path) -> dict[str, str]:
-    """Return the lines about memory and the disk."""
-    options = task.config.checkpoint
-    checkpoint, parameters = count_checkpoint_bytes(task)
-    needed = (options.keep + 2) * checkpoint  # the best, and one that is being written
+def _describe_disk(num_kept: int, state: TrainingState, run: Path) -> str:
+    checkpoint, _ = count_state_bytes(state)
+    needed = (num_kept + 2) * checkpoint  # the best, and one that is being written
     free = _count_free_disk(run)
-    memory = checkpoint + parameters + task.count_kept_bytes()
-    return {
-        "memory": f"{memory / 1e9:.1f} GB per rank for weights, their average, "
-        f"optimiser, gradients and activations; more in the backward pass{_describe_free_memory(device)}",
-        "checkpoints": f"{checkpoint / 1e6:,.0f} MB each, every {options.every_steps:,} steps and each epoch; the last "
-        f"{options.keep} and the best stay",
-        "disk": f"{needed / 1e9:.2f} GB for them in {run}, {free / 1e9:,.1f} GB free"
-        + (": NOT ENOUGH" if needed > free else ""),
-    }
+    enough = ": NOT ENOUGH" if needed > free else ""
+    return f"{format_bytes(needed)} for the checkpoints in {run}, {format_bytes(free)} free{enough}"
 
 
 def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.device) -> str:
@@ -98,19 +87,6 @@ def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.de
     option, before = read_length(read_identity(saved))
     is_extended = before != identity[option]
     return f"from {newest}" + (f", extended from {before} {option.removeprefix('train.')}" if is_extended else "")
-
-
-def _describe_learning_rate(schedule: str, plan: StepPlan) -> str:
-    epochs = sorted({plan.epochs * quarter // 4 for quarter in range(4)} | {plan.warmup_steps // plan.steps_per_epoch})
-    rates = [f"{plan.learning_rate(epoch * plan.steps_per_epoch):.3g}" for epoch in epochs]
-    last = plan.learning_rate(plan.total_steps - 1)
-    numbers = ", ".join(map(str, epochs))
-    return f"{schedule}: {', '.join(rates)} after {numbers} epochs, {last:.3g} in the last step"
-
-
-def _describe_free_memory(device: torch.device) -> str:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else count_free_bytes()
-    return "" if free is None else f"; {free / 1e9:.1f} GB are free"
 
 
 def _count_free_disk(folder: Path) -> int:

@@ -59,7 +59,7 @@ def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
     """Return how the run of a checkpoint differs from another, in words by what differs.
 
-    Of the data only that is compared which the checkpoint tells.
+    Entries about the data that the checkpoint lacks are not compared.
     """
     before = {"classes": saved.get("classes"), **read_identity(saved)}
     differences: dict[str, str] = {}

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.evaluation.events import Event, parse_events
-from resnest_imagenet.evaluation.score import Score
+from resnest_imagenet.evaluation.score import Score, title_metric
 from resnest_imagenet.files import DAMAGED, make_way, replacing, storing, synchronise_file
 from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.describe import describe_plan, describe_result, format_lines
 from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.losses import TOTAL
 from resnest_imagenet.training.schedule import StepPlan
@@ -55,35 +57,39 @@ class RunLog:
         plan: StepPlan,
         task: Task,
         state: TrainingState,
-        is_main: bool,
+        ranks: Ranks,
         ending: ExitStack,
     ) -> None:
-        """Open the files.
+        """Open the files, and show the plan of the run.
 
         Args:
             folder: of the run.
             plan: its steps.
             task: what it trains for.
             state: where it begins or resumes.
-            is_main: whether this rank shows and writes.
+            ranks: who takes part; rank 0 shows and writes.
             ending: closes the trackers when all else of the run has ended, whatever it ended with.
         """
         self._plan = plan
+        self._task = task
         self._metric = task.metric
         self._every_steps = task.config.log.every_steps
-        self._is_main = is_main
+        self._is_main = ranks.is_main
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
         self._loss: float | None = None
+        self._value: float | None = None  # of the metric, in the last evaluation
+        self._best_epoch: int | None = None  # from 1 on; None too where metrics.jsonl has lost it
+        self._first_step, self._started = state.step, time.monotonic()
         self._folder = folder
         self._trackers: list[Tracker] = []
         self._samples: tuple[int, Callable[[], np.ndarray]] | None = None
-        if is_main:
+        if ranks.is_main:
+            print(format_lines(describe_plan(task, plan, state, ranks)), flush=True)
             with storing(folder / "metrics.jsonl"):
                 events, dropped = _keep_events(folder / "metrics.jsonl", state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
-            losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
-            self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
+            self._read_figures(events, state)
             _remove_files(folder, dropped)
             self._trackers = open_trackers(folder, task.config, task.metric, state.step, events)
             for tracker in self._trackers:
@@ -117,6 +123,7 @@ class RunLog:
                 desc=self._name_epoch(state.epoch),
                 disable=None,
                 leave=False,
+                dynamic_ncols=True,
                 bar_format="{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}",
             )
 
@@ -148,15 +155,15 @@ class RunLog:
             self._show("train/samples", step, draw())
             self._samples = None
         end_of_epoch = self._plan.end_of_epoch(state.epoch)
+        left, left_of_run = end_of_epoch - state.step, self._plan.total_steps - state.step
         # What matters most comes first: a narrow terminal cuts the end.
         line = (
-            f"left {self._time(end_of_epoch - state.step)}, run {self._time(self._plan.total_steps - state.step)}, "
-            f"loss {self._loss:.3f}, lr {lr:.3g}, {speed:.0f} images/s, data wait {wait:.0%}"
+            f"{self._describe_figures()}, left: epoch {self._time(left)}, run {self._time(left_of_run)}, "
+            f"lr {lr:.3g}, {speed:.0f} images/s, data wait {wait:.0%}"
         )
         if self._bar.disable:
             steps = self._count_steps(state.epoch)
-            done = steps - (end_of_epoch - state.step)
-            print(f"{self._name_epoch(state.epoch)} {done}/{steps}, {line}", flush=True)
+            print(f"{self._name_epoch(state.epoch)}, step {steps - left}/{steps}: {line}", flush=True)
         else:
             self._bar.set_postfix_str(line)
 
@@ -165,6 +172,8 @@ class RunLog:
         if not self._is_main:
             return
         self._bar.close()
+        self._value = float(score.values[self._metric])
+        self._best_epoch = state.epoch if is_best else self._best_epoch
         files = {"files": list(score.files)} if is_best and score.files else {}
         self._write("eval", state, {"metric": self._metric, **score.values, **files})
         if files:
@@ -190,6 +199,12 @@ class RunLog:
             who = f"on ranks {verdict.unsound}" if verdict.unsound else "in the sum over the ranks"
             print(f"step {verdict.step} was not applied: loss or gradient not finite {who}", flush=True)
 
+    def result(self, state: TrainingState) -> None:
+        """Show what came of the run, which is finished."""
+        if self._is_main:
+            seconds = time.monotonic() - self._started
+            print(describe_result(self._task, state, self._best_epoch, seconds, self._first_step), flush=True)
+
     def synchronise(self) -> None:
         """Write to the disk what a checkpoint is about to rely on."""
         if self._is_main:
@@ -198,7 +213,9 @@ class RunLog:
 
     def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
         assert not values.keys() & {"event", "epoch", "step", "time"}, f"names of the event's own: {sorted(values)}"
-        line = {"event": event, "epoch": when.epoch, "step": when.step, **values, "time": time.time()}
+        # Before its evaluation an epoch is not counted yet.
+        epoch = when.epoch if event == "eval" else when.epoch + 1
+        line = {"event": event, "epoch": epoch, "step": when.step, **values, "time": time.time()}
         with storing(self._folder):
             self._metrics.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
@@ -207,6 +224,19 @@ class RunLog:
     def _show(self, name: str, step: int, pixels: np.ndarray) -> None:
         for tracker in self._trackers:
             tracker.image(name, step, pixels)
+
+    def _read_figures(self, events: list[Event], state: TrainingState) -> None:
+        """Take the figures of the run so far from its events, where it resumes."""
+        losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
+        self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
+        values = [(event.get(self._metric), event["epoch"]) for event in events if event["event"] == "eval"]
+        self._value = next((value for value, _ in reversed(values) if isinstance(value, float)), None)
+        self._best_epoch = next((epoch for value, epoch in values if value == state.best), None)
+
+    def _describe_figures(self) -> str:
+        """Return the loss, and the metric of the last evaluation."""
+        value = "" if self._value is None else f", {title_metric(self._metric)} {self._value:.2f} %"
+        return f"loss {self._loss:.3f}{value}"
 
     def _describe_loss(self) -> str:
         return "" if self._loss is None else f"loss {self._loss:.3f}, "
@@ -252,7 +282,6 @@ def _keep_events(path: Path, state: TrainingState) -> tuple[list[Event], list[Ev
         with open(aside, "ab") as file:
             file.writelines(line + b"\n" for line in damaged)
         print(f"WARNING: {path}: damaged lines moved to {aside.name}: {len(damaged)}", file=sys.stderr, flush=True)
-    # An evaluation is written at the step of the epoch's last report, but with the next epoch's number.
     whole = list(filter(_is_whole, events))
     kept = {json.dumps(event) + "\n": event for event in whole if _is_before(event, state)}
     with replacing(path) as file:
@@ -268,4 +297,7 @@ def _is_whole(event: Event) -> bool:
 
 
 def _is_before(event: Event, state: TrainingState) -> bool:
-    return (event["step"], event["epoch"]) <= (state.step, state.epoch)
+    """Say whether an event is not to come again. A state at an evaluation's step may be of before or after it."""
+    if event["event"] == "eval":
+        return (event["step"], event["epoch"]) <= (state.step, state.epoch)
+    return event["step"] <= state.step

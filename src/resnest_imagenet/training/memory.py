@@ -12,7 +12,7 @@ from resnest_imagenet.tasks.task import Task
 # Files of a control group: its limit, its use, and what stands before the names in memory.stat.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _VERSION_2 = ("memory.max", "memory.current", "")
-_SURE, _LIKELY = 0.9, 1.5  # of what is kept: what a step surely takes, and what it takes at its peak
+_SURE, PEAK = 0.9, 1.5  # of what is kept: what a step surely takes, and what it takes at its peak
 
 
 def require_memory(task: Task, device: torch.device) -> None:
@@ -29,16 +29,16 @@ def require_memory(task: Task, device: torch.device) -> None:
     free = None if device.type == "cuda" else count_free_bytes()
     if free is None:
         return
-    kept = num_ranks * task.count_kept_bytes(enough=free / num_ranks / _LIKELY)
-    if _LIKELY * kept < free:
+    kept = num_ranks * task.count_kept_bytes(enough=free / num_ranks / PEAK)
+    if PEAK * kept < free:
         return
     is_sure = _SURE * kept > free
     sizes = [size for size in range(2, batch_size) if batch_size % size == 0]
-    fitting = [size for size in sizes if _LIKELY * kept * size / batch_size < free]
+    fitting = [size for size in sizes if PEAK * kept * size / batch_size < free]
     hint = f": train.batch_size={fitting[-1]} fits, and train.global_batch keeps the step as it is" if fitting else ""
     line = (
         f"train.batch_size={batch_size} of {task.config.model.name} needs "
-        f"{(_SURE if is_sure else _LIKELY) * kept / 1e9:.1f} GB {'or more ' * is_sure}for {num_ranks} rank"
+        f"{(_SURE if is_sure else PEAK) * kept / 1e9:.1f} GB {'or more ' * is_sure}for {num_ranks} rank"
         f"{'s' * (num_ranks > 1)} on this machine, of which {free / 1e9:.1f} GB are free{hint}"
     )
     if is_sure:
@@ -48,13 +48,13 @@ def require_memory(task: Task, device: torch.device) -> None:
 
 
 def count_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the memory that this process may still take, swap included; None where the system does not say.
+    """Return the memory that this process may still take, swap included; None where the system does not show it.
 
     The least of what the machine has and of what the control groups around this process leave (a container's limit, a
     batch system's), of which cached files count as free.
 
     Args:
-        proc: where the kernel tells of processes.
+        proc: where the kernel shows processes.
         cgroups: where control groups are mounted.
     """
     try:
@@ -68,7 +68,9 @@ def count_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         if controllers in ("", "memory"):
             mounted = cgroups / controllers
             folder = mounted / path.lstrip("/")
-            rooms += [_count_room(each, mounted) for each in (folder, *folder.parents) if each.is_relative_to(mounted)]
+            rooms += [
+                _count_room(group, mounted) for group in (folder, *folder.parents) if group.is_relative_to(mounted)
+            ]
     return min(rooms) + swap
 
 

@@ -10,6 +10,7 @@ from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, barrier, gather_objects
 from resnest_imagenet.errors import CheckpointError, is_out_of_memory, printable
+from resnest_imagenet.evaluation.score import title_metric
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.identity import (
     compare_identity,
@@ -164,7 +165,7 @@ class Saver:
             lines.append(f"extended from {before} to {now} {unit}: from here on the schedule is that of {now} {unit}")
         unknown = [name for name in self.identity if is_of_images(name) and name not in saved["identity"]]
         if unknown:
-            lines.append(f"not compared, as the checkpoint does not tell them: {', '.join(unknown)}")
+            lines.append(f"not compared, because the checkpoint lacks them: {', '.join(unknown)}")
         circumstances = saved["circumstances"]
         changed = [
             f"{name} {circumstances.get(name)} -> {value}"
@@ -237,4 +238,4 @@ def is_over(run: RunFolder, saved: dict[str, Any], plan: StepPlan) -> bool:
 
 def describe_best(metric: str, value: float) -> str:
     """Return the best value of a metric so far, for people."""
-    return f"{metric} {value:.2f} %"
+    return f"{title_metric(metric)} {value:.2f} %"

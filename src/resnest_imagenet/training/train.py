@@ -61,9 +61,10 @@ def train(config: TrainConfig) -> TrainingState:
             del saved  # as large as the state
         run.begin(config.model_dump(), ranks, state.step or None)
         trace.report_last_attempt(task.train_set, task.val_set)
+        log = stack.enter_context(RunLog(run.path, plan, task, state, ranks, trackers))
         network = wrap(state.model, task, ranks)
         # 5. The epochs, to the end or to a signal.
-        with RunLog(run.path, plan, task, state, is_main, trackers) as log, Health(state, recipe) as health:
+        with Health(state, recipe) as health:
             control = Control(ranks, watch, request, health, log, saver, config.checkpoint.every_steps)
             request.wait_for_step()
             state.epoch = plan.find_epoch(state.step, state.epoch)
@@ -72,6 +73,7 @@ def train(config: TrainConfig) -> TrainingState:
                     train_epoch(state, network, task, loader, plan, control)
                     end_epoch(state, task, loader, plan, evaluate, control)
         run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric)
+        log.result(state)
     return state
 
 
