@@ -13,8 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-segmentation demo-detection test test-quick fault-test lint bench bench-segmentation \
-  bench-detection growth bench-gpu bench-data options lock clean
+.PHONY: help setup demo demo-segmentation demo-detection test test-quick fault-test lint docs picture bench \
+  bench-segmentation bench-detection growth bench-gpu bench-data options lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -50,6 +50,17 @@ demo-detection: $(READY) ## the same for objects and their masks, from the demo'
 	  train.init_from=runs/demo/checkpoints/best.pt
 	$(BIN)/resnest-eval ckpt=runs/demo_detection/checkpoints/best.pt data.root=data/demo-objects
 
+docs: $(READY) ## build the documentation site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "wrote site/index.html"
+
+picture: $(READY) ## draw the README's picture from the demos' networks and a cascade: needs Chromium, ten minutes at first
+	test -e runs/demo_segmentation/checkpoints/best.pt || $(MAKE) demo-segmentation
+	test -e data/demo-objects || $(BIN)/resnest-data demo task=detection out=data/demo-objects
+	test -e runs/demo_cascade/checkpoints/best.pt || $(BIN)/resnest-train +experiment=demo_detection \
+	  data.root=data/demo-objects train.init_from=runs/demo/checkpoints/best.pt train.cascade=true run_dir=runs/demo_cascade
+	$(BIN)/python tools/picture.py
+
 test: $(READY) ## run the tests, in at most 4 processes
 	$(BIN)/python -m pytest $(PARALLEL)
 
@@ -59,9 +70,10 @@ test-quick: $(READY) ## run those that start no process and take no time, for th
 fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
 	PYTHONPATH=tests $(BIN)/python -m faults
 
-lint: $(READY) ## check style, format and types
+lint: $(READY) ## check style, format, the Dockerfile and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/mypy
 
 bench: $(READY) ## compare split attention, a training step and inference with timm's, side by side: 20 minutes
@@ -98,5 +110,5 @@ lock: $(READY) ## renew constraints.txt
 	  --extra dali --extra dev --output-file constraints.txt pyproject.toml
 
 clean: ## remove .venv, caches and build products; data/ and runs/ stay
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,7 @@
-"""The commands in README and docs: every one composes, and those of the tutorial are run."""
+"""The documents: commands compose, those of the tutorial run, links lead somewhere, tables are those of the code."""
 
+import json
+import logging
 import re
 import shlex
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import yaml
 
 from conftest import compose_config
 from resnest_imagenet.commands import launch
@@ -24,7 +27,7 @@ SCRIPTS = {
 MODULES = {script.module: name for name, script in SCRIPTS.items()}
 
 
-COMMAND = re.compile(r"(resnest-\w+|torchrun|make|python|tools/\S+|sbatch|docker|export|mkdir|diff)( |$)")
+COMMAND = re.compile(r"(resnest-\w+|torchrun|make|python|tools/\S+|sbatch|docker|export|mkdir|diff|uv|pip)( |$)")
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
@@ -58,7 +61,8 @@ def to_script(words):
     return None, []
 
 
-ALL = [(page, words) for page in PAGES for words in read_commands(page)]
+# Each command once, with the first page that has it.
+ALL = [(page, words) for words, page in {tuple(c): p for p in reversed(PAGES) for c in read_commands(p)}.items()]
 
 
 def test_there_are_commands_to_check():
@@ -75,7 +79,7 @@ def test_a_command_composes(page, words, monkeypatch):
     if name is None:
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= set(TARGETS)
-        elif words[0] not in ("docker", "export", "mkdir", "diff"):
+        elif words[0] not in ("docker", "export", "mkdir", "diff", "uv", "pip"):
             files = [word for word in words if word.startswith("tools/")]
             assert files and all((ROOT / file).exists() for file in files)
         return
@@ -141,12 +145,14 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.slow
 def test_the_rows_of_table_3_are_what_the_experiments_say():
-    text = (ROOT / "docs/table3.md").read_text()
+    text, readme = (ROOT / "docs/table3.md").read_text(), (ROOT / "README.md").read_text()
     for row in PAPER:
         recipe = compose_config("train", TrainConfig, f"+experiment={row.model}", "data.root=/imagenet").train
         start = f"| {row.name} | {row.model} | {recipe.recipe} | {recipe.epochs} | {recipe.global_batch} | "
         ranks = recipe.global_batch // recipe.batch_size
-        assert f"{start}{ranks} x {recipe.batch_size} | {row.top1[224]:.2f} | {row.top1[320]:.2f} |" in text, row.name
+        top1 = f"{row.top1[224]:.2f} | {row.top1[320]:.2f} |"
+        assert f"{start}{ranks} x {recipe.batch_size} | {top1}" in text, row.name
+        assert re.search(rf"{row.model}.yaml\) \| {recipe.recipe} \| .+ \| {re.escape(top1)}\n", readme), row.name
 
 
 # The same commands on fewer images: what is added to those that begin with these words, the longest that fit.
@@ -213,10 +219,77 @@ def test_the_tutorial_and_the_demos_run_as_they_are_written(tmp_path, monkeypatc
         assert run_commands(of_demo, monkeypatch, capsys) >= least, page
 
 
-def test_the_readmes_tree_has_every_file():
-    tree = (ROOT / "README.md").read_text().partition("## The tree\n")[2].partition("Imports run one way")[0]
-    commands = {
-        path.name for path in (ROOT / "src/resnest_imagenet/commands").iterdir()
-    }  # as the line of its folder says
-    files = {path.name for path in (ROOT / "src/resnest_imagenet").rglob("*.py")} - commands
-    assert not files - set(re.findall(r"\w+\.py", tree))
+def read_rows(page):
+    """Return the cells of a page's tables, by the first one without its backticks."""
+    lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name.strip("`"): cells for name, *cells in rows}
+
+
+def test_the_networks_are_those_of_the_zoo():
+    from resnest_imagenet.models.zoo import usual_crop
+    from resnest_imagenet.weights.published import OFFICIAL
+
+    golden = json.loads((ROOT / "tests/models/golden.json").read_text())
+    expected = {
+        name: [f"{parameters / 1e6:.2f}", f"{at_224 / 1e9:.2f}", str(usual_crop(name)), "yes" * (name in OFFICIAL)]
+        for name, (parameters, at_224, _) in golden.items()
+    }
+    rows = read_rows("docs/models.md")
+    assert {name: row for name, row in rows.items() if name != "name"} == expected
+
+    readme = (ROOT / "README.md").read_text()
+    for row in PAPER:
+        assert re.search(rf"{row.model}.yaml\) \| \w+ \| {' [|] '.join(expected[row.model][:2])} \|", readme), row.name
+
+
+def read_recipe(name):
+    """Return a recipe's values as they are written, with those of the recipe that it takes the rest from."""
+    values = yaml.load((ROOT / f"conf/recipe/{name}.yaml").read_text(), yaml.BaseLoader)
+    for other in values.pop("defaults", []):
+        values = {**({} if other == "_self_" else read_recipe(other)), **values}
+    return values
+
+
+def test_the_recipes_are_those_of_conf():
+    columns = ["crop", "schedule", "policy", "mixup_alpha", "label_smoothing", "dropblock", "dropout"]
+    rows = read_rows("docs/recipes.md")
+    del rows["recipe="]  # the head
+    for name, row in rows.items():
+        values = read_recipe(name)
+        batch = values["batch_size"] if values["global_batch"] == "null" else values["global_batch"]
+        shown = ["" if values[column] in ("null", "0.0") else values[column] for column in columns]
+        assert row == [values["epochs"], batch, *shown], name
+    text = (ROOT / "docs/recipes.md").read_text()
+    assert {path.stem for path in (ROOT / "conf/recipe").glob("*.yaml")} <= set(re.findall(r"`(\w+)`", text)) | set(
+        rows
+    )
+
+
+def test_the_api_page_has_every_public_function():
+    import resnest_imagenet
+
+    named = re.findall(r"^::: resnest_imagenet\.(\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    public = {f"{module}.{name}" for name, module in resnest_imagenet._MODULES.items()}
+    assert public <= set(named)
+    assert set(named) - public == {"errors.UserError"}
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 160
+    assert len(text.split()) <= 1200
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path, caplog, monkeypatch):
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    with caplog.at_level(logging.WARNING, "mkdocs"):
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))  # strict: a broken link is an error
+    assert (tmp_path / "api/index.html").stat().st_size > 20_000
+    listed = (tmp_path / "files/index.html").read_text()
+    assert not {path.name for path in (ROOT / "src").rglob("*.py")} - set(re.findall(r"<code>(\w+\.py)</code>", listed))
+    assert "mkdocs" not in {record.name.partition(".")[0] for record in caplog.records}

@@ -1,4 +1,4 @@
-"""Which folder of the package may import which, and which library belongs where."""
+"""Who may import whom: the rooms of docs/architecture.md."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter

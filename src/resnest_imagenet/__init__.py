@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from resnest_imagenet.tasks.evaluate_checkpoint import evaluate
     from resnest_imagenet.weights.load import load_backbone
 
+__version__ = "0.1.0"
+
 __all__ = [
     "build_model",
     "compare",

@@ -514,6 +514,21 @@ class ShardDataConfig(Options):
     )
 
 
+class ClassFolderOptions(Options):
+    """A folder with one folder of images per class."""
+
+    root: Place = Field(description="A folder with one folder of images per class.")
+
+
+class SplitDataConfig(Options):
+    """resnest-data split."""
+
+    data: ClassFolderOptions
+    out: Place = Field(description="A new or empty folder for train and val.")
+    val_share: float = Field(gt=0, lt=1, description="Share of each class that goes to val: at least one image.")
+    seed: Seed = Field(description="Seed of the choice of images.")
+
+
 # Commands whose protocol is of the weights' task.
 _OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig)
 # The kinds of protocols, by an option that no other kind has, with the names of some.

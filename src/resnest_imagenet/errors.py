@@ -3,7 +3,8 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -89,6 +90,25 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def list_names(names: Sequence[str], limit: int = 8) -> str:
+    """Return names for a line: the first ones, and how many there are where these are not all."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def name_extra(extra: str) -> str:
+    """Return the words for an extra of this project that is not installed, and the command that installs it."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        needed = requires("resnest-imagenet") or []
+    except PackageNotFoundError:  # run from its sources, without an installation
+        needed = []
+    own = [line.partition(";")[0].strip() for line in needed if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+    packages = own or [f"resnest-imagenet[{extra}]"]
+    return f"the extra [{extra}] of resnest-imagenet: pip install {' '.join(map(shlex.quote, packages))}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory was short: the errors of torch's allocators have no common type."""
     is_allocator = isinstance(error, RuntimeError) and any(
@@ -101,12 +121,7 @@ def explain_runtime(error: BaseException) -> UserError | None:
     """Explain an error of torch or the system that a user can fix; return None for any other error."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
     if "torchvision::nms" in text:
-        from importlib.metadata import version
-
-        return ConfigError(
-            f"torchvision {version('torchvision')} was not built for torch {version('torch')}: "
-            "install both from the same index (make setup does, with uv)"
-        )
+        return ConfigError(_explain_torchvision())
     if is_out_of_memory(error) or "ALLOC_FAILED" in text:  # cuBLAS and cuDNN
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
@@ -118,6 +133,19 @@ def explain_runtime(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS):
         return StorageError(f"{error.filename or 'a file'}: {error.strerror}")
     return None
+
+
+def _explain_torchvision() -> str:
+    """Name two builds that do not belong together, as torch for CPUs only and the index's torchvision, and the remedy.
+
+    uv takes both from the same index; pip may find the same torch once more.
+    """
+    from importlib.metadata import version
+
+    builds = f"torchvision {version('torchvision')} was not built for torch {version('torch')}"
+    torch_release = version("torch").partition("+")[0]
+    command = f"python -m pip install uv && python -m uv pip install --reinstall torch=={torch_release} torchvision"
+    return f"{builds}; install both from one index: {command}"
 
 
 def first_line(error: BaseException) -> str:

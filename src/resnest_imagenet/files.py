@@ -26,6 +26,7 @@ DAMAGED = ".damaged"  # the suffix of a damaged file
 # Errors of file systems without such a call (Lustre, FUSE, NFS): nothing has failed.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _RANDOM_BYTES = 8  # of a temporary name
+RESULTS = "file or run folder"  # what holds results of resnest-eval
 _warned: set[str] = set()
 
 
@@ -275,6 +276,18 @@ def require_file(path: Path) -> None:
     """Raise a ConfigError if a path exists and is not a file: reading a pipe or a device may never end."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: not a file")
+
+
+def require_folder(path: Path, option: str) -> None:
+    """Raise a ConfigError for what an option names and is no folder."""
+    if not path.is_dir():
+        raise ConfigError(f"{option}={path}: {'not a' if path.exists() else 'no such'} folder")
+
+
+def require_exists(path: Path, option: str, what: str) -> None:
+    """Raise a ConfigError where nothing is at the path that an option names; `what` is what should be."""
+    if not path.exists():
+        raise ConfigError(f"{option}={path}: no such {what}")
 
 
 def read_matching(

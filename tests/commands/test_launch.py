@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from asking import ask_for_help
 from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import check_config, explain_composition, find_conf, quote_place
@@ -48,6 +46,15 @@ def call(command, arguments, monkeypatch, capsys):
     return code, lines
 
 
+@pytest.fixture(scope="module")
+def empty_set(tmp_path_factory):
+    """A data set without images: its folders are there."""
+    root = tmp_path_factory.mktemp("set")
+    for part in ("train", "val"):
+        (root / part).mkdir()
+    return root
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -63,10 +70,10 @@ def call(command, arguments, monkeypatch, capsys):
         (["loader=dalli"], "unknown loader 'dalli'; did you mean 'dali'?"),
         (["+experiment=resnest5"], "unknown experiment 'resnest5'; did you mean 'resnest50'?"),
         (["experiment=resnest50"], "experiment is added, not overridden: write +experiment=..."),
-        (["data.root=/x", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
+        (["data.root=ROOT", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
         (["data.root=/x", "train.epochs=abc"], "train.epochs=abc: input should be a valid integer"),
         (
-            ["data.root=/x", "train.batch_size=1"],
+            ["data.root=ROOT", "train.batch_size=1"],
             "train.batch_size=1: resnest50 has batch norms of one value per image and channel at 224 pixels: set ",
         ),
         (["data.root=/x", "eval.ratio=0.9"], "unknown option eval.ratio"),
@@ -74,7 +81,7 @@ def call(command, arguments, monkeypatch, capsys):
         (["data.root=/x", "~train.epochs"], "train.epochs is not set"),
         (["data.root=/x", "train.crop=${trian.crop}"], "Interpolation key 'trian.crop' not found"),
         (["model.name=a=b"], "cannot read model.name=a=b: quote it for the shell and for Hydra: 'model.name=\"a=b\"'"),
-        (["data.root"], "cannot read data.root: write option=value"),
+        (["data.root"], "data.root has no value: write data.root=..."),
         (["data.root=/x", "train.lr=inf"], "train.lr=inf: input should be a finite number"),
         (["model=null"], "a group cannot be null: write group=NAME"),
         (["data.root=/x", "recipe=sknet", "train.warmup_epochs=40"], "outlasts train.step_epochs=30"),
@@ -86,7 +93,7 @@ def call(command, arguments, monkeypatch, capsys):
             "train.lr_per_256 is now train.lr: write train.lr=...",
         ),
         (["data.root=/x", "train.task=other"], "unknown train.task 'other'"),
-        (["data.root=/x", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
+        (["data.root=ROOT", "train.global_batch=100"], "train.batch_size=128 x 1 ranks = 128"),
         (
             ["data.root=/x", "data.kind=folders"],
             "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
@@ -95,7 +102,8 @@ def call(command, arguments, monkeypatch, capsys):
         (["task=other"], "unknown task 'other' (classification, detection, segmentation)"),
     ],
 )
-def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(arguments, message, empty_set, monkeypatch, capsys):
+    arguments = [argument.replace("ROOT", str(empty_set)) for argument in arguments]
     code, lines = call(train, arguments, monkeypatch, capsys)
     assert code == 2
     assert len(lines) == 1
@@ -182,6 +190,9 @@ def test_a_wrong_value_is_one_line(options, message, composed):
         (compare, ["ckpt=[a.pt,b.pt]"], 2, "give either data.root=... or images=..."),
         (data, ["check", "data=ade20k", "data.root={}"], 2, "data is no group of this command: set data.root, data."),
         (compare, ["ckpt=[a.pt]", "images={}/val"], 2, "ckpt=['a.pt']: list should have at least 2 items"),
+        (compare, ["ckpt=a.pt", "images={}/val"], 2, "ckpt=a.pt: input should be a valid list: write ckpt=[A,B]"),
+        (explain, [], 2, "ckpt, images and out are not set: give ckpt=... images=... out=..."),
+        (evaluate, ["ckpt=x.pt", "data.root={}", "crop=abc"], 2, "evaluate: crop=abc: input should be a valid integer"),
         (compare, ["ckpt=a.pt,b.pt", "images={}/val"], 2, "write a list as [a,b]"),
         (
             compare,
@@ -383,26 +394,6 @@ def test_every_option_in_conf_is_in_the_schema_and_the_reverse(name, schema, ove
     with initialize_config_dir(str(find_conf()), version_base="1.3"):
         composed = OmegaConf.to_container(compose(name, overrides))
     assert sorted(list_keys(composed)) == sorted(option_names(choose_schema(schema, composed)))
-
-
-@pytest.mark.process
-def test_the_wheel_brings_conf_and_works_from_any_folder(tmp_path, monkeypatch):
-    from hatchling.build import build_wheel
-
-    monkeypatch.chdir(find_conf().parent)
-    site = tmp_path / "site"
-    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as archive:
-        archive.extractall(site)
-    inside = site / "resnest_imagenet" / "conf"
-    assert (inside.parent / "py.typed").is_file()
-    assert list_files(inside) == list_files(find_conf())
-    helps, _, conf = ask_for_help(tmp_path, "resnest-train", "resnest-data", PYTHONPATH=str(site))
-    assert all(f"{name} " in text for name, text in helps.items())
-    assert conf == str(inside)
-
-
-def list_files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
 
 
 @pytest.mark.process

@@ -278,7 +278,10 @@ def test_choice(monkeypatch):
     assert choose_loader("torchvision") == "torchvision"
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert choose_loader("auto") == "torchvision"
-    with pytest.raises(ConfigError, match=r"DALI is not installed: add the extra \[dali\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"DALI is not installed: set loader=auto, or add the extra \[dali\] of resnest-imagenet: pip install ",
+    ):
         choose_loader("dali")
 
 

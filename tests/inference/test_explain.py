@@ -300,5 +300,8 @@ def test_refusals(checkpoint, demo_images, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="target=rign: none of the network's 10 classes; did you mean 'ring'"):
         explain(*options, f"out={tmp_path}/out", "target=rign")
     monkeypatch.setitem(sys.modules, "captum", None)
-    with pytest.raises(ConfigError, match=r"^resnest-explain needs the extra \[explain\] of resnest-imagenet$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^resnest-explain needs the extra \[explain\] of resnest-imagenet: pip install 'captum>=0.9'$",
+    ):
         explain(*options, f"out={tmp_path}/out")

@@ -105,7 +105,10 @@ def test_pycocotools_is_not_installed(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     for call in (require_rasteriser, lambda: rasterise_masks(make_objects(), [0], BOXES[:1])):
-        with pytest.raises(ConfigError, match=r"^masks: pycocotools is not installed: add the extra \[detection\] "):
+        with pytest.raises(
+            ConfigError,
+            match=r"^masks: pycocotools is not installed: train without masks, or add the extra \[detection\] ",
+        ):
             call()
 
 

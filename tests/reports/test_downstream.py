@@ -97,8 +97,8 @@ def test_the_command_prints_one_table_or_all(rows, monkeypatch, capsys, tmp_path
     assert {number: len(table) for number, table in in_json.items()} == {"3": 14, "5": 9, "6": 8, "7": 8}
     assert in_json["7"] == rows
     assert json.loads(call(monkeypatch, capsys, nothing, "format=json", "table=7").out) == rows
-    readme = (find_conf().parent / "README.md").read_text()
-    assert f"\n{alone[7]}" in readme
+    page = (find_conf().parent / "docs/segmentation.md").read_text()
+    assert f"\n{alone[7]}" in page.replace("](../conf/", "](conf/")
 
 
 def test_csv_is_of_one_table():

@@ -40,7 +40,7 @@ make_results.result = {"crop": 224, "top1": 81.0, "top5": 95.0, "correct1": 4050
 make_results.result["protocol"] = "short side 256 bilinear, centre crop 224"
 
 
-def test_the_readmes_table_is_the_commands(tmp_path, monkeypatch, capsys):
+def test_the_documents_table_is_the_commands(tmp_path, monkeypatch, capsys):
     use_golden_costs(monkeypatch)
     (tmp_path / "a.json").write_text(make_results(model="resnest14_half"))
     monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=json"])
@@ -52,7 +52,7 @@ def test_the_readmes_table_is_the_commands(tmp_path, monkeypatch, capsys):
         for row in json.loads(printed.out)
     ]
     assert table == make_table([])
-    assert f"\n{format_table(table, 'markdown')}\n" in (find_conf().parent / "README.md").read_text()
+    assert f"\n{format_table(table, 'markdown')}\n" in (find_conf().parent / "docs/table3.md").read_text()
 
 
 def make_table(measured):

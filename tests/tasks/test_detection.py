@@ -59,6 +59,9 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(detectio
     out = tmp_path / "eval.json"
     arguments = (f"ckpt={newest_checkpoint(detection_run)}", f"data.root={demo_objects}", "device=cpu")
     evaluate(compose_config("eval", EvalConfig, *arguments, "loader.workers=0", f"out={out}"))
+    # Neither is another layout read as COCO's.
+    with pytest.raises(ConfigError, match=r"^data\.kind=imagenet: a detector is evaluated on data=coco$"):
+        evaluate(compose_config("eval", EvalConfig, *arguments, "data.kind=imagenet"))
     (result,) = json.loads(out.read_text())["results"]
     names = [name for name in last if name.startswith(("box_", "mask_"))]
     assert len(names) == 2 * 12

@@ -110,6 +110,7 @@ def test_each_protocol_evaluates_and_those_of_another_task_are_refused(scene_run
     for options, message in (
         (("protocol=paper",), "protocol is of classification: choose own, whole, slide, centre or published"),
         (("crop=64",), "crop and compile are of classification"),
+        (("data.kind=imagenet",), "unknown data.kind=imagenet"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(compose_config("eval", EvalConfig, *arguments, *options))

@@ -150,7 +150,9 @@ def test_a_network_without_finite_logits_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_without_the_extra_it_is_one_line_before_any_work(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # importing it now fails
-    with pytest.raises(ConfigError, match=r"^format=onnx needs the extra \[onnx\] of resnest-imagenet$"):
+    with pytest.raises(
+        ConfigError, match=r"^format=onnx needs the extra \[onnx\] of resnest-imagenet: pip install 'onnx>=1.18' "
+    ):
         export("/nowhere.pt", "format=onnx")
 
 

@@ -48,15 +48,17 @@ CPU = torch.device("cpu")
 TRAIN = [sys.executable, "-m", "resnest_imagenet.commands.train"]
 
 # What bounds each of them: the profile in performance.md and the tables themselves show it.
-BOUNDS = {
-    "batch": "From a few images on, the convolutions' arithmetic: a step costs what its images cost. Below, what a "
-    "step costs whatever its batch: the optimiser, a thousand operators to start. Memory grows with the batch.",
-    "crop": "The arithmetic again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
-    "depth": "The arithmetic: deeper networks have more of it, and are as fast per multiply-add.",
-    "start": "Imports of torch: of itself, and of its compiler, which the first optimiser loads; then the first step.",
-    "checkpoint": "torch's serialisation, and the disk, to which the file is flushed; reading verifies its SHA-256.",
-    "evaluation": "The network; images are decoded meanwhile, by the same two cores.",
-    "ranks": "Arithmetic: two ranks with a core each do the work of one process with both, and sum the gradients.",
+BOUNDS = {  # what decides each cost
+    "batch": "From a few images on, the arithmetic of the convolutions decides: a step costs in proportion to its "
+    "images. With fewer images the fixed cost of a step shows: the optimiser, and the start of a thousand operators. "
+    "Memory grows with the batch.",
+    "crop": "The arithmetic decides again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
+    "depth": "The arithmetic decides: deeper networks have more of it, and are as fast per multiply-add.",
+    "start": "It takes the imports of torch and of its compiler, which the first optimiser loads; then the first step.",
+    "checkpoint": "torch's serialisation, and the disk, to which the file is flushed. Reading verifies its SHA-256.",
+    "evaluation": "The network decides: images are decoded meanwhile, by the same two cores.",
+    "ranks": "The arithmetic decides: two ranks with a core each do the work of one process with both, and sum the "
+    "gradients.",
 }
 
 

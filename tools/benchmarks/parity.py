@@ -169,8 +169,8 @@ def main() -> None:
         f"which fails where an operation's mean is above {OPERATION_BOUND[0]} or its 99th percentile above "
         f"{OPERATION_BOUND[1]:g}, "
         f"or the\nloaders' above {LOADER_BOUND[0]} or {LOADER_BOUND[1]:.0f}; decoding must be equal. The few large "
-        "differences are at ties between two pixels\n(geometry) and overshoots (resizing, see the README). Equalize "
-        "differs by up to 1 + 65025 / pixels: by more on tiny images.\n"
+        "differences are at ties between two pixels\n(geometry) and overshoots (resizing, see "
+        "[Exactness](exactness.md)). Equalize differs by up to 1 + 65025 / pixels: by more on tiny images.\n"
     )
     is_within = True
     print("| operation | values | mean | 99th percentile | maximum |\n|---|---|---:|---:|---:|")

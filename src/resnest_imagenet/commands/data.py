@@ -8,6 +8,7 @@ from typing import Any
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.commands.terminal import surviving_output
+from resnest_imagenet.commands.versions import asks_for_version, format_versions
 from resnest_imagenet.config import (
     CheckDataConfig,
     DemoDataConfig,
@@ -17,6 +18,7 @@ from resnest_imagenet.config import (
     PrepareDataConfig,
     PreviewDataConfig,
     ShardDataConfig,
+    SplitDataConfig,
 )
 from resnest_imagenet.errors import ConfigError, DataError, suggest
 
@@ -51,6 +53,14 @@ def prepare(config: PrepareDataConfig) -> None:
 
     new = prepare_images(Path(config.archives), Path(config.out), config.verify)
     print(f"{'wrote' if new else 'already there:'} ImageNet's images in {config.out}")
+
+
+def split(config: SplitDataConfig) -> None:
+    """Split class folders into train and val."""
+    from resnest_imagenet.data.split import split_classes
+
+    new = split_classes(Path(config.data.root), Path(config.out), config.val_share, config.seed)
+    print(f"{'wrote' if new else 'already there:'} train and val in {config.out}: train with data.root={config.out}")
 
 
 def check(config: CheckDataConfig) -> None:
@@ -112,6 +122,7 @@ ACTIONS = {
         "draw a data set: classes, masks or objects",
     ),
     "prepare": Action(PrepareDataConfig, prepare, "unpack the official ImageNet archives"),
+    "split": Action(SplitDataConfig, split, "make train and val of a folder of class folders"),
     "check": Action(CheckDataConfig, check, "decode every image of a data set and list what is wrong with it"),
     "preview": Action(PreviewDataConfig, preview, "draw what training makes of some images, in a contact sheet"),
     "shard": Action(ShardDataConfig, shard, "write a folder of images as WebDataset shards"),
@@ -137,6 +148,12 @@ def choose_demo(words: list[str]) -> tuple[str, Action]:
     """
     task = ([word.removeprefix("task=") for word in words if word.startswith("task=")] or ["classification"])[-1]
     words[:] = [word for word in words if not word.startswith("task=")]
+    actions = {"classification": ACTIONS["demo"], **DEMOS}
+    own = actions[task].schema.model_fields if task in actions else ()
+    for option in (word.partition("=")[0] for word in words):
+        other = next((name for name, action in actions.items() if option in action.schema.model_fields), None)
+        if other is not None and own and option not in own:
+            raise ConfigError(f"{option} is of task={other}: add task={other}")
     if task == "classification":
         return "data_demo", ACTIONS["demo"]
     if task not in DEMOS:
@@ -163,6 +180,8 @@ def main() -> None:
                 print(f"resnest-data: {error}", file=sys.stderr)
                 sys.exit(error.exit_code)
         run_command(config, action.schema, action.job)
+    elif asks_for_version([name]):
+        print(format_versions())
     elif name in ("", "-h", "--help", "help"):
         with surviving_output(may_lose=False):
             print(format_usage())

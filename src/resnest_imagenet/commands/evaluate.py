@@ -80,7 +80,7 @@ def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.devic
 
 def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.device") -> str:
     """Evaluate a network of segmentation likewise; return the table."""
-    from resnest_imagenet.data.scenes import LAYOUTS, open_scenes
+    from resnest_imagenet.data.scenes import open_scenes
     from resnest_imagenet.data.source import print_notes
     from resnest_imagenet.distributed import launched_as
     from resnest_imagenet.inference.segmenter import open_segmenter
@@ -97,7 +97,8 @@ def evaluate_scenes(config: EvalConfig, weights: "Weights", device: "torch.devic
             "crop and compile are of classification: set protocol.crop=... of protocol=slide or published"
         )
     segmenter = open_segmenter(weights, protocol=given, device=device)
-    kind = config.data.kind if config.data.kind in LAYOUTS else segmenter.data_kind
+    # Without another kind the folder is in the layout that the network was trained on.
+    kind = segmenter.data_kind if config.data.kind == "folder" else config.data.kind
     scenes = open_scenes(kind, config.data.root, config.data.val_dir)
     if launched_as().rank == 0:
         print_notes(scenes.images)
@@ -129,6 +130,8 @@ def evaluate_objects(config: EvalConfig, weights: "Weights", device: "torch.devi
         raise ConfigError(f"predictions={config.predictions}: a detector's results are JSON: let it end in .json")
     detector = open_detector(weights, protocol=given, device=device)
     data = config.data
+    if data.kind not in ("coco", "folder"):
+        raise ConfigError(f"data.kind={data.kind}: a detector is evaluated on data=coco")
     # Without data=coco the folder is COCO's own.
     val_dir = data.val_dir if data.kind == "coco" or data.val_dir != "val" else None
     instances = open_coco(data.root, "val", data.val_json, val_dir, masks=detector.finds_masks)

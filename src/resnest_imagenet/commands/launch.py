@@ -5,13 +5,15 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from resnest_imagenet.commands.arguments import Vocabulary, list_choices, refuse_words
 from resnest_imagenet.commands.help import HELP, drop_flags, format_help
 from resnest_imagenet.commands.terminal import surviving_output
-from resnest_imagenet.config import Options, choose_schema, list_places, option_names
+from resnest_imagenet.commands.versions import asks_for_version, format_versions
+from resnest_imagenet.config import Options, choose_schema, option_names
 from resnest_imagenet.distributed import find_launcher_file, has_joined, launched_as, tell_launcher
 from resnest_imagenet.errors import (
     ConfigError,
@@ -21,6 +23,7 @@ from resnest_imagenet.errors import (
     UserError,
     explain_runtime,
     first_line,
+    list_names,
     printable,
     suggest,
 )
@@ -64,15 +67,13 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
     from omegaconf.errors import OmegaConfBaseException
 
     composing = True
+    if asks_for_version(sys.argv[1:]):
+        print(format_versions())
+        return
     asks_for_help = not HELP.isdisjoint(sys.argv[1:])
     if asks_for_help:
         sys.argv[1:] = drop_flags(sys.argv[1:])
-    if not {"-m", "--multirun"} & set(sys.argv[1:]):  # in a sweep a comma is between values
-        places = list_places(schema)
-        sys.argv[1:] = [quote_place(word, places) for word in sys.argv[1:]]
-
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        _check_sweep(name)
+    _check_words(name, schema)
 
     def task(composed: "DictConfig") -> float | None:
         nonlocal composing
@@ -82,7 +83,11 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
             if asks_for_help:
                 print(format_help(composed, schema))
                 return None
-            return job(check_config(composed, schema))
+            from resnest_imagenet.commands.early import refuse_early  # imports NumPy, which --help need not
+
+            config = check_config(composed, schema)
+            refuse_early(config)
+            return job(config)
         except (UserError, Stopped) as error:
             _leave(error)
         except Exception as error:
@@ -100,6 +105,19 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
         if not composing:
             raise
         _leave(explain_composition(error, schema))
+
+
+def _check_words(name: str, schema: type[Options]) -> None:
+    """Refuse words that cannot be meant as they stand, and quote for Hydra those that can; exit on an error."""
+    vocabulary = Vocabulary(schema, list_choices(find_conf(), sys.argv[1:]))
+    try:
+        refuse_words(sys.argv[1:], vocabulary)
+    except ConfigError as error:
+        _leave(error)
+    if {"-m", "--multirun"} & set(sys.argv[1:]):  # in a sweep a comma is between values
+        _check_sweep(name)
+    else:
+        sys.argv[1:] = [quote_place(word, vocabulary.places) for word in sys.argv[1:]]
 
 
 def quote_place(word: str, places: Mapping[str, bool]) -> str:
@@ -139,8 +157,9 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
 
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(_say_unset(str(error.full_key))) from None
+    except MissingMandatoryValue:
+        unset = OmegaConf.missing_keys(composed)
+        raise ConfigError(_say_unset(*(option for option in option_names(schema) if option in unset))) from None
     except OmegaConfBaseException as error:
         unresolved = OmegaConf.to_container(composed)
         assert isinstance(unresolved, dict)
@@ -151,13 +170,13 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise _explain_validation(error, schema) from None
+        raise _explain_validation(error, values, schema) from None
 
 
-def _explain_validation(error: "ValidationError", schema: type[Options]) -> ConfigError:
+def _explain_validation(error: "ValidationError", values: Mapping[Any, Any], schema: type[Options]) -> ConfigError:
     """Turn the first error into a line; an old name before all, of which a missing option may be the consequence."""
     errors = error.errors()
-    options = [".".join(str(part) for part in detail["loc"]) for detail in errors]
+    options = [_name_option(detail["loc"], values) for detail in errors]
     renamed = next((option for option in options if _new_name(option)), None)
     if renamed is not None:
         return _explain_unknown(renamed, schema)
@@ -168,7 +187,22 @@ def _explain_validation(error: "ValidationError", schema: type[Options]) -> Conf
         return ConfigError(_say_unset(option))
     if first["type"] == "value_error":  # a rule between options, in its own words
         return ConfigError(str(first["ctx"]["error"]))
-    return ConfigError(f"{option}={format_value(first['input'])}: {first['msg'].lower()}")
+    form = f": write {option}=[A,B]" if first["type"] in ("list_type", "too_short") else ""
+    return ConfigError(f"{option}={format_value(first['input'])}: {first['msg'].lower()}{form}")
+
+
+def _name_option(location: Sequence[int | str], values: Any) -> str:
+    """Return an option's dotted name; with the place in a list only where a list was given, not one value for it."""
+    names = []
+    for part in location:
+        if isinstance(part, int) and not isinstance(values, list):
+            break
+        names.append(str(part))
+        try:
+            values = values[part]
+        except (LookupError, TypeError):
+            values = None
+    return ".".join(names)
 
 
 def _explain_unknown(option: str, schema: type[Options]) -> ConfigError:
@@ -190,7 +224,7 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
 
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return ConfigError(f"unknown {group} {choice!r}{suggest(choice, error.options)} ({', '.join(error.options)})")
+        return ConfigError(f"unknown {group} {choice!r}{suggest(choice, error.options)} ({list_names(error.options)})")
     if isinstance(error, OverrideParseException):
         option, equals, value = str(error.override).partition("=")
         quoted = shlex.quote(option + "=" + _quote(value.strip("'\"")))
@@ -274,5 +308,6 @@ def _list_groups() -> list[str]:
     return [folder.name for folder in find_conf().iterdir() if folder.is_dir()]
 
 
-def _say_unset(option: str) -> str:
-    return f"{option} is not set: give {option}=..."
+def _say_unset(*options: str) -> str:
+    names = " and ".join([", ".join(options[:-1]), options[-1]] if options[1:] else options)
+    return f"{names} {'are' if options[1:] else 'is'} not set: give {' '.join(f'{option}=...' for option in options)}"

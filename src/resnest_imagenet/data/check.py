@@ -13,8 +13,8 @@ from resnest_imagenet.data.decoding import OTHER_FORMATS, BadImage
 from resnest_imagenet.data.examine import Examined, Finding, count_cores, examine_files
 from resnest_imagenet.data.folder import tell_by_name
 from resnest_imagenet.data.reading import open_regular
-from resnest_imagenet.data.source import list_folders, require_separate
-from resnest_imagenet.errors import DataError, printable
+from resnest_imagenet.data.source import list_folders, require_root, require_separate
+from resnest_imagenet.errors import DataError, list_names, printable
 from resnest_imagenet.files import replacing
 
 # A fault would stop a training, hide images from it, falsify its result or exhaust its memory; a note would not. Both
@@ -129,8 +129,7 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
     Raises:
         DataError: there is no such folder, or the processes keep dying.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"data.root={root}: no such folder")
+    require_root(root)
     if train_dir is not None and val_dir is not None:
         require_separate(Path(root, train_dir), Path(root, val_dir))
     names = {"data.train_dir": train_dir, "data.val_dir": val_dir}
@@ -268,7 +267,7 @@ def guess_folder(root: str, name: str, option: str) -> str:
     alike = [folder for folder in folders if folder.lower().startswith(os.path.basename(name)[:3].lower())]
     if alike:
         return f"set {option}={alike[0]}"
-    return f"set {option}; there: {', '.join(folders) or 'no folders'}"
+    return f"set {option}; there: {list_names(folders, 5) or 'no folders'}"
 
 
 def compare_classes(train: Part, val: Part) -> list[Finding]:

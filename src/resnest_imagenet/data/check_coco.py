@@ -16,6 +16,7 @@ from resnest_imagenet.data.coco_json import CocoFile, read_coco
 from resnest_imagenet.data.decoding import find_turn
 from resnest_imagenet.data.examine import Examined, Finding, count_cores, judge_image
 from resnest_imagenet.data.folder import Listing
+from resnest_imagenet.data.source import require_root
 from resnest_imagenet.errors import DataError
 
 # What turns height to width.
@@ -48,8 +49,7 @@ def check_coco(
     Raises:
         DataError: there is no such folder, or the processes keep dying.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"data.root={root}: no such folder")
+    require_root(root)
     places: dict[PartName, tuple[str | None, str | None]] = {
         "train": (train_dir, train_json),
         "val": (val_dir, val_json),

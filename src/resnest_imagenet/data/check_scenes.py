@@ -11,8 +11,7 @@ from resnest_imagenet.data.check import Part, Report, guess_folder, watch
 from resnest_imagenet.data.decoding import BadImage, open_image
 from resnest_imagenet.data.examine import Examined, Finding, Judge, count_cores, examine_files
 from resnest_imagenet.data.scenes import VOID, Layout, choose_layout, decode_mask, describe_sizes, pair_files
-from resnest_imagenet.data.source import require_separate
-from resnest_imagenet.errors import DataError
+from resnest_imagenet.data.source import require_root, require_separate
 
 Sizes = dict[str, tuple[int, int]]  # (width, height) by path
 
@@ -34,8 +33,7 @@ def check_scenes(
         DataError: there is no such folder or no class names, or the processes keep dying.
     """
     layout, workers = choose_layout(kind), workers or count_cores()
-    if not os.path.isdir(root):
-        raise DataError(f"data.root={root}: no such folder")
+    require_root(root)
     names = {"data.train_dir": train_dir, "data.val_dir": val_dir}
     chosen = {option: layout.folder(name) for option, name in names.items() if name is not None}
     if len(chosen) == 2:

@@ -107,13 +107,16 @@ def write_demo_images(out: Path, seed: int, train_per_class: int, val_per_class:
     return write_once(out, settings, write)
 
 
-def write_once(out: Path, settings: Mapping[str, int | str], write: Callable[[Path], None]) -> bool:
+def write_once(
+    out: Path, settings: Mapping[str, int | str], write: Callable[[Path], None], marker: str = "demo.json"
+) -> bool:
     """Write a data set whole or not at all, unless it exists.
 
     Args:
         out: its folder, new or empty.
-        settings: what determines its content; written into it as demo.json.
+        settings: what determines its content; written into it.
         write: writes the data set into a folder.
+        marker: name of the file with the settings.
 
     Returns:
         False if `out` holds a data set of these settings already.
@@ -122,7 +125,6 @@ def write_once(out: Path, settings: Mapping[str, int | str], write: Callable[[Pa
         DataError: `out` holds something else or cannot be written.
     """
     out = out.absolute()
-    marker = "demo.json"
     unfinished = name_temporary(out)
     try:
         if (out / marker).exists() and (out / marker).read_text() == json.dumps(settings):

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from resnest_imagenet.data.fetching import fetch_image, is_address
 from resnest_imagenet.data.reading import read_file
 from resnest_imagenet.data.source import ImageSource, find_part, list_folders, order_classes
 from resnest_imagenet.errors import DataError
@@ -159,11 +160,27 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
     return ImageFolder(part, tuple(classes), np.array(files), np.concatenate(labels), notes=listing.notes)
 
 
+def match_paths(pattern: str) -> list[str]:
+    """Return the files and folders that a pattern names; an image at a web address is fetched into a file.
+
+    Raises:
+        DataError: there are none.
+    """
+    if is_address(pattern):
+        return [fetch_image(pattern)]
+    # A file's name may look like a pattern.
+    paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise DataError(f"images={pattern}: no such file or folder")
+    return paths
+
+
 def find_images(patterns: list[str]) -> ImageFolder:
     """List images without classes, each once, in the order of the patterns.
 
     Args:
-        patterns: files, folders (with all folders in them), or patterns such as "photos/**/*.jpg".
+        patterns: files, folders (with all folders in them), patterns such as "photos/**/*.jpg", or web addresses of
+            images, which are fetched.
 
     Raises:
         DataError: a pattern matches no image.
@@ -171,10 +188,8 @@ def find_images(patterns: list[str]) -> ImageFolder:
     unique: dict[str, None] = {}
     notes: list[str] = []
     for pattern in patterns:
-        # A file's name may look like a pattern.
-        paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
         images = []
-        for path in paths:
+        for path in match_paths(pattern):
             if os.path.isdir(path):
                 listing = Listing(path)
                 images += sorted(os.path.join(path, image) for image in listing.walk(""))
@@ -182,8 +197,7 @@ def find_images(patterns: list[str]) -> ImageFolder:
             else:
                 images.append(path)
         if not images:
-            reason = "no images in it" if paths else "no such file or folder"
-            raise DataError(f"images={pattern}: {reason} ({', '.join(IMAGE_SUFFIXES)})")
+            raise DataError(f"images={pattern}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
         unique.update(dict.fromkeys(images))
     files = np.array([os.fsencode(os.path.abspath(path)) for path in unique])
     labels = np.zeros(len(files), dtype=np.int64)

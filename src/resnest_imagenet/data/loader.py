@@ -16,7 +16,7 @@ from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards
-from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.errors import ConfigError, name_extra, suggest
 
 
 class Loader(Protocol):
@@ -88,9 +88,7 @@ def choose_loader(name: str) -> str:
         return name
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not installed:
-        raise ConfigError(
-            "loader=dali: DALI is not installed: add the extra [dali] of resnest-imagenet, or set loader=auto"
-        )
+        raise ConfigError(f"loader=dali: DALI is not installed: set loader=auto, or add {name_extra('dali')}")
     return "dali" if installed else "torchvision"
 
 

@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, name_extra
 from resnest_imagenet.instances import Mask
 
 _BITS = 5  # of a number in each character of a run-length code
@@ -127,7 +127,7 @@ class MaskPacker:
 def require_pycocotools() -> None:
     """Raise a ConfigError where the library of run-length codes is not installed."""
     if importlib.util.find_spec("pycocotools") is None:
-        raise ConfigError("masks need pycocotools: add the extra [detection] of resnest-imagenet")
+        raise ConfigError(f"masks need pycocotools: add {name_extra('detection')}")
 
 
 def _read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:

@@ -21,7 +21,7 @@ from typing import IO, NoReturn
 from filelock import Timeout
 from tqdm import tqdm
 
-from resnest_imagenet.errors import ConfigError, DataError, first_line
+from resnest_imagenet.errors import ConfigError, DataError, first_line, name_extra
 from resnest_imagenet.files import locked
 
 TRAIN = "ILSVRC2012_img_train.tar"  # holds a tar of images for each class
@@ -168,7 +168,7 @@ def read_val_synsets(devkit: Path) -> list[str]:
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
     except ImportError:
-        raise ConfigError("the val labels need scipy: add the extra [prepare] of resnest-imagenet") from None
+        raise ConfigError(f"the val labels need scipy: add {name_extra('prepare')}") from None
     with _open_tar(devkit) as tar:
         meta, truth = (_read_member(tar, devkit, name) for name in (META, GROUND_TRUTH))
     try:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from resnest_imagenet.data.decoding import BadImage, Fault, decode_indices, decode_picture, open_image
 from resnest_imagenet.data.folder import ImageFolder, Listing
-from resnest_imagenet.data.source import ImageSource, find_part, read_class_names
+from resnest_imagenet.data.source import ImageSource, find_part, read_class_names, require_root
 from resnest_imagenet.errors import ConfigError, DataError, suggest
 
 VOID = 255  # in decoded masks: not labelled
@@ -285,11 +285,8 @@ def open_scenes(kind: str, root: str, part: str, option: str | None = None) -> S
         ConfigError: an unknown kind.
         DataError: folders, images or masks are missing, or the class names.
     """
-    layout, option = choose_layout(kind), option or f"data.{part}_dir"
-    if not os.path.isdir(root):
-        raise DataError(f"data.root={root}: no such folder")
-    image_root = _find_folder(root, layout.images, layout.folder(part), option)
-    mask_root = _find_folder(root, layout.masks, layout.folder(part), option)
+    layout = choose_layout(kind)
+    image_root, mask_root = find_folders(kind, root, part, option or f"data.{part}_dir")
     pairing = pair_files(layout, image_root, mask_root)
     if pairing.lone_images:
         name = pairing.lone_images[0]
@@ -336,6 +333,18 @@ def open_scene(kind: str, part: str, file: str, classes: tuple[str, ...], palett
     images = _list_files(Path(root, layout.images, folder), [name], classes)
     masks = _list_files(Path(root, layout.masks, folder), [layout.name_mask(name)], classes)
     return Scenes(images, masks, classes, layout.read_table(len(classes)), palette)
+
+
+def find_folders(kind: str, root: str, part: str, option: str) -> tuple[Path, Path]:
+    """Return the folders of the images and of the masks of a part; a DataError names what there is instead.
+
+    Args: see `open_scenes`.
+    """
+    layout = choose_layout(kind)
+    require_root(root)
+    names = (layout.images, layout.masks)
+    images, masks = (_find_folder(root, name, layout.folder(part), option) for name in names)
+    return images, masks
 
 
 def _find_folder(root: str, name: str, part: str, option: str) -> Path:

@@ -13,7 +13,10 @@ import numpy as np
 
 from resnest_imagenet.data.decoding import BadImage, find_fault
 from resnest_imagenet.data.reading import open_regular, read_file, require_size, try_again
-from resnest_imagenet.errors import DataError, printable
+from resnest_imagenet.errors import DataError, list_names, printable
+
+# What the parts of data sets are called.
+_PARTS = {"train", "training", "val", "valid", "validation", "test", "images", "train2017", "val2017", "annotations"}
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,33 @@ def find_part(root: str, name: str, option: str) -> Path:
         name: the part's folder within it, e.g. "train".
         option: the option that names this part.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"data.root={root}: no such folder")
+    require_root(root)
     part = Path(root, name)
     if not part.is_dir():
-        there = ", ".join(list_folders(root)) or "no folders"
-        raise DataError(f"{part}: no such folder (in {root}: {there}); set {option}")
+        folders = list_folders(root)
+        there = list_names(folders, 5) or "no folders"
+        line = f"{part}: no such folder (in {root}: {there}); set {option}"
+        if _are_classes(root, folders):
+            line += f"; are these the classes? resnest-data split data.root={root} out=... makes train and val"
+        raise DataError(line)
     return part
+
+
+def require_root(root: str) -> None:
+    """Raise a DataError where the folder of a data set is not there."""
+    if not os.path.isdir(root):
+        raise DataError(f"data.root={root}: no such folder")
+
+
+def _are_classes(root: str, folders: Sequence[str]) -> bool:
+    """Return whether the folders look like classes: none is called as a part, and the first ones hold only files."""
+    if len(folders) < 2 or not _PARTS.isdisjoint(folders):
+        return False
+    places = [os.path.join(root, name) for name in folders[:3]]
+    try:
+        return all(os.listdir(place) and not list_folders(place) for place in places)
+    except (OSError, DataError):
+        return False
 
 
 def list_folders(path: str | Path) -> list[str]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, name_extra
 from resnest_imagenet.evaluation.detections import DetectionTable, Kind, detect_over_ranks
 from resnest_imagenet.evaluation.ground_truth import GroundTruth
 from resnest_imagenet.evaluation.masks import measure_area
@@ -263,7 +263,7 @@ def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
     try:
         import hotcoco
     except ImportError as error:
-        raise ConfigError("detection needs hotcoco: add the extra [detection] of resnest-imagenet") from error
+        raise ConfigError(f"detection needs hotcoco: add {name_extra('detection')}") from error
     truth = numbered.truth
     objects = hotcoco.COCO.from_arrays(
         *(numbered.images, numbered.categories),
@@ -293,7 +293,7 @@ def _ask_pycocotools(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise ConfigError("detection needs pycocotools: add the extra [detection] of resnest-imagenet") from error
+        raise ConfigError(f"detection needs pycocotools: add {name_extra('detection')}") from error
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
         objects = COCO()
         objects.dataset = {"images": numbered.images, "categories": numbered.categories}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, name_extra
 from resnest_imagenet.instances import RunLengths
 
 THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
@@ -129,5 +129,5 @@ def import_masks() -> ModuleType:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise ConfigError("detection needs pycocotools: add the extra [detection] of resnest-imagenet") from error
+        raise ConfigError(f"detection needs pycocotools: add {name_extra('detection')}") from error
     return mask

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from resnest_imagenet.config import Options
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events, require_numbers
-from resnest_imagenet.files import read_matching, require_file
+from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_file
 from resnest_imagenet.models.rcnn_options import name_detector
 from resnest_imagenet.recipe import upgrade_recipe
 
@@ -262,8 +262,7 @@ def _read(
     path: Path, recipes: dict[str, dict[str, Any]], metrics: Sequence[str]
 ) -> Iterator[tuple[Path, list[Result]]]:
     """Yield the files of a path with the figures in them."""
-    if not path.exists():
-        raise ConfigError(f"results={path}: no such file or run folder")
+    require_exists(path, "results", RESULTS)
     if path.is_file():
         yield path, _read_results(path, recipes, metrics)
         return

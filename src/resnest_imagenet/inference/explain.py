@@ -15,7 +15,7 @@ from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.loader import Loader, build_loader, to_pixels
 from resnest_imagenet.data.plan import plan_evaluation
-from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.errors import ConfigError, name_extra, suggest
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.inference.classifier import Classifier, find_outputs, take_classifier
 from resnest_imagenet.inference.images import Images, list_images
@@ -187,7 +187,7 @@ def explain(
 def require_captum() -> None:
     """Raise a ConfigError if captum, which computes the maps, is not installed."""
     if find_spec("captum") is None:
-        raise ConfigError("resnest-explain needs the extra [explain] of resnest-imagenet")
+        raise ConfigError(f"resnest-explain needs {name_extra('explain')}")
 
 
 def map_evidence(model: nn.Module, layer: str, images: Tensor, classes: Tensor) -> Tensor:

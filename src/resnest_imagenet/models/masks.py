@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, name_extra
 from resnest_imagenet.instances import Mask, RunLengths
 from resnest_imagenet.models.proposals import widen
 from resnest_imagenet.models.rcnn_options import RCNNOptions
@@ -103,7 +103,7 @@ def require_rasteriser() -> Any:
         from pycocotools import mask
     except ImportError:
         raise ConfigError(
-            "masks: pycocotools is not installed: add the extra [detection] of resnest-imagenet, or train without masks"
+            f"masks: pycocotools is not installed: train without masks, or add {name_extra('detection')}"
         ) from None
     return mask
 

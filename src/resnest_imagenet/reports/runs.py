@@ -12,7 +12,7 @@ from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
 from resnest_imagenet.evaluation.results import Measured, has_accuracy, list_results, read_measured, read_values
-from resnest_imagenet.files import read_matching, require_file
+from resnest_imagenet.files import read_matching, require_file, require_folder
 
 # The numbers that a report needs from each event; from an evaluation also the value of its metric.
 _KEYS = {"train": ("step", "loss", "lr", "images_per_s", "data_wait"), "eval": ("step", "epoch")}
@@ -94,8 +94,7 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     Raises:
         ConfigError: it is not such a folder, or a file in it cannot be read.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"runs={folder}: {'not a' if folder.exists() else 'no such'} folder")
+    require_folder(folder, "runs")
     metrics, predictions = folder / "metrics.jsonl", folder / "predictions.csv"
     events = read_events(metrics, _KEYS) if metrics.exists() else []
     config = flatten(_read(folder / "config.yaml"))

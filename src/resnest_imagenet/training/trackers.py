@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from resnest_imagenet.config import TrainConfig, flatten
-from resnest_imagenet.errors import ConfigError, Stopped, first_line
+from resnest_imagenet.errors import ConfigError, Stopped, first_line, name_extra
 from resnest_imagenet.evaluation.events import Event
 from resnest_imagenet.files import move_damaged, replacing, storing
 
@@ -50,9 +50,7 @@ def require_trackers(names: Sequence[str]) -> None:
         spec = importlib.util.find_spec(name)
         # Any folder of this name, as W&B leaves one where it runs, counts as a package, but has no origin.
         if spec is None or spec.origin is None:
-            raise ConfigError(
-                f"log.trackers has {name}: it is not installed: add the extra [{name}] of resnest-imagenet"
-            )
+            raise ConfigError(f"log.trackers has {name}: it is not installed: add {name_extra(name)}")
 
 
 def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, events: list[Event]) -> list[Tracker]:

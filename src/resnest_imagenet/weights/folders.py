@@ -6,15 +6,11 @@ from typing import Any
 
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.errors import CheckpointError
+from resnest_imagenet.weights.sources import SETTINGS
 
-SETTINGS, TENSORS, README = "config.json", "model.safetensors", "README.md"
+TENSORS, README = "model.safetensors", "README.md"
 # The entries of a run's checkpoint that describe its network; there is also "palette" if the masks have one.
 ENTRIES = ("task", "config", "classes", "epoch")
-
-
-def is_described(path: Path) -> bool:
-    """Return whether a path is a folder with settings, as format=hub of this project or another program writes."""
-    return (path / SETTINGS).is_file()
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from resnest_imagenet.errors import CheckpointError, ConfigError, UserError
+from resnest_imagenet.errors import CheckpointError, ConfigError, UserError, name_extra
 from resnest_imagenet.files import replacing
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.weights.card import DescribeInput, DescribeScenes, open_network
@@ -201,7 +201,7 @@ def require_form(form: str) -> None:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             import_module(package)
     except ImportError as error:
-        raise ConfigError("format=onnx needs the extra [onnx] of resnest-imagenet") from error
+        raise ConfigError(f"format=onnx needs {name_extra('onnx')}") from error
 
 
 def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> bytes:

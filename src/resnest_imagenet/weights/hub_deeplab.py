@@ -5,11 +5,12 @@ from pathlib import Path
 
 from resnest_imagenet.weights.card import DescribeScenes
 from resnest_imagenet.weights.export import describe_deeplab, digest
-from resnest_imagenet.weights.folders import SETTINGS, TENSORS
+from resnest_imagenet.weights.folders import TENSORS
 from resnest_imagenet.weights.hub import read_score
 from resnest_imagenet.weights.hub_folder import write_folder
 from resnest_imagenet.weights.load import Weights, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
+from resnest_imagenet.weights.sources import SETTINGS
 
 _README = """---
 license: apache-2.0

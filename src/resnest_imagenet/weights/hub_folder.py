@@ -10,8 +10,9 @@ from torch import Tensor
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.files import replacing, require_writable
 from resnest_imagenet.weights.export import require_other
-from resnest_imagenet.weights.folders import README, SETTINGS, TENSORS
+from resnest_imagenet.weights.folders import README, TENSORS
 from resnest_imagenet.weights.load import Weights
+from resnest_imagenet.weights.sources import SETTINGS
 
 
 def write_folder(

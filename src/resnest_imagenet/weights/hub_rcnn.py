@@ -7,10 +7,11 @@ from resnest_imagenet.weights.card import DescribeObjects
 from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
 from resnest_imagenet.weights.export import digest
 from resnest_imagenet.weights.export_rcnn import describe_rcnn
-from resnest_imagenet.weights.folders import SETTINGS, TENSORS
+from resnest_imagenet.weights.folders import TENSORS
 from resnest_imagenet.weights.hub import read_score
 from resnest_imagenet.weights.hub_folder import write_folder
 from resnest_imagenet.weights.load import Weights, read_weights
+from resnest_imagenet.weights.sources import SETTINGS
 
 _README = """---
 license: apache-2.0

@@ -1,7 +1,6 @@
 """Loads weights from any file into a network: all tensors fit, or a line names one that does not."""
 
 import functools
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -26,10 +25,11 @@ from resnest_imagenet.models.zoo import (
 )
 from resnest_imagenet.options import Crop
 from resnest_imagenet.recipe import ProtocolOptions
-from resnest_imagenet.weights.folders import is_described, read_folder
+from resnest_imagenet.weights.folders import read_folder
 from resnest_imagenet.weights.layouts import is_unread, recognise, rename
 from resnest_imagenet.weights.pickles import load_pickle
 from resnest_imagenet.weights.published import fetch, find_timm_test
+from resnest_imagenet.weights.sources import find_weights, is_described, is_published
 
 TASK = "classification"  # the task of the zoo's networks; old checkpoints, which name no task, have it too
 
@@ -51,7 +51,7 @@ class Weights:
     """The content of a file. Attributes are None if the source does not have them.
 
     Attributes:
-        source: the file, or official:NAME or timm:NAME, as the user gave it.
+        source: the file, or official:NAME or timm:NAME.
         tensors: by the names of the file's layout, without the prefixes of wrappers.
         is_average: whether they are the moving average of the trained weights.
         model: the network's name.
@@ -88,8 +88,8 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
 
     Args:
         source: a .pth, .pt or .safetensors file: a checkpoint of this project, or a state dict, bare or under
-            "state_dict" or "model"; a .pkl file: the same, of numpy arrays; a folder of resnest-export format=hub of
-            segmentation or detection; or published weights, official:NAME or timm:NAME.
+            "state_dict" or "model"; a .pkl file: the same, of numpy arrays; a run folder: its best checkpoint; a folder
+            of resnest-export format=hub of segmentation or detection; or published weights, official:NAME or timm:NAME.
         choice: "model", "ema" (the moving average), or "auto": the moving average if the file has one.
         tasks: the tasks whose checkpoints are taken.
 
@@ -101,16 +101,17 @@ def read_weights(source: str | PathLike[str], choice: str = "auto", tasks: Colle
     if choice not in ("auto", "model", "ema"):
         raise ConfigError(f"weights={choice!r}: auto, model and ema are valid")
     source = fspath(source)
-    # Neither a file nor in the form of a path: a published name, or a misspelt one.
-    is_published = re.match(r"\w\w+:", source) is not None and not Path(source).exists()
-    path, model = fetch(source) if is_published else (Path(source), None)
+    has_name = is_published(source)
+    path, model = fetch(source) if has_name else (find_weights(source), None)
+    if not has_name and path != Path(source):  # a run's best checkpoint: results name the file
+        source = fspath(path)
     content = _read_content(path)
     if {"config", "epoch"} <= content.keys():
         require_task(content, source, tasks)
     state, is_average = _choose_state(content, choice, source)
     weights = Weights(source, _without_wrappers(_require_tensors(state, source)), is_average)
     _require_finite(weights)
-    if is_published:
+    if has_name:
         outputs = weights.tensors.get("fc.weight")
         crop, protocol = _find_published_test(source, model or "")
         classes = None if outputs is None else list_classes(None, len(outputs))

@@ -12,21 +12,8 @@ import torch
 from resnest_imagenet.errors import CheckpointError, ConfigError, first_line, suggest
 from resnest_imagenet.files import locked
 from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
+from resnest_imagenet.weights.sources import OFFICIAL
 
-# SHA-256 of the official files: the whole one if it is known, else the 8 digits in the file's name.
-OFFICIAL: dict[str, str] = {
-    "resnest50": "528c19ca6509420548c8359f63ff37975e7d92f42eaf72a7af152a015c8ef48c",
-    "resnest101": "22405ba7",
-    "resnest200": "75117900",
-    "resnest269": "0cc87c48",
-    "resnest50_fast_1s1x64d": "d8fbf808",
-    "resnest50_fast_2s1x64d": "44938639",
-    "resnest50_fast_4s1x64d": "f74f3fc3",
-    "resnest50_fast_1s2x40d": "32830b84",
-    "resnest50_fast_2s2x40d": "9d126481",
-    "resnest50_fast_4s2x40d": "41d14ed0",
-    "resnest50_fast_1s4x24d": "d4a4f76f",
-}
 MIRRORS = (
     "https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1",
     "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-resnest",

@@ -1,0 +1,122 @@
+"""What a command refuses before it imports torch, which takes seconds: a file or folder that is not there.
+
+`CHECKS` is the whole list. Each check calls the function that the work calls later, too: so both have the same words.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnest_imagenet.config import (
+    RECIPES,
+    CompareConfig,
+    EvalConfig,
+    ExplainConfig,
+    ExportConfig,
+    Options,
+    PredictConfig,
+    PreviewDataConfig,
+    ReportConfig,
+    Table3Config,
+    TrainConfig,
+)
+from resnest_imagenet.data.folder import match_paths
+from resnest_imagenet.data.scenes import LAYOUTS, find_folders
+from resnest_imagenet.data.source import find_part, require_root
+from resnest_imagenet.distributed import launched_as
+from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
+from resnest_imagenet.weights.sources import find_weights, is_published
+
+_KINDS = ("folder", "webdataset", "coco", *LAYOUTS)  # the project's own; where another's data are, only that one tells
+
+
+def refuse_early(config: Options) -> None:
+    """Raise the UserError of the first check that fails.
+
+    Args:
+        config: of a command; of those that have no checks, nothing is looked at.
+    """
+    for schema, checks in CHECKS.items():
+        if isinstance(config, schema):
+            for check in checks:
+                check(config)
+
+
+def _check_parts(config: TrainConfig) -> None:
+    data = config.data
+    if data.kind not in _KINDS or config.train.task not in RECIPES:
+        return
+    require_root(data.root)
+    for option, name in (("data.train_dir", data.train_dir), ("data.val_dir", data.val_dir)):
+        if data.kind in LAYOUTS:
+            find_folders(data.kind, data.root, name, option)
+        elif data.kind != "coco":  # its folders may have other names than these
+            find_part(data.root, name, option)
+
+
+def _check_start(config: TrainConfig) -> None:
+    """A run that resumes does not read the weights that it started from."""
+    has_begun = any(Path(config.run_dir, "checkpoints").glob("step-*.pt"))
+    if config.train.init_from is not None and not has_begun:
+        _check_weights([config.train.init_from])
+
+
+def _check_root(config: EvalConfig) -> None:
+    """Only the weights tell which of its folders are read."""
+    if config.data.kind in _KINDS:
+        require_root(config.data.root)
+
+
+def _check_compared(config: CompareConfig) -> None:
+    if config.data.root is not None:
+        require_root(config.data.root)
+    if config.images is not None:
+        match_paths(config.images)
+
+
+def _check_images(config: PredictConfig | ExplainConfig) -> None:
+    for pattern in config.images:
+        match_paths(pattern)
+
+
+def _check_checkpoints(config: EvalConfig | PredictConfig | ExplainConfig | ExportConfig | CompareConfig) -> None:
+    _check_weights(config.ckpt if isinstance(config, CompareConfig) else [config.ckpt])
+
+
+def _check_weights(sources: Sequence[str]) -> None:
+    for source in sources:
+        if not is_published(source):
+            find_weights(source)
+
+
+def _check_runs(config: ReportConfig) -> None:
+    read_matching(config.runs, lambda path: require_folder(path, "runs"))
+
+
+def _check_results(config: Table3Config) -> None:
+    read_matching(config.results, lambda path: require_exists(path, "results", RESULTS))
+
+
+def _outputs(*options: str) -> Callable[[Any], None]:
+    """Return a check of the files that a command is to write."""
+
+    def check(config: Options) -> None:
+        for option in options:
+            path = getattr(config, option)
+            if path is not None and launched_as().rank == 0:
+                require_writable(Path(path), option)
+
+    return check
+
+
+CHECKS: dict[type[Options], tuple[Callable[[Any], None], ...]] = {
+    TrainConfig: (_check_parts, _check_start),
+    PreviewDataConfig: (_outputs("out"),),
+    EvalConfig: (_outputs("out", "predictions"), _check_root, _check_checkpoints),
+    PredictConfig: (_check_images, _check_checkpoints),
+    ExplainConfig: (_check_images, _check_checkpoints),
+    CompareConfig: (_outputs("csv", "page"), _check_compared, _check_checkpoints),
+    ExportConfig: (_check_checkpoints,),
+    ReportConfig: (_outputs("out"), _check_runs),
+    Table3Config: (_check_results,),
+}
