@@ -130,7 +130,7 @@ def test_a_run_is_extended_when_asked_for_whatever_became_of_its_metrics(tiny_ru
     way = "choose another run_dir, checkpoint.on_mismatch=extend to train this one longer, or "
     with pytest.raises(CheckpointError, match=f"train.epochs=1, not 2: {way}"):
         train(tiny_run(*ONE_EPOCH, *two))
-    with pytest.raises(CheckpointError, match=r"seed=0, not 1 \(on_mismatch=extend is for more epochs or steps, and "):
+    with pytest.raises(CheckpointError, match=r"seed=0, not 1 \(on_mismatch=extend allows only more epochs or steps\)"):
         train(tiny_run(*ONE_EPOCH, *two, "seed=1", "checkpoint.on_mismatch=extend"))
     good = (run / "metrics.jsonl").read_bytes()
     bad = [bytes(20), b'{"event": "train", "epoch": 0\xff}', b'{"event": "tra' + good.splitlines()[-1]]
@@ -157,7 +157,7 @@ def test_a_run_is_extended_when_asked_for_whatever_became_of_its_metrics(tiny_ru
     newest_checkpoint(run).unlink()  # it resumes in the middle of the second epoch, and is asked for nothing
     assert newest_checkpoint(run).stem == "step-000000008"
     assert_equal(train(tiny_run(*ONE_EPOCH, *two)).state_dict(ALONE), whole)
-    with pytest.raises(CheckpointError, match=r"train\.epochs=2, not 1 \(on_mismatch=extend is for more"):
+    with pytest.raises(CheckpointError, match=r"train\.epochs=2, not 1 \(on_mismatch=extend allows only more"):
         train(tiny_run(*ONE_EPOCH, "checkpoint.on_mismatch=extend"))
 
 

@@ -51,7 +51,7 @@ from resnest_imagenet.weights.load import read_weights, start_from
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), normalised; labels int64 (B,)
 
 NUM_SHOWN = 16  # images of a batch
-_BYTES_PER_PIXEL = 10_000  # more than any network keeps of a pixel of its input; resnest269 7,500, resnest50 2,100
+_BYTES_PER_PIXEL = 10_000  # more than any network keeps per input pixel: resnest269 keeps 7,500, resnest50 2,100
 
 
 class Classification:
@@ -74,7 +74,7 @@ class Classification:
         self._dropblock: DropBlock | None = None
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
-        """See `Task`; the protocol is in it because best accuracies are comparable under the same only."""
+        """See `Task`; it includes the protocol, because best accuracies are comparable only under the same protocol."""
         config = self.config
         return {
             "model.name": config.model.name,
@@ -166,7 +166,7 @@ class Classification:
         )
 
     def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Return the cross entropy against smoothed targets of a batch, mixed and forwarded under autocast."""
+        """Mix a batch, run the network under autocast, and return the cross entropy against smoothed targets."""
         recipe, (images, labels) = self._recipe, batch
         if self._dropblock:
             self._dropblock.set_probability(dropblock_probability(recipe, draws.epoch))
@@ -177,7 +177,7 @@ class Classification:
         return {"cross_entropy": smoothed_cross_entropy(logits, targets, recipe.label_smoothing)}
 
     def blank_batch(self, device: torch.device) -> Batch:
-        """See `Task`; channels_last like the loaders' batches: for others a network would be compiled again."""
+        """See `Task`; channels_last like the loaders' batches: otherwise a network would be compiled again."""
         recipe = self._recipe
         images = torch.zeros(recipe.batch_size, 3, recipe.crop, recipe.crop, device=device)
         labels = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
@@ -189,7 +189,7 @@ class Classification:
         return partial(draw_samples, images[:NUM_SHOWN].clone())
 
     def describe(self, counts_cost: bool) -> dict[str, str]:
-        """See `Task`; multiply-adds are those of 1000 classes."""
+        """See `Task`; multiply-adds are for 1000 classes."""
         name, crop, cost = self.config.model.name, self._recipe.crop, ""
         if counts_cost:
             cost = f", {count_cost(name, crop)[1] / 1e9:.2f} GFLOPs at {crop} with 1000 classes"
@@ -222,7 +222,7 @@ def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig
 
 
 def build_train_transform(recipe: ClassificationRecipe, seed: int) -> TrainTransform:
-    """Make what a recipe does to single images."""
+    """Return a recipe's transform of single images."""
     cropping: RandomResizedCrop | ERandomCrop = RandomResizedCrop(recipe.min_crop_area)
     if recipe.cropping == "erandom":
         cropping = ERandomCrop(recipe.crop, recipe.min_crop_area)
@@ -240,17 +240,17 @@ def build_train_transform(recipe: ClassificationRecipe, seed: int) -> TrainTrans
 
 
 def dropblock_probability(recipe: ClassificationRecipe, epoch: int) -> float:
-    """Return DropBlock's probability in an epoch, counted from 0: linear, the recipe's in the last epoch (Gluon)."""
+    """Return DropBlock's probability in an epoch, counted from 0: it rises linearly to the recipe's value (Gluon)."""
     assert recipe.epochs is not None
     return recipe.dropblock * (epoch + 1) / recipe.epochs
 
 
 def erase_and_mix(images: Tensor, recipe: ClassificationRecipe, draws: Draws) -> tuple[Tensor, Mixing | None]:
-    """Return what the network sees of a batch, and what was mixed.
+    """Return a batch's images as the network sees them, and the mixing.
 
     Args:
         images: (B, 3, H, W), normalised; may be changed in place.
-        recipe: how to train.
+        recipe: of the training.
         draws: of the batch.
     """
     if recipe.erasing > 0:
@@ -260,7 +260,7 @@ def erase_and_mix(images: Tensor, recipe: ClassificationRecipe, draws: Draws) ->
 
 
 def _draw_mixing(recipe: ClassificationRecipe, images: Tensor, rng: np.random.Generator) -> Mixing | None:
-    """Draw mixup or CutMix; where a recipe has both, either with probability 1/2."""
+    """Draw mixup or CutMix; if a recipe has both, either has probability 1/2."""
     mixup, cutmix = recipe.mixup_alpha > 0, recipe.cutmix_alpha > 0
     if mixup and cutmix:
         mixup = rng.random() < 0.5

@@ -38,7 +38,7 @@ from resnest_imagenet.weights.segmentation import start_deeplab
 Batch = tuple[Tensor, Tensor]  # images (B, 3, crop, crop), normalised; masks int64 (B, crop, crop) with VOID
 
 NUM_SHOWN = 4  # scenes of a batch
-# More than any network keeps of a pixel of its input at output stride 8; resnest269 with 150 classes 27,000.
+# More than any network keeps per input pixel at output stride 8: resnest269 with 150 classes keeps 27,000.
 _BYTES_PER_PIXEL = 40_000
 
 
@@ -69,7 +69,7 @@ class Segmentation:
 
     @property
     def _options(self) -> dict[str, Any]:
-        """Those of `build_deeplab`."""
+        """The options of `build_deeplab`."""
         recipe = self._recipe
         return {
             "output_stride": recipe.output_stride,
@@ -109,7 +109,7 @@ class Segmentation:
             )
 
     def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
-        """See `Task`; batch norms are synchronised where ranks are several and the device has that."""
+        """See `Task`; batch norms are synchronised if there are several ranks and the device supports it."""
         recipe = self._recipe
         torch.manual_seed(self.config.seed)
         launch = launched_as()
@@ -198,7 +198,7 @@ class Segmentation:
         return images.to(memory_format=torch.channels_last), masks
 
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
-        """See `Task`: each scene, and under the colours of its mask."""
+        """See `Task`: each scene, plain and under the colours of its mask."""
         images, masks = (tensor[:NUM_SHOWN].clone() for tensor in batch)
         palette = self.palette
 
@@ -211,7 +211,7 @@ class Segmentation:
         return draw
 
     def describe(self, counts_cost: bool) -> dict[str, str]:
-        """See `Task`; pixels per class are not counted: all masks would have to be read."""
+        """See `Task`; pixels per class are not counted, because that would read all masks."""
         name, crop, cost = self.config.model.name, self._recipe.crop, ""
         if counts_cost:
             stages = count_deeplab(name, len(self.classes), crop, **self._options)
@@ -224,13 +224,13 @@ class Segmentation:
 
 
 def build_scene_transform(recipe: SegmentationRecipe, seed: int) -> SceneTransform:
-    """Return what training does to a scene."""
+    """Return a recipe's transform of scenes."""
     scales = (recipe.scales[0], recipe.scales[1])
     return SceneTransform(recipe.crop, recipe.base, seed, scales, recipe.blur)
 
 
 def masked_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return the mean cross entropy of the labelled pixels; 0 where there are none.
+    """Return the mean cross entropy of the labelled pixels; 0 if there are none.
 
     Args:
         logits: (B, K, H, W).

@@ -15,26 +15,26 @@ from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.evaluation.score import Score
 from resnest_imagenet.randomness import Draws
 
-Batch: TypeAlias = Any  # what a task's loader yields: a run never looks inside
+Batch: TypeAlias = Any  # of a task's loader: the run does not read its content
 Pause: TypeAlias = Callable[[int, bool], None]  # before each batch: its number on this rank, whether all ranks have one
 Evaluate: TypeAlias = Callable[[nn.Module, Pause], Score]
 
 
 class Task(Protocol):
-    """What a run trains a network for: all that differs between classification, detection and segmentation.
+    """All that differs between training for classification, detection and segmentation.
 
-    It is opened before the ranks meet: it has listed its data and refused what cannot work. It holds nothing that a
-    checkpoint would have to keep: what is random is a function of `Draws`. A task whose classes have colours may also
-    have `palette`, uint8 (K, 3), one whose data set numbers them `category_ids`, int64 (K,): its checkpoints then have
-    them too.
+    A task is opened before the ranks meet: it lists its data and refuses what cannot work. It has no state that a
+    checkpoint must hold: its randomness is a function of `Draws`. A task whose classes have colours may also have
+    `palette`, uint8 (K, 3), and a task whose data set numbers the classes `category_ids`, int64 (K,); its checkpoints
+    then have them too.
 
     Attributes:
-        config: the run's, with what the data decides filled in, such as the number of classes.
+        config: the run's, with values that depend on the data filled in, such as the number of classes.
         classes: names, in the order of the network's outputs.
         metric: the value of a `Score` that chooses best.pt: in percent, 0 to 100, higher is better.
-        head: names of the modules that are trained at `train.head_lr_factor` times the rate; () where there is none.
+        head: names of the modules that are trained at `train.head_lr_factor` times the rate; () if there is no head.
         train_set: the training images.
-        val_set: those of the evaluation.
+        val_set: the images of the evaluation.
     """
 
     config: TrainConfig
@@ -45,12 +45,13 @@ class Task(Protocol):
     val_set: ImageSource
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
-        """Return what must not change when a run is resumed: plain values by the option's name, and digests of data.
+        """Return the values that must not change when a run is resumed, by option name, and digests of the data.
 
-        "classes" is a list of names; entries about the data are named as `tasks.digests.describe_images` names them.
+        "classes" is a list of names; entries about the data have the names of `tasks.digests.describe_images`. All
+        ranks take part.
 
         Args:
-            ranks: who takes part: all do.
+            ranks: the ranks of the run.
             tick: called from time to time while files are read.
         """
 
@@ -58,31 +59,31 @@ class Task(Protocol):
         """Return the bytes that a forward pass of one rank keeps for the backward pass.
 
         Args:
-            enough: where an upper bound that costs nothing is below this, that bound.
+            enough: if a cheap upper bound is below this, return that bound.
         """
 
     def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
-        """Build the network on a device; a new run starts from `train.init_from`, where it is set.
+        """Build the network on a device; a new run starts from `train.init_from` if it is set.
 
-        `loss` is then about the network that was built last.
+        `loss` applies to the network that was built last.
         """
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
         """Plan this rank's share of the training set, in `num_batches` batches per epoch over all ranks."""
 
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
-        """Build what yields the batches of a plan."""
+        """Build the loader of the batches of a plan."""
 
     def build_evaluation(self, ranks: Ranks) -> Evaluate:
-        """Prepare the evaluation after an epoch: each validation image once, on one of the ranks."""
+        """Prepare the evaluation after an epoch: one rank evaluates each validation image, once."""
 
     def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> Mapping[str, Tensor]:
-        """Return the loss of one batch: scalars by name, the same names for every batch, whose sum is minimised.
+        """Return the loss of one batch: scalars by name, the same names for every batch; their sum is minimised.
 
-        The names stand in metrics.jsonl beside "loss", which is the sum, "lr", "images_per_s" and "data_wait".
+        The names stand in metrics.jsonl beside "loss" (the sum), "lr", "images_per_s" and "data_wait".
 
         Args:
-            network: that of `build_model`, wrapped.
+            network: of `build_model`, wrapped.
             batch: of the loader; may be changed in place.
             draws: of this batch.
         """
@@ -91,11 +92,14 @@ class Task(Protocol):
         """Return a batch without images, for the pass before the first step."""
 
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
-        """Return what draws some images of a batch as the network sees them, uint8 (H, W, 3); the batch stays."""
+        """Return a function that draws some images of a batch as the network sees them, uint8 (H, W, 3).
+
+        The batch is not changed.
+        """
 
     def describe(self, counts_cost: bool) -> dict[str, str]:
-        """Return the task's lines of a run's plan by their subjects, "network" among them; no image is read.
+        """Return the task's lines of a run's plan by their subjects, including "network"; no image is read.
 
         Args:
-            counts_cost: whether the network's line has its multiply-adds too, which takes seconds.
+            counts_cost: whether the network's line includes its multiply-adds, which takes seconds.
         """

@@ -31,14 +31,14 @@ _SHOWN += ("cutmix_alpha", "dropout", "dropblock", "norm", "freeze_at", "auxilia
 def describe_plan(
     task: Task, plan: StepPlan, state: TrainingState, ranks: Ranks, is_dry: bool = False
 ) -> dict[str, str]:
-    """Return what a run is about to do: lines by their subjects. Nothing is drawn, and no image is read.
+    """Return the plan of a run: lines by their subjects. No random number is drawn, and no image is read.
 
     Args:
-        task: what is trained for.
+        task: of the run.
         plan: the steps.
-        state: what is trained; may be on the meta device.
-        ranks: who takes part.
-        is_dry: count exactly what takes seconds to count.
+        state: of the training; may be on the meta device.
+        ranks: the ranks of the run.
+        is_dry: also count exactly what takes seconds to count.
     """
     recipe = task.config.train
     lines = task.describe(is_dry)
@@ -67,14 +67,14 @@ def format_lines(lines: Mapping[str, str]) -> str:
 
 
 def describe_result(task: Task, state: TrainingState, best_epoch: int | None, seconds: float, resumed: int) -> str:
-    """Return what came of a finished run: the best figure, how long it took, its checkpoint, and what to type next.
+    """Return the result of a finished run: the best figure, its duration, its checkpoint, and commands to type next.
 
     Args:
-        task: it was trained for.
+        task: of the run.
         state: its last.
-        best_epoch: of the best evaluation; None: not known.
+        best_epoch: of the best evaluation; None if it is unknown.
         seconds: since it was started or resumed.
-        resumed: the step after which it was resumed; 0: it was not.
+        resumed: the step after which it was resumed, or 0.
     """
     after = "" if best_epoch is None else f" after epoch {best_epoch} of {state.epoch}"
     since = f" since step {resumed:,}" if resumed else ""
@@ -91,7 +91,7 @@ def describe_result(task: Task, state: TrainingState, best_epoch: int | None, se
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time in the two units that matter: "3 h 5 min", "5 min 7 s", "7 s"."""
+    """Return a time in its two largest units: "3 h 5 min", "5 min 7 s", "7 s"."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -137,7 +137,7 @@ def _count(number: int, unit: str, units: str = "") -> str:
 
 def _describe_recipe(recipe: Recipe) -> str:
     values = {name: getattr(recipe, name, None) for name in _SHOWN}
-    others = {"momentum": "sgd", "nesterov": "sgd", "betas": "adamw lamb"}  # what they are options of
+    others = {"momentum": "sgd", "nesterov": "sgd", "betas": "adamw lamb"}  # the optimizers that have them
     if recipe.head_lr_factor == 1:
         del values["head_lr_factor"]
     shown = [
@@ -157,7 +157,7 @@ def _describe_learning_rate(schedule: str, plan: StepPlan) -> str:
 
 
 def _describe_memory(task: Task, state: TrainingState, device: torch.device, is_exact: bool) -> str:
-    """Return the bytes that a rank needs, and those that are free, where the system shows them."""
+    """Return the bytes that a rank needs, and the free bytes if the system shows them."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else count_free_bytes()
     sharing = 1 if device.type == "cuda" else count_local_ranks()
     enough = 0.0 if is_exact or free is None else free / sharing / PEAK
@@ -180,7 +180,7 @@ def _describe_checkpoints(config: TrainConfig, state: TrainingState) -> str:
 
 
 def _choose_picture(task: Task) -> str:
-    """Return an image of the evaluation as resnest-predict takes it, where it is a file."""
+    """Return an image of the evaluation for resnest-predict; a placeholder if it is not a file."""
     name = task.val_set.name(0)
     picture = shlex.quote(name) if Path(name).is_file() else "PICTURE.jpg"
     return picture + {"segmentation": " out=masks", "detection": " out=found"}.get(task.config.train.task, "")

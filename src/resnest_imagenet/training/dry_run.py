@@ -1,4 +1,4 @@
-"""What a run would do, before it does it."""
+"""The dry run: checks a run and returns its plan, without training."""
 
 import os
 import shutil
@@ -24,12 +24,12 @@ from resnest_imagenet.training.upgrade import upgrade_checkpoint
 
 
 def describe_run(config: TrainConfig) -> str:
-    """Check all that can be checked without training, read one batch, and return the plan, a line for each subject.
+    """Check everything that can be checked without training, read one batch, and return the plan, a line per subject.
 
     Nothing is written, not even the run folder. Under torchrun each rank reads its batch; the ranks do not meet.
 
     Raises:
-        UserError: what would stop the run at its start.
+        UserError: the error that would stop the run at its start.
     """
     task, plan, device = prepare(config)
     rank, local_rank, world_size = distributed.launched_as()
@@ -47,7 +47,7 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def _read_batch(task: Task, plan: StepPlan, ranks: Ranks) -> str:
-    """Read a rank's first batch; return its size, and how long that took."""
+    """Read a rank's first batch; return its size and the time of reading it."""
     batches = task.plan_batches(plan.steps_per_epoch * plan.accumulation * ranks.world_size, ranks)
     started = time.perf_counter()
     batch = next(iter(task.build_loader(batches, ranks).batches(epoch=0)))
@@ -80,7 +80,7 @@ def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.de
     if newest is None:
         if config.train.init_from is None:
             return f"from scratch in {run.path}"
-        task.build_model(True, torch.device("cpu"))  # reads them, and refuses what does not fit
+        task.build_model(True, torch.device("cpu"))  # reads the weights, and refuses those that do not fit
         return f"from scratch in {run.path}, with the weights of {config.train.init_from}"
     if is_over(run, saved, plan):
         return f"finished: best {describe_best(task.metric, saved['best'])}, nothing to do"
@@ -90,8 +90,8 @@ def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.de
 
 
 def _count_free_disk(folder: Path) -> int:
-    """Return what is free where a folder is, or would be made; a ConfigError where it cannot be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"run_dir={folder}: cannot be written ({there})")
-    return shutil.disk_usage(there).free
+    """Return the free bytes of the disk on which a folder is or would be made; a ConfigError if it cannot be made."""
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"run_dir={folder}: cannot be written ({parent})")
+    return shutil.disk_usage(parent).free

@@ -1,4 +1,4 @@
-"""What makes a run the same run: what must not change when it is resumed, and what changes its bits only."""
+"""The identity of a run: values that must not change when it is resumed, and those that only change its last bits."""
 
 import os
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.run_folder import list_versions
 from resnest_imagenet.training.schedule import StepPlan
 
-# What an identity has of each part of the data; where one differs, those after it differ too.
+# Entries for each part of the data; if one differs, those after it differ too.
 _OF_IMAGES = ("images", "labels", "sizes", "content", "objects")
-# Options of a recipe that may change: the number of ranks, and with it the batch, as long as the global batch stays;
-# and what leaves the run as it is.
+# Options of a recipe that may change: the batch per rank (with the number of ranks) as long as the global batch stays,
+# and options that do not affect the result.
 _MAY_CHANGE = (
     "recipe",
     "batch_size",
@@ -31,15 +31,15 @@ _MAY_CHANGE = (
 def describe_identity(
     task: Task, plan: StepPlan, ranks: Ranks, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Return what must not change when a run resumes: plain values by option name, and digests of the data.
+    """Return the values that must not change when a run resumes, by option name, and digests of the data.
 
     All ranks take part.
 
     Args:
         task: of the run.
         plan: its steps.
-        ranks: who takes part.
-        tick: called from time to time while files are read, as data.digest asks for.
+        ranks: the ranks of the run.
+        tick: called from time to time while files are read, which data.digest may require.
     """
     recipe = {name: value for name, value in task.config.train.model_dump().items() if name not in _MAY_CHANGE}
     recipe["init_from"] = _locate(task.config.train.init_from)
@@ -52,7 +52,7 @@ def describe_identity(
 
 
 def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return what may change when a run is resumed, but then the result is no longer the same bit for bit."""
+    """Return the values that may change when a run is resumed; the result is then no longer the same bit for bit."""
     return {
         "ranks": ranks.world_size,
         "train.batch_size": config.train.batch_size,
@@ -66,7 +66,7 @@ def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
-    """Return how the run of a checkpoint differs from another, in words by what differs.
+    """Return the differences between the run of a checkpoint and another run, in words, by the name of the value.
 
     Entries about the data that the checkpoint lacks are not compared.
     """
@@ -80,31 +80,31 @@ def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[st
             differences[name] = _compare_classes(old, value)
         elif not is_of_images(name):
             differences[name] = f"{name}={format_value(old)}, not {format_value(value)}"
-        elif name in before and not any(is_of_images(other, name.partition(" ")[0]) for other in differences):
+        elif name in before and not any(is_of_images(earlier, name.partition(" ")[0]) for earlier in differences):
             differences[name] = _compare_images(name, str(old), value)
     return differences
 
 
 def read_identity(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity in a checkpoint; {} where it has none."""
+    """Return the identity in a checkpoint; {} if it has none."""
     identity = saved.get("identity")
     return identity if isinstance(identity, dict) else {}
 
 
 def is_of_images(name: str, part: str | None = None) -> bool:
-    """Say whether an entry of an identity is about the images, of one part of the data set where that is given."""
-    of, _, what = name.partition(" ")
-    return what in _OF_IMAGES and part in (of, None)
+    """Return whether an entry of an identity is about the images, of the given part of the data set if there is one."""
+    of, _, entry = name.partition(" ")
+    return entry in _OF_IMAGES and part in (of, None)
 
 
 def _compare_images(name: str, old: str, new: str) -> str:
-    part, _, what = name.partition(" ")
-    before, now = old.partition(" ")[0], new.partition(" ")[0]
-    if what == "images":
-        return f"{part} images {before} -> {now}" if before != now else f"{now} {part} images of other names"
-    if what == "sizes":
-        return f"{part} images of other sizes ({before} -> {now} bytes)"
-    return f"{part} images of other {what}"
+    part, _, entry = name.partition(" ")
+    before, after = old.partition(" ")[0], new.partition(" ")[0]
+    if entry == "images":
+        return f"{part} images {before} -> {after}" if before != after else f"{after} {part} images of other names"
+    if entry == "sizes":
+        return f"{part} images of other sizes ({before} -> {after} bytes)"
+    return f"{part} images of other {entry}"
 
 
 def _compare_classes(old: Any, new: list[str]) -> str:

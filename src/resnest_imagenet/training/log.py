@@ -29,13 +29,13 @@ from resnest_imagenet.training.trackers import Tracker, open_trackers, show_even
 
 @dataclass(frozen=True)
 class Report:
-    """Some steps of training.
+    """A report about some steps of training.
 
     Attributes:
-        losses: means over the steps and ranks, by name: "loss", and its parts where there are several.
-        steps: how many.
-        seconds: they took.
-        waited: seconds of them spent waiting for data.
+        losses: means over the steps and ranks, by name: "loss", and its parts if there are several.
+        steps: number of steps.
+        seconds: their duration.
+        waited: seconds of that spent waiting for data.
     """
 
     losses: Mapping[str, float]
@@ -45,10 +45,10 @@ class Report:
 
 
 class RunLog:
-    """Reports of rank 0; for the other ranks nothing is shown or written.
+    """Reports the run on rank 0; on other ranks nothing is shown or written.
 
     Attributes:
-        wants_samples: whether the trackers still lack a batch of this process.
+        wants_samples: whether the trackers still need a picture of a batch from this process.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class RunLog:
         Args:
             folder: of the run.
             plan: its steps.
-            task: what it trains for.
-            state: where it begins or resumes.
-            ranks: who takes part; rank 0 shows and writes.
-            ending: closes the trackers when all else of the run has ended, whatever it ended with.
+            task: of the run.
+            state: with which it begins or resumes.
+            ranks: the ranks of the run; rank 0 shows and writes.
+            ending: closes the trackers after the rest of the run has ended, with or without an error.
         """
         self._plan = plan
         self._task = task
@@ -109,14 +109,14 @@ class RunLog:
                 self._metrics.close()
 
     def is_due(self, state: TrainingState) -> bool:
-        """Say whether to report now: every so many steps and at the end of an epoch; the same on all ranks."""
+        """Return whether to report now: every `log.every_steps` steps and at an epoch's end; equal on all ranks."""
         return state.step % self._every_steps == 0 or state.step == self._plan.end_of_epoch(state.epoch)
 
     def start_epoch(self, state: TrainingState) -> None:
         """Show a new bar, on a terminal."""
         self._bar.close()
         if self._is_main:
-            # disable=None: no bar where stderr is no terminal; there `training` prints plain lines.
+            # disable=None: no bar if stderr is not a terminal; `training` then prints plain lines.
             self._bar = tqdm(
                 total=self._count_steps(state.epoch),
                 initial=state.step - state.epoch * self._plan.steps_per_epoch,
@@ -132,7 +132,7 @@ class RunLog:
         self._bar.update()
 
     def samples(self, state: TrainingState, draw: Callable[[], np.ndarray]) -> None:
-        """Keep a picture of a batch that is about to be trained on, to be shown with the next report.
+        """Keep a picture of the next batch; it is shown with the next report.
 
         Args:
             state: before its step.
@@ -177,7 +177,7 @@ class RunLog:
         files = {"files": list(score.files)} if is_best and score.files else {}
         self._write("eval", state, {"metric": self._metric, **score.values, **files})
         if files:
-            self.synchronise()  # a file is of the network of the last evaluation that names it
+            self.synchronise()  # a file belongs to the last evaluation that names it, so that line comes first
         for name, encode in score.files.items() if is_best else ():
             make_way(self._folder / name)
             with replacing(self._folder / name) as file:
@@ -187,7 +187,7 @@ class RunLog:
         print(f"{self._name_epoch(state.epoch - 1)}: {self._describe_loss()}{score.text}", flush=True)
 
     def epoch(self, state: TrainingState) -> None:
-        """Show that an epoch has ended which is not evaluated; `state` counts it already."""
+        """Show the end of an epoch without an evaluation; `state` counts the epoch already."""
         if self._is_main:
             self._bar.close()
             print(f"{self._name_epoch(state.epoch - 1)}: {self._describe_loss()}not evaluated", flush=True)
@@ -196,24 +196,24 @@ class RunLog:
         """Show and write that a step was not applied."""
         if self._is_main:
             self._write("skipped", verdict, {"lr": verdict.lr, "ranks": verdict.unsound})
-            who = f"on ranks {verdict.unsound}" if verdict.unsound else "in the sum over the ranks"
-            print(f"step {verdict.step} was not applied: loss or gradient not finite {who}", flush=True)
+            place = f"on ranks {verdict.unsound}" if verdict.unsound else "in the sum over the ranks"
+            print(f"step {verdict.step} was not applied: loss or gradient not finite {place}", flush=True)
 
     def result(self, state: TrainingState) -> None:
-        """Show what came of the run, which is finished."""
+        """Show the result of the finished run."""
         if self._is_main:
             seconds = time.monotonic() - self._started
             print(describe_result(self._task, state, self._best_epoch, seconds, self._first_step), flush=True)
 
     def synchronise(self) -> None:
-        """Write to the disk what a checkpoint is about to rely on."""
+        """Write metrics.jsonl to the disk: the next checkpoint relies on it."""
         if self._is_main:
             with storing(self._folder / "metrics.jsonl"):
                 synchronise_file(self._metrics.fileno(), self._folder / "metrics.jsonl")
 
     def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
         assert not values.keys() & {"event", "epoch", "step", "time"}, f"names of the event's own: {sorted(values)}"
-        # Before its evaluation an epoch is not counted yet.
+        # The state counts an epoch only after its evaluation.
         epoch = when.epoch if event == "eval" else when.epoch + 1
         line = {"event": event, "epoch": epoch, "step": when.step, **values, "time": time.time()}
         with storing(self._folder):
@@ -226,7 +226,7 @@ class RunLog:
             tracker.image(name, step, pixels)
 
     def _read_figures(self, events: list[Event], state: TrainingState) -> None:
-        """Take the figures of the run so far from its events, where it resumes."""
+        """Read the figures of a resumed run from its events."""
         losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
         self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
         values = [(event.get(self._metric), event["epoch"]) for event in events if event["event"] == "eval"]
@@ -254,12 +254,12 @@ class RunLog:
 def _close(
     tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """Tell a tracker how the run ended."""
+    """Close a tracker with the error that ended the run, or None."""
     tracker.close(error)
 
 
 def _remove_files(folder: Path, dropped: list[Event]) -> None:
-    """Remove what describes networks that no checkpoint has; a run that resumes writes it again."""
+    """Remove files about networks that no checkpoint has; a run that resumes writes them again."""
     for event in dropped:
         names = event.get("files")
         for name in names if isinstance(names, list) else ():
@@ -268,12 +268,12 @@ def _remove_files(folder: Path, dropped: list[Event]) -> None:
 
 
 def _keep_events(path: Path, state: TrainingState) -> tuple[list[Event], list[Event]]:
-    """Drop the events after a state, which come again; damaged lines go to a file of their own.
+    """Drop the events after a state, which the run will write again; move damaged lines to a file of their own.
 
-    A line that is cut is dropped too: it was written after the last checkpoint.
+    A last line that is cut off is dropped too: it was written after the last checkpoint.
 
     Returns:
-        The events that are kept, and those that are dropped.
+        The remaining events, and the dropped ones.
     """
     events, damaged = parse_events(path)
     damaged += [json.dumps(event).encode() for event in events if not _is_whole(event)]
@@ -283,21 +283,21 @@ def _keep_events(path: Path, state: TrainingState) -> tuple[list[Event], list[Ev
             file.writelines(line + b"\n" for line in damaged)
         print(f"WARNING: {path}: damaged lines moved to {aside.name}: {len(damaged)}", file=sys.stderr, flush=True)
     whole = list(filter(_is_whole, events))
-    kept = {json.dumps(event) + "\n": event for event in whole if _is_before(event, state)}
+    remaining = {json.dumps(event) + "\n": event for event in whole if _is_before(event, state)}
     with replacing(path) as file:
-        file.writelines(line.encode() for line in kept)
-    return list(kept.values()), [event for event in whole if not _is_before(event, state)]
+        file.writelines(line.encode() for line in remaining)
+    return list(remaining.values()), [event for event in whole if not _is_before(event, state)]
 
 
 def _is_whole(event: Event) -> bool:
-    """Say whether an event has what all have, of a size that trackers take."""
+    """Return whether an event has epoch, step and time, and trackers can show them."""
     counts, when = (event.get("epoch"), event.get("step")), event.get("time")
     is_timed = isinstance(when, int | float) and 0 <= when < 1e11
     return is_timed and all(type(count) is int and count >= 0 for count in counts)
 
 
 def _is_before(event: Event, state: TrainingState) -> bool:
-    """Say whether an event is not to come again. A state at an evaluation's step may be of before or after it."""
+    """Return whether an event is from before a state; after an evaluation, a state has the same step as before it."""
     if event["event"] == "eval":
         return (event["step"], event["epoch"]) <= (state.step, state.epoch)
     return event["step"] <= state.step

@@ -1,4 +1,4 @@
-"""Whether a step fits into this machine's memory, where the system would end the run without a line: on a CPU."""
+"""Checks on a CPU whether a step fits into memory: otherwise the system would kill the run without a message."""
 
 import sys
 from pathlib import Path
@@ -9,21 +9,21 @@ from resnest_imagenet import distributed
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.tasks.task import Task
 
-# Files of a control group: its limit, its use, and what stands before the names in memory.stat.
+# Files of a control group: its limit, its use, and the prefix of the names in memory.stat.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _VERSION_2 = ("memory.max", "memory.current", "")
-_SURE, PEAK = 0.9, 1.5  # of what is kept: what a step surely takes, and what it takes at its peak
+_SURE, PEAK = 0.9, 1.5  # a step's sure use, and its use at the peak, as multiples of the bytes kept
 
 
 def require_memory(task: Task, device: torch.device) -> None:
-    """Compare what the steps of this node's ranks need with what is free; warn where it is close.
+    """Compare the memory that the steps of this node's ranks need with the free memory; warn if it is close.
 
-    Seconds, and only where a step may come near to what is free. A GPU's own error says as much.
+    This takes seconds, but only if a step may come near to the free memory. A GPU's own error is clear.
 
     Raises:
         ConfigError: it cannot fit.
     """
-    if distributed.launched_as().local_rank > 0:  # the first rank of a node counts for all of it: one verdict, one line
+    if distributed.launched_as().local_rank > 0:  # the first rank of a node counts for all its ranks
         return
     batch_size, num_ranks = task.config.train.batch_size, distributed.count_local_ranks()
     free = None if device.type == "cuda" else count_free_bytes()
@@ -48,14 +48,14 @@ def require_memory(task: Task, device: torch.device) -> None:
 
 
 def count_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the memory that this process may still take, swap included; None where the system does not show it.
+    """Return the memory that this process may still take, including swap; None if the system does not show it.
 
-    The least of what the machine has and of what the control groups around this process leave (a container's limit, a
-    batch system's), of which cached files count as free.
+    It is the smallest of the machine's free memory and what the control groups of this process (of a container or a
+    batch system) leave; cached files count as free.
 
     Args:
-        proc: where the kernel shows processes.
-        cgroups: where control groups are mounted.
+        proc: the kernel's folder of processes.
+        cgroups: the mount point of control groups.
     """
     try:
         meminfo = _read_numbers(proc / "meminfo")
@@ -75,13 +75,13 @@ def count_free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def _count_room(folder: Path, mounted: Path) -> int:
-    """Return what a control group leaves, cached files included."""
+    """Return the bytes that a control group leaves; cached files count as free."""
     limit, usage, prefix = _VERSION_1 if mounted.name == "memory" else _VERSION_2
     try:
         cached = _read_numbers(folder / "memory.stat")
         reclaimable = cached[f"{prefix}inactive_file"] + cached[f"{prefix}active_file"]
         return int((folder / limit).read_text()) - int((folder / usage).read_text()) + reclaimable
-    except (OSError, ValueError, KeyError):  # no limit ("max"), or not seen from within a container
+    except (OSError, ValueError, KeyError):  # there is no limit ("max"), or a container does not show it
         return sys.maxsize
 
 

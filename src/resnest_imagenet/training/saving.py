@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and whether a run may resume from one."""
+"""The checkpoints of a run: their content, and whether a run may resume from one."""
 
 import itertools
 from collections.abc import Callable
@@ -29,19 +29,19 @@ LENGTHS = ("train.epochs", "train.steps")  # the options of which a run has one
 
 @dataclass(frozen=True)
 class Saver:
-    """Writes all that the future of a run depends on, and finds it again.
+    """Writes and finds checkpoints.
 
-    Random numbers, the order of the images and the loaders' places are functions of the seed and the step
-    (`randomness.py`): of them nothing has to be kept.
+    Random numbers, the order of the images and the loaders' positions are functions of the seed and the step
+    (`randomness.py`), so checkpoints do not hold them.
 
     Attributes:
         run: the folder.
-        ranks: who takes part; rank 0 writes, and chooses what is read.
+        ranks: the ranks of the run; rank 0 writes, and chooses the checkpoint to read.
         plan: the steps of the run.
-        metric: that chooses the best network.
-        identity: what must not change when a run is resumed, by option name.
-        circumstances: what may change, but then the result is no longer the same bit for bit.
-        description: what readers of a checkpoint need besides: task, configuration, class names, colours and numbers.
+        metric: chooses the best network.
+        identity: values that must not change when a run is resumed, by option name.
+        circumstances: values that may change; the result is then no longer the same bit for bit.
+        description: for readers of a checkpoint: task, configuration, class names, colours and numbers.
     """
 
     run: RunFolder
@@ -77,7 +77,7 @@ class Saver:
         """Write a checkpoint; all ranks take part.
 
         Raises:
-            StorageError: it cannot be written; the one before is still there.
+            StorageError: it cannot be written; the previous one is still there.
         """
         content = {
             **state.state_dict(self.ranks),
@@ -89,14 +89,14 @@ class Saver:
         self.run.save(content, is_best)
 
     def find(self, on_mismatch: str) -> dict[str, Any] | None:
-        """Return the newest checkpoint that is whole, the same on all ranks; None for a new run.
+        """Return the newest checkpoint that is not damaged, the same on all ranks; None for a new run.
 
         Args:
-            on_mismatch: what to do where it is of another run: "refuse", "set_aside", or "extend" if that is shorter
-                and is the same otherwise.
+            on_mismatch: what to do if it is of another run: "refuse", "set_aside", or "extend" if that run is shorter
+                and otherwise the same.
 
         Raises:
-            CheckpointError: of another run, or none that is whole, or gone, or not there on all ranks.
+            CheckpointError: it is of another run, all are damaged or missing, or some rank does not see it.
         """
         name, remains = None, None
         saved: dict[str, Any] = {}
@@ -113,19 +113,19 @@ class Saver:
         problem = find_problem(self.run, path, saved, remains, self.identity, on_mismatch)
         if problem is None:
             return saved or None
-        barrier(self.ranks)  # all have read it
+        barrier(self.ranks)  # all ranks have read it
         if self.ranks.is_main:
             print(printable(f"{problem}: moved to {self.run.set_aside()}, starting from scratch"), flush=True)
         return None
 
     def restore(self, state: TrainingState, loader: Loader, saved: dict[str, Any]) -> bool:
-        """Take over what `find` returned, and print what keeps the run from being the same bit for bit.
+        """Restore the result of `find`, and print the changes that keep the run from being the same bit for bit.
 
         Returns:
-            Whether the run is finished, and nothing is left to do.
+            Whether the run is finished, so that there is nothing to do.
 
         Raises:
-            CheckpointError: it holds something else, as that of another version may.
+            CheckpointError: it holds something else, as a checkpoint of another version may.
         """
         try:
             state.load_state_dict(saved, self.ranks)
@@ -142,7 +142,7 @@ class Saver:
                 f"{self.run.checkpoints}: not checkpoints of a run, or of another version of resnest-imagenet: choose "
                 "another run_dir"
             ) from error
-        # Not above: where another rank is lost, that is no fault of the checkpoint.
+        # Outside the try: a lost rank is not the checkpoint's fault.
         is_finished = gather_objects(is_finished, self.ranks)[0]
         if is_finished:
             lines = [f"finished: best {describe_best(self.metric, state.best)}, nothing to do"]
@@ -156,13 +156,15 @@ class Saver:
         return is_finished
 
     def _describe_changes(self, saved: dict[str, Any]) -> list[str]:
-        """Return a line for each thing that is not as it was when a checkpoint was written, or may not be."""
+        """Return a line for each value that has, or may have, changed since a checkpoint was written."""
         lines = []
         option, before = read_length(read_identity(saved))
-        now = self.identity[option]
-        if before != now:
+        after = self.identity[option]
+        if before != after:
             unit = option.removeprefix("train.")
-            lines.append(f"extended from {before} to {now} {unit}: from here on the schedule is that of {now} {unit}")
+            lines.append(
+                f"extended from {before} to {after} {unit}: from here on the schedule is that of {after} {unit}"
+            )
         unknown = [name for name in self.identity if is_of_images(name) and name not in saved["identity"]]
         if unknown:
             lines.append(f"not compared, because the checkpoint lacks them: {', '.join(unknown)}")
@@ -187,18 +189,18 @@ def find_problem(
     identity: dict[str, Any],
     on_mismatch: str,
 ) -> str | None:
-    """Return why what a folder holds is to be set aside, in words; None where a run may resume, or begin, there.
+    """Return in words why the content of a folder must be set aside; None if a run may resume or begin there.
 
     Args:
         run: the folder.
-        newest: its newest checkpoint; None: there is none.
-        saved: the content of that.
-        remains: what `RunFolder.find_remains` returns where there is none.
-        identity: of the run that is to start.
-        on_mismatch: as in `Saver.find`.
+        newest: its newest checkpoint, or None.
+        saved: the content of that checkpoint.
+        remains: without a checkpoint, the result of `RunFolder.find_remains`.
+        identity: of the run that starts.
+        on_mismatch: see `Saver.find`.
 
     Raises:
-        CheckpointError: the folder holds another run or what is left of one, and `on_mismatch` is not "set_aside".
+        CheckpointError: the folder holds another run or remains of one, and `on_mismatch` is not "set_aside".
     """
     ways = ["choose another run_dir", "checkpoint.on_mismatch=set_aside to start from scratch in this one"]
     if newest is None:
@@ -216,14 +218,14 @@ def find_problem(
         if is_longer:
             ways.insert(1, "checkpoint.on_mismatch=extend to train this one longer")
         elif on_mismatch == "extend":
-            problem += " (on_mismatch=extend is for more epochs or steps, and for nothing else)"
+            problem += " (on_mismatch=extend allows only more epochs or steps)"
     if on_mismatch == "set_aside":
         return problem
     raise CheckpointError(f"{problem}: {', '.join(ways[:-1])}, or {ways[-1]}")
 
 
 def read_length(identity: dict[str, Any]) -> tuple[str, int]:
-    """Return the option that has the length of an identity's run, and the length; 0: it has none."""
+    """Return the option with the length of an identity's run, and the length; 0 if it has none."""
     for option in LENGTHS:
         if type(identity.get(option)) is int:
             return option, identity[option]

@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> TrainingState:
     """Train, or resume from the run folder's newest checkpoint; return the final state.
 
     Raises:
-        UserError: for what a user can cause, as one line.
+        UserError: a user's error, in one line.
         Stopped: after a signal, with a checkpoint.
     """
     is_main = distributed.launched_as().rank == 0
@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> TrainingState:
         task, plan, device = prepare(config)
         config, recipe = task.config, task.config.train
         stack.enter_context(fixing_kernels(recipe.deterministic))
-        # 2. The other ranks. The trackers are closed after these have parted: closing may wait for a server.
+        # 2. The other ranks. Trackers are closed after the ranks have left the group: closing may wait for a server.
         trackers = stack.enter_context(ExitStack())
         trace = stack.enter_context(Trace(run.path))
         ranks = stack.enter_context(distributed.join(device, config.timeout_seconds))

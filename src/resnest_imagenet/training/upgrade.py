@@ -1,4 +1,4 @@
-"""Checkpoints of the versions before: brought to today's form when they are read."""
+"""Upgrades checkpoints of earlier versions when they are read."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from resnest_imagenet.training.losses import TOTAL
 
 
 def upgrade_checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's checkpoint as this version writes it; what is none of a run's is returned as it is."""
+    """Return a run's checkpoint in the form of this version; other content is returned as it is."""
     identity, circumstances = saved.get("identity"), saved.get("circumstances")
     if isinstance(circumstances, dict):
         saved = {**saved, "circumstances": {"train.deterministic": False, **circumstances}}
@@ -18,7 +18,7 @@ def upgrade_checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
         **saved,
         "task": "classification",
         "metric": "top1",
-        **({"best": saved["best_top1"]} if "best_top1" in saved else {}),  # without it, it is no checkpoint of a run
+        **({"best": saved["best_top1"]} if "best_top1" in saved else {}),  # a run's checkpoint has it
         "loss_sums": [{TOTAL: value} for value in saved.get("loss_sums", [])],
         "identity": upgrade_identity(identity),
     }
