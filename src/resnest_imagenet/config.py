@@ -215,7 +215,7 @@ _Weights = Annotated[
 ]
 _Images = Annotated[
     list[Place],
-    Field(min_length=1, description="Files, folders or patterns (quoted for the shell)."),
+    Field(min_length=1, description="Files, folders, patterns (quoted for the shell) or web addresses."),
     BeforeValidator(as_list),
 ]
 
