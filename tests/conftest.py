@@ -97,7 +97,12 @@ def pytest_runtestloop(session: pytest.Session):
         return (yield)
 
 
-def _refuse_process(*args: object, **options: object) -> None:
+_start_process = subprocess.Popen.__init__
+
+
+def _refuse_process(*args: Any, **options: Any) -> None:
+    if args[1:] and list(args[1])[:1] == ["fc-list"]:  # matplotlib's first import on a machine lists the fonts
+        return _start_process(*args, **options)
     raise AssertionError("a test of the quick tier starts a process: mark it with @pytest.mark.process")
 
 
