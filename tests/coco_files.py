@@ -32,7 +32,7 @@ def write_json(path, content):
 
 
 def write_part(root, part, images, annotations, categories=CATEGORIES):
-    """Write a JSON file and its images: noise, in the size that they are said to have."""
+    """Write a JSON file and its images: noise, in the size that the file has."""
     folder = root / f"{part}2017"
     folder.mkdir(parents=True, exist_ok=True)
     for image in images:

@@ -89,7 +89,7 @@ def test_every_value_of_a_recipe_has_a_comment(name):
 
 
 COMMON = {"momentum": 0.9, "weight_decay": 1e-4, "lr": 0.1, "crop": 224, "dropout": 0, "ema_decay": None}
-COMMON |= {"step_factor": 0.1, "mixup_per_sample": False, "init_from": None, "compile": False}
+COMMON |= {"step_factor": 0.1, "mixup_per_sample": False, "init_from": None, "compile": False, "deterministic": False}
 COMMON |= {"max_skipped_steps": 0, "task": "classification", "optimizer": "sgd", "decay_biases": False}
 COMMON |= {"steps": None, "milestones": None, "warmup_steps": None, "warmup_start": 0, "reference_batch": 256}
 COMMON |= {"head_lr_factor": 1, "clip_norm": None, "clip_value": None}
@@ -140,7 +140,8 @@ DEEPLAB = {
     **{name: COMMON[name] for name in ("steps", "milestones", "step_factor", "warmup_steps", "compile")},
     **{name: COMMON[name] for name in ("warmup_start", "clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
     "task": "segmentation", "optimizer": "sgd", "step_epochs": None, "init_from": None, "decay_biases": False,
-    "ema_decay": None, "epochs": 120, "batch_size": 2, "global_batch": 16, "crop": 480, "base": 520,
+    "ema_decay": None, "deterministic": False, "epochs": 120,
+    "batch_size": 2, "global_batch": 16, "crop": 480, "base": 520,
     "scales": [0.5, 2.0],
     "schedule": "poly", "poly_power": 0.9, "lr": 0.01, "reference_batch": 16, "head_lr_factor": 10, "warmup_epochs": 0,
     "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_all": True, "output_stride": 8,
@@ -167,6 +168,7 @@ DETECTRON = {
     **{name: COMMON[name] for name in ("step_factor", "poly_power", "head_lr_factor", "compile", "init_from")},
     **{name: COMMON[name] for name in ("clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
     "task": "detection", "optimizer": "sgd", "batch_size": 2, "global_batch": 16, "precision": "fp32",
+    "deterministic": False,
     "epochs": None, "steps": 90_000, "step_epochs": None, "schedule": "milestones", "milestones": [60_000, 80_000],
     "lr": 0.02, "reference_batch": 16, "warmup_epochs": None, "warmup_steps": 1000, "warmup_start": 0.001,
     "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "decay_biases": True, "decay_all": False,

@@ -98,6 +98,8 @@ def imports():
                 names = [node.module]
                 if node.module == "resnest_imagenet":
                     names = [f"resnest_imagenet.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_extra":
+                names = [argument.value for argument in node.args]
             else:
                 continue
             for name in names:

@@ -303,6 +303,7 @@ class ComparedDataOptions(Options):
 
     root: Place | None = Field(description="Folder of a data set, in place of images.")
     val_dir: Place = Field(description="Folder of the part to compare on, in root or elsewhere.")
+    val_json: Place | None = Field(description="Of detection; null: annotations/instances_<val_dir>.json.")
 
 
 class CompareConfig(InferenceConfig):

@@ -2,9 +2,11 @@
 
 import difflib
 import errno
+import importlib
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -120,8 +122,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain_runtime(error: BaseException) -> UserError | None:
     """Explain an error of torch or the system that a user can fix; return None for any other error."""
     text, number = str(error), error.errno if isinstance(error, OSError) else None
-    if "torchvision::nms" in text:
-        return ConfigError(_explain_torchvision())
+    if explained := _explain_kernel(text):
+        return explained
     if is_out_of_memory(error) or "ALLOC_FAILED" in text:  # cuBLAS and cuDNN
         return ConfigError(f"{first_line(error)} Lower the batch size; train.global_batch keeps the step as it is")
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
@@ -146,6 +148,29 @@ def _explain_torchvision() -> str:
     torch_release = version("torch").partition("+")[0]
     command = f"python -m pip install uv && python -m uv pip install --reinstall torch=={torch_release} torchvision"
     return f"{builds}; install both from one index: {command}"
+
+
+def _explain_kernel(text: str) -> ConfigError | None:
+    """Explain torch's words about a kernel that it does not have."""
+    if "torchvision::nms" in text:
+        return ConfigError(_explain_torchvision())
+    if "does not have a deterministic implementation" in text:
+        kernel = text.partition(" does not have a deterministic")[0].rpartition(" ")[2]
+        return ConfigError(f"train.deterministic=true: torch has no such kernel of {kernel}: set it to false")
+    return None
+
+
+def import_extra(module: str) -> Any:
+    """Return a module of the extra [detection], such as pycocotools.mask.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ConfigError(f"detection needs {package}: add {name_extra('detection')}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -89,3 +89,8 @@ class Detections:
         """Return the detections on a device."""
         masks = None if self.masks is None else self.masks.to(device)
         return Detections(self.boxes.to(device), self.scores.to(device), self.labels.to(device), masks)
+
+
+def list_corners(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes (n, 4), x y width height, as x1 y1 x2 y2."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)

@@ -34,7 +34,7 @@ def check_device(value: str) -> str:
 Device = Annotated[
     str,
     AfterValidator(check_device),
-    Field(description="Where the network runs: auto, cpu, cuda, cuda:1, mps; auto: CUDA where there is one."),
+    Field(description="Where the network runs: auto (CUDA where there is one), cpu, cuda, cuda:1 or mps."),
 ]
 
 

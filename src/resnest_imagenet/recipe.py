@@ -151,6 +151,7 @@ class Recipe(Options):
     )
     precision: Precision
     compile: bool = Field(description="Compile the network with torch.compile.")
+    deterministic: bool = Field(description="Add in a fixed order on CUDA too: the same bits each time, but slower.")
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         description="How many steps may be skipped for a loss or gradient that is not finite."
     )
@@ -375,6 +376,7 @@ _BEFORE: dict[str, Any] = {
     "decay_biases": False,
     "clip_norm": None,
     "clip_value": None,
+    "deterministic": False,
 }
 
 

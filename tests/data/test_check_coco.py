@@ -39,7 +39,7 @@ def test_all_that_is_wrong_with_the_annotations_is_listed(tmp_path):
     content = json.loads(path.read_text())
     content["annotations"][0]["category_id"] = 5
     content["annotations"][1]["bbox"] = [1, 2]
-    del content["annotations"][2]["segmentation"]  # the check does not know whether masks are wanted
+    del content["annotations"][2]["segmentation"]  # masks may not be wanted
     content["images"].append(describe_image(99))
     content["annotations"].append(describe_object(50, 98))
     write_json(path, content)

@@ -62,6 +62,15 @@ def test_training_skips_what_detectron2_skips_and_evaluation_keeps_every_image(t
     assert val.images.notes[0].endswith(skipped)
 
 
+def test_a_file_without_an_object_that_can_be_used_is_named_with_what_is_skipped(tmp_path):
+    annotations = [describe_object(1, 1, iscrowd=1), describe_object(2, 2, (30, 3, 5, 5))]
+    line = fail(write_part(tmp_path, "train", IMAGES, annotations))
+    skipped = "skipped: 1 crowds, 1 boxes of no area, 2 images without objects"
+    assert line == f"ROOT/annotations/instances_train2017.json: no images with objects that can be used ({skipped})"
+    write_part(tmp_path, "train", [], [])
+    assert fail(tmp_path) == "ROOT/annotations/instances_train2017.json: no images"
+
+
 def test_masks_are_polygons_or_run_length_codes(tmp_path):
     mask = pytest.importorskip("pycocotools.mask")
     pixels = np.zeros((20, 30), np.uint8, order="F")
@@ -127,6 +136,24 @@ def test_an_annotation_that_cannot_be_used_is_named(case, tmp_path):
     assert line.startswith("ROOT/annotations/instances_train2017.json: ") and expected in line
 
 
+def test_only_faults_that_the_check_lists_are_left_to_it(tmp_path):
+    """It needs no masks: a data set of boxes alone has no segmentations."""
+    pytest.importorskip("pycocotools")
+    annotations = [describe_object(number, 1) for number in range(1, 5)]
+    for annotation in annotations[1:]:
+        del annotation["segmentation"]
+    write_part(tmp_path, "train", IMAGES, annotations)
+    path = "ROOT/annotations/instances_train2017.json"
+    line = "no segmentation, which masks need: train.masks=false trains boxes alone (and 2 more)"
+    assert fail(tmp_path, masks=True) == f"{path}: annotations[1]: annotation 2: {line}"
+    for number in (0, 3):
+        annotations[number]["category_id"] = 4
+        annotations[number]["segmentation"] = [POLYGON]
+    write_part(tmp_path, "train", IMAGES, annotations)
+    line = "annotation 1: no category has its category_id=4 (and 1 more: resnest-data check lists them)"
+    assert fail(tmp_path, masks=True) == f"{path}: {line}"
+
+
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
 def test_only_the_evaluation_needs_area_and_iscrowd(key, tmp_path):
     annotation = describe_object(2, 1)
@@ -186,7 +213,7 @@ def test_a_file_that_is_no_such_file_is_named(case, tmp_path):
     assert expected in fail(tmp_path)
 
 
-def test_a_file_that_is_cut_off_anywhere_is_told(tmp_path):
+def test_a_file_that_is_cut_off_anywhere_is_named(tmp_path):
     write_part(tmp_path, "train", IMAGES, [describe_object(1, 2)])
     path = tmp_path / "annotations/instances_train2017.json"
     whole = path.read_text()

@@ -1,4 +1,4 @@
-"""The loader of images with objects: what the contract says, the same for any workers, ranks and first batch."""
+"""The loader of images with objects: by the contract, the same for any workers, ranks and first batch."""
 
 import os
 from errno import EIO
@@ -55,7 +55,7 @@ def assert_equal(batches, expected):
 
 
 @pytest.mark.parametrize("pixels", [RGB, MSRA])
-def test_training_yields_padded_batches_as_the_contract_says(instances, pixels):
+def test_training_yields_padded_batches_by_the_contract(instances, pixels):
     loader = train_on(instances, pixels=pixels)
     seen = []
     for (images, targets), indices in zip(loader.batches(1), loader.plan.batches(1), strict=True):

@@ -6,7 +6,7 @@ import pytest
 from box_sets import CATEGORY_IDS, CLASSES, SIZE, draw_objects, read_truth
 from resnest_imagenet.errors import DataError
 
-DAMAGED = "its run-length code is damaged, or not of so many pixels"
+DAMAGED = "its run-length code is damaged, or its number of pixels is not the image's"
 
 
 def test_what_is_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_counts_of_three_networks():
     # Pairs of networks: 1 match of 3 detections, 1 of 4, 1 of 3.
     assert count.differing == [1 - 6 / 10]
     assert [is_shared.tolist() for is_shared in count.shared[0]] == [[True, False], [True], [True, False]]
-    assert count.found.tolist() == [[1, 1], [1, 0], [2, 0]]
+    assert count.num_detections.tolist() == [[1, 1], [1, 0], [2, 0]]
     assert count.agreement.tolist() == [100 * 6 / 8, 0]
     count.add([found([], [])] * 3)
     assert count.differing[1] == 0
@@ -115,7 +116,7 @@ def test_counts_as_loops_over_the_detections_do(comparison, checkpoints, photos)
         assert [set(np.flatnonzero(part)) for part in shared] == [rows, columns]
         assert comparison.num_alone[index].tolist() == [len(first) - len(rows), len(second) - len(columns)]
         matched += len(rows)
-    assert comparison.found.sum(1).tolist() == [sum(map(len, of_network)) for of_network in images]
+    assert comparison.num_detections.sum(1).tolist() == [sum(map(len, of_network)) for of_network in images]
     assert matched and comparison.differing.max() > 0 and comparison.num_alone.sum()
     ordered = comparison.differing[comparison.order].tolist()
     assert ordered == sorted(ordered, reverse=True)
@@ -124,8 +125,16 @@ def test_counts_as_loops_over_the_detections_do(comparison, checkpoints, photos)
 @pytest.mark.slow
 @pytest.mark.process
 def test_the_command_prints_and_writes_the_same(comparison, checkpoints, demo_objects, tmp_path, monkeypatch, capsys):
-    arguments = [f"ckpt=[{checkpoints[0]},{checkpoints[1]}]", f"data.root={demo_objects}", f"score={SCORE}"]
-    arguments += ["device=cpu", f"csv={tmp_path}/out.csv", f"page={tmp_path}/out.html"]
+    # The annotations may have any name, as in training.
+    shutil.copytree(demo_objects / "val2017", tmp_path / "set/val2017")
+    shutil.copy(demo_objects / "annotations/instances_val2017.json", tmp_path / "own.json")
+    arguments = [f"ckpt=[{checkpoints[0]},{checkpoints[1]}]", f"data.root={tmp_path}/set", f"score={SCORE}"]
+    arguments += [
+        f"data.val_json={tmp_path}/own.json",
+        "device=cpu",
+        f"csv={tmp_path}/out.csv",
+        f"page={tmp_path}/out.html",
+    ]
     monkeypatch.setattr(sys, "argv", ["resnest-compare", *arguments])
     command.main()
     printed = capsys.readouterr().out
@@ -149,7 +158,7 @@ def test_equal_detectors_differ_nowhere(checkpoints, photos):
 
     network = resnest_imagenet.open_detector(checkpoints[0], device="cpu", protocol={"min_score": SCORE})
     comparison = resnest_imagenet.compare_objects([network] * 2, min(photos.iterdir()), score=SCORE)
-    assert comparison.differing.tolist() == [0] and len(comparison.order) == 0 and comparison.found.sum()
+    assert comparison.differing.tolist() == [0] and len(comparison.order) == 0 and comparison.num_detections.sum()
     assert "Nowhere: all detections match." in render_object_comparison(comparison)
     with pytest.raises(
         ConfigError, match=r"^score=0.1 is below min_score=0.3, with which .* was opened: open it with "
@@ -179,6 +188,10 @@ def test_refusals(checkpoints, photos, tmp_path):
         ([both, "loader.workers=1"], "^loader is of classification: "),
         ([both, "protocol=whole"], "^protocol=whole is of segmentation: choose own or coco$"),
         ([f"ckpt=[{tmp_path}/cls.pt,{tmp_path}/cls.pt]", "score=0.5"], "^score is of detection: .* of classification$"),
+        (
+            [f"ckpt=[{tmp_path}/cls.pt,{tmp_path}/cls.pt]", "data.val_json=x"],
+            "^data.val_json is of detection: .* of cla",
+        ),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             command.compare_networks(

@@ -84,6 +84,8 @@ def test_finds_what_the_evaluation_does(checkpoint, photos, evaluated, composed,
 def test_writes_a_picture_of_each_image(checkpoint, photos, evaluated, tmp_path, capsys, monkeypatch):
     """Of the objects above the score, and of no others; a bad image is named."""
     (tmp_path / "bad.jpg").write_bytes(b"no image")
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found/old.png").write_bytes(b"of a call before")
     scores = sorted((result["score"] for result in evaluated), reverse=True)
     score = (scores[2] + scores[3]) / 2
     arguments = [f"ckpt={checkpoint}", f"images=[{photos},{tmp_path}/bad.jpg]", f"out={tmp_path}/found", "top=1"]
@@ -95,6 +97,7 @@ def test_writes_a_picture_of_each_image(checkpoint, photos, evaluated, tmp_path,
         f"{tmp_path}/bad.jpg: not a readable image (of no known format); skipped",
         "resnest-predict: images skipped: 1",
     ]
+    (tmp_path / "found/old.png").unlink()
     pictures = sorted((tmp_path / "found").rglob("*.png"))
     files = sorted(photos.iterdir())
     assert [picture.stem for picture in pictures] == [file.stem for file in files]
@@ -118,7 +121,9 @@ def test_writes_a_picture_of_each_image(checkpoint, photos, evaluated, tmp_path,
         if has_more:
             assert lines[num_lines + 2] == f"  and {len(shown) - 1} more: top={len(shown)} lists them"
         num_lines += 2 + has_more
-    assert lines[num_lines:] == [f"{tmp_path}/found: images: 3, objects above {score:g}: 3"]
+    assert lines[num_lines:] == [
+        f"{tmp_path}/found: images: 3, objects above {score:g}: 3; other pictures there, of before: 1"
+    ]
 
 
 @pytest.mark.slow

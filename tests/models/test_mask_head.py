@@ -101,15 +101,12 @@ def test_boxes_of_no_area_and_no_boxes():
 
 
 def test_pycocotools_is_not_installed(monkeypatch):
-    from resnest_imagenet.models.masks import rasterise_masks, require_rasteriser
+    from resnest_imagenet.models.masks import rasterise_masks
 
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
-    for call in (require_rasteriser, lambda: rasterise_masks(make_objects(), [0], BOXES[:1])):
-        with pytest.raises(
-            ConfigError,
-            match=r"^masks: pycocotools is not installed: train without masks, or add the extra \[detection\] ",
-        ):
-            call()
+    for module in ("pycocotools", "pycocotools.mask"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=r"^detection needs pycocotools: add the extra \[detection\] of resnest-imag"):
+        rasterise_masks(make_objects(), [0], BOXES[:1])
 
 
 def test_the_loss_is_of_each_boxs_own_class():

@@ -289,7 +289,7 @@ def build_torchvisions(model):
 
     options = model.roi_heads.options
     channels = options.channels
-    theirs = MaskRCNN(
+    torchvisions = MaskRCNN(
         Pyramid(),
         rpn_anchor_generator=AnchorGenerator([(s,) for s in options.anchor_sizes], (options.anchor_ratios,) * 5),
         box_roi_pool=MultiScaleRoIAlign(list("0123"), 7, options.sampling),
@@ -309,7 +309,7 @@ def build_torchvisions(model):
     state = model.state_dict()
     ours = {key.replace("backbone.", "backbone.body."): value for key, value in state.items()}
     ours |= {key.replace("fpn.", "backbone.fpn."): value for key, value in state.items()}
-    mapped = {key: ours[key] for key in theirs.state_dict() if key in ours}
+    mapped = {key: ours[key] for key in torchvisions.state_dict() if key in ours}
     heads = {"box_head.fc6": "stages.0.body.1", "box_head.fc7": "stages.0.body.3", "mask_head.0.0": "masks.body.0.0"}
     heads |= {"box_predictor.cls_score": "stages.0.classify", "mask_predictor.conv5_mask": "masks.predictor.conv5_mask"}
     for part in ("weight", "bias"):
@@ -322,8 +322,8 @@ def build_torchvisions(model):
         ):
             value = state[f"roi_heads.{our_name}.{part}"]
             mapped[f"roi_heads.{name}.{part}"] = torch.cat((torch.full_like(value[:rows], 7), value))
-    theirs.load_state_dict(mapped)
-    return theirs
+    torchvisions.load_state_dict(mapped)
+    return torchvisions
 
 
 @pytest.mark.slow
@@ -345,23 +345,23 @@ def test_equals_torchvisions_mask_rcnn_with_its_settings():
         {"boxes": t.boxes, "labels": t.labels + 1, "masks": torch.ones(len(t), *t.size, dtype=torch.uint8)}
         for t in targets
     ]
-    theirs = build_torchvisions(copy.deepcopy(model))
-    model.train(), theirs.train()
+    torchvisions = build_torchvisions(copy.deepcopy(model))
+    model.train(), torchvisions.train()
     for seed in range(3):
         torch.manual_seed(seed)
         losses = model(images, targets)
         torch.manual_seed(seed)
-        features = theirs.backbone(images)
-        proposals, expected = theirs.rpn(ImageList(images, sizes), features, bitmaps)
-        _, of_heads = theirs.roi_heads(features, proposals, sizes, bitmaps)
+        features = torchvisions.backbone(images)
+        proposals, expected = torchvisions.rpn(ImageList(images, sizes), features, bitmaps)
+        _, of_heads = torchvisions.roi_heads(features, proposals, sizes, bitmaps)
         expected |= of_heads
         names = dict(zip(model.loss_names, ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask"), strict=True))
-        for name, theirs_name in names.items():
-            wanted = expected[f"loss_{theirs_name}"].double()  # of objectness it has float32
+        for name, name_there in names.items():
+            wanted = expected[f"loss_{name_there}"].double()  # of objectness it has float32
             assert losses[name].item() == pytest.approx(wanted.item(), rel=1e-7 if name == "objectness" else 1e-12)
     sum(losses.values()).backward()
     sum(expected.values()).backward()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in torchvisions.named_parameters()}
     compared = 0
     for name, parameter in model.named_parameters():
         their_name = f"backbone.{name.replace('backbone.', 'body.')}" if name.startswith(("backbone", "fpn")) else name
@@ -370,11 +370,11 @@ def test_equals_torchvisions_mask_rcnn_with_its_settings():
             torch.testing.assert_close(parameter.grad, gradients[their_name], rtol=0, atol=close, msg=name)
             compared += parameter.grad.any().item()
     assert compared > 30
-    model.eval(), theirs.eval()
+    model.eval(), torchvisions.eval()
     with torch.no_grad():
-        features = theirs.backbone(images)
-        proposals, _ = theirs.rpn(ImageList(images, sizes), features)
-        expected, _ = theirs.roi_heads(features, proposals, sizes)
+        features = torchvisions.backbone(images)
+        proposals, _ = torchvisions.rpn(ImageList(images, sizes), features)
+        expected, _ = torchvisions.roi_heads(features, proposals, sizes)
         for ours, wanted in zip(model(images, sizes), expected, strict=True):
             assert len(ours) > 5 and ours.labels.tolist() == (wanted["labels"] - 1).tolist()
             assert_close(ours.boxes, wanted["boxes"])
@@ -559,6 +559,21 @@ def test_boxes_have_float32_under_autocast():
     assert {value.dtype for value in (*losses.values(), *proposals)} == {torch.float32}
     expected = model(images, make_targets(torch.float32))
     assert losses["objectness"].item() == pytest.approx(expected["objectness"].item(), rel=0.05)
+
+
+def test_the_box_head_keeps_what_it_flattens_once():
+    """Kept are its input, the norm's and the activation: a contiguous copy of the last would be the fourth."""
+    (head,) = build(torch.float32).roi_heads.box_heads
+    pooled = torch.randn(6, 8, 7, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    kept = {}
+
+    def keep(values):
+        kept[values.untyped_storage().data_ptr()] = values.untyped_storage().nbytes()
+        return values
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda values: values):
+        outputs = head(pooled)
+    assert [size for size in kept.values() if size == pooled.nbytes] == 3 * [pooled.nbytes], outputs
 
 
 def test_first_weights():

@@ -70,6 +70,23 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(detectio
         assert (result[name] or 0) == pytest.approx(last[name], abs=1e-9), name
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_cannot_be_is_one_line(detection_run, demo_objects, tmp_path):
+    config = compose_config(
+        "eval", EvalConfig, f"ckpt={newest_checkpoint(detection_run)}", f"data.root={demo_objects}", "device=cpu"
+    )
+    line = "^predictions=x.csv: a detector's results are JSON: let it end in .json$"
+    with pytest.raises(ConfigError, match=line):
+        evaluate(config.model_copy(update={"predictions": "x.csv"}))
+    file = tmp_path / "own.json"
+    content = json.loads((demo_objects / "annotations/instances_val2017.json").read_text())
+    content["categories"][0]["name"] = "plate"
+    file.write_text(json.dumps(content))
+    line = "own.json: its 5 classes are not the 5 of .*, in the same order: set data.val_json to a file that has these$"
+    with pytest.raises(DataError, match=line):
+        evaluate(config.model_copy(update={"data": config.data.model_copy(update={"val_json": str(file)})}))
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
 

@@ -83,7 +83,7 @@ def test_it_refuses_what_the_run_would(small_run, tmp_path):
         ("model.num_classes=7", ConfigError, "model.num_classes=7"),
         ("data.root=/nowhere", DataError, "no such folder"),
         ("train.global_batch=8192", DataError, "do not fill a step"),
-        ("train.global_batch=17", ConfigError, "no multiple"),
+        ("train.global_batch=17", ConfigError, "is not a multiple"),
         ("train.init_from=/nope.pth", CheckpointError, "no such checkpoint"),
         (f"run_dir={tmp_path}/file/x", ConfigError, "cannot be written"),
     ):

@@ -15,7 +15,7 @@ from run_files import assert_same_run, read_events
 # The names that the version before had in an identity and in the configuration, and its options that are new today.
 OLD_NAMES = {"lr": "lr_per_256"}
 NEW = ("task", "steps", "milestones", "poly_power", "reference_batch", "head_lr_factor", "warmup_steps", "warmup_start")
-NEW += ("optimizer", "betas", "eps", "decay_biases", "clip_norm", "clip_value")
+NEW += ("optimizer", "betas", "eps", "decay_biases", "clip_norm", "clip_value", "deterministic")
 
 
 def write_as_before(saved):

@@ -140,9 +140,7 @@ def test_a_state_dict_has_the_networks_own_names(form, network, checkpoint, tmp_
         ("detectron2", {"stem.conv1_1.weight": "conv1.0.weight", "res2.0.conv1.norm.bias": "layer1.0.bn1.bias"}),
     ],
 )
-def test_other_frameworks_get_the_backbone_alone_and_the_line_tells(
-    layout, names, network, checkpoint, tmp_path, capsys
-):
+def test_other_frameworks_get_the_backbone_alone_with_a_line(layout, names, network, checkpoint, tmp_path, capsys):
     from resnest_imagenet.weights.detection import start_rcnn
 
     out = tmp_path / "out.pth"
@@ -229,6 +227,6 @@ def test_a_graph_that_finds_something_else_is_not_written(network):
         return Detections(boxes, found.scores, found.labels, found.masks)
 
     agreement = compare_detections(network, shift, trials)
-    assert agreement.unmatched == 2 and agreement.found == 2 * len(find(network)[2])
+    assert agreement.unmatched == 2 and agreement.total == 2 * len(find(network)[2])
     same = compare_detections(network, lambda images, size: network(images, [tuple(size.tolist())])[0], trials)
     assert (same.unmatched, same.box, same.score, same.mask) == (0, 0, 0, 0)

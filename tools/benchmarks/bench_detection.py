@@ -158,10 +158,10 @@ def describe_arithmetic(size: int) -> str:
     """Return the multiply-adds of an image, and those of torchvision's fasterrcnn_resnet50_fpn_v2."""
     ours = sum(cost.multiply_adds for cost in count_rcnn("resnest50", CLASSES, (size, size), norm="bn")) / 1e9
     other = count_rcnn("resnet50", CLASSES + 11, (size, size), norm="bn", rpn_convs=2)
-    theirs = sum(cost.multiply_adds for cost in other) / 1e9
+    torchvisions = sum(cost.multiply_adds for cost in other) / 1e9
     return (
         f"Multiply-adds of an image of {size} x {size} with 1000 proposals: {ours:.1f} billion; those of torchvision's "
-        f"fasterrcnn_resnet50_fpn_v2 {theirs:.1f} billion, a ratio of {theirs / ours:.2f}."
+        f"fasterrcnn_resnet50_fpn_v2 {torchvisions:.1f} billion, a ratio of {torchvisions / ours:.2f}."
     )
 
 

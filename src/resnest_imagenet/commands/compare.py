@@ -78,8 +78,9 @@ def _read_networks(config: CompareConfig) -> tuple[list["Weights"], "torch.devic
             raise ConfigError(
                 f"ckpt: {first.source} is of {first.task}, {other.source} of {other.task}: compare networks of one task"
             )
-    if config.score is not None and first.task != DETECTION:
-        raise ConfigError(f"score is of detection: {first.source} is of {first.task}")
+    for option, value in (("score", config.score), ("data.val_json", config.data.val_json)):
+        if value is not None and first.task != DETECTION:
+            raise ConfigError(f"{option} is of detection: {first.source} is of {first.task}")
     return weights, device
 
 
@@ -164,7 +165,7 @@ def _list_objects(config: CompareConfig) -> "ImageFolder":
         return list_images(config.images)
     assert config.data.root is not None
     val_dir = config.data.val_dir if config.data.val_dir != "val" else None  # COCO's own
-    images = open_coco(config.data.root, "val", None, val_dir, masks=False).images
+    images = open_coco(config.data.root, "val", config.data.val_json, val_dir, masks=False).images
     assert isinstance(images, ImageFolder)  # objects are in no other source
     return images
 

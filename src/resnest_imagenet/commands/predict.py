@@ -91,7 +91,8 @@ def segment_images(
 
     from resnest_imagenet.inference.segment import format_shares, segment
     from resnest_imagenet.inference.segmenter import open_segmenter
-    from resnest_imagenet.reports.mask_pictures import name_masks, write_mask
+    from resnest_imagenet.reports.mask_pictures import ENDS, name_masks, write_mask
+    from resnest_imagenet.reports.picture_files import describe_older
 
     _refuse_options(
         config, weights, "sees images at their own size, one at a time; protocol=slide or published has windows"
@@ -101,14 +102,15 @@ def segment_images(
     out = None if config.out is None else _choose_folder(config.out, images)
     segmenter = open_segmenter(weights, protocol=take_region_protocol(config.protocol), device=device)
     segmented = segment(segmenter, images, precision=config.precision)
-    lines = []
+    lines, names = [], name_masks(segmented.files)
     progress = tqdm(segmented, unit="image", disable=None, dynamic_ncols=True, leave=False)
-    for name, image in zip(name_masks(segmented.files), progress, strict=True):
+    for name, image in zip(names, progress, strict=True):
         if out is not None:
             write_mask(out / name, image, segmenter.palette)
         lines.append(format_shares(image, segmenter.classes, config.top))
     if out is not None and lines:
-        lines.append(f"masks, colours and overlays in {out}: {len(segmented)} of each")
+        older = describe_older(out, names, ENDS)
+        lines.append(f"masks, colours and overlays in {out}: {len(segmented)} of each{older}")
     return "\n".join(lines), list(segmented.skipped)
 
 
@@ -120,7 +122,7 @@ def detect_objects(
 
     from resnest_imagenet.inference.detect import SCORE, detect, format_objects
     from resnest_imagenet.inference.detector import open_detector
-    from resnest_imagenet.reports.object_files import describe_numbers, open_files
+    from resnest_imagenet.reports.object_files import describe_written, open_files
 
     _refuse_options(config, weights, "sees images one at a time, at protocol.short_side=... of protocol=coco")
     given, score = take_box_protocol(config.protocol), SCORE if config.score is None else config.score
@@ -142,7 +144,7 @@ def detect_objects(
             lines.append(format_objects(image, detector.classes, config.top))
             num_objects += len(image)
     counts = f"images: {len(detected)}, objects above {score:g}: {num_objects}"
-    lines.append(counts if out is None else f"{out}: {counts}{describe_numbers(Path(out), detected)}")
+    lines.append(counts if out is None else f"{out}: {counts}{describe_written(Path(out), detected)}")
     return "\n".join(lines), list(detected.skipped)
 
 

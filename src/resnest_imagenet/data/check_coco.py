@@ -77,7 +77,7 @@ def check_coco(
 
 
 def judge_upright(path: str, encoded: bytes) -> Examined:
-    """Decode an image and tell what is wrong with it, or odd; its size is that of the image upright."""
+    """Decode an image, and return what is wrong with it, or odd; its size is that of the image upright."""
     result = judge_image(path, encoded)
     if result.size and find_turn(encoded) in _QUARTER_TURNS:
         result = replace(result, size=result.size[::-1])

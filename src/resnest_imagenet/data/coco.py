@@ -15,13 +15,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from resnest_imagenet.data.coco_json import CocoFile, read_coco
+from resnest_imagenet.data.coco_json import NO_MASK, CocoFile, read_coco
 from resnest_imagenet.data.decoding import BadImage, Fault, decode_upright
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.masks import PackedMasks, require_pycocotools
 from resnest_imagenet.data.source import find_part
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.instances import Mask
+from resnest_imagenet.instances import Mask, list_corners
 
 NO_AREA = 1e-5  # pixels: a box that is not wider or higher has no area (detectron2, Boxes.nonempty)
 JSON_FOLDER = "annotations"
@@ -74,7 +74,7 @@ class Instances:
         """Return an image, RGB, upright by its EXIF orientation.
 
         Raises:
-            BadImage: it cannot be used, or is of another size than the JSON file says.
+            BadImage: it cannot be used, or has another size than in the JSON file.
             LoadingError: the storage does not return it.
         """
         picture = decode_upright(self.images.read(index))
@@ -139,7 +139,7 @@ def open_coco(
     folder, path = find_files(root, part, json, images)
     file = read_coco(path, masks, evaluated=not is_training)
     if file.faults:
-        raise DataError(f"{path}: {file.faults[0]}{_count_more(file.faults)}")
+        raise DataError(f"{path}: {_describe_faults(file.faults)}")
     missing = find_missing(folder, file.files)
     if missing:
         what = f"no such file, but an image of {path}{_count_more(missing)}; set data.{part}_dir"
@@ -227,9 +227,8 @@ def clip_boxes(file: CocoFile) -> tuple[np.ndarray, np.ndarray]:
     """Return x1 y1 x2 y2 within the image, float64 (M, 4), and whether a box has an area there, bool (M,)."""
     if not len(file.sizes):
         return file.boxes, np.zeros(len(file.boxes), bool)
-    corners = np.concatenate((file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]), 1)
     limits = np.tile(file.sizes[file.images][:, ::-1], 2)  # of image -1, the last: not used
-    corners = corners.clip(0, limits)
+    corners = list_corners(file.boxes).clip(0, limits)
     return corners, (corners[:, 2:] - corners[:, :2] > NO_AREA).all(1)
 
 
@@ -248,6 +247,14 @@ def describe_skipped(path: Path, skipped: dict[str, int]) -> tuple[str, ...]:
     """Return a line about how much of a file is skipped, by what it is; () where nothing is."""
     parts = [f"{count:,} {what}" for what, count in skipped.items() if count]
     return (f"{path}: skipped: {', '.join(parts)}",) if parts else ()
+
+
+def _describe_faults(faults: tuple[str, ...]) -> str:
+    """Return the first fault, and how many more there are: resnest-data check lists those that are not about masks."""
+    listed = [fault for fault in faults if not fault.endswith(NO_MASK)]
+    if listed:
+        return f"{listed[0]}{_count_more(listed)}"
+    return faults[0] + (f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else "")
 
 
 def _count_more(lines: list[str] | tuple[str, ...]) -> str:

@@ -24,6 +24,7 @@ from resnest_imagenet.errors import DataError
 
 KEYS = ("images", "annotations", "categories")
 _MOST = 2**63  # of ids
+NO_MASK = "no segmentation, which masks need: train.masks=false trains boxes alone"  # ends a fault's line
 _LONGEST_WORD = 16  # characters of a cut number or word at the end of a file
 
 
@@ -92,7 +93,7 @@ class _Annotations:
         is_crowd = bool(value.get("iscrowd", 0))
         if self._masks is not None:
             if self._needs_masks and "segmentation" not in value:
-                return _Fault(f"{_name(value)}no segmentation, which masks need: train.masks=false trains boxes alone")
+                return _Fault(f"{_name(value)}{NO_MASK}")
             try:
                 self._masks.add(None if is_crowd else value.get("segmentation"))
             except ValueError as error:

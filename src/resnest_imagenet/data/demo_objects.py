@@ -1,7 +1,7 @@
 """Demo objects: shapes that cover one another, with boxes and masks, in COCO's layout.
 
-Only the outline tells the class: places, sizes, rotations, colours and textures are drawn alike for every class. Boxes
-and masks are of what can be seen of a shape.
+The outline alone differs between classes: places, sizes, rotations, colours and textures are drawn alike for every
+class. Boxes and masks are of what can be seen of a shape.
 """
 
 import json
@@ -22,7 +22,7 @@ MOST_SHAPES = 4
 LEAST_VISIBLE = 0.7  # of a shape that others cover
 TRIES = 20  # to find a place for a shape
 CONTRAST = 80  # between a shape and the background, in 0..255, mean over the channels
-# At most, of textures. The classification demo's network, shown about 130 shapes one by one, told four classes apart in
+# At most, of textures. The classification demo's network, shown about 130 shapes one by one, took four classes apart in
 # 39 % at 20 (chance: 25 %) and in 54, 66 % at 10 and 0; with the sizes above in 65, 68 % at 8 and 4.
 TEXTURE = 6.0
 

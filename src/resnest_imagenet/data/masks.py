@@ -3,7 +3,6 @@
 pycocotools encodes and decodes run-length codes; polygons alone need no library.
 """
 
-import importlib.util
 import itertools
 from array import array
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from resnest_imagenet.errors import ConfigError, name_extra
+from resnest_imagenet.errors import import_extra
 from resnest_imagenet.instances import Mask
 
 _BITS = 5  # of a number in each character of a run-length code
@@ -126,12 +125,11 @@ class MaskPacker:
 
 def require_pycocotools() -> None:
     """Raise a ConfigError where the library of run-length codes is not installed."""
-    if importlib.util.find_spec("pycocotools") is None:
-        raise ConfigError(f"masks need pycocotools: add {name_extra('detection')}")
+    import_extra("pycocotools.mask")
 
 
 def _read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
-    """Return a code, compressed, and its (height, width); a ValueError tells what is wrong."""
+    """Return a code, compressed, and its (height, width); or raise a ValueError with what is wrong."""
     size, counts = mask.get("size"), mask.get("counts")
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         raise ValueError("the size of its segmentation is not [height, width]")

@@ -90,8 +90,8 @@ def measure_accuracy(
     """
     model.eval()
     plan = loader.plan
-    # A row for each image, filled by the one rank that sees it. float32 holds its numbers exactly (classes below 2^24):
-    # the order of the ranks cannot change the sum. The table stays on the device and is read once at the end.
+    # A row for each image, filled by the one rank that sees it. float32 holds its numbers exactly (classes below 2^24),
+    # so the order of the ranks cannot change the sum. The table stays on the device and is read once at the end.
     table = torch.zeros(plan.num_samples, _COLUMNS, device=ranks.device)
     common = plan.num_batches // ranks.world_size
     for batch, ((images, labels), samples) in enumerate(zip(loader.batches(epoch=0), plan.batches(0), strict=False)):

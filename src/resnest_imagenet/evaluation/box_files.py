@@ -141,12 +141,12 @@ def encode_errors(table: DetectionTable, truth: GroundTruth, errors: Iterable[De
         errors: of `find_errors`, of boxes, and of masks where there are some.
     """
     rows: list[tuple[Any, ...]] = []
-    for found in errors:
-        counts = found.count(table, truth)
+    for of_kind in errors:
+        counts = of_kind.count(table, truth)
         for label, name in enumerate(truth.classes):
-            rows.append((found.kind, guard(name), *(int(counts[column][label]) for column in _COUNTED)))
-        gains = (found.gains[column] for column in _COUNTED[1:])
-        rows.append((found.kind, ALL_CLASSES, *_list_cells(np.array([found.ap50, *gains]))))
+            rows.append((of_kind.kind, guard(name), *(int(counts[column][label]) for column in _COUNTED)))
+        gains = (of_kind.gains[column] for column in _COUNTED[1:])
+        rows.append((of_kind.kind, ALL_CLASSES, *_list_cells(np.array([of_kind.ap50, *gains]))))
     return _encode(_ERROR_COLUMNS, rows)
 
 

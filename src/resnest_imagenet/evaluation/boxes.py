@@ -17,7 +17,7 @@ from torch import nn
 
 from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.errors import ConfigError, name_extra
+from resnest_imagenet.errors import import_extra
 from resnest_imagenet.evaluation.detections import DetectionTable, Kind, detect_over_ranks
 from resnest_imagenet.evaluation.ground_truth import GroundTruth
 from resnest_imagenet.evaluation.masks import measure_area
@@ -225,13 +225,13 @@ class _Numbered:
         self.truth = truth
         self.true_ids = np.arange(1, len(truth) + 1)
         self.true_images, self.true_categories = images[truth.images], categories[truth.labels]
-        self.found_images, self.found_categories = images[table.images], categories[table.labels]
-        self.found_boxes, self.scores = table.boxes, table.scores
-        self.true_codes = self.found_codes = None
+        self.detected_images, self.detected_categories = images[table.images], categories[table.labels]
+        self.detected_boxes, self.scores = table.boxes, table.scores
+        self.true_codes = self.detected_codes = None
         if kind == "mask":
             assert truth.masks is not None, "the objects were read without masks"
             self.true_codes = self._name_sizes(truth.images, truth.masks)
-            self.found_codes = self._name_sizes(table.images, table.masks or ())
+            self.detected_codes = self._name_sizes(table.images, table.masks or ())
 
     def _name_sizes(self, images: np.ndarray, codes: tuple[bytes, ...]) -> list[Any]:
         sizes = self.truth.sizes[images].tolist()
@@ -251,19 +251,18 @@ class _Numbered:
 
     def list_results(self) -> Iterator[dict[str, Any]]:
         """Yield the detections as a file of results has them: boxes, or masks without boxes."""
-        columns = (self.found_images, self.found_categories, self.found_boxes, self.scores)
+        columns = (self.detected_images, self.detected_categories, self.detected_boxes, self.scores)
         for row, values in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
             image, category, box, score = values
             result = {"image_id": image, "category_id": category, "score": score}
-            yield result | ({"bbox": box} if self.found_codes is None else {"segmentation": self.found_codes[row]})
+            yield result | (
+                {"bbox": box} if self.detected_codes is None else {"segmentation": self.detected_codes[row]}
+            )
 
 
 def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
     """Return the attributes of an `AveragePrecision`, with the classes in the order of their numbers."""
-    try:
-        import hotcoco
-    except ImportError as error:
-        raise ConfigError(f"detection needs hotcoco: add {name_extra('detection')}") from error
+    hotcoco = import_extra("hotcoco")
     truth = numbered.truth
     objects = hotcoco.COCO.from_arrays(
         *(numbered.images, numbered.categories),
@@ -273,11 +272,11 @@ def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
         iscrowd=truth.crowds.astype(np.int64),
         segmentation=numbered.true_codes,
     )
-    columns = (numbered.found_images, *numbered.found_boxes.T, numbered.scores, numbered.found_categories)
-    results = objects.load_res(np.stack(columns, axis=1), segmentation=numbered.found_codes)
-    if numbered.found_codes:
+    columns = (numbered.detected_images, *numbered.detected_boxes.T, numbered.scores, numbered.detected_categories)
+    results = objects.load_res(np.stack(columns, axis=1), segmentation=numbered.detected_codes)
+    if numbered.detected_codes:
         # It would take those of the boxes.
-        areas = [measure_area(code["counts"], code["size"]) for code in numbered.found_codes]
+        areas = [measure_area(code["counts"], code["size"]) for code in numbered.detected_codes]
         results.update_anns(ids=np.arange(1, len(areas) + 1), area=np.array(areas, np.float64))
     evaluation = hotcoco.COCOeval(objects, results, numbered.iou_type)
     evaluation.evaluate()
@@ -289,20 +288,17 @@ def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
 
 def _ask_pycocotools(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
     """Return what `_ask_hotcoco` does."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ConfigError(f"detection needs pycocotools: add {name_extra('detection')}") from error
+    COCO = import_extra("pycocotools.coco").COCO  # noqa: N806 - a class
+    COCOeval = import_extra("pycocotools.cocoeval").COCOeval  # noqa: N806 - the same
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
         objects = COCO()
         objects.dataset = {"images": numbered.images, "categories": numbered.categories}
         objects.dataset["annotations"] = list(numbered.list_objects())
         objects.createIndex()
-        found = list(numbered.list_results())
-        results = objects.loadRes(found) if found else COCO()  # it fails on an empty list
+        rows = list(numbered.list_results())
+        results = objects.loadRes(rows) if rows else COCO()  # it fails on an empty list
         evaluation = COCOeval(objects, results, numbered.iou_type)
-        if not found:
+        if not rows:
             results.dataset = objects.dataset | {"annotations": []}
             results.createIndex()
         evaluation.evaluate()

@@ -18,7 +18,7 @@ from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, Size
 from resnest_imagenet.evaluation.masks import encode_masks, import_masks
-from resnest_imagenet.instances import Detections
+from resnest_imagenet.instances import Detections, list_corners
 
 Kind = Literal["box", "mask"]
 
@@ -47,7 +47,7 @@ class DetectionTable:
     @property
     def corners(self) -> np.ndarray:
         """The boxes as x1 y1 x2 y2, float64 (D, 4)."""
-        return np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
+        return list_corners(self.boxes)
 
     def select(self, rows: np.ndarray) -> "DetectionTable":
         """Return some of the detections, by their numbers int64 (n,), which ascend, or by a mask bool (D,)."""
@@ -100,11 +100,11 @@ class _Collector:
         self._seen[image] += torch.tensor([1, has_numbers])
         if not has_numbers:
             return
-        found = bring_back(detections, size, original)
-        if found.masks is not None:
+        kept = bring_back(detections, size, original)
+        if kept.masks is not None:
             self._has_masks = True
-            self._masks += encode_masks(found.masks, found.boxes, original)
-        self._parts.append((image, Detections(found.boxes, found.scores, found.labels)))
+            self._masks += encode_masks(kept.masks, kept.boxes, original)
+        self._parts.append((image, Detections(kept.boxes, kept.scores, kept.labels)))
 
     def gather(self, ranks: Ranks, name: Callable[[int], str], precision: str) -> DetectionTable:
         """Return those of all ranks, in the order of the images."""
@@ -127,10 +127,10 @@ class _Collector:
 
     def _columns(self) -> tuple[np.ndarray, ...]:
         images = np.repeat(
-            np.array([image for image, _ in self._parts], np.int64), [len(found) for _, found in self._parts]
+            np.array([image for image, _ in self._parts], np.int64), [len(detections) for _, detections in self._parts]
         )
         empty = (torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-        columns = zip(empty, *((found.boxes, found.scores, found.labels) for _, found in self._parts), strict=True)
+        columns = zip(empty, *((part.boxes, part.scores, part.labels) for _, part in self._parts), strict=True)
         return images, *(torch.cat(column).numpy() for column in columns)
 
     def _pack_masks(self) -> tuple[bytes, np.ndarray] | None:
@@ -180,8 +180,8 @@ def detect_over_ranks(
     for batch, (images, targets) in enumerate(batches):
         before_batch(batch, batch < common)
         with autocast(ranks.device, precision):
-            found = network(images, [target.size for target in targets])
-        for target, detections in zip(targets, found, strict=True):
+            batch_detections = network(images, [target.size for target in targets])
+        for target, detections in zip(targets, batch_detections, strict=True):
             collector.add(target.index, target.size, target.original, detections)
     return collector.gather(ranks, name, precision)
 

@@ -28,7 +28,7 @@ class GroundTruth:
         images: (G,) int64, the image of each object, by its index in the set.
         labels: (G,) int64, its class, 0..K-1.
         boxes: (G, 4) float64, x y width height in pixels, as the file has them.
-        areas: (G,) float64, in pixels: which objects are small, medium and large is told by it.
+        areas: (G,) float64, in pixels: it decides which objects are small, medium and large.
         crowds: (G,) bool: several objects in one; finding it neither counts nor is an error.
         masks: G compressed run-length codes of whole images; None: none were read.
     """
@@ -213,5 +213,5 @@ def _encode(segmentation: Any, size: Size) -> bytes:
             raise ValueError("its run-length code has other things than lengths") from error
     code = counts.encode("ascii", "replace") if isinstance(counts, str) else b""
     if count_pixels(code) != size[0] * size[1]:
-        raise ValueError("its run-length code is damaged, or not of so many pixels")
+        raise ValueError("its run-length code is damaged, or its number of pixels is not the image's")
     return code

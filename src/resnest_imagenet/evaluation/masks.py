@@ -1,15 +1,14 @@
 """Masks of objects: from the cells of a box to the pixels of an image, and as COCO's run-length codes."""
 
 from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnest_imagenet.errors import ConfigError, name_extra
+from resnest_imagenet.errors import import_extra
 from resnest_imagenet.instances import RunLengths
 
 THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
@@ -120,14 +119,6 @@ def measure_area(counts: bytes, size: tuple[int, int]) -> int:
     return int(import_masks().area({"size": list(size), "counts": counts}))
 
 
-def import_masks() -> ModuleType:
-    """Return pycocotools.mask.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise ConfigError(f"detection needs pycocotools: add {name_extra('detection')}") from error
-    return mask
+def import_masks() -> Any:
+    """Return pycocotools.mask; a ConfigError where it is not installed."""
+    return import_extra("pycocotools.mask")

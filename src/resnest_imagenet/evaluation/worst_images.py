@@ -15,6 +15,7 @@ from resnest_imagenet.evaluation.detection_errors import ERRORS, DetectionErrors
 from resnest_imagenet.evaluation.detections import DetectionTable, read_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, open_ground_truth
 from resnest_imagenet.evaluation.masks import decode_mask
+from resnest_imagenet.instances import list_corners
 
 COUNT = 12  # images
 
@@ -46,7 +47,7 @@ class WorstImage:
         row: its line of images.csv.
         pixels: uint8 (H, W, 3), upright; None where there is a fault.
         truth: its objects, with crowds; the same.
-        found: its detections with a score of at least `SHOWN`, the most certain first; the same.
+        detections: with a score of at least `SHOWN`, the most certain first; the same.
         wrong: how many of these are wrong, by the kind of error.
         fault: why it cannot be shown, in one line; "" otherwise.
     """
@@ -54,7 +55,7 @@ class WorstImage:
     row: ImageRow
     pixels: np.ndarray | None = None
     truth: NamedBoxes | None = None
-    found: NamedBoxes | None = None
+    detections: NamedBoxes | None = None
     wrong: tuple[tuple[str, int], ...] = ()
     fault: str = ""
 
@@ -87,7 +88,7 @@ def find_worst_images(
         root: of the data set, as are the next two: see `open_coco`.
         json: the annotations of its val part.
         images: the folder of its images.
-        count: so many images.
+        count: of images.
 
     Raises:
         UserError: the data set cannot be read, or is another one than that of the evaluation.
@@ -132,13 +133,13 @@ def _view_image(
         row,
         pixels,
         NamedBoxes(
-            _list_corners(truth.boxes[objects]),
+            list_corners(truth.boxes[objects]),
             truth.labels[objects],
             tuple(_name_object(bool(truth.crowds[number]), number in hits) for number in objects.tolist()),
             masks=_decode(truth.masks, objects, truth.size(index)),
         ),
         NamedBoxes(
-            _list_corners(table.boxes[shown]),
+            table.corners[shown],
             table.labels[shown],
             tuple(outcome.name.lower() if outcome in ERRORS else "" for outcome in outcomes),
             table.scores[shown],
@@ -152,11 +153,6 @@ def _name_object(is_crowd: bool, is_found: bool) -> str:
     if is_crowd:
         return "crowd"
     return "" if is_found else "not found"
-
-
-def _list_corners(boxes: np.ndarray) -> np.ndarray:
-    """Return x y width height as x1 y1 x2 y2."""
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
 def _decode(codes: Sequence[bytes] | None, rows: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, ...] | None:

@@ -244,6 +244,21 @@ def distinguish(networks: "Sequence[Classifier | Segmenter | Detector]") -> tupl
     return tuple(names)
 
 
+def require_same_classes(networks: "Sequence[Segmenter | Detector]") -> None:
+    """Raise a ConfigError unless all networks have the same classes in the same order."""
+    first = networks[0]
+    for other in networks[1:]:
+        if other.classes == first.classes:
+            continue
+        if len(other.classes) != len(first.classes):
+            what = f"{len(first.classes)} classes, {other.source} {len(other.classes)}"
+        else:
+            pairs = zip(first.classes, other.classes, strict=True)
+            index, names = next((index, names) for index, names in enumerate(pairs) if names[0] != names[1])
+            what = f"{names[0]} as class {index}, {other.source} {names[1]}"
+        raise ConfigError(f"{first.source} has {what}: compare networks of the same classes")
+
+
 def _drop_shared(lists: list[list[str]]) -> list[list[str]]:
     """Drop the first items that are the same in all lists."""
     shared = sum(1 for _ in itertools.takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))

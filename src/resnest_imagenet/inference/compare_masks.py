@@ -5,7 +5,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -16,14 +15,11 @@ from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.overlays import encode_index_png
-from resnest_imagenet.inference.compare import distinguish
+from resnest_imagenet.inference.compare import distinguish, require_same_classes
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.inference.segment import SegmentedImages
 from resnest_imagenet.inference.segmenter import Segmenter, take_segmenter
-
-if TYPE_CHECKING:
-    from resnest_imagenet.inference.detector import Detector  # it imports torchvision
 
 
 @dataclass(frozen=True)
@@ -119,21 +115,6 @@ def compare_masks(
         tuple(images.protocol.text for images in segmented),
         tuple(skipped),
     )
-
-
-def require_same_classes(networks: "Sequence[Segmenter | Detector]") -> None:
-    """Raise a ConfigError unless all networks have the same classes in the same order."""
-    first = networks[0]
-    for network in networks[1:]:
-        if network.classes == first.classes:
-            continue
-        if len(network.classes) != len(first.classes):
-            difference = f"{len(first.classes)} classes, {network.source} {len(network.classes)}"
-        else:
-            pairs = zip(first.classes, network.classes, strict=True)
-            index, names = next((index, names) for index, names in enumerate(pairs) if names[0] != names[1])
-            difference = f"{names[0]} as class {index}, {network.source} {names[1]}"
-        raise ConfigError(f"{first.source} has {difference}: compare networks of the same classes")
 
 
 class _Count:

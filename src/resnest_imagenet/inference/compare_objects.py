@@ -14,8 +14,7 @@ from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.inference.compare import distinguish
-from resnest_imagenet.inference.compare_masks import require_same_classes
+from resnest_imagenet.inference.compare import distinguish, require_same_classes
 from resnest_imagenet.inference.detect import SCORE, DetectedImage, DetectedImages, open_above
 from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.images import Images, list_images
@@ -40,7 +39,7 @@ class ObjectComparison:
         shared: for each image and network bool (n,): whether a detection matches one of every other network.
         differing: (N,) float64, over all pairs of networks the share of the detections that do not match; 0 where
             nothing is found.
-        found: (M, K) int64, detections of each network and class in all images.
+        num_detections: (M, K) int64, of each network and class in all images.
         agreement: (K,) float64, over all pairs of networks the detections of a class that match, in percent; NaN where
             it is not found.
         skipped: a line for each image that cannot be used; it is none of the N.
@@ -54,7 +53,7 @@ class ObjectComparison:
     objects: tuple[tuple[DetectedImage, ...], ...]
     shared: tuple[tuple[np.ndarray, ...], ...]
     differing: np.ndarray
-    found: np.ndarray
+    num_detections: np.ndarray
     agreement: np.ndarray
     protocols: tuple[str, ...]
     skipped: tuple[str, ...] = ()
@@ -112,7 +111,7 @@ def compare_objects(
         tuple(count.objects),
         tuple(count.shared),
         np.array(count.differing),
-        count.found,
+        count.num_detections,
         count.agreement,
         tuple(detector.protocol.text for detector in detectors),
         tuple(skipped),
@@ -126,7 +125,7 @@ class _Count:
         self.objects: list[tuple[DetectedImage, ...]] = []
         self.shared: list[tuple[np.ndarray, ...]] = []
         self.differing: list[float] = []
-        self.found = np.zeros((num_networks, num_classes), np.int64)
+        self.num_detections = np.zeros((num_networks, num_classes), np.int64)
         self._matched = np.zeros(num_classes, np.int64)  # pairs of detections
 
     def add(self, row: Sequence[DetectedImage]) -> None:
@@ -141,7 +140,7 @@ class _Count:
                 shared[network] &= is_matched
             num_matched += len(pairs)
             self._matched += np.bincount(row[first].labels[pairs[:, 0]], minlength=len(self._matched))
-        self.found += np.stack([np.bincount(image.labels, minlength=len(self._matched)) for image in row])
+        self.num_detections += np.stack([np.bincount(image.labels, minlength=len(self._matched)) for image in row])
         # Each detection is in a pair with each other network.
         total = (len(row) - 1) * sum(map(len, row))
         self.differing.append(1 - 2 * num_matched / total if total else 0.0)
@@ -152,7 +151,7 @@ class _Count:
 
     @property
     def agreement(self) -> np.ndarray:
-        total = (len(self.found) - 1) * self.found.sum(0)
+        total = (len(self.num_detections) - 1) * self.num_detections.sum(0)
         return np.where(total > 0, 200 * self._matched / np.maximum(total, 1), np.nan)
 
 
@@ -187,7 +186,7 @@ def format_objects_compared(comparison: ObjectComparison) -> str:
     heads = "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
     lines = [f"{'agreement %':>11}  {heads}  class (detections)"]
     for label in list_classes_by_agreement(comparison):
-        columns = zip(comparison.found[:, label].tolist(), widths, strict=True)
+        columns = zip(comparison.num_detections[:, label].tolist(), widths, strict=True)
         cells = "  ".join(f"{count:>{width},}" for count, width in columns)
         lines.append(f"{comparison.agreement[label]:>11.2f}  {cells}  {printable(comparison.classes[label])}")
     lines.append(printable(describe_objects(comparison)))
@@ -203,7 +202,7 @@ def format_objects_compared(comparison: ObjectComparison) -> str:
 def list_classes_by_agreement(comparison: ObjectComparison) -> list[int]:
     """Return the class indices that are found, the highest agreement first."""
     order = np.argsort(-comparison.agreement, kind="stable")
-    return [label for label in order.tolist() if comparison.found[:, label].any()]
+    return [label for label in order.tolist() if comparison.num_detections[:, label].any()]
 
 
 def describe_objects(comparison: ObjectComparison) -> str:

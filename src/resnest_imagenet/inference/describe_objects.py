@@ -1,4 +1,4 @@
-"""How images become a detector's input, told to another program."""
+"""How images become a detector's input, as another program needs it."""
 
 from resnest_imagenet.inference.detector import read_protocol
 from resnest_imagenet.models.zoo import find_pixels
@@ -9,14 +9,14 @@ from resnest_imagenet.weights.load import Weights
 
 
 def describe_object_input(weights: Weights, protocol: BoxProtocolOptions | None = None) -> dict[str, str]:
-    """Return what another program must know of a detector, as texts: numbers and lists in JSON.
+    """Return what another program needs to use a detector, as texts: numbers and lists in JSON.
 
     Args:
         weights: of a run's checkpoint.
         protocol: how it is to see images; None: its run's.
 
     Raises:
-        CheckpointError: its configuration does not tell.
+        CheckpointError: its configuration has no protocol.
     """
     shown = read_protocol(weights, protocol)
     assert weights.model and weights.training

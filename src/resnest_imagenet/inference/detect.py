@@ -25,7 +25,7 @@ from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.instances import Detections
 from resnest_imagenet.models.zoo import find_pixels
 
-SCORE = 0.5  # that objects are above, where nobody says another
+SCORE = 0.5  # that objects are above, unless another one is given
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +131,13 @@ class DetectedImages:
         require_finite(np.array([is_finite(detections)]), lambda index: file, self.precision)
         return bring_back(detections, size, original)
 
-    def _describe(self, file: str, picture: Image.Image, found: Detections) -> DetectedImage:
-        scores = found.scores.double()
+    def _describe(self, file: str, picture: Image.Image, detections: Detections) -> DetectedImage:
+        scores = detections.scores.double()
         is_above = scores > self.score
-        boxes, labels = found.boxes[is_above], found.labels[is_above]
+        boxes, labels = detections.boxes[is_above], detections.labels[is_above]
         masks = None
-        if found.masks is not None:
-            masks = tuple(encode_masks(found.masks[is_above], boxes, (picture.height, picture.width)))
+        if detections.masks is not None:
+            masks = tuple(encode_masks(detections.masks[is_above], boxes, (picture.height, picture.width)))
         columns = (boxes.double().numpy(), scores[is_above].numpy(), labels.numpy())
         return DetectedImage(file, np.array(picture), *columns, masks)
 
@@ -192,7 +192,7 @@ def format_objects(image: DetectedImage, classes: Sequence[str], top: int) -> st
     Args:
         image: of `DetectedImages`.
         classes: names, in the order of the indices.
-        top: so many objects; a line tells how many more there are.
+        top: the largest number of objects; a line has the number of the others.
     """
     names = [printable(classes[label]) for label in image.labels[:top].tolist()]
     width = max(map(len, names), default=0)

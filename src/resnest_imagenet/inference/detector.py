@@ -25,7 +25,7 @@ class Detector:
     """A network that is not trained any further.
 
     Attributes:
-        weights: what their source tells; the tensors themselves are the module's.
+        weights: what is known of them; the tensors themselves are the module's.
         name: of the backbone.
         classes: of its outputs, in order.
         protocol: how it sees images, and which of its detections count.
@@ -112,7 +112,7 @@ def read_protocol(
         protocol: as `open_detector` takes it.
 
     Raises:
-        CheckpointError: its configuration does not tell.
+        CheckpointError: its configuration has no protocol.
         ConfigError: the protocol is not valid.
     """
     if isinstance(protocol, BoxProtocolOptions):

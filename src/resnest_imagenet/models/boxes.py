@@ -102,6 +102,17 @@ def pool_boxes(
     return pooled
 
 
+class _ContiguousReLU(nn.ReLU):
+    """Returns what is flattened as a view: as a copy it would be kept for the backward pass beside this output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.contiguous()
+        if y.requires_grad and not x.is_contiguous():
+            # The norm before adds in the order of its gradient's layout: that of its output.
+            y.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+        return super().forward(y)
+
+
 class BoxHead(nn.Module):
     """One stage of boxes: a class and a better box for each.
 
@@ -127,6 +138,8 @@ class BoxHead(nn.Module):
         channels, width = options.channels, options.box_width
         size, convs, fcs = (channels, BOX_SIDE, BOX_SIDE), [channels] * options.box_convs, [width] * options.box_fcs
         self.body = FastRCNNConvFCHead(size, convs, fcs, norm_layer)
+        if convs:
+            self.body[len(convs) - 1][-1] = _ContiguousReLU(inplace=True)
         self.classify = nn.Linear(width, 1 + num_classes)
         self.regress = nn.Linear(width, 4 if options.has_one_box else 4 * num_classes)
         self._coder, self._beta = BoxCoder(weights), options.box_beta

@@ -1,7 +1,6 @@
 """Masks of a detector: the head of Mask R-CNN (arXiv 1703.06870), and what it is trained on."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from resnest_imagenet.errors import ConfigError, name_extra
+from resnest_imagenet.errors import import_extra
 from resnest_imagenet.instances import Mask, RunLengths
 from resnest_imagenet.models.proposals import widen
 from resnest_imagenet.models.rcnn_options import RCNNOptions
@@ -93,24 +92,9 @@ def rasterise_masks(masks: Sequence[Mask], matched: Sequence[int], boxes: Tensor
     return drawn
 
 
-def require_rasteriser() -> Any:
-    """Return pycocotools' module of masks.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        from pycocotools import mask
-    except ImportError:
-        raise ConfigError(
-            f"masks: pycocotools is not installed: train without masks, or add {name_extra('detection')}"
-        ) from None
-    return mask
-
-
 def _fill_polygons(polygons: Sequence[np.ndarray], box: np.ndarray, side: int) -> np.ndarray:
     """Return bool (side, side): what lies within any of the polygons."""
-    coco = require_rasteriser()
+    coco = import_extra("pycocotools.mask")
     scale = side / np.maximum(box[2:] - box[:2], 0.1)  # a box of no width is drawn as one of a tenth of a pixel
     moved = [((np.asarray(polygon).reshape(-1, 2) - box[:2]) * scale).flatten() for polygon in polygons]
     codes = coco.frPyObjects(moved, side, side)
@@ -119,7 +103,7 @@ def _fill_polygons(polygons: Sequence[np.ndarray], box: np.ndarray, side: int) -
 
 def _cut_run_lengths(mask: RunLengths, boxes: Tensor, side: int) -> Tensor:
     """Return bool (n, side, side): where the mask covers half of a cell or more."""
-    coco = require_rasteriser()
+    coco = import_extra("pycocotools.mask")
     picture = torch.from_numpy(coco.decode(mask)).to(boxes.dtype)[None, None]
     rois = F.pad(boxes, (1, 0))
     return ops.roi_align(picture, rois, side, 1.0, 0, True)[:, 0] >= 0.5

@@ -116,7 +116,7 @@ class ProposalNetwork(RegionProposalNetwork):
         boxes = [{"boxes": target.boxes} for target in targets] if targets is not None else None
         proposals, losses = self(batch, dict(enumerate(levels)), boxes)
         names = {"objectness": "loss_objectness", "rpn_boxes": "loss_rpn_box_reg"}
-        return proposals, {name: losses[theirs] for name, theirs in names.items()} if losses else {}
+        return proposals, {name: losses[of_torchvision] for name, of_torchvision in names.items()} if losses else {}
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]

@@ -1,6 +1,6 @@
 """Detectors of the paper's Tables 5 and 6: Faster, Cascade and Mask R-CNN on a backbone of the zoo.
 
-torchvision's parts, put together as in the authors' configurations; `RCNNOptions` says where the two differ.
+torchvision's parts, put together as in the authors' configurations; where the two differ stands in `RCNNOptions`.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from resnest_imagenet.instances import Detections, Target
 from resnest_imagenet.models.boxes import no_numbers
 from resnest_imagenet.models.cascade import CascadeHeads
 from resnest_imagenet.models.features import STAGES, Backbone
-from resnest_imagenet.models.proposals import ProposalNetwork
+from resnest_imagenet.models.proposals import ProposalNetwork, widen
 from resnest_imagenet.models.rcnn_options import RCNNOptions
 from resnest_imagenet.models.roi_heads import RoIHeads
 from resnest_imagenet.models.taps import use_taps
@@ -55,8 +55,7 @@ class RCNN(nn.Module):
         self.rpn = ProposalNetwork(strides, options)
         self.roi_heads = heads(num_classes, backbone.strides, options, norm_layer)
         if norm == "sync":
-            self.fpn = nn.SyncBatchNorm.convert_sync_batchnorm(self.fpn)
-            self.roi_heads = nn.SyncBatchNorm.convert_sync_batchnorm(self.roi_heads)
+            self.fpn, self.roi_heads = map(_synchronise, (self.fpn, self.roi_heads))
         for part in (self.fpn, self.rpn.head, self.roi_heads):
             use_taps(part)
         self._has_frozen_heads = norm == "frozen"
@@ -94,7 +93,9 @@ class RCNN(nn.Module):
         detections = self.roi_heads(pooled, proposals, sizes)
         # What is not finite loses all comparisons, and would look like an image without objects.
         outputs = self.rpn.head(levels) if min(map(len, proposals)) == 0 else ([], [])
-        are_finite = torch.stack([x.flatten(1).isfinite().all(1) for x in itertools.chain(levels, *outputs)]).all(0)
+        # By their bounds, which NaN passes through: isfinite() of all of them takes four passes over the memory.
+        bounds = [bound(x, (1, 2, 3)) for x in itertools.chain(levels, *outputs) for bound in (torch.amin, torch.amax)]
+        are_finite = torch.stack(bounds).isfinite().all(0)
         return [
             detected if is_finite else no_numbers(images)
             for detected, is_finite in zip(detections, are_finite.tolist(), strict=True)
@@ -115,6 +116,25 @@ class RCNN(nn.Module):
     def _list_frozen(self) -> list[nn.Module]:
         modules = [module for part in (self.fpn, self.roi_heads) for module in part.modules()]
         return [module for module in modules if self._has_frozen_heads and isinstance(module, nn.BatchNorm2d)]
+
+
+def _synchronise(part: nn.Module) -> Any:
+    """Return a part of a detector with synchronised batch norms, which may have no boxes on some of the ranks."""
+    part = nn.SyncBatchNorm.convert_sync_batchnorm(part)
+    for module in part.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.register_forward_pre_hook(_widen_nothing)
+    return part
+
+
+def _widen_nothing(norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Let a norm without boxes have its input in float32, as all its statistics are.
+
+    torch gives the other ranks statistics of the input's own precision where the input is empty: in bf16 and fp16 their
+    bytes are half as many as the others wait for.
+    """
+    (x,) = inputs
+    return (x if x.numel() else widen(x),)
 
 
 def build_rcnn(name: str, num_classes: int, **options: Any) -> RCNN:

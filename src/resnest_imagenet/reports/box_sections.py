@@ -72,7 +72,7 @@ def view_images(run: Run) -> WorstImages | str | None:
 
 
 def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
-    """Return a detector's parameters, its multiply-adds and for which size; None where the folder does not tell enough.
+    """Return a detector's parameters, its multiply-adds and for which size; None where the folder lacks one of them.
 
     They are of an image of the evaluation's largest size, with 1000 proposals and 100 masks.
     """
@@ -112,7 +112,7 @@ def render_precision(runs: Sequence[Run]) -> str:
 
 
 def _has_objects(files: BoxFiles | None, kind: str, name: str) -> bool:
-    """Return whether the set has objects that a figure is of, where that can be told: a run's log has 0 without any."""
+    """Return whether the set has objects that a figure is of; True without files: a run's log has 0 in both cases."""
     return files is None or any(row.values[name] is not None for row in files.ap if row.kind == kind)
 
 
@@ -244,11 +244,11 @@ def _render_image(image: WorstImage, classes: Sequence[str], palette: np.ndarray
     title = f"{Path(row.file).name}: {row.correct} of {row.objects} objects found, wrong detections: {row.wrong}"
     kinds = ", ".join(f"{count} {name}" for name, count in image.wrong)
     caption = f"<div class=right>{escape(title)}</div>"
-    if image.pixels is None or image.truth is None or image.found is None:
+    if image.pixels is None or image.truth is None or image.detections is None:
         return f"<figure><figcaption>{caption}(no picture: {escape(image.fault)})</figcaption></figure>"
     views = "".join(
         _render_view(name, image.pixels, boxes, classes, palette)
-        for name, boxes in (("truth", image.truth), ("found", image.found))
+        for name, boxes in (("truth", image.truth), ("found", image.detections))
     )
     return (
         f'<figure class="strip"><div class="views">{views}</div>'

@@ -45,7 +45,7 @@ def render_object_comparison(comparison: ObjectComparison) -> str:
 
 def _render_classes(comparison: ObjectComparison) -> str:
     rows = [
-        (comparison.classes[label], f"{comparison.agreement[label]:.2f}", *comparison.found[:, label].tolist())
+        (comparison.classes[label], f"{comparison.agreement[label]:.2f}", *comparison.num_detections[:, label].tolist())
         for label in list_classes_by_agreement(comparison)
     ]
     head = ("class", "agreement %", *(f"{name}: detections" for name in comparison.names))

@@ -16,7 +16,7 @@ from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.masks import measure_area
 from resnest_imagenet.files import replacing, storing
 from resnest_imagenet.inference.detect import DetectedImage, DetectedImages
-from resnest_imagenet.reports.picture_files import encode_png, name_pictures, shorten_paths
+from resnest_imagenet.reports.picture_files import describe_older, encode_png, name_pictures, shorten_paths
 
 Writer: TypeAlias = Callable[[DetectedImage], None]  # takes the images of `DetectedImages`, each once, in order
 
@@ -64,10 +64,15 @@ def draw_objects(image: DetectedImage, classes: Sequence[str], palette: np.ndarr
     return draw_detections(image.pixels, *columns)
 
 
-def describe_numbers(out: Path, detected: DetectedImages) -> str:
-    """Return the end of a line about what `open_files` has written: what the numbers in COCO's results are."""
-    if out.suffix != ".json":
+def describe_written(out: Path, detected: DetectedImages) -> str:
+    """Return the end of a line about what `open_files` has written.
+
+    That is what the numbers in COCO's results are, or how many pictures of before are left in the folder.
+    """
+    if out.suffix == ".csv":
         return ""
+    if out.suffix != ".json":
+        return describe_older(out, name_pictures(detected.files, [".png"]), [".png"])
     _, are_names = number_images(detected.files)
     image_id = "the number that a file's name is" if are_names else "a count of the images from 1"
     category_id = (

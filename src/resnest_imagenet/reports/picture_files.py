@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain, count
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,20 @@ def shorten_paths(files: Sequence[str]) -> list[str]:
     """Return paths below the files' common folder."""
     common = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
     return [os.path.relpath(file, common) for file in files]
+
+
+def describe_older(folder: Path, names: Sequence[str], ends: Sequence[str]) -> str:
+    """Return the end of a line about pictures that were in a folder before, and still are; "" where there are none.
+
+    Args:
+        folder: of the pictures.
+        names: of `name_pictures`.
+        ends: as there.
+    """
+    written = {folder / name for name in _list_pictures(names, ends)}
+    places = {path.parent for path in written}
+    older = sum(path not in written for place in places for path in place.glob("*.png"))
+    return f"; other pictures there, of before: {older}" if older else ""
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

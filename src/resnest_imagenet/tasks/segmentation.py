@@ -236,5 +236,7 @@ def masked_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
         logits: (B, K, H, W).
         masks: int64 (B, H, W), class indices and VOID.
     """
-    total = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum")
+    # On CUDA torch adds the pixels in any order, unless they are added apart from that.
+    reduction = "none" if torch.are_deterministic_algorithms_enabled() else "sum"
+    total = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction=reduction).sum()
     return total / (masks != VOID).sum().clamp(min=1)

@@ -17,7 +17,15 @@ from resnest_imagenet.training.schedule import StepPlan
 _OF_IMAGES = ("images", "labels", "sizes", "content", "objects")
 # Options of a recipe that may change: the batch per rank (with the number of ranks) as long as the global batch stays,
 # and options that do not affect the result.
-_MAY_CHANGE = ("recipe", "batch_size", "global_batch", "compile", "max_skipped_steps", "checkpoint_activations")
+_MAY_CHANGE = (
+    "recipe",
+    "batch_size",
+    "global_batch",
+    "compile",
+    "max_skipped_steps",
+    "checkpoint_activations",
+    "deterministic",
+)
 
 
 def describe_identity(
@@ -49,6 +57,7 @@ def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "ranks": ranks.world_size,
         "train.batch_size": config.train.batch_size,
         "train.compile": config.train.compile,
+        "train.deterministic": config.train.deterministic,
         "model.split_attention": config.model.split_attention,
         "loader": choose_loader(config.loader.name),
         "device": name_device(ranks.device),

@@ -1,7 +1,6 @@
 """A run, from its configuration to its checkpoints, in the order of its life."""
 
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -11,6 +10,7 @@ from resnest_imagenet.supervision import STARTING, supervise
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.control import Control
+from resnest_imagenet.training.determinism import fix_workspace, fixing_kernels
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import end_epoch, train_epoch
@@ -39,6 +39,7 @@ def train(config: TrainConfig) -> TrainingState:
         # 1. What can be refused before the ranks meet: options, then data.
         task, plan, device = prepare(config)
         config, recipe = task.config, task.config.train
+        stack.enter_context(fixing_kernels(recipe.deterministic))
         # 2. The other ranks. Trackers are closed after the ranks have left the group: closing may wait for a server.
         trackers = stack.enter_context(ExitStack())
         trace = stack.enter_context(Trace(run.path))
@@ -52,7 +53,7 @@ def train(config: TrainConfig) -> TrainingState:
         loader = task.build_loader(batches, ranks)
         evaluate = task.build_evaluation(ranks)
         # 4. The network, the same on every rank, and all that changes with it: new, or from the newest checkpoint.
-        saver = Saver.of(run, ranks, task, plan, tick=partial(watch.then, STARTING))
+        saver = Saver.of(run, ranks, task, plan, tick=lambda: watch.then(STARTING))
         saved = saver.find(config.checkpoint.on_mismatch)
         state = TrainingState(task.build_model(saved is None, device), recipe, task.head)
         if saved is not None:
@@ -86,6 +87,8 @@ def prepare(config: TrainConfig) -> tuple[Task, StepPlan, torch.device]:
     world_size = distributed.launched_as().world_size
     require_trackers(config.log.trackers)
     count_accumulation(config.train, world_size)
+    if config.train.deterministic:
+        fix_workspace()
     device = distributed.choose_device(config.device)
     task = open_task(config)
     require_head(config.train, task.head)

@@ -8,7 +8,9 @@ from resnest_imagenet.training.losses import TOTAL
 
 def upgrade_checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
     """Return a run's checkpoint in the form of this version; other content is returned as it is."""
-    identity = saved.get("identity")
+    identity, circumstances = saved.get("identity"), saved.get("circumstances")
+    if isinstance(circumstances, dict):
+        saved = {**saved, "circumstances": {"train.deterministic": False, **circumstances}}
     if "task" in saved or not isinstance(identity, dict):
         return saved
     return {

@@ -76,10 +76,10 @@ def _list_fitting(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> d
     fitting: dict[str, Tensor] = {}
     for part in {_name_part(key) for key in own} - {"backbone"}:
         ours = {key: value.shape for key, value in own.items() if _name_part(key) == part}
-        theirs = {key: value for key, value in tensors.items() if _name_part(key) == part}
+        given = {key: value for key, value in tensors.items() if _name_part(key) == part}
         layers = {key: shape for key, shape in ours.items() if not _is_of_classes(key)}
-        if layers == {key: value.shape for key, value in theirs.items() if not _is_of_classes(key)}:
-            fitting |= {key: value for key, value in theirs.items() if key in ours}
+        if layers == {key: value.shape for key, value in given.items() if not _is_of_classes(key)}:
+            fitting |= {key: value for key, value in given.items() if key in ours}
     return fitting
 
 
@@ -140,7 +140,7 @@ def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) ->
     weights = adopt_rcnn(weights)
     if weights.rcnn_options is not None:
         return _restore_published(weights, weights.rcnn_options, {**PUBLISHED_PROTOCOL, **(protocol or {})})
-    # Bare weights have a classification's task: nothing tells theirs.
+    # Bare weights are read as a classification's: nothing in them names their task.
     if weights.run is None or weights.training is None or weights.classes is None or weights.model is None:
         raise CheckpointError(f"{weights.source}: not the checkpoint of a run: start one from it, train.init_from=...")
     if weights.task != DETECTION:
@@ -162,8 +162,7 @@ def _restore_published(weights: Weights, options: Mapping[str, Any], protocol: M
     num_classes = len(weights.tensors["roi_heads.stages.0.classify.bias"]) - 1
     if weights.classes is None:
         raise CheckpointError(
-            f"{weights.source}: nothing tells the names of its {num_classes} classes: start a run from it, "
-            "train.init_from=..."
+            f"{weights.source}: it has no names of its {num_classes} classes: start a run from it, train.init_from=..."
         )
     model = build_rcnn(weights.model, num_classes, norm="bn", **options, **read_options({}, protocol))
     model.load_state_dict(weights.tensors)

@@ -68,7 +68,7 @@ def export_rcnn_graph(
 
     Args:
         source: a checkpoint of a run of detection, or what `read_weights` has made of it.
-        describe: returns what another program must know of the network.
+        describe: returns what another program needs to use the network.
         out: the file; None: rcnn_MODEL.onnx or .pt2.
         weights: "model", "ema" or "auto".
         protocol: what is not its run's of min_score, nms and detections, which are part of the graph, and of
@@ -120,9 +120,9 @@ def _write_graph(
         content = make(RCNNGraph(folded).eval(), form, metadata)
         run = load(content, form)
     agreement = compare_detections(network, run, trials)
-    if agreement.unmatched > UNMATCHED * agreement.found:
+    if agreement.unmatched > UNMATCHED * agreement.total:
         raise UserError(
-            f"{file} is not written: {agreement.unmatched} of its and torch's {agreement.found} detections in drawn "
+            f"{file} is not written: {agreement.unmatched} of its and torch's {agreement.total} detections in drawn "
             "images are not the same: use format=safetensors or hub"
         )
     with replacing(file) as opened:
@@ -135,12 +135,12 @@ class Agreement:
     """How a network and its graph agree.
 
     Attributes:
-        found: detections of both, together.
+        total: detections of both, together.
         unmatched: those of them that the other does not have.
         box, score, mask: largest differences of those that both have: in pixels, and of probabilities.
     """
 
-    found: int
+    total: int
     unmatched: int
     box: float
     score: float
@@ -149,10 +149,10 @@ class Agreement:
     @property
     def text(self) -> str:
         """In words."""
-        if not self.found:
+        if not self.total:
             return "which like the network finds nothing in drawn images: try it on images of yours"
         return (
-            f"of {self.found} detections by it and by the network in drawn images {self.unmatched} are of one alone, "
+            f"of {self.total} detections by it and by the network in drawn images {self.unmatched} are of one alone, "
             f"the others within {self.box:.2g} pixels and a score of {self.score:.2g}"
         )
 
@@ -168,7 +168,7 @@ def compare_detections(network: RCNN, run: RunDetector, trials: list[tuple[int, 
         trials: (height, width) of each image, and without its padding.
     """
     generator = torch.Generator().manual_seed(0)
-    found = unmatched = 0
+    total = unmatched = 0
     largest = torch.zeros(3)
     for height, width, *size in trials:
         images = draw_images(1, height, width, generator)
@@ -178,10 +178,10 @@ def compare_detections(network: RCNN, run: RunDetector, trials: list[tuple[int, 
             (expected,) = network(images, [(size[0], size[1])])
             detections = run(images, torch.tensor(size))
         differences = match_detections(expected, detections, BOX_TOLERANCE * max(size))
-        found += len(expected) + len(detections)
+        total += len(expected) + len(detections)
         unmatched += len(expected) + len(detections) - 2 * len(differences)
         largest = torch.cat((largest[None], differences)).amax(0)
-    return Agreement(found, unmatched, *largest.tolist())
+    return Agreement(total, unmatched, *largest.tolist())
 
 
 def match_detections(first: Detections, second: Detections, box_tolerance: float) -> Tensor:

@@ -1,16 +1,12 @@
 """A network of segmentation as a folder: weights, a description for this project, and a card for people."""
 
 from os import PathLike
-from pathlib import Path
 
 from resnest_imagenet.weights.card import DescribeScenes
-from resnest_imagenet.weights.export import describe_deeplab, digest
-from resnest_imagenet.weights.folders import TENSORS
-from resnest_imagenet.weights.hub import read_score
-from resnest_imagenet.weights.hub_folder import write_folder
+from resnest_imagenet.weights.export import describe_deeplab
+from resnest_imagenet.weights.hub_folder import export_folder
 from resnest_imagenet.weights.load import Weights, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
-from resnest_imagenet.weights.sources import SETTINGS
 
 _README = """---
 license: apache-2.0
@@ -68,23 +64,7 @@ def export_deeplab_folder(
     tensors = restore_deeplab(loaded).state_dict()
     assert loaded.training
     card = describe(loaded, loaded.training["crop"])
-    name = f"deeplabv3_{loaded.model}"
-    folder = Path(out or f"{name}-hub")
-    file = write_folder(folder, loaded, tensors, card, _write_readme(loaded, name, card))
-    return (
-        f"wrote {folder}: {describe_deeplab(loaded)}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
-        "resnest-predict, resnest-eval and torch.hub's deeplabv3 take the folder"
-    )
-
-
-def _write_readme(weights: Weights, name: str, card: dict[str, str]) -> str:
-    score = read_score(weights)
-    assert weights.training
-    return _README.format(
-        **{key: card[key] for key in ("input", "output", "protocol", "mean", "std")},
-        name=name,
-        words=describe_deeplab(weights),
-        output_stride=weights.training["output_stride"],
-        score=f"- {score}\n" if score else "",
-        settings=SETTINGS,
-    )
+    card["output_stride"] = str(loaded.training["output_stride"])
+    name, words = f"deeplabv3_{loaded.model}", describe_deeplab(loaded)
+    takers = "resnest-predict, resnest-eval and torch.hub's deeplabv3"
+    return export_folder(loaded, tensors, card, _README, out, name=name, words=words, takers=takers)

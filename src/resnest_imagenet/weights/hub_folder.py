@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,53 @@ from torch import Tensor
 
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.files import replacing, require_writable
-from resnest_imagenet.weights.export import require_other
+from resnest_imagenet.weights.export import digest, require_other
 from resnest_imagenet.weights.folders import README, TENSORS
+from resnest_imagenet.weights.hub import read_score
 from resnest_imagenet.weights.load import Weights
 from resnest_imagenet.weights.sources import SETTINGS
 
 
-def write_folder(
-    folder: Path, weights: Weights, tensors: dict[str, Tensor], card: Mapping[str, str], readme: str
-) -> Path:
-    """Write model.safetensors, config.json and README.md; return the first.
+def export_folder(
+    weights: Weights,
+    tensors: dict[str, Tensor],
+    card: Mapping[str, str],
+    readme: str,
+    out: str | PathLike[str] | None,
+    *,
+    name: str,
+    words: str,
+    takers: str,
+) -> str:
+    """Write model.safetensors, config.json and README.md; return a line about the folder.
 
     Args:
-        folder: the folder to write.
         weights: of a run's checkpoint.
         tensors: of its network.
         card: the description for other programs.
-        readme: the text for people.
+        readme: the text for people, with places for what the card has and for name, words, score and settings.
+        out: the folder; None: NAME-hub.
+        name: of the network.
+        words: the same, for people.
+        takers: what takes the folder.
 
     Raises:
         UserError: it is the source itself, or cannot be written.
     """
+    folder, score = Path(out or f"{name}-hub"), read_score(weights)
+    score = f"- {score}\n" if score else ""
+    text = readme.format(**card, name=name, words=words, score=score, settings=SETTINGS)
+    file = _write_folder(folder, weights, tensors, card, text)
+    return (
+        f"wrote {folder}: {words}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
+        f"{takers} take the folder"
+    )
+
+
+def _write_folder(
+    folder: Path, weights: Weights, tensors: dict[str, Tensor], card: Mapping[str, str], readme: str
+) -> Path:
+    """Write the three files; return that of the weights."""
     file, settings = folder / TENSORS, folder / SETTINGS
     for path in (folder, file):
         require_other(weights.source, folder, path)

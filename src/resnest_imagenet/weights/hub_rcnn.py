@@ -1,17 +1,12 @@
 """A detector as a folder: weights, a description that this project reads, and a card for people."""
 
 from os import PathLike
-from pathlib import Path
 
 from resnest_imagenet.weights.card import DescribeObjects
 from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
-from resnest_imagenet.weights.export import digest
 from resnest_imagenet.weights.export_rcnn import describe_rcnn
-from resnest_imagenet.weights.folders import TENSORS
-from resnest_imagenet.weights.hub import read_score
-from resnest_imagenet.weights.hub_folder import write_folder
+from resnest_imagenet.weights.hub_folder import export_folder
 from resnest_imagenet.weights.load import Weights, read_weights
-from resnest_imagenet.weights.sources import SETTINGS
 
 _README = """---
 license: apache-2.0
@@ -36,7 +31,7 @@ Object detection by resnest-imagenet, the project around
 import torch
 
 model = torch.hub.load("OWNER/resnest-imagenet", "rcnn", pretrained="FOLDER").eval()
-(found,) = model(images, [(height, width)])  # found.boxes, .scores, .labels, .masks; model.classes are the names
+(objects,) = model(images, [(height, width)])  # .boxes, .scores, .labels and .masks; model.classes are the names
 ```
 
 In resnest-imagenet: `resnest-predict ckpt=FOLDER images=...`, `resnest-eval ckpt=FOLDER data.root=...`, and
@@ -58,7 +53,7 @@ def export_rcnn_folder(
 
     Args:
         source: a checkpoint of a run of detection, or what `read_weights` has made of it.
-        describe: returns what another program must know of the network.
+        describe: returns what another program needs to use the network.
         out: the folder; None: rcnn_MODEL-hub.
         weights: "model", "ema" or "auto".
 
@@ -68,18 +63,6 @@ def export_rcnn_folder(
     loaded = source if isinstance(source, Weights) else read_weights(source, weights, (DETECTION,))
     tensors = restore_rcnn(loaded).state_dict()
     card = describe(loaded)
-    name = f"rcnn_{loaded.model}"
-    folder = Path(out or f"{name}-hub")
-    score = read_score(loaded)
-    readme = _README.format(
-        **{key: card[key] for key in ("channels", "mean", "std", "protocol")},
-        name=name,
-        words=describe_rcnn(loaded),
-        score=f"- {score}\n" if score else "",
-        settings=SETTINGS,
-    )
-    file = write_folder(folder, loaded, tensors, card, readme)
-    return (
-        f"wrote {folder}: {describe_rcnn(loaded)}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
-        "resnest-predict, resnest-eval, resnest-compare and torch.hub's rcnn take the folder"
-    )
+    name, words = f"rcnn_{loaded.model}", describe_rcnn(loaded)
+    takers = "resnest-predict, resnest-eval, resnest-compare and torch.hub's rcnn"
+    return export_folder(loaded, tensors, card, _README, out, name=name, words=words, takers=takers)

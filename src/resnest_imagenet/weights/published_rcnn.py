@@ -30,9 +30,9 @@ def adopt_rcnn(weights: Weights) -> Weights:
     """Return the detector of a file of another program as one of ours; any other weights as they are.
 
     Taken are detectron2's and detectron2-ResNeSt's Faster, Cascade, Mask and Cascade Mask R-CNN with a feature pyramid,
-    and torchvision's second versions (fasterrcnn_resnet50_fpn_v2, maskrcnn_resnet50_fpn_v2). Names and shapes tell the
-    network; those with COCO's classes get their names. Of torchvision's 91 outputs the ten that stand for no class are
-    dropped.
+    and torchvision's second versions (fasterrcnn_resnet50_fpn_v2, maskrcnn_resnet50_fpn_v2). Which network it is
+    follows from names and shapes; those with COCO's classes get their names. Of torchvision's 91 outputs the ten that
+    stand for no class are dropped.
 
     Returns:
         Weights of task "detection" with tensors of our names, model, rcnn_options, and COCO's classes and category_ids
@@ -156,7 +156,7 @@ def _match(
 
 
 def _check_buffers(source: str, name: str, buffers: Mapping[str, Tensor]) -> None:
-    """Compare what a file tells of its pixels and anchors with what this network has."""
+    """Compare a file's pixels and anchors with this network's."""
     pixels: Pixels = find_pixels(name)
     options = RCNNOptions()
     cells = Anchors(options.anchor_sizes, options.anchor_ratios, ()).cells

@@ -1,4 +1,4 @@
-"""How others name a detector's tensors, and what names and shapes tell of its network.
+"""How others name a detector's tensors, and what follows from names and shapes.
 
 detectron2   and detectron2-ResNeSt: backbone.bottom_up.*, backbone.fpn_*, proposal_generator.*, roi_heads.*
 torchvision  backbone.body.*, backbone.fpn.*, rpn.*, roi_heads.*
@@ -33,7 +33,7 @@ def recognise_rcnn(keys: Collection[str]) -> str | None:
 
 
 def infer_options(tensors: Tensors, layout: str) -> dict[str, Any]:
-    """Return the options of `build_rcnn` that names and shapes tell, and what each program has set otherwise."""
+    """Return the options of `build_rcnn` that follow from names and shapes, and what each program has set otherwise."""
     return _infer_detectron2(tensors) if layout == "detectron2" else _infer_torchvision(tensors)
 
 
