@@ -106,7 +106,7 @@ build_model("resnest14_half", 2)
 print(*sorted({"resnest50", "tinynet", "othernet"} & set(list_models())), callable(hubconf.resnest50), flush=True)
 from resnest_imagenet.commands.train import main
 for option in sys.argv[1:]:
-    sys.argv = ["resnest-train", "data.root=/x", option]
+    sys.argv = ["resnest-train", *option.split()]
     try:
         main()
     except SystemExit as error:
@@ -129,8 +129,10 @@ def broken(tmp_path):
 @pytest.mark.process
 def test_a_package_that_fails_is_one_line_that_names_it(installed, broken):
     """Without a traceback; what is there works as without the package, and what is not may be the package's."""
-    runs = {"model.name=othernet": (2, f"unknown model 'othernet', and {FAILURE}")}
-    runs |= dict.fromkeys(("model.name=tinynet", "+experiment=demo"), (3, "data.root=/x: no such folder"))
+    runs = {"data.root=. model.name=othernet": (2, f"unknown model 'othernet', and {FAILURE}")}
+    runs |= dict.fromkeys(
+        ("data.root=/x model.name=tinynet", "data.root=/x +experiment=demo"), (3, "data.root=/x: no such folder")
+    )
     environment = {**os.environ, **with_packages(installed, broken, DOCS.parents[1])}
     command = [sys.executable, "-c", ASK_BOTH, *runs]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=broken)

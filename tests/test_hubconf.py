@@ -71,7 +71,7 @@ print(sys.modules["resnest_imagenet"].__file__)
     assert names.split() == sorted(["deeplabv3", "rcnn", *list_models()])
     text = "\n".join(text)
     assert text.startswith("resnest50 in training mode, with random weights or published ones.\n")
-    assert "the images that these are evaluated on: a" in text and "usually 224 pixels" in text
+    assert "the images on which these are evaluated: a" in text and "usually 224 pixels" in text
     assert 'pretrained: True for the authors\' weights; or "timm:NAME" or a file.' in text
     assert clones == folders == "ResNeSt 3 0.2 True"
     assert peer == "1000" and classifier.startswith("Conv2d(32, 4, ")

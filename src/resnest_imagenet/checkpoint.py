@@ -220,5 +220,5 @@ def _explain(error: Exception) -> str:
         return ""
     return (
         f": it holds {refused[1]}, which is not read because it may execute code; if you trust the file, read it with "
-        "torch.load(FILE, weights_only=False) and torch.save only its state dict"
+        "torch.load with weights_only off, and torch.save its state dict alone"
     )

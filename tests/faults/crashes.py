@@ -30,7 +30,7 @@ def survive_kill(place: Place) -> dict[str, Any]:
         for step in sorted(rng.sample(within, kills)):
             trainer = Trainer(place, killed, *options, ranks=ranks, faults=place.pace)
             epoch, number = divmod(step, steps_per_epoch)
-            trainer.wait_for(f"epoch {epoch + 1}/3 {number}/")
+            trainer.wait_for(f"epoch {epoch + 1}/3, step {number}/")
             time.sleep(rng.random() * 0.1)
             trainer.kill()
         require(Trainer(place, killed, *options, ranks=ranks).wait() == [0] * ranks, f"{killed} ends well")
@@ -148,7 +148,7 @@ def keep_within_storage(place: Place) -> dict[str, Any]:
 
     used = place.new_run()
     first = Trainer(place, used, *options, faults=[("hangs", [1, 6])])
-    first.wait_for("epoch 2/2 3/")
+    first.wait_for("epoch 2/2, step 3/")
     second = Trainer(place, used, *options)
     require(second.wait() == [2], f"a folder in use: exit code 2\n{second.output}")
     require(f"is in use by process {first.processes[0].pid} on " in second.output, second.output)

@@ -20,7 +20,7 @@ def outlast_a_freeze(place: Place) -> dict[str, Any]:
     for ranks in freezes:
         run = place.new_run()
         both = Trainer(place, run, *options, ranks=2, faults=place.pace)
-        both.wait_for("epoch 2/4 2/")
+        both.wait_for("epoch 2/4, step 2/")
         _send(both, ranks, signal.SIGSTOP)
         # All for as long as they like; of one the others wait a few seconds more.
         time.sleep(2.5 * timeout if len(ranks) == 2 else timeout + 2.5)
@@ -32,7 +32,7 @@ def outlast_a_freeze(place: Place) -> dict[str, Any]:
         return {"frozen": len(freezes)}
     run = place.new_run()
     both = Trainer(place, run, *options, ranks=2)
-    both.wait_for("epoch 2/4 2/")
+    both.wait_for("epoch 2/4, step 2/")
     _send(both, [1], signal.SIGSTOP)
     started = time.monotonic()
     line = "rank 1 hangs, "

@@ -44,7 +44,7 @@ def stop_when_asked(place: Place) -> dict[str, Any]:
     for name in ("SIGTERM",) if place.fast else ("SIGTERM", "SIGINT", "SIGUSR1"):
         run = place.new_run()
         alone = Trainer(place, run, *LONG, faults=[report, *place.pace])
-        alone.wait_for("epoch 2/4 2/")
+        alone.wait_for("epoch 2/4, step 2/")
         started = time.monotonic()
         os.kill(alone.processes[0].pid, signal.Signals[name])
         require(alone.wait() == [75], f"{name} to a run: exit code 75\n{alone.output}")
@@ -63,7 +63,7 @@ def stop_when_asked(place: Place) -> dict[str, Any]:
     if not place.fast:
         run = place.new_run()
         launched = Torchrun(place, run, *LONG, faults=[report])
-        launched.wait_for("epoch 2/4 2/")
+        launched.wait_for("epoch 2/4, step 2/")
         started = time.monotonic()
         launched.process.terminate()
         require(launched.wait() == 1, "torchrun returns 1 whatever its ranks return")
@@ -74,7 +74,7 @@ def stop_when_asked(place: Place) -> dict[str, Any]:
 
     run = place.new_run()
     hasty = Trainer(place, run, *LONG, faults=[("hangs", [1, 6])])
-    hasty.wait_for("epoch 2/4 2/")
+    hasty.wait_for("epoch 2/4, step 2/")
     os.kill(hasty.processes[0].pid, signal.SIGTERM)
     time.sleep(2.5)
     os.kill(hasty.processes[0].pid, signal.SIGTERM)
@@ -136,7 +136,7 @@ def name_the_culprit(place: Place) -> dict[str, Any]:
     options = ("loader=dali", f"timeout_seconds={timeout}")
     run = place.new_run()
     both = Trainer(place, run, *options, ranks=2, faults=[("hangs", [0, 5])])
-    both.wait_for("epoch 1/2 2/")
+    both.wait_for("epoch 1/2, step 2/")
     started = time.monotonic()
     require(both.wait(30) == [7, 7], f"a rank hangs: exit code 7 of both\n{both.output}")
     seconds = time.monotonic() - started

@@ -22,11 +22,11 @@ def outlast_the_terminal(place: Place) -> dict[str, Any]:
 
     run = place.new_run()
     hung_up = Trainer(place, run, *OPTIONS, faults=place.pace)
-    hung_up.wait_for("epoch 1/2 3/")
+    hung_up.wait_for("epoch 1/2, step 3/")
     os.kill(hung_up.processes[0].pid, signal.SIGHUP)
     require(hung_up.wait() == [75], f"SIGHUP saves: exit code 75\n{hung_up.output}")
     kept = Trainer(place, run, *OPTIONS, faults=[("ignores_hangup", []), *place.pace])
-    kept.wait_for("epoch 2/2 2/")
+    kept.wait_for("epoch 2/2, step 2/")
     os.kill(kept.processes[0].pid, signal.SIGHUP)
     require(kept.wait() == [0], f"under nohup SIGHUP is nothing\n{kept.output}")
     require_equal_runs(whole, run)
