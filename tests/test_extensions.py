@@ -133,6 +133,8 @@ def test_a_package_that_fails_is_one_line_that_names_it(installed, broken):
     runs |= dict.fromkeys(
         ("data.root=/x model.name=tinynet", "data.root=/x +experiment=demo"), (3, "data.root=/x: no such folder")
     )
+    for part in ("train", "val"):
+        (broken / part / "a").mkdir(parents=True)
     environment = {**os.environ, **with_packages(installed, broken, DOCS.parents[1])}
     command = [sys.executable, "-c", ASK_BOTH, *runs]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=broken)
