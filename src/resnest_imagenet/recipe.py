@@ -332,6 +332,9 @@ class DetectionRecipe(Recipe):
         description="Boxes of an image after the suppression; null: [1000, 1000], of a cascade [2000, 1000]."
     )
     samples: Positive = Field(description="Boxes of an image that the heads are trained on.")
+    class_agnostic: bool | None = Field(
+        description="One box for all classes, not one for each; null: in a cascade alone, which needs it."
+    )
     box_convs: Annotated[int, Field(ge=0)] = Field(description="3x3 convolutions of the box head.")
     box_fcs: Positive = Field(description="Fully connected layers of the box head.")
     box_width: Positive = Field(description="Width of the box head's fully connected layers.")
