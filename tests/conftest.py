@@ -191,7 +191,7 @@ SMALL_OBJECTS = ("+experiment=demo_detection", "device=cpu", "train.epochs=2", "
 SMALL_OBJECTS += ("train.short_sides=64", "train.longest=96", "protocol.short_side=64", "protocol.longest=96")
 SMALL_OBJECTS += ("train.channels=16", "train.box_width=16", "train.box_convs=1", "train.mask_convs=1")
 SMALL_OBJECTS += ("train.samples=16", "protocol.detections=20", "loader.workers=0", "log.trackers=[]")
-SMALL_OBJECTS += ("log.every_steps=1", "checkpoint.every_steps=5", "eval.every_epochs=1")
+SMALL_OBJECTS += ("log.every_steps=1", "checkpoint.every_steps=5", "eval.every_epochs=1", "train.class_agnostic=null")
 
 
 @pytest.fixture(scope="session")
