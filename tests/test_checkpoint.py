@@ -23,7 +23,7 @@ def test_round_trip(tmp_path):
 
 def test_a_failed_write_leaves_the_good_file(tmp_path):
     save_checkpoint(CONTENT, tmp_path / "a.pt")
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):  # the second in Python 3.13
         save_checkpoint({"unpicklable": lambda: None}, tmp_path / "a.pt")
     assert load_checkpoint(tmp_path / "a.pt")["step"] == 3
 

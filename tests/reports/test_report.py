@@ -317,7 +317,7 @@ def test_folders_come_bare_and_have_any_name(folders, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.process
-def test_a_pattern_leaves_out_what_is_no_run(folders, tmp_path, monkeypatch, capsys):
+def test_a_pattern_skips_what_is_no_run(folders, tmp_path, monkeypatch, capsys):
     shutil.copytree(folders[1], tmp_path / "b")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()

@@ -102,8 +102,8 @@ def test_results_of_a_run_and_of_its_evaluation(run, evaluation_of, recipes):
     # An evaluation in the folder stands for it.
     out = run / "eval.json"
     results = evaluate_checkpoint(evaluation_of(newest_checkpoint(run), "crop=[32,320]", f"out={out}"))
-    measured, left_out = read_measured([str(run.parent / "*"), str(run)], recipes)
-    assert left_out == []
+    measured, skipped = read_measured([str(run.parent / "*"), str(run)], recipes)
+    assert skipped == []
     assert [(one.crop, one.top1, one.source) for one in measured] == [(r.crop, r.top1, str(out)) for r in results]
     assert measured == read_measured([str(out)], recipes)[0]
 
@@ -184,7 +184,7 @@ def test_a_run_that_is_not_finished_says_so(run, recipes):
 @pytest.mark.parametrize(
     "damage", ["metrics.jsonl: ", "metrics.jsonl: {}", "config.yaml: ", "config.yaml: a: [", "config.yaml: 3"]
 )
-def test_what_is_no_run_is_left_out_of_a_pattern_and_refused_by_name(damage, tmp_path):
+def test_what_is_no_run_is_skipped_in_a_pattern_and_refused_by_name(damage, tmp_path):
     (tmp_path / "run").mkdir()
     event = {"event": "eval", "epoch": 1, "crop": 224, "top1": 1.0, "count": 2, "protocol": "p"}
     model = {"name": "resnest50", "num_classes": 10}

@@ -183,7 +183,7 @@ def read_wandb(path):
 
 
 @pytest.mark.process
-def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_run(shown):
+def test_wandb_has_numbers_pictures_and_configuration_and_resumes_in_the_same_run(shown):
     files = sorted(shown.run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
     name = json.loads((shown.run / "trackers.json").read_text())["wandb"]
@@ -219,7 +219,7 @@ def test_wandb_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_ru
     assert saved == {"media", "requirements.txt"}  # no code, no console
 
 
-def test_mlflow_has_numbers_pictures_and_configuration_and_goes_on_in_the_same_run(shown):
+def test_mlflow_has_numbers_pictures_and_configuration_and_resumes_in_the_same_run(shown):
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{shown.place}/store.db")
