@@ -143,6 +143,7 @@ def test_tensorboards_server_shows_numbers_pictures_and_configuration(shown):
 
 
 def test_tensorboard_keeps_the_pictures_that_a_run_resumes_from(tmp_path):
+    tiny_task.register()
     (tmp_path / "config.yaml").touch()
     config = compose_config("train", TrainConfig, *TINY)
     for resumes_from in (0, 10, 5):
@@ -297,6 +298,7 @@ def test_no_step_waits_for_a_tracker_and_its_failure_is_said_once(monkeypatch, c
 
 @pytest.mark.process
 def test_a_tracker_that_is_not_installed_is_one_line_before_any_data_is_read(small_run, tmp_path, monkeypatch):
+    importlib.import_module("tensorboard")  # what is imported is there, wherever Python looks for others
     # W&B makes such a folder wherever it runs: to Python a package.
     (tmp_path / "elsewhere/wandb").mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere")])
