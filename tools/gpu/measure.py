@@ -101,8 +101,10 @@ def train_downstream(out: Path, device: str, task: str, figure: str, protocols: 
         value = json.loads(result.read_text())["results"][0][figure] if code == 0 else tail
         rows.append({"case": f"eval of {task}, {protocol}", "exit": code, "seconds": seconds, figure: value})
         print(rows[-1], flush=True)
-    rows.append(compare_resumed(out / f"{task}-resumed", *common, experiment=f"demo_{task}"))
-    print(rows[-1], flush=True)
+    for fixed in ("false", "true"):
+        options = (*common, f"train.deterministic={fixed}")
+        rows.append(compare_resumed(out / f"{task}-resumed-{fixed}", *options, experiment=f"demo_{task}"))
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -198,9 +200,9 @@ def main() -> None:
         row |= summarise(run_dir) if code == 0 else {"output": tail}
         rows.append(row)
         print(row, flush=True)
-    for precision in ("fp32", "bf16"):  # 0 is bit for bit
+    for precision, fixed in (("fp32", "false"), ("fp32", "true"), ("bf16", "true")):  # 0 is bit for bit
         options = (f"data.root={data}", f"device={args.device}", f"train.precision={precision}", "loader=dali")
-        rows.append(compare_resumed(out / f"resumed-{precision}", *options))
+        rows.append(compare_resumed(out / f"resumed-{precision}-{fixed}", *options, f"train.deterministic={fixed}"))
         print(rows[-1], flush=True)
     for loader in ("dali", "torchvision"):
         result = out / f"eval-{loader}.json"
