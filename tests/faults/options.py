@@ -35,10 +35,10 @@ train timeout_seconds=0 -> timeout_seconds=0: input should be greater than 0
 train timeout_seconds=long -> timeout_seconds=long: input should be a valid number
 train timeout_seconds=null -> timeout_seconds=null: input should be a valid number
 train train.max_skiped_steps=1 -> did you mean 'train.max_skipped_steps'?
-train max_skipped_steps=1 -> did you mean 'train.max_skipped_steps'?
+train max_skipped_steps=1 -> unknown option max_skipped_steps: write train.max_skipped_steps=1
 train train.max_skipped_steps=-1 -> train.max_skipped_steps=-1: input should be greater than or equal to 0
 train train.max_skipped_steps=1.5 -> train.max_skipped_steps=1.5: input should be a valid integer
-train epochs=3 -> did you mean 'train.epochs'?
+train epochs=3 -> unknown option epochs: write train.epochs=3
 train ++train.batchsize=32 -> did you mean 'train.batch_size'?
 train train.label_smoothing=1 -> train.label_smoothing=1: input should be less than 1
 train train.schedule=cosin -> train.schedule=cosin: input should be 'cosine', 'step', 'milestones' or 'poly'
@@ -55,11 +55,11 @@ train +experiment=seresnext50_32x4 -> did you mean 'seresnext50_32x4d'?
 train experimnt=resnest50 -> did you mean 'experiment'?
 train +experimnt=resnest50 -> did you mean 'experiment'?
 evaluate crops=224 -> did you mean 'crop'?
-evaluate crop=big -> crop.0=big: input should be a valid integer
+evaluate crop=big -> crop=big: input should be a valid integer
 evaluate weights=emma -> weights=emma: input should be 'auto', 'model' or 'ema'
 evaluate protocol=papr -> did you mean 'paper'?
 evaluate batch_size=0 -> batch_size=0: input should be greater than or equal to 1
-export layout=mmpretrian -> layout=mmpretrian: input should be 'official', 'timm', 'mmpretrain' or 'detectron2'
+export layout=mmpretrian -> layout=mmpretrian: input should be 'official', 'timm', 'mmpretrain', 'mmsegmentation', 'mmdetection' or
 export formt=pth -> did you mean 'format'?
 table3 format=html -> format=html: input should be 'markdown', 'json' or 'csv'
 data chek data.root=/nowhere -> did you mean 'check'?
