@@ -59,7 +59,7 @@ evaluate crop=big -> crop=big: input should be a valid integer
 evaluate weights=emma -> weights=emma: input should be 'auto', 'model' or 'ema'
 evaluate protocol=papr -> did you mean 'paper'?
 evaluate batch_size=0 -> batch_size=0: input should be greater than or equal to 1
-export layout=mmpretrian -> layout=mmpretrian: input should be 'official', 'timm', 'mmpretrain', 'mmsegmentation', 'mmdetection' or
+export layout=mmpretrian -> layout=mmpretrian: input should be 'official', 'timm', 'mmpretrain', 'mmsegmentation'
 export formt=pth -> did you mean 'format'?
 table3 format=html -> format=html: input should be 'markdown', 'json' or 'csv'
 data chek data.root=/nowhere -> did you mean 'check'?
