@@ -14,9 +14,10 @@ import torch
 
 import tiny_task
 from faulty_task import Fault, put_into_runs
-from resnest_imagenet.config import TrainConfig, choose_schema
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks, choose_device, join
 from resnest_imagenet.errors import Stopped, UserError
+from resnest_imagenet.schemas import choose_schema
 from resnest_imagenet.training.train import train
 
 

@@ -10,10 +10,11 @@ import yaml
 from conftest import compose_config
 from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import RECIPE_NAMES, TrainConfig
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.augment import POLICIES
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe
 from resnest_imagenet.reports.table3 import PAPER
+from resnest_imagenet.schemas import RECIPE_NAMES
 from resnest_imagenet.training.schedule import plan_steps
 
 ALL_EXPERIMENTS = {path.stem: path.read_text() for path in (find_conf() / "experiment").glob("*.yaml")}

@@ -15,8 +15,10 @@ import yaml
 
 from conftest import compose_config
 from resnest_imagenet.commands import early, launch
-from resnest_imagenet.config import Options, TrainConfig, option_names
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.options import Options
 from resnest_imagenet.reports.table3 import PAPER
+from resnest_imagenet.schemas import option_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

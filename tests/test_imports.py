@@ -16,6 +16,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 LEAVES = {"errors", "randomness", "files", "extensions", "instances"}
 MEASURING = LEAVES | {
     "config",
+    "schemas",
     "options",
     "recipe",
     "checkpoint",
@@ -34,7 +35,8 @@ MAY_IMPORT = {
     "options": set(),
     "recipe": {"options"},
     "extensions": {"errors"},
-    "config": {"errors", "extensions", "options", "recipe"},
+    "config": {"options", "recipe"},
+    "schemas": {"config", "errors", "extensions", "options", "recipe"},
     "distributed": {"errors"},
     "checkpoint": {"distributed", "errors", "files"},
     "files": {"errors"},
@@ -52,6 +54,7 @@ MAY_IMPORT = {
         "options",
         "recipe",
         "config",
+        "schemas",
         "distributed",
         "weights",
         "data",

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from conftest import compose_config
 from resnest_imagenet import extensions
 from resnest_imagenet.commands.launch import check_config, find_conf
-from resnest_imagenet.config import RECIPES, PreviewDataConfig, TrainConfig, option_names
+from resnest_imagenet.config import PreviewDataConfig, TrainConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.options import Positive
 from resnest_imagenet.recipe import (
@@ -19,6 +19,7 @@ from resnest_imagenet.recipe import (
     upgrade_identity,
     upgrade_recipe,
 )
+from resnest_imagenet.schemas import RECIPES, option_names
 
 # As the version before train.task wrote recipe=sknet into checkpoints and config.yaml.
 BEFORE = {

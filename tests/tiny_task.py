@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnest_imagenet.compute import autocast
-from resnest_imagenet.config import ClassificationRecipe, TrainConfig
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
@@ -24,6 +24,7 @@ from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.evaluation.score import Score
 from resnest_imagenet.extensions import register_task
 from resnest_imagenet.randomness import Draws, Purpose, uniform_rows
+from resnest_imagenet.recipe import ClassificationRecipe
 from resnest_imagenet.tasks.digests import describe_images
 from resnest_imagenet.tasks.task import Evaluate, Pause
 

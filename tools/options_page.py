@@ -5,26 +5,27 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from resnest_imagenet import config as schemas
+from resnest_imagenet import config
 from resnest_imagenet.commands import data
 from resnest_imagenet.commands.choices import list_choices, list_groups
 from resnest_imagenet.commands.help import format_typed, read_values
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.option_list import Section, list_sections
 from resnest_imagenet.options import Options
+from resnest_imagenet.schemas import choose_schema
 
 # By primary configuration: what the command is called, and its schema.
 COMMANDS: dict[str, tuple[str, type[Options]]] = {
-    "train": ("resnest-train", schemas.TrainConfig),
-    "eval": ("resnest-eval", schemas.EvalConfig),
-    "predict": ("resnest-predict", schemas.PredictConfig),
-    "compare": ("resnest-compare", schemas.CompareConfig),
-    "explain": ("resnest-explain", schemas.ExplainConfig),
-    "report": ("resnest-report", schemas.ReportConfig),
-    "export": ("resnest-export", schemas.ExportConfig),
-    "info": ("resnest-info", schemas.InfoConfig),
-    "tables": ("resnest-tables", schemas.TablesConfig),
-    "table3": ("resnest-table3", schemas.Table3Config),
+    "train": ("resnest-train", config.TrainConfig),
+    "eval": ("resnest-eval", config.EvalConfig),
+    "predict": ("resnest-predict", config.PredictConfig),
+    "compare": ("resnest-compare", config.CompareConfig),
+    "explain": ("resnest-explain", config.ExplainConfig),
+    "report": ("resnest-report", config.ReportConfig),
+    "export": ("resnest-export", config.ExportConfig),
+    "info": ("resnest-info", config.InfoConfig),
+    "tables": ("resnest-tables", config.TablesConfig),
+    "table3": ("resnest-table3", config.Table3Config),
     **{f"data_{name}": (f"resnest-data {name}", action.schema) for name, action in data.ACTIONS.items()},
     **{f"data_demo_{task}": (f"resnest-data demo task={task}", demo.schema) for task, demo in data.DEMOS.items()},
 }
@@ -60,7 +61,7 @@ def build_page(compose: Callable[..., Any]) -> str:
         links: dict[str, None] = {}
         for overrides in VARIANTS.get(name, ((),)):
             values = read_values(compose(name, *overrides))
-            for section in list_sections(schemas.choose_schema(schema, values), values):
+            for section in list_sections(choose_schema(schema, values), values):
                 if not section.name:
                     lines += [] if overrides else [*_format_table(section, values), ""]
                     continue
@@ -105,8 +106,8 @@ def _list_groups(name: str, schema: type[Options]) -> list[str]:
 def _format_choices() -> Iterator[str]:
     yield "| group | task | names |"
     yield "|---|---|---|"
-    for group in _list_groups("train", schemas.TrainConfig):
-        schema = schemas.EvalConfig if group == "protocol" else schemas.TrainConfig
+    for group in _list_groups("train", config.TrainConfig):
+        schema = config.EvalConfig if group == "protocol" else config.TrainConfig
         for task, names in list_choices(schema, group, [find_conf()]).items():
             yield f"| `{group}` | {task or 'every task'} | {', '.join(names)} |"
 

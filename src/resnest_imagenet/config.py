@@ -3,15 +3,11 @@
 A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
 """
 
-from collections.abc import Mapping
-from functools import cache
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, WrapValidator, create_model, model_validator
+from pydantic import BeforeValidator, Field, WrapValidator, model_validator
 
-from resnest_imagenet import extensions
-from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.options import (
     IS_PATH,
     Crop,
@@ -23,21 +19,15 @@ from resnest_imagenet.options import (
     Precision,
     Seed,
     as_list,
-    as_path,
     keep_own,
 )
 from resnest_imagenet.recipe import (
     BoxProtocolOptions,
-    ClassificationRecipe,
-    DetectionRecipe,
     EvalOptions,
     Protocol,
     Recipe,
     RegionProtocolOptions,
-    SegmentationRecipe,
 )
-
-Schema = TypeVar("Schema", bound=Options)
 
 
 class NetworkOptions(Options):
@@ -528,137 +518,3 @@ class SplitDataConfig(Options):
     out: Place = Field(description="A new or empty folder for train and val.")
     val_share: float = Field(gt=0, lt=1, description="Share of each class that goes to val: at least one image.")
     seed: Seed = Field(description="Seed of the choice of images.")
-
-
-# Commands whose protocol is of the weights' task.
-_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig)
-# The kinds of protocols, by an option that no other kind has, with the names of some.
-_PROTOCOLS: dict[str, tuple[type[Protocol], tuple[str, ...]]] = {
-    "order": (OwnProtocolOptions, ("paper", "ecentercrop", "full")),
-    "name": (RegionProtocolOptions, ("whole", "slide", "centre", "published")),
-    "short_side": (BoxProtocolOptions, ("coco",)),
-}
-# By task; other packages may add some.
-RECIPES: dict[str, type[Recipe]] = {
-    "classification": ClassificationRecipe,
-    "segmentation": SegmentationRecipe,
-    "detection": DetectionRecipe,
-}
-extensions.tasks.reserve(RECIPES)
-# The published recipes of tasks that have few, to be named where one of another task is chosen.
-RECIPE_NAMES = {
-    "classification": ("resnest", "bag_of_tricks", "torchvision_v1", "sknet"),
-    "segmentation": ("deeplab_gluon", "deeplab_encoding"),
-    "detection": ("detectron2_boxes", "detectron2_masks"),
-}
-
-
-def find_outside_task(name: str) -> extensions.Task | None:
-    """Return the task of another package, or None for one of `RECIPES`.
-
-    Raises:
-        ConfigError: there is no such task.
-    """
-    outside = extensions.tasks.find(name)
-    if outside is None and name not in RECIPES:
-        valid = [*RECIPES, *extensions.tasks.read()]
-        raise ConfigError(f"unknown train.task {name!r}{suggest(name, valid)} ({', '.join(valid)})")
-    return outside
-
-
-def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
-    """Return a schema as it is for each task; where it is of one already, or of none, itself."""
-    if schema in _OF_ANY_TASK:
-        return [_specialise(schema, protocol=protocol) for protocol, _ in _PROTOCOLS.values()]
-    if not issubclass(schema, TrainConfig) or schema.model_fields["train"].annotation is not Recipe:
-        return [schema]
-    outside = [task.recipe for task in extensions.tasks.read().values()]
-    return [_of_recipe(schema, recipe) for recipe in (*RECIPES.values(), *outside)]
-
-
-def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:
-    """Return a schema with the options of the task that is chosen in `values`.
-
-    A schema for each task, and not a union of recipes in one: so an error names the option as it is typed.
-
-    Args:
-        schema: of a command.
-        values: what is to be checked against it; `train.task` is read, or which protocol it is.
-
-    Raises:
-        ConfigError: there is no such task, or the protocol or the recipe is another's.
-    """
-    protocol = values.get("protocol")
-    kind = _find_kind(protocol if isinstance(protocol, Mapping) else {})
-    if schema in _OF_ANY_TASK:
-        return _specialise(schema, protocol=_PROTOCOLS[kind][0])
-    options = values.get("train")
-    task = options.get("task") if isinstance(options, Mapping) else None
-    if not issubclass(schema, TrainConfig) or not isinstance(task, str):
-        return schema
-    outside = find_outside_task(task)
-    recipe: type[Recipe] = RECIPES[task] if outside is None else outside.recipe
-    own = _find_kind(recipe.PROTOCOL.model_fields)
-    if protocol is not None and kind != own:
-        names = ", ".join(_PROTOCOLS[own][1])
-        raise ConfigError(f"protocol is not of train.task={task}: choose {names}, or start from +experiment=")
-    assert isinstance(options, Mapping)
-    _require_own_recipe(task, recipe, options)
-    return _of_recipe(schema, recipe)
-
-
-def _require_own_recipe(task: str, recipe: type[Recipe], options: Mapping[Any, Any]) -> None:
-    """Raise a ConfigError for the values of another task's recipe: some that this one has not, and some missing."""
-    of_others = {name for other in RECIPES.values() for name in other.model_fields} - recipe.model_fields.keys()
-    if options.keys() & of_others and recipe.model_fields.keys() - options.keys():
-        names = ", ".join(RECIPE_NAMES.get(task, ()))
-        choice = f"choose {names}, or start from +experiment=" if names else "choose one that is"
-        raise ConfigError(f"recipe={options.get('recipe')} is not of train.task={task}: {choice}")
-
-
-def _find_kind(options: Mapping[str, Any]) -> str:
-    """Return which of `_PROTOCOLS` has such options."""
-    return next((option for option in _PROTOCOLS if option in options), "order")
-
-
-def _of_recipe(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:
-    return _specialise(schema, train=recipe, eval=recipe.EVAL_OPTIONS, protocol=recipe.PROTOCOL)
-
-
-@cache
-def _specialise(schema: type[Schema], **options: type[Options]) -> type[Schema]:
-    """Return a schema whose options of these names have these types."""
-    parts: dict[str, Any] = {name: (part, ...) for name, part in options.items()}
-    return create_model(schema.__name__, __base__=schema, __doc__=schema.__doc__, **parts)
-
-
-def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return options by their dotted names, as on a command line."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def option_names(schema: type[Options], prefix: str = "") -> list[str]:
-    """Return every option of a schema and its parts, dotted; of every task."""
-    names: dict[str, None] = {}
-    for variant in list_schemas(schema):
-        for name, field in variant.model_fields.items():
-            names[prefix + name] = None
-            for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
-                if isinstance(part, type) and issubclass(part, Options):
-                    names |= dict.fromkeys(option_names(part, f"{prefix}{name}."))
-    return list(names)
-
-
-def list_places(schema: type[Options], prefix: str = "") -> dict[str, bool]:
-    """Return the options that are files or folders, as `option_names`, and whether each takes a list of them."""
-    places = {}
-    for variant in list_schemas(schema):
-        for name, field in variant.model_fields.items():
-            if as_path.__name__ in repr((field.annotation, field.metadata)):
-                places[prefix + name] = "list[" in repr(field.annotation)
-            elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
-                places |= list_places(field.annotation, f"{prefix}{name}.")
-    return places

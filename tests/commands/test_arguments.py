@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from resnest_imagenet.commands import data, train
-from resnest_imagenet.commands.arguments import FLAGS, Vocabulary, list_choices, refuse_words
+from resnest_imagenet.commands.arguments import FLAGS, Vocabulary, list_files_of_groups, refuse_words
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.synonyms import ADVICE, SYNONYMS, normalise
 from resnest_imagenet.config import (
@@ -23,7 +23,7 @@ from resnest_imagenet.config import (
 )
 from resnest_imagenet.errors import ConfigError
 
-CHOICES = list_choices(find_conf(), [])
+CHOICES = list_files_of_groups(find_conf(), [])
 SCHEMAS = {
     "train": TrainConfig,
     "eval": EvalConfig,
@@ -161,7 +161,7 @@ def test_a_folder_of_the_users_own_has_choices_too(flag, tmp_path, monkeypatch):
     (tmp_path / "own/data/photos.yaml").touch()
     (tmp_path / "photos").mkdir()
     words = [*(word.replace("OWN", "own") for word in flag), "data=photos"]
-    refuse_words(words, Vocabulary(TrainConfig, list_choices(find_conf(), words)))
+    refuse_words(words, Vocabulary(TrainConfig, list_files_of_groups(find_conf(), words)))
     with pytest.raises(ConfigError, match=r"write data\.root=photos$"):
         refuse_words(["data=photos"], VOCABULARIES["train"])
 

@@ -16,7 +16,9 @@ from resnest_imagenet.commands.choices import list_choices
 from resnest_imagenet.commands.help import read_values
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.option_list import list_sections, list_values
-from resnest_imagenet.config import ExplainConfig, TrainConfig, flatten, list_schemas, option_names
+from resnest_imagenet.config import ExplainConfig, TrainConfig
+from resnest_imagenet.options import flatten
+from resnest_imagenet.schemas import list_schemas, option_names
 
 ROOT = find_conf().parent
 MAIN = {script.name: script.value for script in entry_points(group="console_scripts") if script.name in

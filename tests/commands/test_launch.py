@@ -26,11 +26,9 @@ from resnest_imagenet.config import (
     Table3Config,
     TablesConfig,
     TrainConfig,
-    choose_schema,
-    list_places,
-    option_names,
 )
 from resnest_imagenet.errors import ConfigError, explain_runtime
+from resnest_imagenet.schemas import choose_schema, list_places, option_names
 from resnest_imagenet.supervision import supervise
 
 

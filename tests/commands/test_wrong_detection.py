@@ -106,7 +106,7 @@ def open_with(small_set, *options):
             ["train.compile=true"],
             "train.compile=true: torch does not compile a detector's step: set train.compile=false",
         ),
-        (["train.steps=9"], "train.epochs=6 and train.steps=9: set one of them to null"),
+        (["train.steps=9"], "train.epochs=7 and train.steps=9: set one of them to null"),
     ],
 )
 def test_a_wrong_value_is_one_line_of_detection(options, message, small_set):

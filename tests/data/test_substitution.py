@@ -16,8 +16,9 @@ from resnest_imagenet.data import reading
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan
+from resnest_imagenet.data.shards import write_shards
 from resnest_imagenet.data.transforms import STD, RandomResizedCrop, TrainTransform
-from resnest_imagenet.data.webdataset import read_shards, write_shards
+from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import DataError, LoadingError
 
 LOADERS = ["dali", "torchvision"]

@@ -13,13 +13,15 @@ from PIL import Image
 from test_folder import make_tree
 
 from conftest import CPU
+from resnest_imagenet.data import shards as writer
 from resnest_imagenet.data import webdataset
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader, open_source
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
+from resnest_imagenet.data.shards import name_members, write_shards
 from resnest_imagenet.data.source import read_named, require_same_classes
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
-from resnest_imagenet.data.webdataset import name_members, read_shards, write_shards
+from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import DataError, LoadingError
 
 pytestmark = pytest.mark.process  # files are read and examined in processes
@@ -337,14 +339,14 @@ def test_an_index_of_other_shards_is_refused(shards, tmp_path):
 
 def test_writing_leaves_nothing_half_done(demo_images, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    real = webdataset._write_part
+    real = writer._write_part
 
     def fail_at_second(images, folder, *rest):
         if folder.name == "val":
             raise OSError(28, "No space left on device")
         real(images, folder, *rest)
 
-    monkeypatch.setattr(webdataset, "_write_part", fail_at_second)
+    monkeypatch.setattr(writer, "_write_part", fail_at_second)
     with pytest.raises(DataError, match=r"out=.*/out: cannot be written \(No space left on device\)"):
         write_shards(str(demo_images), PARTS, out, 50, shuffle=False)
     assert [path.name for path in out.iterdir()] == [".unfinished"]

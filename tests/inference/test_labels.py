@@ -13,8 +13,9 @@ from resnest_imagenet.commands.compare import compare_networks
 from resnest_imagenet.config import CompareConfig, PredictConfig
 from resnest_imagenet.data import folder
 from resnest_imagenet.data.folder import read_image_folder
+from resnest_imagenet.data.shards import write_shards
 from resnest_imagenet.data.source import order_classes
-from resnest_imagenet.data.webdataset import read_shards, write_shards
+from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import CheckpointError, DataError
 from resnest_imagenet.inference.labels import label_images, name_outputs
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets

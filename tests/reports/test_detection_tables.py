@@ -13,7 +13,8 @@ from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.tables import build_rows, format_tables
 from resnest_imagenet.config import EvalConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.results import MASK_AP, MeasuredBoxes, read_all_measured, read_measured
+from resnest_imagenet.evaluation.measured import read_all_measured, read_measured
+from resnest_imagenet.evaluation.results import MASK_AP, MeasuredBoxes
 from resnest_imagenet.reports import downstream
 from resnest_imagenet.reports.downstream import TABLE5, TABLE6, build_downstream, format_downstream
 from run_files import read_events

@@ -16,7 +16,8 @@ from resnest_imagenet.commands.evaluate import run as evaluate
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import EvalConfig, TablesConfig, TrainConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.results import MeasuredRegions, read_all_measured, read_measured
+from resnest_imagenet.evaluation.measured import read_all_measured, read_measured
+from resnest_imagenet.evaluation.results import MeasuredRegions
 from resnest_imagenet.reports import downstream, table3
 from resnest_imagenet.reports.downstream import TABLE7, build_downstream, format_downstream
 from run_files import read_events

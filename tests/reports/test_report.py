@@ -17,9 +17,9 @@ from resnest_imagenet.commands import report as command
 from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import Evaluation
+from resnest_imagenet.evaluation.measured import read_measured
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
-from resnest_imagenet.evaluation.results import read_measured
 from resnest_imagenet.reports.runs import Run, find_runs, list_differences, read_run
 from resnest_imagenet.reports.table3 import PAPER
 from resnest_imagenet.training.train import train

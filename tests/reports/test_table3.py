@@ -14,7 +14,7 @@ from resnest_imagenet.commands import table3 as command
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.results import read_measured
+from resnest_imagenet.evaluation.measured import read_measured
 from resnest_imagenet.reports.table3 import PAPER, format_table
 from resnest_imagenet.training.train import train
 from run_files import read_events

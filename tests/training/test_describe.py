@@ -13,10 +13,11 @@ from conftest import ALONE, CPU, compose_config
 from faulty_task import Fault
 from forked import ask_to_stop
 from resnest_imagenet.commands.launch import quote_place
-from resnest_imagenet.config import PredictConfig, TrainConfig, list_places
+from resnest_imagenet.config import PredictConfig, TrainConfig
 from resnest_imagenet.data.demo_scenes import write_demo_scenes
 from resnest_imagenet.data.source import describe_counts
 from resnest_imagenet.errors import Stopped
+from resnest_imagenet.schemas import list_places
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training.describe import describe_plan, format_lines, format_seconds
 from resnest_imagenet.training.dry_run import describe_run

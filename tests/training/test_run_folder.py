@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import ALONE
-from resnest_imagenet.data.webdataset import write_shards
+from resnest_imagenet.data.shards import write_shards
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training.identity import compare_identity, describe_identity

@@ -19,8 +19,8 @@ from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.demo import write_demo_images
+from resnest_imagenet.data.shards import write_shards
 from resnest_imagenet.data.transforms import ERandomCrop
-from resnest_imagenet.data.webdataset import write_shards
 from resnest_imagenet.errors import CheckpointError, DataError, NonFiniteError, Stopped
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.randomness import Draws

@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from resnest_imagenet.commands.synonyms import ADVICE, SYNONYMS, normalise
-from resnest_imagenet.config import list_places, list_schemas, option_names
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.options import Options
+from resnest_imagenet.schemas import list_places, option_names, walk_options
 from resnest_imagenet.weights.sources import BEST, SUFFIXES, is_described, is_published
 
 # Hydra's own flags, and whether a value follows.
@@ -38,7 +38,7 @@ class Vocabulary:
         self.options = option_names(schema)
         self.places = list_places(schema)
         self.choices = choices
-        self._switches = list(_list_switches(schema))
+        self._switches = {name for name, field in walk_options(schema) if field.annotation is bool}
         self._sections = {option.partition(".")[0] for option in self.options if "." in option}
 
     def is_known(self, name: str) -> bool:
@@ -83,17 +83,7 @@ class Vocabulary:
         return option.lstrip("+") in self.options or (option.startswith("+") and option[1:] in self.choices)
 
 
-def _list_switches(schema: type[Options], prefix: str = "") -> Iterator[str]:
-    """Yield the options that are true or false, dotted."""
-    for variant in list_schemas(schema):
-        for name, field in variant.model_fields.items():
-            if field.annotation is bool:
-                yield prefix + name
-            elif isinstance(field.annotation, type) and issubclass(field.annotation, Options):
-                yield from _list_switches(field.annotation, f"{prefix}{name}.")
-
-
-def list_choices(conf: Path, words: Sequence[str]) -> dict[str, list[str]]:
+def list_files_of_groups(conf: Path, words: Sequence[str]) -> dict[str, list[str]]:
     """Return what there is to choose of each group: in conf/, and in the folders that --config-dir names."""
     own = [following for word, following in pairwise(words) if word in ("--config-dir", "-cd")]
     own += [word.partition("=")[2] for word in words if word.startswith(("--config-dir=", "-cd="))]

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnest_imagenet.commands.option_list import find_part
-from resnest_imagenet.config import KINDS, RECIPES, OwnProtocolOptions, TrainConfig, list_schemas
+from resnest_imagenet.config import KINDS, OwnProtocolOptions, TrainConfig
 from resnest_imagenet.options import Options
+from resnest_imagenet.schemas import RECIPES, find_kind, find_part, list_schemas
 
 # In the order in which they are shown.
 _GROUPS = ("experiment", "task", "model", "data", "recipe", "protocol", "loader")
-# The tasks of protocols, by an option that no other kind of protocol has.
-_TASKS_OF_PROTOCOLS = {"order": "classification", "name": "segmentation", "short_side": "detection"}
+_TASKS_OF_PROTOCOLS = {find_kind(recipe.PROTOCOL.model_fields): task for task, recipe in RECIPES.items()}
 
 
 def list_groups(schema: type[Options], chosen: Mapping[str, Any]) -> list[str]:

@@ -14,13 +14,13 @@ from resnest_imagenet.config import (
     DemoDataConfig,
     DemoObjectsConfig,
     DemoScenesConfig,
-    Options,
     PrepareDataConfig,
     PreviewDataConfig,
     ShardDataConfig,
     SplitDataConfig,
 )
 from resnest_imagenet.errors import ConfigError, DataError, suggest
+from resnest_imagenet.options import Options
 
 
 def write_demo(config: DemoDataConfig) -> None:
@@ -90,7 +90,7 @@ def check(config: CheckDataConfig) -> None:
 
 def shard(config: ShardDataConfig) -> None:
     """Write WebDataset shards."""
-    from resnest_imagenet.data.webdataset import write_shards
+    from resnest_imagenet.data.shards import write_shards
 
     parts = {"data.train_dir": config.data.train_dir, "data.val_dir": config.data.val_dir}
     chosen = {option: name for option, name in parts.items() if name is not None}

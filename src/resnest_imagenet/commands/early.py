@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from resnest_imagenet.config import (
-    RECIPES,
     CompareConfig,
     EvalConfig,
     ExplainConfig,
     ExportConfig,
-    Options,
     PredictConfig,
     PreviewDataConfig,
     ReportConfig,
@@ -25,6 +23,8 @@ from resnest_imagenet.data.scenes import LAYOUTS, find_folders
 from resnest_imagenet.data.source import find_part, require_root
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
+from resnest_imagenet.options import Options
+from resnest_imagenet.schemas import RECIPES
 from resnest_imagenet.weights.sources import find_weights, is_published
 
 _KINDS = ("folder", "webdataset", "coco", *LAYOUTS)  # the project's own; where another's data are, only that one tells

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from resnest_imagenet.commands.choices import list_choices, list_groups
 from resnest_imagenet.commands.option_list import Section, list_sections
-from resnest_imagenet.config import choose_schema
 from resnest_imagenet.options import Options, format_value
+from resnest_imagenet.schemas import choose_schema
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

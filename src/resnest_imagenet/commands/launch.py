@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from resnest_imagenet.commands.arguments import Vocabulary, list_choices, refuse_words
+from resnest_imagenet.commands.arguments import Vocabulary, list_files_of_groups, refuse_words
 from resnest_imagenet.commands.help import HELP, drop_flags, format_help
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.commands.versions import asks_for_version, format_versions
-from resnest_imagenet.config import Options, choose_schema, option_names
 from resnest_imagenet.distributed import find_launcher_file, has_joined, launched_as, tell_launcher
 from resnest_imagenet.errors import (
     ConfigError,
@@ -27,8 +26,9 @@ from resnest_imagenet.errors import (
     printable,
     suggest,
 )
-from resnest_imagenet.options import format_value
+from resnest_imagenet.options import Options, format_value
 from resnest_imagenet.recipe import RENAMED
+from resnest_imagenet.schemas import choose_schema, option_names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -109,7 +109,7 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
 
 def _check_words(name: str, schema: type[Options]) -> None:
     """Refuse words that cannot be meant as they stand, and quote for Hydra those that can; exit on an error."""
-    vocabulary = Vocabulary(schema, list_choices(find_conf(), sys.argv[1:]))
+    vocabulary = Vocabulary(schema, list_files_of_groups(find_conf(), sys.argv[1:]))
     try:
         refuse_words(sys.argv[1:], vocabulary)
     except ConfigError as error:

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from resnest_imagenet.options import Options, as_list, as_path, keep_own
 from resnest_imagenet.recipe import Recipe
+from resnest_imagenet.schemas import find_part
 
 _WORDS = {int: "int", float: "float", str: "text"}
 _FIXED = {bool: ["true", "false"], type(None): ["null"]}
@@ -51,7 +52,7 @@ def list_sections(schema: type[Options], values: Mapping[str, Any]) -> list[Sect
     """Return the sections of a command's options, the command's own first.
 
     Args:
-        schema: of the command, for one task: see `config.choose_schema`.
+        schema: of the command, for one task: see `schemas.choose_schema`.
         values: what was composed; a section that is null in it has no options.
     """
     fields = schema.model_fields
@@ -70,14 +71,6 @@ def _split_section(name: str, part: type[Options]) -> Iterator[Section]:
     if issubclass(part, Recipe) and part is not Recipe:
         yield Section(name, _first_line(Recipe), [options.pop(option) for option in Recipe.model_fields], Recipe)
     yield Section(name, _first_line(part), list(options.values()), part)
-
-
-def find_part(field: FieldInfo) -> type[Options] | None:
-    """Return the schema of a section; None for an option."""
-    for part in (field.annotation, *get_args(field.annotation)):
-        if isinstance(part, type) and issubclass(part, Options):
-            return part
-    return None
 
 
 def _first_line(schema: type[Options]) -> str:

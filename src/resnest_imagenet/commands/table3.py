@@ -10,7 +10,7 @@ from resnest_imagenet.errors import printable
 
 def run(config: Table3Config) -> None:
     """Print the table."""
-    from resnest_imagenet.evaluation.results import read_measured
+    from resnest_imagenet.evaluation.measured import read_measured
     from resnest_imagenet.reports.table3 import build_table, format_table, list_strangers
 
     measured, skipped = read_measured(config.results, load_recipes())

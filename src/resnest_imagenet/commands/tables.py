@@ -23,7 +23,9 @@ HEADINGS = {
 
 def run(config: TablesConfig) -> None:
     """Print the chosen tables in the paper's order; a single table has no heading."""
-    from resnest_imagenet.evaluation.results import BOX_AP, MASK_AP, MIOU, TOP1, read_all_measured
+    from resnest_imagenet.evaluation.events import TOP1
+    from resnest_imagenet.evaluation.measured import read_all_measured
+    from resnest_imagenet.evaluation.results import BOX_AP, MASK_AP, MIOU
 
     numbers: list[int] = sorted(set(config.table))
     metrics = {3: TOP1, 5: BOX_AP, 6: MASK_AP, 7: MIOU}

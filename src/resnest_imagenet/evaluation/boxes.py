@@ -288,16 +288,15 @@ def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
 
 def _ask_pycocotools(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
     """Return what `_ask_hotcoco` does."""
-    COCO = import_extra("pycocotools.coco").COCO  # noqa: N806 - a class
-    COCOeval = import_extra("pycocotools.cocoeval").COCOeval  # noqa: N806 - the same
+    coco, cocoeval = import_extra("pycocotools.coco"), import_extra("pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-        objects = COCO()
+        objects = coco.COCO()
         objects.dataset = {"images": numbered.images, "categories": numbered.categories}
         objects.dataset["annotations"] = list(numbered.list_objects())
         objects.createIndex()
         rows = list(numbered.list_results())
-        results = objects.loadRes(rows) if rows else COCO()  # it fails on an empty list
-        evaluation = COCOeval(objects, results, numbered.iou_type)
+        results = objects.loadRes(rows) if rows else coco.COCO()  # it fails on an empty list
+        evaluation = cocoeval.COCOeval(objects, results, numbered.iou_type)
         if not rows:
             results.dataset = objects.dataset | {"annotations": []}
             results.createIndex()

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from resnest_imagenet.config import Crop, Fraction, Options, OwnProtocolOptions, Positive, Precision
+from resnest_imagenet.config import OwnProtocolOptions
 from resnest_imagenet.errors import ConfigError, suggest
+from resnest_imagenet.options import Crop, Fraction, Options, Positive, Precision
 
 
 def _as_integer(value: Any) -> Any:

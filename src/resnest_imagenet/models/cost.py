@@ -131,15 +131,20 @@ def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost
     normalised: Counter[str] = Counter()
     outputs: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
+        is_norm = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
 
-        def see(module: nn.Module, inputs: tuple[Tensor], output: Tensor, path: str = path) -> None:
+        def see(
+            module: nn.Module, inputs: tuple[Tensor], output: Tensor, path: str = path, is_norm: bool = is_norm
+        ) -> None:
             outputs[path] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
-            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            if is_norm:
                 normalised[path.partition(".")[0]] += inputs[0].numel()
 
         module.register_forward_hook(see)
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-            module.forward = nn.Identity().forward  # type: ignore[method-assign]  # its shape takes torch long
+        if is_norm:
+            # A norm keeps the shape, and torch's rules for it on the meta device take half of all time. The network is
+            # this function's caller's own, made to be counted.
+            module.forward = nn.Identity().forward
     with (
         torch.no_grad(),
         FlopCounterMode(display=False) as operations,

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnest_imagenet.config import flatten
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.box_files import BoxFiles, read_box_files
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events
+from resnest_imagenet.evaluation.measured import has_accuracy, list_results, read_measured, read_values
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
-from resnest_imagenet.evaluation.results import Measured, has_accuracy, list_results, read_measured, read_values
+from resnest_imagenet.evaluation.results import Measured
 from resnest_imagenet.files import read_matching, require_file, require_folder
+from resnest_imagenet.options import flatten
 
 # The numbers that a report needs from each event; from an evaluation also the value of its metric.
 _KEYS = {"train": ("step", "loss", "lr", "images_per_s", "data_wait"), "eval": ("step", "epoch")}

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from resnest_imagenet import extensions
-from resnest_imagenet.config import TrainConfig, find_outside_task
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.schemas import find_outside_task
 from resnest_imagenet.tasks.classification import Classification
 from resnest_imagenet.tasks.segmentation import Segmentation
 from resnest_imagenet.tasks.task import Task

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from resnest_imagenet.compute import name_device
-from resnest_imagenet.config import RECIPES, TrainConfig
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks, count_local_ranks
 from resnest_imagenet.errors import printable
 from resnest_imagenet.options import format_value
 from resnest_imagenet.recipe import Recipe
+from resnest_imagenet.schemas import RECIPES
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.memory import PEAK, count_free_bytes
 from resnest_imagenet.training.saving import describe_best

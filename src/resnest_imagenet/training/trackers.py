@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from resnest_imagenet.config import TrainConfig, flatten
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, Stopped, first_line, name_extra
 from resnest_imagenet.evaluation.events import Event
 from resnest_imagenet.files import move_damaged, replacing, storing
+from resnest_imagenet.options import flatten
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
