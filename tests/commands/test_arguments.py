@@ -51,6 +51,7 @@ WRONG = [
     ("train --batch-size 64", "--batch-size 64: write train.batch_size=64"),
     ("predict --batch-size 64", "--batch-size 64: write batch_size=64"),
     ("train --lr 0.1 --wd 1e-4", "--lr 0.1: write train.lr=0.1"),
+    ("train --accum-steps 4", "--accum-steps 4: a step accumulates up to train.global_batch=... images, in passes of "),
     ("train --amp", "--amp: write train.precision=bf16"),
     ("eval --amp", "--amp: write precision=bf16"),
     ("train --dry-run", "--dry-run: write dry_run=true"),
