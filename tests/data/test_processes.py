@@ -32,7 +32,7 @@ def check(root):
 
 def scan(root):
     webdataset._scan_shard = wait_for_ever
-    webdataset._scan_shards([root / "0.tar", root / "1.tar"])
+    webdataset.scan_shards([root / "0.tar", root / "1.tar"])
 
 
 def load(root):
