@@ -10,17 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.config import DataOptions, TrainConfig
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.augment import Augmentation
-from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
+from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
+from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import (
-    ImageSource,
-    describe_counts,
-    print_notes,
-    require_same_classes,
-    require_separate,
-)
+from resnest_imagenet.data.source import ImageSource, describe_counts, print_notes
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks, launched_as
 from resnest_imagenet.errors import ConfigError
@@ -64,7 +59,8 @@ class Classification:
         require_model(config.model.name)
         require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
         self._loader = choose_loader(config.loader.name)
-        self.train_set, self.val_set = _open_data(config.data)
+        self._data = ClassifiedData.of(config.data.model_dump())
+        self.train_set, self.val_set = self._data.open_parts()
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
         self.config = _fix_num_classes(config, self.train_set)
@@ -80,6 +76,8 @@ class Classification:
             "model.name": config.model.name,
             "model.num_classes": config.model.num_classes,
             "data.shuffle_shards": config.data.shuffle_shards,
+            "data.val_split": self._data.val_split,
+            "data.split_seed": None if self._data.val_split is None else self._data.split_seed,
             "evaluation": self._transform.protocol,
             "classes": list(self.classes),
             **describe_images({"training": self.train_set, "val": self.val_set}, config.data.digest, ranks, tick),
@@ -194,21 +192,14 @@ class Classification:
         if counts_cost:
             cost = f", {count_cost(name, crop)[1] / 1e9:.2f} GFLOPs at {crop} with 1000 classes"
         train, val, root = len(self.train_set), len(self.val_set), self.config.data.root
+        split = self._data.describe_split()
+        chosen = f" by {split}" if split else ""
         return {
             "network": f"{name}, {len(self.classes)} classes{cost}",
-            "data": f"{train:,} training and {val:,} val images in {root}, read by {self._loader}",
+            "data": f"{train:,} training and {val:,} val images in {root}{chosen}, read by {self._loader}",
             "images per class": describe_counts(self.train_set.labels, self.classes),
             "evaluation": self._transform.protocol,
         }
-
-
-def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
-    """List the images of both parts."""
-    train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
-    val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
-    require_separate(train_set.root, val_set.root)
-    require_same_classes(train_set, val_set)
-    return train_set, val_set
 
 
 def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig:
