@@ -1,5 +1,6 @@
 """Images to classes, as in the paper's Table 3."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,10 +16,11 @@ from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
 from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
+from resnest_imagenet.data.shared_images import describe_shared
 from resnest_imagenet.data.source import ImageSource, describe_counts, print_notes
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks, launched_as
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.score import Score
@@ -55,7 +57,7 @@ class Classification:
     metric: str = "top1"
 
     def __init__(self, config: TrainConfig) -> None:
-        self._recipe = cast(ClassificationRecipe, config.train)
+        self.config = config
         require_model(config.model.name)
         require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
         self._loader = choose_loader(config.loader.name)
@@ -63,11 +65,17 @@ class Classification:
         self.train_set, self.val_set = self._data.open_parts()
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
+            if shared := describe_shared(self.train_set, self.val_set):
+                print(f"WARNING: {printable(shared)}", file=sys.stderr, flush=True)
         self.config = _fix_num_classes(config, self.train_set)
         self.classes = self.train_set.classes
         self.head: tuple[str, ...] = (find_head(config.model.name),)
         self._transform = EvalTransform.of(cast(ClassificationEvalOptions, config.eval).crop, config.protocol)
         self._dropblock: DropBlock | None = None
+
+    @property
+    def _recipe(self) -> ClassificationRecipe:
+        return cast(ClassificationRecipe, self.config.train)
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
         """See `Task`; it includes the protocol, because best accuracies are comparable only under the same protocol."""
