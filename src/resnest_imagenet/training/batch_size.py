@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from resnest_imagenet.errors import ConfigError, is_out_of_memory
 from resnest_imagenet.options import AUTO
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.tasks.task import Task
-from resnest_imagenet.training.memory import PEAK, count_free_bytes
+from resnest_imagenet.training.memory import PEAK, count_free_bytes, require_memory
 from resnest_imagenet.training.schedule import StepPlan, plan_steps
 from resnest_imagenet.training.state import TrainingState
 
@@ -33,6 +34,17 @@ def with_batch(config: TrainConfig, batch_size: int = _LEAST, global_batch: int 
     """Return a configuration with another batch size, and with the images of a step where they are given."""
     update = {"batch_size": batch_size} | ({} if global_batch is None else {"global_batch": global_batch})
     return config.model_copy(update={"train": config.train.model_copy(update=update)})
+
+
+def open_fitting(open_task: Callable[[TrainConfig], Task], config: TrainConfig, device: torch.device) -> Task:
+    """Open the task of a run with a batch that fits: see `choose_batch` and `require_memory`.
+
+    Raises:
+        UserError: it cannot be trained, or its batch does not fit.
+    """
+    task = choose_batch(open_task(with_batch(config)), device) if is_auto(config) else open_task(config)
+    require_memory(task, device)
+    return task
 
 
 def choose_batch(task: Task, device: torch.device) -> Task:

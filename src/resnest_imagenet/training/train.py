@@ -9,13 +9,12 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.supervision import STARTING, supervise
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.tasks.task import Task
-from resnest_imagenet.training.batch_size import agree_on_batch, choose_batch, is_auto, with_batch
+from resnest_imagenet.training.batch_size import agree_on_batch, is_auto, open_fitting
 from resnest_imagenet.training.control import Control
 from resnest_imagenet.training.determinism import fix_workspace, fixing_kernels
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import end_epoch, train_epoch
-from resnest_imagenet.training.memory import require_memory
 from resnest_imagenet.training.optimizer import require_head
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.saving import Saver
@@ -96,7 +95,6 @@ def prepare(config: TrainConfig) -> tuple[Task, StepPlan, torch.device]:
     if config.train.deterministic:
         fix_workspace()
     device = distributed.choose_device(config.device)
-    task = choose_batch(open_task(with_batch(config)), device) if is_auto(config) else open_task(config)
+    task = open_fitting(open_task, config, device)
     require_head(config.train, task.head)
-    require_memory(task, device)
     return task, plan_steps(len(task.train_set), task.config.train, world_size), device
