@@ -77,7 +77,7 @@ def _check_start(config: TrainConfig) -> None:
 
 def _check_root(config: EvalConfig) -> None:
     """Only the weights tell which of its folders are read."""
-    if config.data.kind == "csv" and config.data.csv is not None:
+    if config.data.kind == "csv" and (config.data.csv is not None or Path(config.data.root).is_file()):
         find_csv(config.data.root, config.data.csv)
     elif config.data.kind in _KINDS:
         require_root(config.data.root)
