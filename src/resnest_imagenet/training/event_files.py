@@ -74,7 +74,7 @@ def _scan_records(file: Path) -> Iterator[tuple[int, Any]]:
 
 def read_pictures(files: Sequence[Path], step: int) -> list[Any]:
     """Return the events up to a step that have a picture, as they were written."""
-    from tensorboard.backend.event_processing import event_file_loader  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing import event_file_loader
 
     events = (event for file in files for event in event_file_loader.LegacyEventFileLoader(str(file)).Load())
     return [e for e in events if e.step <= step and any(value.HasField("image") for value in e.summary.value)]
