@@ -326,7 +326,7 @@ def test_shards_of_one_part_and_of_none(demo_images, tmp_path, monkeypatch, caps
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["val"]
     assert call(data, options, monkeypatch, capsys)[0] == 3
     code, lines = call(data, [*options, "data.val_dir=null"], monkeypatch, capsys)
-    assert (code, lines) == (2, ["resnest-data: data.train_dir=null and data.val_dir=null leave nothing"])
+    assert (code, lines) == (2, ["resnest-data: data.train_dir=null and data.val_dir=null leave no part of the data"])
 
 
 @pytest.mark.parametrize(
