@@ -109,7 +109,7 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
 
 
 def _check_words(name: str, schema: type[Options]) -> None:
-    """Refuse words that cannot be meant as they stand, and quote for Hydra those that can; exit on an error."""
+    """Refuse words that Hydra cannot read, and quote paths for it; exit on an error."""
     vocabulary = Vocabulary(schema, list_files_of_groups(find_conf(), sys.argv[1:]))
     try:
         refuse_words(sys.argv[1:], vocabulary)
@@ -273,36 +273,36 @@ def report_skipped(faults: list[str]) -> None:
 
 
 def _leave(error: UserError | Stopped) -> NoReturn:
-    """Print the line and exit; of ranks that would all say the same, one speaks."""
+    """Print the line and exit; if all ranks have the same error, one of them prints it."""
     try:
         rank, local_rank, world_size = launched_as()
-    except ConfigError:  # which is the error
+    except ConfigError:  # the error is about the launch itself
         rank, local_rank, world_size = 0, 0, 1
-    who = ""
+    prefix = ""
     if isinstance(error, DistributedError):
         is_said = error.is_said
     elif world_size == 1 or not has_joined():
-        is_said = local_rank > 0  # one per node speaks
+        is_said = local_rank > 0  # the first rank of each node reports
     elif error.is_shared:
         is_said = rank > 0
     else:
         is_said = error.is_said
-        who = f"rank {rank}: "
+        prefix = f"rank {rank}: "
     if is_said and not isinstance(error, Stopped) and find_launcher_file():
-        # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
+        # torchrun ends all ranks when the first one exits: let that be the rank that reports.
         time.sleep(10)
     if not is_said:
-        line = printable(f"{Path(sys.argv[0]).stem}: {who}{error}")
+        line = printable(f"{Path(sys.argv[0]).stem}: {prefix}{error}")
         print(line, file=sys.stderr)
         tell_launcher(line)
     sys.exit(error.exit_code)
 
 
 def _check_sweep(name: str) -> None:
-    """Refuse a sweep that cannot be one."""
+    """Refuse a sweep under torchrun, and one whose jobs share a folder."""
     try:
         if launched_as().world_size > 1:
-            raise ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun")
+            raise ConfigError("--multirun runs one job after another in a single process: start it without torchrun")
     except ConfigError as error:
         _leave(error)
     folders = [word for word in sys.argv[1:] if word.startswith("run_dir=")]
