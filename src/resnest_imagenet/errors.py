@@ -16,12 +16,12 @@ class UserError(Exception):
     Attributes:
         exit_code: of the process.
         is_shared: whether all ranks raise the same error, so that one of them may report it.
-        is_said: whether another rank reports what ends the run.
+        is_reported: whether another rank reports what ends the run.
     """
 
     exit_code = 1
     is_shared = False
-    is_said = False
+    is_reported = False
 
 
 class ConfigError(UserError, ValueError):
@@ -79,12 +79,12 @@ class Stopped(SystemExit):
     `Exception` would take it for a damaged file, a failed compilation or a tracker that does not answer.
 
     Attributes:
-        exit_code, is_shared, is_said: as in `UserError`.
+        exit_code, is_shared, is_reported: as in `UserError`.
     """
 
     exit_code = code = 75
     is_shared = True
-    is_said = False
+    is_reported = False
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_proto
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ def _compare_classifiers(config: CompareConfig, weights: list["Weights"], device
 def _write(path: str | None, encode: Callable[[], str]) -> None:
     """Write a text into a file, if a path is set."""
     if path is not None:
-        with replacing(Path(path)) as file:
+        with write_atomically(Path(path)) as file:
             file.write(encode().encode(errors="surrogateescape"))
 
 

@@ -280,18 +280,18 @@ def _leave(error: UserError | Stopped) -> NoReturn:
         rank, local_rank, world_size = 0, 0, 1
     prefix = ""
     if isinstance(error, DistributedError):
-        is_said = error.is_said
+        is_reported = error.is_reported
     elif world_size == 1 or not has_joined():
-        is_said = local_rank > 0  # the first rank of each node reports
+        is_reported = local_rank > 0  # the first rank of each node reports
     elif error.is_shared:
-        is_said = rank > 0
+        is_reported = rank > 0
     else:
-        is_said = error.is_said
+        is_reported = error.is_reported
         prefix = f"rank {rank}: "
-    if is_said and not isinstance(error, Stopped) and find_launcher_file():
+    if is_reported and not isinstance(error, Stopped) and find_launcher_file():
         # torchrun ends all ranks when the first one exits: let that be the rank that reports.
         time.sleep(10)
-    if not is_said:
+    if not is_reported:
         line = printable(f"{Path(sys.argv[0]).stem}: {prefix}{error}")
         print(line, file=sys.stderr)
         tell_launcher(line)

@@ -14,7 +14,7 @@ import numpy as np
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.masks import measure_area
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.inference.detect import DetectedImage, DetectedImages
 from resnest_imagenet.reports.picture_files import describe_older, encode_png, name_pictures, shorten_paths
 
@@ -44,9 +44,9 @@ def _open_pictures(folder: Path, detected: DetectedImages) -> Iterator[Writer]:
 
     def write(image: DetectedImage) -> None:
         path = folder / f"{next(names)}.png"
-        with storing(path):
+        with naming_storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with write_atomically(path) as file:
             file.write(encode_png(draw_objects(image, classes, palette)))
 
     yield write
@@ -99,7 +99,7 @@ def number_images(files: Sequence[str]) -> tuple[list[int], bool]:
 def _open_results(path: Path, detected: DetectedImages) -> Iterator[Writer]:
     image_ids, _ = number_images(detected.files)
     names = iter(zip(image_ids, shorten_paths(detected.files), strict=True))
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         separator = b"["
 
         def write(image: DetectedImage) -> None:
@@ -134,7 +134,7 @@ def list_results(image: DetectedImage, image_id: int, name: str, detected: Detec
 
 @contextmanager
 def _open_table(path: Path, detected: DetectedImages) -> Iterator[Writer]:
-    with replacing(path) as file:
+    with write_atomically(path) as file:
 
         def write(image: DetectedImage) -> None:
             file.write(_encode_rows(list_rows(image, detected.detector.classes)))

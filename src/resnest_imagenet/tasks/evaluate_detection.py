@@ -12,7 +12,7 @@ from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.boxes import FIGURES, BoxScores, score_detections
 from resnest_imagenet.evaluation.detections import detect_over_ranks, encode_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, open_ground_truth
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.supervision import EVALUATING, supervise
@@ -89,7 +89,7 @@ def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: Groun
             }
         ],
     }
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(json.dumps(results, indent=2).encode() + b"\n")
 
 
@@ -103,7 +103,7 @@ def write_detections(path: Path, scores: BoxScores, truth: GroundTruth) -> None:
     """
     for kind in scores.kinds:
         place = path if kind.kind == "box" else path.with_stem(f"{path.stem}_masks")
-        with replacing(place) as file:
+        with write_atomically(place) as file:
             file.write(encode_results(scores.detections, truth, kind.kind))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from resnest_imagenet.errors import CheckpointError, ConfigError, first_line, suggest
-from resnest_imagenet.files import locked
+from resnest_imagenet.files import file_lock
 from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
 from resnest_imagenet.weights.sources import OFFICIAL, require_known
 
@@ -82,7 +82,7 @@ def _fetch_official(name: str) -> Path:
         if _has_sha256(path, OFFICIAL[name]):  # before the lock: the cache may be read-only
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f".{file}.lock"), timeout=-1):  # the other ranks wait for the first one's file
+        with file_lock(path.with_name(f".{file}.lock"), timeout=-1):  # the other ranks wait for the first one's file
             if _has_sha256(path, OFFICIAL[name]):
                 return path
             if path.exists():
