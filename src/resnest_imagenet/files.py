@@ -221,8 +221,8 @@ def file_lock(path: Path, timeout: float = 0) -> Iterator[None]:
 def record_lock(path: Path, owner: str) -> Iterator[None]:
     """Hold a lock file that names its owner.
 
-    A record lock is released however the process ends, so it is never stale. The flock of `file_lock` would be inherited
-    by forked workers, which outlive a killed parent by seconds.
+    A record lock is released however the process ends, so it is never stale. The flock of `file_lock` would be
+    inherited by forked workers, which outlive a killed parent by seconds.
 
     Args:
         path: the file; it stays, empty, afterwards.
