@@ -1,4 +1,4 @@
-"""Recipes: what a run reads of one whatever it trains, and what each task adds; conf/ has the values."""
+"""The options of recipes: those of every task, and those that a task adds; conf/ has the values."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,11 +23,11 @@ class ClassificationEvalOptions(EvalOptions):
 
 
 class Protocol(Options):
-    """How an evaluation shows images to a network; conf/protocol/ has those of each task, with their sources."""
+    """How an evaluation shows images to a network; conf/protocol/ has the protocols of each task, with sources."""
 
 
 class ProtocolOptions(Protocol):
-    """How images are brought to the crop in an evaluation."""
+    """How images are resized and cropped in an evaluation."""
 
     order: Literal["resize_crop", "crop_resize"] = Field(
         description="Resize the short side, then crop; or crop a square, then resize it."
@@ -44,7 +44,7 @@ class ProtocolOptions(Protocol):
 class RegionProtocolOptions(Protocol):
     """How scenes are shown to the network, and which of their pixels count.
 
-    evaluation/regions.py has each protocol's steps.
+    See evaluation/regions.py for the steps of each protocol.
     """
 
     name: Literal["whole", "slide", "centre", "published"] = Field(
@@ -67,13 +67,13 @@ class BoxProtocolOptions(Protocol):
     longest: Positive = Field(description="Largest long side in pixels; an image that would be longer is scaled to it.")
     min_score: Share = Field(description="Detections have a higher score than this.")
     nms: Annotated[float, Field(gt=0, le=1)] = Field(
-        description="IoU from which a detection is dropped for a better one of its class."
+        description="IoU from which non-maximum suppression drops the weaker of two detections of a class."
     )
     detections: Positive = Field(description="Largest number of detections of an image.")
 
     @property
     def text(self) -> str:
-        """How images are shown and detections chosen, in words."""
+        """The protocol in words."""
         return (
             f"short side {self.short_side}, long side at most {self.longest}, scores above {self.min_score:g}, "
             f"NMS {self.nms:g}, {self.detections} detections"
@@ -86,7 +86,7 @@ class Recipe(Options):
     conf/recipe/ has the published recipes and the source of each value.
     """
 
-    # What `eval` and `protocol` have in a run of this task.
+    # The schemas of `eval` and `protocol` in a run of this task.
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions
     PROTOCOL: ClassVar[type[Protocol]] = ProtocolOptions
 
@@ -168,7 +168,7 @@ class Recipe(Options):
         return self
 
     def _check_schedule(self) -> None:
-        """Refuse what is too long, as far as both are counted in the same; `plan_steps` refuses the rest."""
+        """Refuse lengths that do not fit, if both are in epochs or both in steps; `plan_steps` refuses the others."""
         needed = {"step": ("step_epochs", "..."), "milestones": ("milestones", "[...]")}
         name, form = needed.get(self.schedule, ("schedule", ""))
         if getattr(self, name) is None:
@@ -204,7 +204,7 @@ Norm = Annotated[
 
 
 class ClassificationRecipe(Recipe):
-    """How to train images to classes, as in the paper's Table 3."""
+    """How to train a classification network, as in the paper's Table 3."""
 
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = ClassificationEvalOptions
 
@@ -237,7 +237,7 @@ class ClassificationRecipe(Recipe):
     )
     mixup_per_sample: bool = Field(description="Draw a mixup weight for each image, not for each batch.")
     mixup_partner: Literal["reversed", "permuted"] = Field(
-        description="Which image of the batch an image is mixed with: its mirror place, or a random one."
+        description="Image of the batch that an image is mixed with: the one at the mirrored place, or a random one."
     )
     dropout: Fraction = Field(description="Dropout before fc.")
     dropblock: Fraction = Field(description="Probability of DropBlock in the last epoch; it rises linearly from 0.")
@@ -254,7 +254,7 @@ class ClassificationRecipe(Recipe):
 
 
 class SegmentationRecipe(Recipe):
-    """How to train scenes to a class for each pixel, as in the paper's Table 7."""
+    """How to train a segmentation network, as in the paper's Table 7."""
 
     PROTOCOL: ClassVar[type[Protocol]] = RegionProtocolOptions
 
@@ -309,7 +309,7 @@ class DetectionRecipe(Recipe):
         description="First stages of the backbone that are not trained; 2: stem and layer1."
     )
     checkpoint_activations: bool = Field(
-        description="Compute activations again in the backward pass: slower, a third to half less memory."
+        description="Recompute activations in the backward pass: slower, with a third to half less memory."
     )
     zero_gamma: ZeroGamma
     channels: Positive = Field(description="Channels of the feature pyramid and of the heads' convolutions.")
@@ -340,7 +340,7 @@ class DetectionRecipe(Recipe):
     box_width: Positive = Field(description="Width of the box head's fully connected layers.")
     mask_convs: Annotated[int, Field(ge=0)] = Field(description="3x3 convolutions of the mask head.")
     precise_batches: Annotated[int, Field(ge=0)] = Field(
-        description="Training batches to compute the norms' statistics from before an evaluation; 0: keep them."
+        description="Training batches from which the norms' statistics are computed before an evaluation; 0: none."
     )
 
     @model_validator(mode="after")
@@ -363,7 +363,7 @@ class DetectionRecipe(Recipe):
 
 # The options whose names have changed, with their new names.
 RENAMED = {"lr_per_256": "lr"}
-# What a run had before there were options for it.
+# Values of older runs, which did not have these options.
 _BEFORE: dict[str, Any] = {
     "task": "classification",
     "steps": None,
@@ -384,16 +384,16 @@ _BEFORE: dict[str, Any] = {
 
 
 def upgrade_recipe(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values under today's names, complete with those that an earlier version implied.
+    """Return a recipe's values under today's names, and the values that an earlier version implied.
 
     Args:
-        training: what a checkpoint, a results file or a config.yaml has as "train", of any version; may lack values.
+        training: "train" of a checkpoint, a results file or a config.yaml of any version; values may be missing.
     """
     return {**_BEFORE, **{RENAMED.get(name, name): value for name, value in training.items()}}
 
 
 def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Do the same for what a run's identity has of its recipe, by option name: "train.lr"."""
+    """Do the same for the recipe in a run's identity, whose keys are option names such as "train.lr"."""
     training = {name.partition(".")[2]: value for name, value in identity.items() if name.startswith("train.")}
     others = {name: value for name, value in identity.items() if not name.startswith("train.")}
     return {**others, **{f"train.{name}": value for name, value in upgrade_recipe(training).items()}}

@@ -82,6 +82,11 @@ WRONG = [
     ("predict data_dir=/x", "unknown option data_dir: write images=/x"),
     ("train num_classes=3", "unknown option num_classes: write model.num_classes=3"),
     ("train patience=3", "unknown option patience: a run does not stop early: best.pt keeps the best network"),
+    ("train ema=true", "unknown option ema: write train.ema_decay=0.9999"),
+    ("train ema=false", "unknown option ema: write train.ema_decay=null"),
+    ("train ema=0.99", "unknown option ema: write train.ema_decay=0.99"),
+    ("train --model-ema", "--model-ema: write train.ema_decay=0.9999"),
+    ("train mixup=true", "unknown option mixup: write train.mixup_alpha=0.2"),
     ("eval imgsz=224", "unknown option imgsz: write crop=224"),
     # values without an option
     ("train /imagenet", "/imagenet: write data.root=/imagenet"),

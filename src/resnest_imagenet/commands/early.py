@@ -25,7 +25,7 @@ from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import RECIPES
-from resnest_imagenet.weights.sources import find_weights, is_published
+from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
 _KINDS = ("folder", "webdataset", "coco", *LAYOUTS)  # the project's own; where another's data are, only that one tells
 
@@ -85,7 +85,9 @@ def _check_checkpoints(config: EvalConfig | PredictConfig | ExplainConfig | Expo
 
 def _check_weights(sources: Sequence[str]) -> None:
     for source in sources:
-        if not is_published(source):
+        if is_published(source):
+            require_known(source)
+        else:
             find_weights(source)
 
 

@@ -73,6 +73,13 @@ _WORDS = {
     "target": "class target_class",
     "layer": "target_layer",
 }
+# Options with a number where other programs have a switch: a usual value of it switched on, and that of it off.
+SWITCHES = {
+    "train.ema_decay": ("0.9999", "null"),
+    "train.label_smoothing": ("0.1", "0"),
+    "train.mixup_alpha": ("0.2", "0"),
+    "train.cutmix_alpha": ("1.0", "0"),
+}
 SYNONYMS = {word: tuple(options.split()) for options, words in _WORDS.items() for word in words.split()}
 # What has no option, and what to do.
 ADVICE: dict[str, str] = {

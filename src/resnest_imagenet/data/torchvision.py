@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from resnest_imagenet.data.decoding import decode
 from resnest_imagenet.data.pillow_ops import apply_operations
@@ -17,6 +15,11 @@ from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
 from resnest_imagenet.data.workers import Samples, WorkerLoader
+from resnest_imagenet.errors import explaining_runtime
+
+with explaining_runtime():
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
 
 
 class _Samples(Samples):

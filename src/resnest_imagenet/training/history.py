@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from resnest_imagenet.evaluation.events import Event, scan_events
-from resnest_imagenet.files import DAMAGED, replacing
+from resnest_imagenet.files import DAMAGED, write_atomically
 from resnest_imagenet.training.state import TrainingState
 
 
@@ -61,7 +61,7 @@ def resume_history(path: Path, metric: str, state: TrainingState) -> History:
     """
     history = History(path, metric, state.best)
     damaged, last = [], None
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         for event in scan_events(path):
             if isinstance(event, bytes) or not _is_whole(event):
                 damaged.append(event if isinstance(event, bytes) else json.dumps(event).encode())

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.evaluation.score import Score, title_metric
-from resnest_imagenet.files import make_way, replacing, storing, synchronise_file
+from resnest_imagenet.files import make_way, naming_storage_errors, synchronise_file, write_atomically
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.describe import describe_plan, describe_result, format_lines
 from resnest_imagenet.training.health import Verdict
@@ -85,7 +85,7 @@ class RunLog:
         self._samples: tuple[int, Callable[[], np.ndarray]] | None = None
         if ranks.is_main:
             print(format_lines(describe_plan(task, plan, state, ranks)), flush=True)
-            with storing(folder / "metrics.jsonl"):
+            with naming_storage_errors(folder / "metrics.jsonl"):
                 history = resume_history(folder / "metrics.jsonl", task.metric, state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
             self._loss, self._value, self._best_epoch = history.loss, history.value, history.best_epoch
@@ -104,7 +104,7 @@ class RunLog:
         """Flush and close the files."""
         self._bar.close()
         if self._is_main:
-            with storing(self._folder / "metrics.jsonl"):
+            with naming_storage_errors(self._folder / "metrics.jsonl"):
                 self._metrics.close()
 
     def is_due(self, state: TrainingState) -> bool:
@@ -179,7 +179,7 @@ class RunLog:
             self.synchronise()  # a file belongs to the last evaluation that names it, so that line comes first
         for name, encode in score.files.items() if is_best else ():
             make_way(self._folder / name)
-            with replacing(self._folder / name) as file:
+            with write_atomically(self._folder / name) as file:
                 file.write(encode())
         for name, draw in score.pictures.items() if self._trackers else ():
             self._show(f"eval/{name}", state.step, draw())
@@ -207,7 +207,7 @@ class RunLog:
     def synchronise(self) -> None:
         """Write metrics.jsonl to the disk, and what TensorBoard waits to write: the next checkpoint relies on it."""
         if self._is_main:
-            with storing(self._folder / "metrics.jsonl"):
+            with naming_storage_errors(self._folder / "metrics.jsonl"):
                 synchronise_file(self._metrics.fileno(), self._folder / "metrics.jsonl")
             for tracker in self._trackers:
                 tracker.flush()
@@ -217,7 +217,7 @@ class RunLog:
         # The state counts an epoch only after its evaluation.
         epoch = when.epoch if event == "eval" else when.epoch + 1
         line = {"event": event, "epoch": epoch, "step": when.step, **values, "time": time.time()}
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             self._metrics.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
             show_event(tracker, line)

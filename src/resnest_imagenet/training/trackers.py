@@ -18,7 +18,7 @@ from PIL import Image
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, Stopped, first_line, name_extra
 from resnest_imagenet.evaluation.events import Event
-from resnest_imagenet.files import move_damaged, replacing, storing
+from resnest_imagenet.files import move_damaged, naming_storage_errors, write_atomically
 from resnest_imagenet.options import flatten
 from resnest_imagenet.training.event_files import cut_event_files, read_pictures
 
@@ -110,7 +110,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         self._folder = folder / "tensorboard"
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             old = sorted(self._folder.glob("events.out.tfevents.*"))
             self.is_new = not cut_event_files(old, step, sum(len(_list_values(event)) for event in events))
             self._writer = SummaryWriter(str(self._folder), purge_step=0 if self.is_new else None)
@@ -126,21 +126,21 @@ class TensorBoard:
                 file.unlink()
 
     def scalars(self, step: int, values: dict[str, float], when: float) -> None:
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step, when)
 
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             self._writer.add_image(name, pixels, step, dataformats="HWC")
             self._writer.flush()
 
     def flush(self) -> None:
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             self._writer.flush()
 
     def close(self, error: BaseException | None) -> None:
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             self._writer.close()
 
 
@@ -314,5 +314,5 @@ def _read_ids(folder: Path) -> dict[str, str]:
 
 def _keep_id(folder: Path, tracker: str, run_id: str) -> None:
     ids = {**_read_ids(folder), tracker: run_id}
-    with replacing(folder / "trackers.json") as file:
+    with write_atomically(folder / "trackers.json") as file:
         file.write(json.dumps(ids).encode() + b"\n")

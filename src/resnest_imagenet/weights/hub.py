@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
 from resnest_imagenet.weights.card import Card, DescribeInput, open_network
@@ -75,7 +75,7 @@ def export_folder(
         (readme, _write_readme(card, loaded.source, read_score(loaded))),
         (settings, json.dumps(described, indent=2, ensure_ascii=False) + "\n"),
     ):
-        with replacing(path) as opened:
+        with write_atomically(path) as opened:
             opened.write(text.encode())
     arguments = " with model_args" if "model_args" in described else ""
     return (
