@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(config: EvalConfig) -> None:
     """Evaluate and print the table."""
     from resnest_imagenet.distributed import launched_as
-    from resnest_imagenet.tasks.evaluate_checkpoint import format_results
+    from resnest_imagenet.tasks.evaluate_checkpoint import format_class_results, format_results
     from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
@@ -28,7 +28,8 @@ def run(config: EvalConfig) -> None:
     elif weights.task == DETECTION:
         text = evaluate_objects(config, weights, device)
     else:
-        text = format_results(evaluate_images(config, weights, device))
+        results = evaluate_images(config, weights, device)
+        text = f"{format_results(results)}\n\n{format_class_results(results)}"
     if launched_as().rank == 0:
         print(text)
 

@@ -12,6 +12,7 @@ from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import NonFiniteError
 
+TOP = 5  # of top-5; with as many classes, or fewer, every image is among them: such a figure is not shown
 _COLUMNS = 7  # of `_judge`
 
 
@@ -118,7 +119,7 @@ def _judge(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (B, K).
         labels: int64 (B,).
     """
-    best = logits.topk(min(5, logits.shape[1])).indices
+    best = logits.topk(min(TOP, logits.shape[1])).indices
     probabilities = logits.float().softmax(1)
     columns = (
         torch.ones_like(labels),

@@ -13,7 +13,9 @@ from resnest_imagenet import distributed
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
-from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.accuracy import TOP, Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.class_table import format_classes, list_classes
+from resnest_imagenet.evaluation.mistakes import ClassFigures, count_confusions, measure_classes
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.results import CropResult, Results
 from resnest_imagenet.files import replacing
@@ -51,9 +53,14 @@ class CropEvaluation:
         return self.evaluation.top5
 
     @property
+    def figures(self) -> ClassFigures:
+        """Precision, recall and F1 of each of the network's classes, `images.classes`."""
+        return measure_classes(count_confusions(self.evaluation, len(self.images.classes)))
+
+    @property
     def result(self) -> CropResult:
         """The numbers, without the images."""
-        counts = self.evaluation
+        counts, figures = self.evaluation, self.figures
         return CropResult(
             crop=self.crop,
             top1=counts.top1,
@@ -62,6 +69,10 @@ class CropEvaluation:
             correct5=counts.correct5,
             count=counts.count,
             protocol=self.protocol,
+            macro_precision=figures.macro_precision,
+            macro_recall=figures.macro_recall,
+            macro_f1=figures.macro_f1,
+            classes=list_classes(figures, self.images.classes),
         )
 
 
@@ -175,8 +186,18 @@ def write_evaluations(path: Path, evaluations: Sequence[CropEvaluation]) -> None
 
 
 def format_results(results: Sequence[CropResult]) -> str:
-    """Return a table for people."""
-    lines = [f"{'crop':>5} {'top-1 %':>8} {'top-5 %':>8} {'images':>7}  protocol"]
+    """Return a table for people: a line for each result."""
+    has_top5 = any(result.classes is None or len(result.classes) > TOP for result in results)
+    lines = [f"{'crop':>5} {'top-1 %':>8} " + f"{'top-5 %':>8} " * has_top5 + f"{'images':>7}  protocol"]
     for result in results:
-        lines.append(f"{result.crop:>5} {result.top1:>8.2f} {result.top5:>8.2f} {result.count:>7}  {result.protocol}")
+        top5 = f"{result.top5:>8.2f} " * has_top5
+        lines.append(f"{result.crop:>5} {result.top1:>8.2f} {top5}{result.count:>7}  {result.protocol}")
     return "\n".join(lines)
+
+
+def format_class_results(results: Sequence[CropResult]) -> str:
+    """Return a table for people for each result: precision, recall and F1 of the classes."""
+    tables = [(result, format_classes(result.classes)) for result in results if result.classes is not None]
+    if len(tables) == 1:
+        return tables[0][1]
+    return "\n\n".join(f"{result.protocol}\n{table}" for result, table in tables)
