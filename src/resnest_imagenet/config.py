@@ -18,6 +18,7 @@ from resnest_imagenet.options import (
     Positive,
     Precision,
     Seed,
+    Tta,
     as_list,
     keep_own,
 )
@@ -220,6 +221,7 @@ class EvalConfig(Options):
     )
     batch_size: Positive = Field(description="Images per rank and forward pass.")
     precision: Precision
+    tta: Tta
     compile: bool = Field(description="Compile the network: a minute at first, then some percent faster.")
     device: Device
     out: Place | None = Field(description="A JSON file for the results.")
@@ -260,6 +262,7 @@ class PredictConfig(InferenceConfig):
     images: _Images
     top: Positive = Field(description="Classes or objects to show of each image.")
     score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
+    tta: Tta
     out: Place | None = Field(
         description="A .csv or .json file besides. Segmentation: a folder for the masks; detection: a file or a folder."
     )

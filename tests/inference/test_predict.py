@@ -60,6 +60,12 @@ def test_predicts_what_the_network_says(checkpoint, demo_images, tmp_path, loade
         expected = probabilities[sorted(FIGURES).index(prediction.label)]
         assert prediction.probability == pytest.approx(expected.item(), abs=0.01)
     assert [p.rank for p in predictions[:3]] == [1, 2, 3]
+    with torch.no_grad():
+        mirrored = model(image.flip(2)[None])[0].softmax(0)
+    averaged, _ = predict(f"ckpt={checkpoint}", f"images={files[0]}", f"loader={loader}", "tta=flip", "top=10")
+    expected = [(probabilities + mirrored)[sorted(FIGURES).index(p.label)].item() / 2 for p in averaged]
+    assert [p.probability for p in averaged] == pytest.approx(expected, abs=0.01)
+    assert expected != pytest.approx([probabilities[sorted(FIGURES).index(p.label)].item() for p in averaged], abs=0.01)
 
 
 @pytest.mark.process

@@ -45,7 +45,23 @@ def read_network(config: EvalConfig) -> tuple["Weights", "torch.device"]:
     name = config.model.name if config.model else None
     outputs = {"out": config.out, "predictions": config.predictions}
     device = prepare_inference([name], config.loader.name, config.device, outputs)
-    return adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION))), device
+    weights = adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION)))
+    require_classifier("tta", config.tta, weights)
+    return weights, device
+
+
+def require_classifier(option: str, value: str | None, weights: "Weights") -> None:
+    """Raise a ConfigError where an option of classification is set for a network of another task."""
+    from resnest_imagenet.weights.load import TASK
+    from resnest_imagenet.weights.segmentation import SEGMENTATION
+
+    if value is not None and weights.task != TASK:
+        hint = (
+            ": protocol.flip=true sees the mirrored scene too"
+            if (option, weights.task) == ("tta", SEGMENTATION)
+            else ""
+        )
+        raise ConfigError(f"{option}={value} is of classification: {weights.source} is of {weights.task}{hint}")
 
 
 def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.device") -> list["CropResult"]:
@@ -68,6 +84,7 @@ def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.devic
         images,
         batch_size=config.batch_size,
         precision=config.precision,
+        tta=config.tta,
         compile_network=config.compile,
         loader=config.loader.name,
         workers=config.loader.workers,

@@ -5,7 +5,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
+from resnest_imagenet.commands.evaluate import (
+    require_classifier,
+    take_box_protocol,
+    take_own_protocol,
+    take_region_protocol,
+)
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.errors import ConfigError
@@ -54,6 +59,7 @@ def read_inputs(config: PredictConfig) -> tuple["Weights", "ImageFolder", "torch
     weights = adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION)))
     if config.score is not None and weights.task != DETECTION:
         raise ConfigError(f"score is of detection: {config.ckpt} is of {weights.task}")
+    require_classifier("tta", config.tta, weights)
     return weights, images, device
 
 
@@ -74,6 +80,7 @@ def predict_images(
         config.top,
         batch_size=config.batch_size,
         precision=config.precision,
+        tta=config.tta,
         loader=config.loader.name,
         workers=config.loader.workers,
     )

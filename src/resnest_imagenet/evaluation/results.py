@@ -38,6 +38,7 @@ class CropResult(Options):
         macro_precision, macro_recall, macro_f1: means of the classes with images, in percent; macro_recall is the
             balanced accuracy. None in files of earlier versions.
         classes: the figures of each of the network's classes; None in files of earlier versions.
+        tta: the test-time augmentation, "flip", or None.
     """
 
     crop: int
@@ -51,6 +52,7 @@ class CropResult(Options):
     macro_recall: float | None = None
     macro_f1: float | None = None
     classes: dict[str, ClassResult] | None = None
+    tta: str | None = None
 
 
 class Results(Options):
@@ -170,6 +172,7 @@ class Measured:
         recipe: the recipe of the weights, or their source.
         protocol: how the images were resized and cropped.
         source: the file with this figure.
+        tta: the test-time augmentation, or None. Accuracies with one do not stand beside the paper's.
     """
 
     model: str
@@ -180,6 +183,7 @@ class Measured:
     recipe: str
     protocol: str
     source: str
+    tta: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from resnest_imagenet.inference.classifier import Classifier, compute_probabilit
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.imagenet_classes import class_words
+from resnest_imagenet.models.mirror import average_views
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def predict(
     *,
     batch_size: int = 64,
     precision: str = "fp32",
+    tta: str | None = None,
     loader: str = "auto",
     workers: int | None = None,
 ) -> tuple[list[Prediction], list[str]]:
@@ -58,6 +60,7 @@ def predict(
         top: number of classes for each image.
         batch_size: images at a time.
         precision: fp32, bf16 or fp16.
+        tta: "flip": the mean of the probabilities of an image and its mirror image. None: of the image alone.
         loader: decodes the images: "auto", "dali" or "torchvision".
         workers: number of the loader's threads or processes; None: this process's cores, at most 8.
 
@@ -67,9 +70,12 @@ def predict(
     Raises:
         UserError: a user's error, in one line.
     """
-    arguments = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    arguments = check_arguments(
+        top=top, batch_size=batch_size, precision=precision, tta=tta, loader=loader, workers=workers
+    )
     listed = list_images(images)
     classifier = take_classifier(network)
+    averaged = replace(classifier, module=average_views(classifier.module, tta))
     usable, skipped = split_unreadable(listed)
     predictions: list[Prediction] = []
     if not len(usable):
@@ -78,7 +84,7 @@ def predict(
     batches = build_loader(arguments.loader, usable, plan, classifier.transform, classifier.device, arguments.workers)
     done = 0
     with tqdm(total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-        for (probabilities,) in compute_probabilities([classifier], batches, precision, usable.name):
+        for (probabilities,) in compute_probabilities([averaged], batches, precision, usable.name):
             files = [usable.name(index) for index in range(done, done + len(probabilities))]
             predictions += _rank_classes(classifier.classes, files, probabilities, arguments.top)
             done += len(files)

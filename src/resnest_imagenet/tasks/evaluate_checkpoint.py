@@ -23,6 +23,7 @@ from resnest_imagenet.inference.classifier import Classifier, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.inference.options import check_arguments
+from resnest_imagenet.models.mirror import average_views, name_protocol
 from resnest_imagenet.supervision import EVALUATING, supervise
 
 
@@ -32,15 +33,17 @@ class CropEvaluation:
 
     Attributes:
         crop: side of the images that the network saw, in pixels.
-        protocol: how the images were resized and cropped.
+        protocol: how the images were resized and cropped, and a test-time augmentation.
         images: the set, labelled by the network's outputs.
         evaluation: of each image.
+        tta: the test-time augmentation, or None.
     """
 
     crop: int
     protocol: str
     images: ImageSource
     evaluation: Evaluation
+    tta: str | None = None
 
     @property
     def top1(self) -> float:
@@ -73,6 +76,7 @@ class CropEvaluation:
             macro_recall=figures.macro_recall,
             macro_f1=figures.macro_f1,
             classes=list_classes(figures, self.images.classes),
+            tta=self.tta,
         )
 
 
@@ -82,6 +86,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     precision: str = "fp32",
+    tta: str | None = None,
     compile_network: bool = False,
     loader: str = "auto",
     workers: int | None = None,
@@ -93,6 +98,7 @@ def evaluate(
         images: a folder with one folder per true class, or any other source of images.
         batch_size: images at a time, per rank.
         precision: fp32, bf16 or fp16.
+        tta: "flip": the mean of the probabilities of an image and its mirror image. None: of the image alone.
         compile_network: use torch.compile: it takes a minute first, then the network is some percent faster.
         loader: decodes the images: "auto", "dali" or "torchvision".
         workers: number of the loader's threads or processes; None: this process's cores, at most 8.
@@ -104,11 +110,12 @@ def evaluate(
         DataError: an image cannot be decoded, or a class has no output.
         UserError: another user's error, in one line.
     """
-    arguments = check_arguments(batch_size=batch_size, precision=precision, loader=loader, workers=workers)
+    arguments = check_arguments(batch_size=batch_size, precision=precision, tta=tta, loader=loader, workers=workers)
     listed = images if isinstance(images, ImageSource) else list_classified_images(images)
     classifier = take_classifier(network)
     labelled = label_images(listed, classifier.weights.classes, len(classifier.classes), classifier.source)
-    module = _compile(classifier.module, arguments.batch_size) if compile_network else classifier.module
+    compiled = _compile(classifier.module, arguments.batch_size) if compile_network else classifier.module
+    module = average_views(compiled, tta)
     transforms = classifier.transforms
     with distributed.join(classifier.device) as ranks, supervise(ranks) as watch:
         plan = plan_evaluation(len(labelled), arguments.batch_size, ranks.rank, ranks.world_size)
@@ -125,7 +132,7 @@ def evaluate(
         for _ in transforms:
             evaluations.append(measure_accuracy(module, loaders.pop(0), ranks, precision, before_batch, labelled.name))
     return [
-        CropEvaluation(transform.crop, transform.protocol, labelled, evaluation)
+        CropEvaluation(transform.crop, name_protocol(transform.protocol, tta), labelled, evaluation, tta)
         for transform, evaluation in zip(transforms, evaluations, strict=True)
     ]
 
