@@ -13,6 +13,7 @@ from resnest_imagenet.options import (
     Crop,
     Device,
     Fraction,
+    Layer,
     Options,
     Place,
     Positive,
@@ -263,9 +264,23 @@ class PredictConfig(InferenceConfig):
     top: Positive = Field(description="Classes or objects to show of each image.")
     score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
     tta: Tta
-    out: Place | None = Field(
-        description="A .csv or .json file besides. Segmentation: a folder for the masks; detection: a file or a folder."
+    features: Layer | None = Field(
+        description="Write a vector for each image in place of its classes: the mean of a layer's maps over their "
+        "places, or head, the classifier's input; out=FILE.npz gets them."
     )
+    out: Place | None = Field(
+        description="A .csv or .json file besides, or the .npz file of features. Segmentation: a folder for the masks; "
+        "detection: a file or a folder."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "PredictConfig":
+        if self.features is not None and PurePath(self.out or "").suffix != ".npz":
+            given = "is missing" if self.out is None else f"does not end in .npz: {self.out}"
+            raise ValueError(f"features={self.features} writes a .npz file, and out {given}")
+        if self.features is not None and self.tta is not None:
+            raise ValueError(f"give either features={self.features} or tta={self.tta}")
+        return self
 
 
 class ExplainConfig(InferenceConfig):

@@ -16,6 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Annotated[
     Literal["fp32", "bf16", "fp16"], Field(description="Of the network's passes; bf16 and fp16 by autocast.")
 ]
+Layer = Literal["layer1", "layer2", "layer3", "layer4", "head"]  # of a classifier, with features
 Tta = Annotated[
     Literal["flip"] | None,
     Field(

@@ -133,7 +133,9 @@ def _judge(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([column.float() for column in columns], dim=1)
 
 
-def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision: str, first: int = 0) -> None:
+def require_finite(
+    is_finite: np.ndarray, name: Callable[[int], str], precision: str, first: int = 0, what: str = "logits"
+) -> None:
     """Raise a NonFiniteError unless the logits of all images are finite.
 
     Args:
@@ -141,11 +143,12 @@ def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision:
         name: returns an image's name, by its index.
         precision: of the logits.
         first: index of the first of the N images.
+        what: must be finite.
     """
     bad = np.flatnonzero(~is_finite)
     if len(bad):
         advice = "; bf16 and fp32 hold larger values" if precision == "fp16" else ""
         raise NonFiniteError(
-            f"{name(first + int(bad[0]))}: its logits are not finite in {precision}, like those of {len(bad)} of "
+            f"{name(first + int(bad[0]))}: its {what} are not finite in {precision}, like those of {len(bad)} of "
             f"{len(is_finite)} images{advice}"
         )
