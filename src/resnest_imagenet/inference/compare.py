@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, device
 from tqdm import tqdm
 
 from resnest_imagenet.data.examine import split_unreadable
@@ -18,6 +18,7 @@ from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.accuracy import TOP
 from resnest_imagenet.evaluation.cells import guard
@@ -104,15 +105,14 @@ def compare(
     judgements = [_Judgement(classifier, usable) for classifier in classifiers]
     plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
     # Networks with the same transform share the decoded images.
-    groups: dict[tuple[object, object], list[_Judgement]] = {}
+    groups: dict[tuple[EvalTransform, device], list[_Judgement]] = {}
     for judgement in judgements:
         classifier = judgement.classifier
         groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
     with tqdm(total=len(usable) * len(groups), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-        for group in groups.values():
+        for (transform, place), group in groups.items():
             alike = [judgement.classifier for judgement in group]
-            transform, device = alike[0].transform, alike[0].device
-            batches = build_loader(arguments.loader, usable, plan, transform, device, arguments.workers)
+            batches = build_loader(arguments.loader, usable, plan, transform, place, arguments.workers)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):
                     judgement.add(probabilities)

@@ -122,7 +122,7 @@ def _recording(classifier: Classifier, layer: str) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def write_features(file: BinaryIO, features: Features, description: Mapping[str, Any]) -> None:
+def write_features(file: BinaryIO, features: Features, description: Mapping[str, str]) -> None:
     """Write features as a .npz file: `numpy.load` reads it without pickles.
 
     It has `files` (N,) str, `features` (N, C) float32, and the description's texts.
@@ -132,5 +132,5 @@ def write_features(file: BinaryIO, features: Features, description: Mapping[str,
         features: of the images.
         description: texts by name: how the features were computed.
     """
-    texts = {name: np.array(str(value)) for name, value in description.items()}
-    np.savez(file, files=np.array(features.files, dtype=np.str_), features=features.vectors, **texts)
+    arrays: dict[str, Any] = {name: np.array(text) for name, text in description.items()}
+    np.savez(file, files=np.array(features.files, dtype=np.str_), features=features.vectors, **arrays)
