@@ -275,9 +275,12 @@ class PredictConfig(InferenceConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "PredictConfig":
-        if self.features is not None and PurePath(self.out or "").suffix != ".npz":
-            given = "is missing" if self.out is None else f"does not end in .npz: {self.out}"
-            raise ValueError(f"features={self.features} writes a .npz file, and out {given}")
+        is_npz = PurePath(self.out or "").suffix == ".npz"
+        if self.features is not None and not is_npz:
+            given = "out is missing" if self.out is None else f"out={self.out} is none"
+            raise ValueError(f"features={self.features} writes a .npz file: {given}")
+        if self.features is None and is_npz:
+            raise ValueError(f"out={self.out} is a file of features: give features=layer4")
         if self.features is not None and self.tta is not None:
             raise ValueError(f"give either features={self.features} or tta={self.tta}")
         return self
