@@ -13,11 +13,13 @@ from resnest_imagenet.options import (
     Crop,
     Device,
     Fraction,
+    Layer,
     Options,
     Place,
     Positive,
     Precision,
     Seed,
+    Tta,
     as_list,
     keep_own,
 )
@@ -220,6 +222,7 @@ class EvalConfig(Options):
     )
     batch_size: Positive = Field(description="Images per rank and forward pass.")
     precision: Precision
+    tta: Tta
     compile: bool = Field(description="Compile the network: a minute at first, then some percent faster.")
     device: Device
     out: Place | None = Field(description="A JSON file for the results.")
@@ -260,9 +263,27 @@ class PredictConfig(InferenceConfig):
     images: _Images
     top: Positive = Field(description="Classes or objects to show of each image.")
     score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
-    out: Place | None = Field(
-        description="A .csv or .json file besides. Segmentation: a folder for the masks; detection: a file or a folder."
+    tta: Tta
+    features: Layer | None = Field(
+        description="Write a vector for each image in place of its classes: the mean of a layer's maps over their "
+        "places, or head, the classifier's input; out=FILE.npz gets them."
     )
+    out: Place | None = Field(
+        description="A .csv or .json file besides, or the .npz file of features. Segmentation: a folder for the masks; "
+        "detection: a file or a folder."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "PredictConfig":
+        is_npz = PurePath(self.out or "").suffix == ".npz"
+        if self.features is not None and not is_npz:
+            given = "out is missing" if self.out is None else f"out={self.out} is none"
+            raise ValueError(f"features={self.features} writes a .npz file: {given}")
+        if self.features is None and is_npz:
+            raise ValueError(f"out={self.out} is a file of features: give features=layer4")
+        if self.features is not None and self.tta is not None:
+            raise ValueError(f"give either features={self.features} or tta={self.tta}")
+        return self
 
 
 class ExplainConfig(InferenceConfig):

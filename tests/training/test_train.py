@@ -96,6 +96,8 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
     assert not list((run / "checkpoints").glob("*.tmp"))
     (result,) = evaluate_checkpoint(evaluation_of(newest_checkpoint(run), f"loader={loader}", "protocol=full"))
     assert (result.top1, result.top5, result.count) == (evaluations[-1]["top1"], evaluations[-1]["top5"], 40)
+    for name in ("macro_precision", "macro_recall", "macro_f1"):
+        assert getattr(result, name) == evaluations[-1][name]
     best = max(evaluations, key=lambda event: event["top1"])
     (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/best.pt", f"loader={loader}", "protocol=full"))
     assert result.top1 == best["top1"] == state.best

@@ -272,7 +272,11 @@ def _render_table3(runs: list[Run], crop: int, latency: dict[str, float], device
     for row in PAPER:
         families.setdefault(row.name.replace("-50", "").replace("-101", ""), []).append(row)
     results = [(run, result) for run in runs for result in run.measured]
-    comparable = [(run, result) for run, result in results if result.crop == crop and result.model in list_models()]
+    comparable = [
+        (run, result)
+        for run, result in results
+        if result.crop == crop and result.tta is None and result.model in list_models()
+    ]
     placed = [(run, result) for run, result in comparable if result.num_classes == 1000]
 
     def draw(cost: Callable[[str], float]) -> Callable[[Axes], None]:

@@ -24,7 +24,8 @@ from resnest_imagenet.data.source import (
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks, launched_as
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.accuracy import TOP, Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.mistakes import count_confusions, measure_classes
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.score import Score
 from resnest_imagenet.inference.labels import name_outputs
@@ -158,9 +159,20 @@ class Classification:
     def _describe_accuracy(self, evaluation: Evaluation) -> Score:
         top1, top5, count, protocol = evaluation.top1, evaluation.top5, evaluation.count, self._transform.protocol
         title = f"top-1 {top1:.2f} % of {count} images"
+        figures = measure_classes(count_confusions(evaluation, len(self.classes)))
+        top5_text = f", top-5 {top5:.2f} %" if len(self.classes) > TOP else ""
         return Score(
-            values={"top1": top1, "top5": top5, "count": count, "crop": self._transform.crop, "protocol": protocol},
-            text=f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count} images ({protocol})",
+            values={
+                "top1": top1,
+                "top5": top5,
+                "macro_precision": figures.macro_precision,
+                "macro_recall": figures.macro_recall,
+                "macro_f1": figures.macro_f1,
+                "count": count,
+                "crop": self._transform.crop,
+                "protocol": protocol,
+            },
+            text=f"top-1 {top1:.2f} %{top5_text} of {count} images ({protocol})",
             pictures={"confusions": partial(draw_confusions, evaluation, self.classes, title)},
             files={"predictions.csv": partial(encode_predictions, self.val_set, [(protocol, evaluation)])},
         )
