@@ -51,7 +51,7 @@ class ModelOptions(NetworkOptions):
 
 # The kinds of data of each task.
 KINDS = {
-    "classification": {"folder", "webdataset"},
+    "classification": {"folder", "webdataset", "csv"},
     "segmentation": {"ade20k", "cityscapes", "masks"},
     "detection": {"coco"},
 }
@@ -59,9 +59,17 @@ KINDS = {
 _KINDS_OF_FILES = set().union(*KINDS.values()) - {"webdataset"}
 # The choices for data of another task; a detector's are refused when its data is opened.
 _CHOICES_OF_DATA = {
-    "classification": "data=imagenet or data=webdataset",
+    "classification": "data=imagenet, data=csv or data=webdataset",
     "segmentation": "data=ade20k, data=cityscapes or data=masks",
 }
+
+
+def check_split(kind: str, csv: str | None, val_split: float | None) -> None:
+    """Raise a ValueError for options of a list or a split with a layout that has none."""
+    if csv is not None and kind != "csv":
+        raise ValueError(f"data.csv={csv} needs data=csv")
+    if val_split is not None and kind not in ("folder", "csv"):
+        raise ValueError(f"data.val_split={val_split} needs data=imagenet or data=csv")
 
 
 class DataOptions(Options):
@@ -77,6 +85,14 @@ class DataOptions(Options):
     val_json: Place | None = Field(
         description="data=coco: validation annotations; null: annotations/instances_<val_dir>.json."
     )
+    csv: Place | None = Field(
+        description="data=csv: the file with path,label and part, in root or elsewhere; null: labels.csv."
+    )
+    val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Share of each class that is kept for validation, of class folders without a val folder or of the "
+        "rows of a list without a part; null: the data have both parts."
+    )
+    split_seed: Seed = Field(description="val_split: seed of the choice, apart from the run's seed.")
     on_error: Literal["raise", "substitute"] = Field(
         description="A training image that cannot be decoded: end the run, or take the next image."
     )
@@ -96,6 +112,7 @@ class DataOptions(Options):
     def _check(self) -> "DataOptions":
         if self.shuffle_shards is not None and self.kind in _KINDS_OF_FILES:
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
+        check_split(self.kind, self.csv, self.val_split)
         return self
 
 
@@ -495,13 +512,27 @@ class FolderOptions(Options):
 class CheckedDataOptions(FolderOptions):
     """The data set, in any layout of files."""
 
-    kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"] = Field(description="Layout of the data set.")
+    kind: Literal["folder", "csv", "ade20k", "cityscapes", "masks", "coco"] = Field(
+        description="Layout of the data set."
+    )
     train_json: Place | None = Field(
         description="data.kind=coco: training annotations; null: annotations/instances_<train_dir>.json."
     )
     val_json: Place | None = Field(
         description="data.kind=coco: validation annotations; null: annotations/instances_<val_dir>.json."
     )
+    csv: Place | None = Field(description="data.kind=csv: the file, in root or elsewhere; null: labels.csv.")
+    val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Share of each class that a run would keep for validation; null: the data have both parts."
+    )
+    split_seed: Seed = Field(description="val_split: seed of the choice.")
+
+    @model_validator(mode="after")
+    def _check_split(self) -> "CheckedDataOptions":
+        check_split(self.kind, self.csv, self.val_split)
+        if self.val_split is not None and None in (self.train_dir, self.val_dir):
+            raise ValueError(f"data.val_split={self.val_split} needs data.train_dir and data.val_dir")
+        return self
 
     def _may_share_folder(self) -> bool:
         return self.kind == "coco" and self.train_json != self.val_json

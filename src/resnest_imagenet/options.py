@@ -53,6 +53,14 @@ def keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:
     return value if value == "own" else validate(value)
 
 
+AUTO = "auto"
+
+
+def keep_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Do the same with "auto"."""
+    return value if value == AUTO else validate(value)
+
+
 def as_path(value: Any) -> Any:
     """Take run_dir=20240501, which is a number to Hydra, for text, and ~ for the home folder."""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -3,9 +3,19 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WrapValidator, model_validator
 
-from resnest_imagenet.options import IS_PATH, Crop, Fraction, Options, Positive, Precision, Share, as_list
+from resnest_imagenet.options import (
+    IS_PATH,
+    Crop,
+    Fraction,
+    Options,
+    Positive,
+    Precision,
+    Share,
+    as_list,
+    keep_auto,
+)
 
 
 class EvalOptions(Options):
@@ -96,7 +106,11 @@ class Recipe(Options):
     steps: Positive | None = Field(
         description="Length of the run in steps, in place of epochs; the last epoch may be shorter."
     )
-    batch_size: Positive = Field(description="Images per rank and forward pass.")  # at least those of models/batch.py
+    # At least those of models/batch.py; "auto" only until the task is open.
+    batch_size: Annotated[Positive, WrapValidator(keep_auto), PlainSerializer(lambda size: size)] = Field(
+        description="Images per rank and forward pass; auto: as many as fit, of a step that without train.global_batch "
+        "is of at most train.reference_batch and a sixteenth of the training images."
+    )
     global_batch: Positive | None = Field(
         description="Images per step, by accumulating gradients; null: train.batch_size times the number of ranks."
     )

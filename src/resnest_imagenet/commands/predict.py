@@ -123,7 +123,7 @@ def extract_vectors(
         "ckpt": classifier.source,
         "protocol": classifier.transform.protocol,
     }
-    with replacing(Path(config.out)) as file:
+    with write_atomically(Path(config.out)) as file:
         write_features(file, features, description)
     count, channels = features.vectors.shape
     return f"{config.out}: {config.features} of {count:,} images, {channels:,} channels", list(features.skipped)

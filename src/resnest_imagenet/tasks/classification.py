@@ -1,5 +1,6 @@
 """Images to classes, as in the paper's Table 3."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,20 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.config import DataOptions, TrainConfig
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.augment import Augmentation
-from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
+from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
+from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import (
-    ImageSource,
-    describe_counts,
-    print_notes,
-    require_same_classes,
-    require_separate,
-)
+from resnest_imagenet.data.shared_images import describe_shared
+from resnest_imagenet.data.source import ImageSource, describe_counts, print_notes
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.distributed import Ranks, launched_as
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.evaluation.accuracy import TOP, Evaluation, measure_accuracy
 from resnest_imagenet.evaluation.mistakes import count_confusions, measure_classes
 from resnest_imagenet.evaluation.predictions import encode_predictions
@@ -61,18 +58,25 @@ class Classification:
     metric: str = "top1"
 
     def __init__(self, config: TrainConfig) -> None:
-        self._recipe = cast(ClassificationRecipe, config.train)
+        self.config = config
         require_model(config.model.name)
         require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
         self._loader = choose_loader(config.loader.name)
-        self.train_set, self.val_set = _open_data(config.data)
+        self._data = ClassifiedData.of(config.data.model_dump())
+        self.train_set, self.val_set = self._data.open_parts()
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
+            if shared := describe_shared(self.train_set, self.val_set):
+                print(f"WARNING: {printable(shared)}", file=sys.stderr, flush=True)
         self.config = _fix_num_classes(config, self.train_set)
         self.classes = self.train_set.classes
         self.head: tuple[str, ...] = (find_head(config.model.name),)
         self._transform = EvalTransform.of(cast(ClassificationEvalOptions, config.eval).crop, config.protocol)
         self._dropblock: DropBlock | None = None
+
+    @property
+    def _recipe(self) -> ClassificationRecipe:
+        return cast(ClassificationRecipe, self.config.train)
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
         """See `Task`; it includes the protocol, because best accuracies are comparable only under the same protocol."""
@@ -81,6 +85,8 @@ class Classification:
             "model.name": config.model.name,
             "model.num_classes": config.model.num_classes,
             "data.shuffle_shards": config.data.shuffle_shards,
+            "data.val_split": self._data.val_split,
+            "data.split_seed": None if self._data.val_split is None else self._data.split_seed,
             "evaluation": self._transform.protocol,
             "classes": list(self.classes),
             **describe_images({"training": self.train_set, "val": self.val_set}, config.data.digest, ranks, tick),
@@ -206,21 +212,14 @@ class Classification:
         if counts_cost:
             cost = f", {count_cost(name, crop)[1] / 1e9:.2f} GFLOPs at {crop} with 1000 classes"
         train, val, root = len(self.train_set), len(self.val_set), self.config.data.root
+        split = self._data.describe_split()
+        chosen = f" by {split}" if split else ""
         return {
             "network": f"{name}, {len(self.classes)} classes{cost}",
-            "data": f"{train:,} training and {val:,} val images in {root}, read by {self._loader}",
+            "data": f"{train:,} training and {val:,} val images in {root}{chosen}, read by {self._loader}",
             "images per class": describe_counts(self.train_set.labels, self.classes),
             "evaluation": self._transform.protocol,
         }
-
-
-def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
-    """List the images of both parts."""
-    train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
-    val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
-    require_separate(train_set.root, val_set.root)
-    require_same_classes(train_set, val_set)
-    return train_set, val_set
 
 
 def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig:
