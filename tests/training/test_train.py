@@ -206,7 +206,7 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
 
         monkeypatch.setattr(place, name, call)
 
-    for name in ("build_model", "TrainTransform", "dropblock_probability"):
+    for name in ("build_model", "TrainTransform", "dropblock_probability", "add_drop_path"):
         spy(classification, name)
     for name in ("draw_mixup", "draw_cutmix", "erase_rectangles", "smoothed_cross_entropy"):
         spy(classification, name)
@@ -216,18 +216,25 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
     options |= {"min_crop_area": 0.6, "antialias": True, "interpolation": "bicubic", "cropping": "erandom"}
     options |= {"policy": "rotation", "jitter": 0.21, "lighting": 0.22, "pixel_shift": 3, "erasing": 0.23}
     options |= {"cutmix_alpha": 0.8, "decay_all": True, "weight_decay": 0.003, "momentum": 0.8}
-    options |= {"head_lr_factor": 7, "clip_norm": 0.9}
+    options |= {"head_lr_factor": 7, "clip_norm": 0.9, "flips": "vertical", "drop_path": 0.24}
+    options |= {"mean": "[0.5,0.4,0.3]", "std": "[0.25,0.2,0.1]", "class_weights": "balanced"}
     spy(nn.utils, "clip_grad_norm_")
     overrides = [f"train.{name}={value}" for name, value in options.items()]
     state = train(small_run(*ONE_EPOCH, "train.nesterov=false", "log.trackers=[]", *overrides))
     assert seen["set_probability"]["probability"] == 0.3
     assert [seen["draw_mixup"][name] for name in ("alpha", "per_sample", "partner")] == [0.7, True, "permuted"]
+    assert seen["add_drop_path"]["probability"] == 0.24
     assert seen["smoothed_cross_entropy"]["smoothing"] == 0.17
+    few, many = 4, 11  # images of disk, and of each other class
+    assert sorted(seen["smoothed_cross_entropy"]["class_weights"].tolist()) == pytest.approx(
+        [103 / 10 / many] * 9 + [103 / 10 / few]
+    )
     assert seen["smoothed_cross_entropy"]["targets"].shape == (16, 10)
     built = seen["build_model"]
     assert (built["dropout"], built["zero_gamma"], built["init"]) == (0.13, False, "fan_out")
     cropping, look = ERandomCrop(40, 0.6), Augmentation("rotation", 0.21, 0.22, 3)
-    assert list(seen["TrainTransform"].values()) == [40, 0, cropping, True, "bicubic", look]
+    flips, mean, std = (0, 0.5), (0.5 * 255, 0.4 * 255, 0.3 * 255), (0.25 * 255, 0.2 * 255, 0.1 * 255)
+    assert list(seen["TrainTransform"].values()) == [40, 0, cropping, True, "bicubic", look, *flips, mean, std]
     assert (seen["draw_cutmix"]["alpha"], seen["draw_cutmix"]["partner"]) == (0.8, "permuted")
     assert seen["erase_rectangles"]["probability"] == 0.23
     assert seen["clip_grad_norm_"]["max_norm"] == 0.9
