@@ -81,7 +81,8 @@ WRONG = [
     ("train data_dir=/x", "unknown option data_dir: write data.root=/x"),
     ("predict data_dir=/x", "unknown option data_dir: write images=/x"),
     ("train num_classes=3", "unknown option num_classes: write model.num_classes=3"),
-    ("train patience=3", "unknown option patience: a run does not stop early: best.pt keeps the best network"),
+    ("train patience=3", "unknown option patience: write train.patience=3"),
+    ("train early_stopping=3", "unknown option early_stopping: write train.patience=3"),
     ("eval imgsz=224", "unknown option imgsz: write crop=224"),
     # values without an option
     ("train /imagenet", "/imagenet: write data.root=/imagenet"),

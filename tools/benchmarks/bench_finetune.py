@@ -35,7 +35,7 @@ def link_images(pictures: Path, out: Path, per_class: int, val_per_class: int, s
             place = out / part / folder.name
             place.mkdir(parents=True, exist_ok=True)
             for file in random.Random(f"{draw} {folder.name}").sample(files, min(count, len(files))):
-                if not (place / file.name).exists():
+                with contextlib.suppress(FileExistsError):  # of an earlier recipe or run
                     (place / file.name).symlink_to(file.resolve())
 
 

@@ -220,9 +220,15 @@ class Classification:
         return {
             "network": f"{name}, {len(self.classes)} classes{cost}",
             "data": f"{train:,} training and {val:,} val images in {root}, read by {self._loader}",
-            "images per class": describe_counts(self.train_set.labels, self.classes),
+            "images per class": describe_counts(self.train_set.labels, self.classes) + self._describe_weights(),
             "evaluation": self._transform.protocol,
         }
+
+    def _describe_weights(self) -> str:
+        if self._recipe.class_weights is None:
+            return ""
+        weights = balance_classes(self.train_set.labels, len(self.classes))
+        return f"; images count {weights.max():.3g} times in the smallest class to {weights.min():.3g} in the largest"
 
 
 def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
