@@ -100,7 +100,7 @@ def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> 
 
     def draw_epoch(epoch: int) -> Sequence[np.ndarray]:
         ((images, _),) = loader.batches(epoch)
-        return list(to_pixels(images))
+        return list(to_pixels(images, transform.mean, transform.std))
 
     originals = [Image.fromarray(decode(source.read(sample)).permute(1, 2, 0).numpy()) for sample in samples]
     return _Preview([source.name(sample) for sample in samples], originals, draw_epoch, recipe.crop)

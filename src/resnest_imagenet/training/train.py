@@ -74,10 +74,11 @@ def train(config: TrainConfig) -> TrainingState:
             request.wait_for_step()
             state.epoch = plan.find_epoch(state.step, state.epoch)
             with control.saving_before_leaving(state, loader):
-                while state.epoch < plan.epochs:
+                while state.epoch < plan.epochs and not state.has_stalled:
                     train_epoch(state, network, task, loader, plan, control)
                     end_epoch(state, task, loader, plan, evaluate, control)
-        run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric)
+        ending = {"reason": f"train.patience={recipe.patience}"} if state.epoch < plan.epochs else {}
+        run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric, **ending)
         log.result(state)
     return state
 
