@@ -92,6 +92,28 @@ def choose_attention(
     return Choice("reference", {"reason": fault, **details})
 
 
+def choose_for_inference(
+    network: nn.Module,
+    size: tuple[int, int, int],
+    precision: str,
+    images: ImageSource | None = None,
+    loader: str = "torchvision",
+) -> None:
+    """Choose the operators of one process that predicts, before it computes.
+
+    Args:
+        network: see `choose_attention`.
+        size: see `choose_attention`.
+        precision: fp32, bf16 or fp16.
+        images: that a loader decodes; None: there is no loader.
+        loader: auto, dali or torchvision.
+    """
+    alone = Ranks(0, 1, 0, next(network.parameters()).device)
+    choose_attention(network, size, precision, alone)
+    if images is not None:
+        choose_gpu_decoder(images, loader, alone)
+
+
 def choose_gpu_decoder(images: ImageSource, loader: str, ranks: Ranks, decoded_on_cpu: bool = False) -> Choice | None:
     """Choose whether DALI decodes on a GPU, by some images of a set; loaders on that device then do so.
 

@@ -20,6 +20,7 @@ from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.cells import guard
+from resnest_imagenet.evaluation.operators import choose_for_inference
 from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
@@ -109,6 +110,9 @@ def compare(
         for group in groups.values():
             alike = [judgement.classifier for judgement in group]
             transform, device = alike[0].transform, alike[0].device
+            for classifier in alike:
+                size = (arguments.batch_size, transform.crop, transform.crop)
+                choose_for_inference(classifier.module, size, precision, usable, arguments.loader)
             batches = build_loader(arguments.loader, usable, plan, transform, device, arguments.workers)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):

@@ -15,6 +15,7 @@ from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.errors import printable
 from resnest_imagenet.evaluation.cells import guard
+from resnest_imagenet.evaluation.operators import choose_for_inference
 from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
@@ -75,6 +76,8 @@ def predict(
     if not len(usable):
         return predictions, skipped
     plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
+    size = (arguments.batch_size, classifier.transform.crop, classifier.transform.crop)
+    choose_for_inference(classifier.module, size, precision, usable, arguments.loader)
     batches = build_loader(arguments.loader, usable, plan, classifier.transform, classifier.device, arguments.workers)
     done = 0
     with tqdm(total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:

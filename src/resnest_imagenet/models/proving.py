@@ -5,10 +5,11 @@ map. The values are chosen so that no ReLU is near its edge: there rounding alon
 """
 
 import copy
+import itertools
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -127,7 +128,7 @@ def prove(blocks: Counter[Block], device: torch.device, dtype: torch.dtype, trai
     """Compare the fused operator with the formula: the output, and in training all gradients.
 
     Args:
-        blocks: of the network; `norm` counts in training only, since an evaluation folds bn0 into the convolution.
+        blocks: of the network.
         device: where the operator would run.
         dtype: of the run; float32 is compared too.
         trains: whether the network is trained; otherwise only the forward pass is compared.
@@ -140,17 +141,28 @@ def prove(blocks: Counter[Block], device: torch.device, dtype: torch.dtype, trai
         RuntimeError: the device's memory is full.
     """
     for block in blocks:
-        for compared in dict.fromkeys((torch.float32, dtype)):
-            for with_gradients in (True, False) if trains else (False,):
-                where = f"({NAMES[compared]}, {block})"
-                try:
-                    difference = _find_difference(block, device, compared, with_gradients)
-                except Exception as error:
-                    _require_device(error, device)
-                    return f"fails: {first_line(error)} {where}"
-                if difference:
-                    return f"differs from the formula: {difference} {where}"
+        for compared, (norm, with_gradients) in itertools.product(
+            dict.fromkeys((torch.float32, dtype)), _list_uses(block.norm, trains)
+        ):
+            where = f"({NAMES[compared]}, {block})"
+            try:
+                difference = _find_difference(replace(block, norm=norm), device, compared, with_gradients)
+            except Exception as error:
+                _require_device(error, device)
+                return f"fails: {first_line(error)} {where}"
+            if difference:
+                return f"differs from the formula: {difference} {where}"
     return None
+
+
+def _list_uses(norm: Norm, trains: bool) -> dict[tuple[Norm, bool], None]:
+    """Return how a block is used: how its y is normalised, and whether gradients are needed.
+
+    The evaluations of a run may fold bn0 into the convolution, and then y is normalised before.
+    """
+    in_evaluation: Norm = "before" if norm == "before" else "running"
+    uses: list[tuple[Norm, bool]] = [(norm, True), ("before", False)] if trains else []
+    return dict.fromkeys([*uses, (in_evaluation, False)])
 
 
 def time_both(
@@ -169,7 +181,7 @@ def time_both(
     for block, count in blocks.items():
         values = block.radix * block.channels * block.height * block.width
         images = max(2, min(batch, _TIMED_VALUES // values))
-        core, y, gradient = _build_case(block, images, block.height, device, dtype, trains)
+        core, y, gradient = _build_case(block, images, block.height, device, dtype)
         modules = {name: _copy_with(core, name) for name in totals}
         for number in range(-1, ROUNDS):  # the first is not timed: it allocates memory
             for name, seconds in totals.items():
@@ -209,11 +221,24 @@ def try_fused(
         blocks = find_blocks(network, height, width)
         fault = prove(blocks, device, dtype, trains)
         if fault is None and is_timed:
-            ratios = time_both(blocks, batch, device, dtype, trains)
-            ratio = statistics.median(ratios)
-            if max(ratios) < 1:
+            ratios, fault = _time_safely(blocks, batch, device, dtype, trains)
+            ratio = statistics.median(ratios) if ratios else None
+            if ratio and max(ratios) < 1:
                 fault = f"is slower than the formula in {ROUNDS} rounds: {1 / ratio:.2f} times its time"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the run's tensors have other sizes
     return Finding(fault, ratio, time.perf_counter() - started)
+
+
+def _time_safely(
+    blocks: Counter[Block], batch: int, device: torch.device, dtype: torch.dtype, trains: bool
+) -> tuple[list[float], str | None]:
+    """Return the ratios of `time_both`, or none and the operator's fault: at its full size a kernel may fail yet."""
+    try:
+        return time_both(blocks, batch, device, dtype, trains), None
+    except Exception as error:
+        _require_device(error, device)
+        return [], f"fails: {first_line(error)}"
 
 
 def _require_device(error: Exception, device: torch.device) -> None:
@@ -234,7 +259,7 @@ def _require_device(error: Exception, device: torch.device) -> None:
 def _find_difference(block: Block, device: torch.device, dtype: torch.dtype, with_gradients: bool) -> str | None:
     """Return in words which value of the fused operator is not the formula's; None if all are."""
     height = min(block.height, -(-_COMPARED_PIXELS // block.width))
-    core, y, gradient = _build_case(block, _COMPARED_IMAGES, height, device, dtype, with_gradients)
+    core, y, gradient = _build_case(block, _COMPARED_IMAGES, height, device, dtype)
     upstream = gradient if with_gradients else None
     fused, formula = (_compute(_copy_with(core, name), y, upstream) for name in ("fused", "reference"))
     exact = _compute(_copy_with(core, "reference").double(), y.double(), upstream)
@@ -275,7 +300,7 @@ def _compute(module: SplitAttention, y: Tensor, gradient: Tensor | None) -> dict
 
 
 def _build_case(
-    block: Block, images: int, height: int, device: torch.device, dtype: torch.dtype, with_gradients: bool
+    block: Block, images: int, height: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[SplitAttention, Tensor, Tensor]:
     """Return split attention without its convolution, that convolution's output, and a gradient of the sum.
 
@@ -288,11 +313,10 @@ def _build_case(
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=draw, device=device) * (high - low) + low
 
-    norm = block.norm if with_gradients else "before"
     with torch.device("meta"):  # whose first values need no random numbers: torch's own generator stays as it is
         core = SplitAttention(block.channels, block.radix, block.cardinality)
     core.conv = nn.Identity()  # type: ignore[assignment]
-    if norm == "before":
+    if block.norm == "before":
         core.bn0 = nn.Identity()  # type: ignore[assignment]
     core.to_empty(device=device)
     ranges = {"weight": (0.5, 1.0), "bias": (-0.1, 0.1), "running_mean": (-0.1, 0.1), "running_var": (0.8, 1.2)}
@@ -305,7 +329,7 @@ def _build_case(
             layer.weight.copy_(uniform(-spread, spread, *layer.weight.shape))
         core.bn1.bias.add_(3)
         core.bn1.eps = 0.1
-    core.train(norm == "batch")
+    core.train(block.norm == "batch")
     shape = (images, block.radix * block.channels, height, block.width)
     places = [torch.arange(count, device=device).view([-1 if axis == i else 1 for i in range(4)])
               for axis, count in enumerate(shape)]  # fmt: skip
