@@ -70,7 +70,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra": {"commands"},
     "omegaconf": {"commands"},
-    "nvidia": {"data/dali.py", "data/dali_ops.py"},
+    "nvidia": {"data/dali.py", "data/dali_decoding.py", "data/dali_ops.py"},
     "timm": {"models/zoo.py", "models/imagenet_classes.py", "weights/published.py", "training/optimizer.py"},
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}

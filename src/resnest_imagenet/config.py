@@ -45,7 +45,8 @@ class ModelOptions(NetworkOptions):
         description="Outputs of the network; null: the number of classes of the data set."
     )
     split_attention: Literal["auto", "fused", "reference"] = Field(
-        description="fused: one operator; reference: the formula; auto: fused, with compile=true reference."
+        description="fused: one operator; reference: the formula; auto: fused unless a trial refuses it, with "
+        "compile=true reference."
     )
 
 
