@@ -24,8 +24,8 @@ from resnest_imagenet.reports.runs import Run, find_runs, list_differences, read
 from resnest_imagenet.reports.table3 import PAPER
 from resnest_imagenet.training.train import train
 
-CHARTS = ["Training loss", "Accuracy after each epoch", "Learning rate", "Throughput", "Wait for data", "Calibration"]
-CHARTS += ["Accuracy by class", "Accuracy against computation"]
+CHARTS = ["Loss", "Accuracy after each epoch", "Learning rate", "Throughput", "Wait for data", "Calibration"]
+CHARTS += ["Confidences", "Recall by class"]
 
 
 def render_report(*arguments):

@@ -159,7 +159,14 @@ class Classification:
         top1, top5, count, protocol = evaluation.top1, evaluation.top5, evaluation.count, self._transform.protocol
         title = f"top-1 {top1:.2f} % of {count} images"
         return Score(
-            values={"top1": top1, "top5": top5, "count": count, "crop": self._transform.crop, "protocol": protocol},
+            values={
+                "top1": top1,
+                "top5": top5,
+                "loss": evaluation.loss,
+                "count": count,
+                "crop": self._transform.crop,
+                "protocol": protocol,
+            },
             text=f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count} images ({protocol})",
             pictures={"confusions": partial(draw_confusions, evaluation, self.classes, title)},
             files={"predictions.csv": partial(encode_predictions, self.val_set, [(protocol, evaluation)])},
