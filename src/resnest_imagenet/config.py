@@ -400,7 +400,9 @@ class Table3Config(Options):
     results: Annotated[list[Place], BeforeValidator(as_list)] = Field(
         description="Run folders, files of resnest-eval's out=, or patterns."
     )
-    format: Literal["markdown", "json", "csv"] = Field(description="Form of the output.")
+    format: Literal["auto", "text", "markdown", "json", "csv"] = Field(
+        description="Form of the output; auto: text in aligned columns on a terminal, markdown elsewhere."
+    )
 
 
 class TablesConfig(Table3Config):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from resnest_imagenet.evaluation.charts import Chart, Line, paint_lines, style_of
-from resnest_imagenet.evaluation.events import TOP1, Event, name_metric
+from resnest_imagenet.evaluation.events import TOP1, Event, count_steps_per_epoch, name_metric
 from resnest_imagenet.evaluation.score import title_metric
 
 TOP5, LOSS = "top5", "loss"
@@ -37,17 +37,6 @@ class RunCurves:
             return None
         x, y = zip(*points, strict=True)
         return Line(name or self.name, x, y, style_of(number))
-
-
-def count_steps_per_epoch(steps: Sequence[Event], evaluations: Sequence[Event]) -> float:
-    """By the last report of the first epoch, or else by the first evaluation; 1 without either: steps, not epochs.
-
-    A run's last epoch may be shorter, and the first evaluation may come after it.
-    """
-    first_epoch = [event["step"] for event in steps if event.get("epoch") == 1]
-    if first_epoch and (evaluations or len(first_epoch) < len(steps)):  # the first epoch has ended
-        return max(first_epoch)
-    return next((event["step"] / event["epoch"] for event in evaluations), 1)
 
 
 def chart_losses(runs: Sequence[RunCurves]) -> Chart:

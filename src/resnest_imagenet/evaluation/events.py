@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,17 @@ def _parse(line: bytes) -> Event | None:
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def count_steps_per_epoch(steps: Sequence[Event], evaluations: Sequence[Event]) -> float:
+    """Return an epoch's steps: of the last report of the first epoch, or else by the first evaluation.
+
+    It is 1 without either: a chart then has steps, not epochs. A run's last epoch may be shorter, and the first evaluation may come after it.
+    """
+    first_epoch = [event["step"] for event in steps if event.get("epoch") == 1]
+    if first_epoch and (evaluations or len(first_epoch) < len(steps)):  # the first epoch has ended
+        return max(first_epoch)
+    return next((event["step"] / event["epoch"] for event in evaluations), 1)
 
 
 def format_seconds(seconds: float) -> str:

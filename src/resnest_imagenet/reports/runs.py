@@ -7,8 +7,7 @@ from typing import Any
 
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.box_files import BoxFiles, read_box_files
-from resnest_imagenet.evaluation.curves import count_steps_per_epoch
-from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events
+from resnest_imagenet.evaluation.events import TOP1, count_steps_per_epoch, name_metric, read_events
 from resnest_imagenet.evaluation.measured import has_accuracy, list_results, read_measured, read_values
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
