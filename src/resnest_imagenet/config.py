@@ -276,9 +276,9 @@ class ExplainConfig(InferenceConfig):
     out: Place = Field(description="A folder for the pictures and tables.")
     top: Positive = Field(description="Maps of so many of the likeliest classes.")
     target: str | int | None = Field(description="Map of this class instead: its name, synset, number or words.")
-    layer: Literal["layer1", "layer2", "layer3", "layer4"] = Field(
+    layer: Literal["layer1", "layer2", "layer3", "layer4"] | None = Field(
         description="Layer of the map; earlier ones are finer, and their evidence is rougher; the places of "
-        "layer4 add up to the logit."
+        "layer4 add up to the logit; null: the deepest with 7 x 7 places."
     )
 
     @model_validator(mode="after")

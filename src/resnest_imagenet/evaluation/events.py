@@ -109,7 +109,8 @@ def _parse(line: bytes) -> Event | None:
 def count_steps_per_epoch(steps: Sequence[Event], evaluations: Sequence[Event]) -> float:
     """Return an epoch's steps: of the last report of the first epoch, or else by the first evaluation.
 
-    It is 1 without either: a chart then has steps, not epochs. A run's last epoch may be shorter, and the first evaluation may come after it.
+    It is 1 without either: a chart then has steps, not epochs. A run's last epoch may be shorter, and the first
+    evaluation may come after it.
     """
     first_epoch = [event["step"] for event in steps if event.get("epoch") == 1]
     if first_epoch and (evaluations or len(first_epoch) < len(steps)):  # the first epoch has ended

@@ -19,7 +19,8 @@ def align_tables(markdown: str, width: int) -> str:
     """
     lines: list[str] = []
     for is_table, block in groupby(markdown.split("\n"), lambda line: line.startswith("|")):
-        lines += _align(list(block), width) if is_table else block
+        rows = list(block)
+        lines += _align(rows, width) if is_table else rows
     return "\n".join(lines)
 
 
