@@ -170,6 +170,7 @@ def change_config(values: DictConfig, *overrides: str) -> TrainConfig:
 
 # The demo's experiment, shrunk: 12 steps of 16 images in two epochs.
 SMALL = ("+experiment=demo", "device=cpu", "train.epochs=2", "train.crop=32", "train.batch_size=16", "loader.workers=0")
+SMALL += ("log.pictures=false",)  # a second at the end of each run
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +184,7 @@ def segmentation_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # So few steps at this rate end in masks of several classes.
     options = ("device=cpu", "train.epochs=2", "train.crop=64", "train.batch_size=2", "train.lr=2e-3")
     options += ("loader.workers=0", "log.trackers=[]", "log.every_steps=1", "+experiment=demo_segmentation")
+    options += ("log.pictures=false",)
     train_module.train(compose_config("train", TrainConfig, *options, *places))
     return folder / "run"
 
@@ -192,6 +194,7 @@ SMALL_OBJECTS = ("+experiment=demo_detection", "device=cpu", "train.epochs=2", "
 SMALL_OBJECTS += ("train.short_sides=64", "train.longest=96", "protocol.short_side=64", "protocol.longest=96")
 SMALL_OBJECTS += ("train.channels=16", "train.box_width=16", "train.box_convs=1", "train.mask_convs=1")
 SMALL_OBJECTS += ("train.samples=16", "protocol.detections=20", "loader.workers=0", "log.trackers=[]")
+SMALL_OBJECTS += ("log.pictures=false",)
 SMALL_OBJECTS += ("log.every_steps=1", "checkpoint.every_steps=5", "eval.every_epochs=1", "train.class_agnostic=null")
 
 

@@ -155,6 +155,9 @@ class LogOptions(Options):
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)] = Field(
         description="Where to log besides the run folder; wandb and mlflow read their own environment variables."
     )
+    pictures: bool = Field(
+        description="Draw the finished run: results.png, its curves, and val.png, validation images with predictions."
+    )
 
 
 class TrainConfig(Options):
