@@ -175,6 +175,9 @@ class LogOptions(Options):
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)] = Field(
         description="Where to log besides the run folder; wandb and mlflow read their own environment variables."
     )
+    pictures: bool = Field(
+        description="Draw the finished run: results.png, its curves, and val.png, validation images with predictions."
+    )
 
 
 class TrainConfig(Options):
@@ -315,9 +318,9 @@ class ExplainConfig(InferenceConfig):
     out: Place = Field(description="A folder for the pictures and tables.")
     top: Positive = Field(description="Number of the likeliest classes that get a map.")
     target: str | int | None = Field(description="Map this class instead: its name, synset, number or words.")
-    layer: Literal["layer1", "layer2", "layer3", "layer4"] = Field(
-        description="Layer of the map. Earlier layers give finer maps with rougher evidence; the places of layer4 add "
-        "up to the logit."
+    layer: Literal["layer1", "layer2", "layer3", "layer4"] | None = Field(
+        description="Layer of the map; null: the deepest with 7 x 7 places. Earlier layers give finer maps with "
+        "rougher evidence; the places of layer4 add up to the logit."
     )
 
     @model_validator(mode="after")
@@ -439,7 +442,9 @@ class Table3Config(Options):
     results: Annotated[list[Place], BeforeValidator(as_list)] = Field(
         description="Run folders, files of resnest-eval's out=, or patterns."
     )
-    format: Literal["markdown", "json", "csv"] = Field(description="Form of the output.")
+    format: Literal["auto", "text", "markdown", "json", "csv"] = Field(
+        description="Form of the output; auto: text in aligned columns on a terminal, markdown elsewhere."
+    )
 
 
 class TablesConfig(Table3Config):

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.detector import Detector  # it imports torchvision
 
 
+CHANCE = 0.05  # a difference that chance makes more often than this is none
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The predictions of M networks for N images.
@@ -198,6 +201,19 @@ def describe_protocols(comparison: Comparison) -> list[str]:
     if len(set(comparison.protocols)) == 1:
         return [comparison.protocols[0]]
     return [f"{name}: {protocol}" for name, protocol in zip(comparison.names, comparison.protocols, strict=True)]
+
+
+def describe_verdict(comparison: Comparison) -> str:
+    """Return what came of the comparison in a sentence: each network's top-1, and whether two of them differ."""
+    names, top1 = comparison.names, 100 * comparison.is_right.mean(1)
+    figures = [f"{name} {value:.2f} %" for name, value in zip(names, top1, strict=True)]
+    text = f"{' against '.join(figures)} of {comparison.is_right.shape[1]:,} images"
+    if len(names) != 2:
+        return text
+    first, second = comparison.is_right
+    p = mcnemar_p(int((first & ~second).sum()), int((second & ~first).sum()))
+    text += ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
+    return text if p < CHANCE else f"{text}: no difference that these images show"
 
 
 def describe_pairs(comparison: Comparison) -> list[str]:

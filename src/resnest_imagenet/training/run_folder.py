@@ -60,6 +60,8 @@ class RunFolder:
     failed_start.json  how the last start ended, if it ended before it was clear that it belongs to this folder's run
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
     predictions.csv    the best network's prediction for each image of the evaluation (a task's `Score.files`)
+    results.png        the curves of a finished run (`log.pictures`)
+    val.png            validation images with its best network's predictions
     tensorboard/       the same as event files, with pictures
     wandb/             the same for W&B, if log.trackers has it
     trackers.json      the run's names in W&B and MLflow
