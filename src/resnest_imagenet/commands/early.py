@@ -27,7 +27,7 @@ from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import RECIPES
-from resnest_imagenet.weights.sources import find_weights, is_published
+from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
 _KINDS = (
     "folder",
@@ -101,7 +101,9 @@ def _check_checkpoints(config: EvalConfig | PredictConfig | ExplainConfig | Expo
 
 def _check_weights(sources: Sequence[str]) -> None:
     for source in sources:
-        if not is_published(source):
+        if is_published(source):
+            require_known(source)
+        else:
             find_weights(source)
 
 

@@ -15,7 +15,7 @@ from resnest_imagenet.data.folder import tell_by_name
 from resnest_imagenet.data.reading import open_regular
 from resnest_imagenet.data.source import list_folders, require_root, require_separate, suggest_split
 from resnest_imagenet.errors import DataError, list_names, printable
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 
 # A fault would stop a training, hide images from it, falsify its result or exhaust its memory; a note would not. Both
 # stand in the order of the printed table.
@@ -346,7 +346,7 @@ def write_report(report: Report, out: Path) -> None:
         "kinds": dict(sorted(Counter(finding.kind for finding in report.findings).items())),
         "findings": findings,
     }
-    with replacing(out) as file:
+    with write_atomically(out) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
+from os.path import isdir, lexists
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.data.source import ImageSource, print_notes
 from resnest_imagenet.distributed import choose_device, launched_as
-from resnest_imagenet.errors import ConfigError, printable
+from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.zoo import require_model
 from resnest_imagenet.weights.load import Weights
@@ -50,6 +51,10 @@ def list_classified_images(folder: str | PathLike[str]) -> ImageFolder:
         raise ConfigError(
             f"images is a {type(folder).__name__}: give the path of a folder that has one folder per true class"
         )
+    if not lexists(folder):
+        raise DataError(f"images={fspath(folder)}: no such file or folder")
+    if not isdir(folder):
+        raise DataError(f"images={fspath(folder)}: not a folder: give one that has one folder per true class")
     path = Path(folder).absolute()
     return list_part(str(path.parent), path.name, "images")
 

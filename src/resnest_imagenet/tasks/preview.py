@@ -21,7 +21,7 @@ from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.overlays import overlay_mask
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.models.zoo import find_pixels
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe, SegmentationRecipe
 from resnest_imagenet.tasks.classification import build_train_transform
@@ -80,7 +80,7 @@ def write_preview(config: PreviewDataConfig) -> int:
     else:
         raise ConfigError(f"train.task={recipe.task}: resnest-data preview does not draw this task")
     sheet = _draw_sheet(preview, preview.side, config.epochs)
-    with replacing(out) as file:
+    with write_atomically(out) as file:
         sheet.save(file, format="PNG")
     return len(preview.names)
 
@@ -100,7 +100,7 @@ def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> 
 
     def draw_epoch(epoch: int) -> Sequence[np.ndarray]:
         ((images, _),) = loader.batches(epoch)
-        return list(to_pixels(images))
+        return list(to_pixels(images, transform.mean, transform.std))
 
     originals = [Image.fromarray(decode(source.read(sample)).permute(1, 2, 0).numpy()) for sample in samples]
     return _Preview([source.name(sample) for sample in samples], originals, draw_epoch, recipe.crop)
