@@ -38,7 +38,7 @@ def push_folder(folder: Path, repository: str) -> str:
         ConfigError: there is no token, or the hub refuses it.
         StorageError: the hub does not answer, or fails.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     require_token(repository)
@@ -50,10 +50,8 @@ def push_folder(folder: Path, repository: str) -> str:
         with _explaining(folder, repository):
             is_new = not hub.repo_exists(repository)
             hub.create_repo(repository, private=True, exist_ok=True)
-            message = f"Upload {folder.resolve().name}"
-            commit = hub.upload_folder(
-                repo_id=repository, folder_path=folder, allow_patterns=[*FILES], commit_message=message
-            )
+            added = [CommitOperationAdd(name, folder / name) for name in FILES]
+            commit = hub.create_commit(repository, added, commit_message=f"Upload {folder.resolve().name}")
     finally:
         if had_bars:
             enable_progress_bars()
