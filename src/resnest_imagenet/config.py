@@ -3,6 +3,7 @@
 Hydra composes a configuration. These classes check it and freeze it.
 """
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -390,11 +391,18 @@ class ExportConfig(Options):
     layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "mmdetection", "detectron2"] = Field(
         description="Names in a state dict; mmsegmentation, mmdetection and detectron2: of the backbone alone."
     )
-    format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"] = Field(
-        description="State dict (pth, safetensors), graph (onnx, torch_export), or a folder that timm loads (hub)."
+    format: Literal["pth", "safetensors", "onnx", "openvino", "torch_export", "hub"] = Field(
+        description="State dict (pth, safetensors), graph (onnx, openvino, torch_export), or a folder for timm (hub)."
+    )
+    int8: Place | None = Field(
+        description="format=onnx: write 8-bit integers, calibrated with the images of this folder; in class folders "
+        "they give the accuracy before and after."
+    )
+    push: str | None = Field(
+        description="format=hub: send the folder to the Hugging Face hub too, as OWNER/NAME; a new one is private."
     )
     sizes: Literal["any", "crop"] | None = Field(
-        description="Graphs: images of any size, or of the crop's; null: any in onnx, the crop's in torch_export."
+        description="Graphs: images of any size, or of the crop's; null: any, but the crop's in torch_export."
     )
     crop: Crop | None = Field(description="Graphs and hub: side of their images in pixels; null: the checkpoint's own.")
     protocol: AnyProtocolOptions  # see `choose_schema`; of segmentation the run's
@@ -406,9 +414,15 @@ class ExportConfig(Options):
     def _check(self) -> "ExportConfig":
         if self.layout not in ("official", "timm") and self.format not in ("pth", "safetensors"):
             raise ValueError(f"layout={self.layout} is for format=pth or safetensors, not {self.format}")
-        forms = ["onnx"] if self.sizes == "any" else ["onnx", "torch_export"]
+        forms = ["onnx", "openvino", *(["torch_export"] if self.sizes == "crop" else [])]
         if self.sizes and self.format not in forms:
-            raise ValueError(f"sizes={self.sizes} is for format={' or '.join(forms)}, not {self.format}")
+            names = f"{', '.join(forms[:-1])} or {forms[-1]}"
+            raise ValueError(f"sizes={self.sizes} is for format={names}, not {self.format}")
+        for option, value, form in (("int8", self.int8, "onnx"), ("push", self.push, "hub")):
+            if value is not None and self.format != form:
+                raise ValueError(f"{option}={value} is for format={form}, not {self.format}")
+        if self.push is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push, re.ASCII):
+            raise ValueError(f"push={self.push}: write OWNER/NAME, as the hub names a repository")
         return self
 
 
