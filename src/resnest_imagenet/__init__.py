@@ -68,9 +68,12 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     # torch is imported when a function is asked for: the commands answer --help before that.
-    if name in _MODULES:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from resnest_imagenet.errors import explaining_runtime
+
+    with explaining_runtime():  # torchvision may have been built for another torch
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

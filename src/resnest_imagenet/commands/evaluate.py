@@ -66,17 +66,15 @@ def require_classifier(option: str, value: str | None, weights: "Weights") -> No
 
 def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.device") -> list["CropResult"]:
     """Evaluate on the data set's val folder; write `config.out` and `config.predictions` where they are set."""
-    from resnest_imagenet.data.loader import open_source
-    from resnest_imagenet.data.source import print_notes
+    from resnest_imagenet.data.parts import ClassifiedData
     from resnest_imagenet.distributed import launched_as
     from resnest_imagenet.inference.classifier import open_classifier
+    from resnest_imagenet.inference.images import open_own_val
     from resnest_imagenet.tasks.evaluate_checkpoint import evaluate, write_evaluations, write_results
 
     protocol = take_own_protocol(config.protocol)
     is_main = launched_as().rank == 0
-    images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
-    if is_main:
-        print_notes(images)
+    images = open_own_val(ClassifiedData.of(config.data.model_dump()), weights)
     name = config.model.name if config.model else None
     classifier = open_classifier(weights, name, crop=config.crop, protocol=protocol.list_changes(), device=device)
     evaluations = evaluate(

@@ -14,7 +14,7 @@ from resnest_imagenet.commands.evaluate import (
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def predict_images(
         workers=config.loader.workers,
     )
     if config.out is not None:
-        with replacing(Path(config.out)) as file:
+        with write_atomically(Path(config.out)) as file:
             file.write(encode_predictions(predictions, Path(config.out).suffix).encode(errors="surrogateescape"))
     return predictions, skipped
 
@@ -123,7 +123,7 @@ def extract_vectors(
         "ckpt": classifier.source,
         "protocol": classifier.transform.protocol,
     }
-    with replacing(Path(config.out)) as file:
+    with write_atomically(Path(config.out)) as file:
         write_features(file, features, description)
     count, channels = features.vectors.shape
     return f"{config.out}: {config.features} of {count:,} images, {channels:,} channels", list(features.skipped)

@@ -23,7 +23,7 @@ from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.evaluation.results import Measured
 from resnest_imagenet.evaluation.score import title_metric
 from resnest_imagenet.evaluation.worst_images import WorstImages
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.inference.worst_scenes import WorstScenes
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.imagenet_classes import short_class_names
@@ -73,7 +73,7 @@ def write_report(
     page = render_report(runs, crop, seconds, name_device(measured_on), worst, images)
     # File names return to their bytes when the page is written; other lone surrogates are replaced.
     page = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", page)
-    with replacing(Path(out)) as file:
+    with write_atomically(Path(out)) as file:
         file.write(page.encode(errors="surrogateescape"))
 
 

@@ -18,7 +18,7 @@ from resnest_imagenet.evaluation.class_table import format_classes, list_classes
 from resnest_imagenet.evaluation.mistakes import ClassFigures, count_confusions, measure_classes
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.results import CropResult, Results
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 from resnest_imagenet.inference.classifier import Classifier, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
@@ -177,7 +177,7 @@ def write_results(path: Path, classifier: Classifier, evaluations: Sequence[Crop
         training=weights.training,
         results=[evaluation.result for evaluation in evaluations],
     )
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(results.model_dump_json(indent=2).encode() + b"\n")
 
 
@@ -188,7 +188,7 @@ def write_evaluations(path: Path, evaluations: Sequence[CropEvaluation]) -> None
         StorageError: the file cannot be written.
     """
     by_protocol = [(evaluation.protocol, evaluation.evaluation) for evaluation in evaluations]
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(encode_predictions(evaluations[0].images, by_protocol))
 
 
