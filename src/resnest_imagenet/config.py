@@ -3,6 +3,7 @@
 Hydra composes a configuration. These classes check it and freeze it.
 """
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -45,7 +46,8 @@ class ModelOptions(NetworkOptions):
         description="Outputs of the network; null: the number of classes of the data set."
     )
     split_attention: Literal["auto", "fused", "reference"] = Field(
-        description="fused: one operator; reference: the formula; auto: fused, with compile=true reference."
+        description="fused: one operator; reference: the formula; auto: fused unless a trial refuses it, with "
+        "compile=true reference."
     )
 
 
@@ -173,6 +175,9 @@ class LogOptions(Options):
     every_steps: Positive = Field(description="Steps from one line of the log to the next.")
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)] = Field(
         description="Where to log besides the run folder; wandb and mlflow read their own environment variables."
+    )
+    pictures: bool = Field(
+        description="Draw the finished run: results.png, its curves, and val.png, validation images with predictions."
     )
 
 
@@ -314,9 +319,9 @@ class ExplainConfig(InferenceConfig):
     out: Place = Field(description="A folder for the pictures and tables.")
     top: Positive = Field(description="Number of the likeliest classes that get a map.")
     target: str | int | None = Field(description="Map this class instead: its name, synset, number or words.")
-    layer: Literal["layer1", "layer2", "layer3", "layer4"] = Field(
-        description="Layer of the map. Earlier layers give finer maps with rougher evidence; the places of layer4 add "
-        "up to the logit."
+    layer: Literal["layer1", "layer2", "layer3", "layer4"] | None = Field(
+        description="Layer of the map; null: the deepest with 7 x 7 places. Earlier layers give finer maps with "
+        "rougher evidence; the places of layer4 add up to the logit."
     )
 
     @model_validator(mode="after")
@@ -386,11 +391,18 @@ class ExportConfig(Options):
     layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "mmdetection", "detectron2"] = Field(
         description="Names in a state dict; mmsegmentation, mmdetection and detectron2: of the backbone alone."
     )
-    format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"] = Field(
-        description="State dict (pth, safetensors), graph (onnx, torch_export), or a folder that timm loads (hub)."
+    format: Literal["pth", "safetensors", "onnx", "openvino", "torch_export", "hub"] = Field(
+        description="State dict (pth, safetensors), graph (onnx, openvino, torch_export), or a folder for timm (hub)."
+    )
+    int8: Place | None = Field(
+        description="format=onnx: write 8-bit integers, calibrated with the images of this folder; in class folders "
+        "they give the accuracy before and after."
+    )
+    push: str | None = Field(
+        description="format=hub: send the folder to the Hugging Face hub too, as OWNER/NAME; a new one is private."
     )
     sizes: Literal["any", "crop"] | None = Field(
-        description="Graphs: images of any size, or of the crop's; null: any in onnx, the crop's in torch_export."
+        description="Graphs: images of any size, or of the crop's; null: any, but the crop's in torch_export."
     )
     crop: Crop | None = Field(description="Graphs and hub: side of their images in pixels; null: the checkpoint's own.")
     protocol: AnyProtocolOptions  # see `choose_schema`; of segmentation the run's
@@ -402,9 +414,15 @@ class ExportConfig(Options):
     def _check(self) -> "ExportConfig":
         if self.layout not in ("official", "timm") and self.format not in ("pth", "safetensors"):
             raise ValueError(f"layout={self.layout} is for format=pth or safetensors, not {self.format}")
-        forms = ["onnx"] if self.sizes == "any" else ["onnx", "torch_export"]
+        forms = ["onnx", "openvino", *(["torch_export"] if self.sizes == "crop" else [])]
         if self.sizes and self.format not in forms:
-            raise ValueError(f"sizes={self.sizes} is for format={' or '.join(forms)}, not {self.format}")
+            names = f"{', '.join(forms[:-1])} or {forms[-1]}"
+            raise ValueError(f"sizes={self.sizes} is for format={names}, not {self.format}")
+        for option, value, form in (("int8", self.int8, "onnx"), ("push", self.push, "hub")):
+            if value is not None and self.format != form:
+                raise ValueError(f"{option}={value} is for format={form}, not {self.format}")
+        if self.push is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push, re.ASCII):
+            raise ValueError(f"push={self.push}: write OWNER/NAME, as the hub names a repository")
         return self
 
 
@@ -438,7 +456,9 @@ class Table3Config(Options):
     results: Annotated[list[Place], BeforeValidator(as_list)] = Field(
         description="Run folders, files of resnest-eval's out=, or patterns."
     )
-    format: Literal["markdown", "json", "csv"] = Field(description="Form of the output.")
+    format: Literal["auto", "text", "markdown", "json", "csv"] = Field(
+        description="Form of the output; auto: text in aligned columns on a terminal, markdown elsewhere."
+    )
 
 
 class TablesConfig(Table3Config):

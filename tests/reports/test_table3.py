@@ -234,3 +234,25 @@ def test_what_is_no_result_is_refused(content, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read_measured([str(path)], {})
     assert read_measured([f"{tmp_path}/no*"], {}) == ([], [])
+
+
+def test_on_a_terminal_the_columns_are_under_each_other():
+    from resnest_imagenet.reports.aligned import align_tables
+
+    markdown = format_table(make_table([]), "markdown")
+    wide, narrow = (align_tables(markdown, width).splitlines() for width in (120, 80))
+    assert max(map(len, narrow)) <= 80 < max(map(len, wide)) <= 120
+    assert len(wide) == len(narrow) == 16 and not any("|" in line for line in wide)
+    row = next(line for line in wide if line.startswith("ResNeSt-50 "))
+    assert row.split() == ["ResNeSt-50", "resnest50", "27.5", "27.48", "5.39", "5.39", "81.13", "81.82"]
+    assert [line.split()[1] for line in narrow if line.startswith("ResNeSt-50 ")] == ["27.5"]
+    # Figures of a column end where its title does.
+    assert wide[1].index("counted") + len("counted") == row.index("27.48") + len("27.48")
+    assert wide[0].split() == ["M", "params", "GFLOPs", "top-1", "@224", "top-1", "@320"]
+    linked = (
+        "## Table\n\n| row | experiment | box AP: paper | here |\n|---|---|---:|---:|\n| A | [net](a.yaml) | 1.0 | 2 |"
+    )
+    assert (
+        align_tables(linked, 80)
+        == "## Table\n\n                 box AP\nrow  experiment  paper  here\nA    net           1.0     2"
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import CompareConfig
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def run(config: CompareConfig) -> None:
     """Compare and print the tables; images that were skipped raise a DataError after it."""
     comparison = compare_networks(config)
     print(_format(comparison), flush=True)
+    for path in filter(None, (config.csv, config.page)):
+        print(printable(f"wrote {path}"), flush=True)
     report_skipped(list(comparison.skipped))
 
 

@@ -27,6 +27,7 @@ from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import RECIPES
+from resnest_imagenet.weights.hub_push import require_token
 from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
 _KINDS = (
@@ -107,6 +108,13 @@ def _check_weights(sources: Sequence[str]) -> None:
             find_weights(source)
 
 
+def _check_export(config: ExportConfig) -> None:
+    if config.int8 is not None:
+        require_folder(Path(config.int8), "int8")
+    if config.push is not None:
+        require_token(config.push)
+
+
 def _check_runs(config: ReportConfig) -> None:
     read_matching(config.runs, lambda path: require_folder(path, "runs"))
 
@@ -134,7 +142,7 @@ CHECKS: dict[type[Options], tuple[Callable[[Any], None], ...]] = {
     PredictConfig: (_check_images, _check_checkpoints),
     ExplainConfig: (_check_images, _check_checkpoints),
     CompareConfig: (_outputs("csv", "page"), _check_compared, _check_checkpoints),
-    ExportConfig: (_check_checkpoints,),
+    ExportConfig: (_check_export, _check_checkpoints),
     ReportConfig: (_outputs("out"), _check_runs),
     Table3Config: (_check_results,),
 }

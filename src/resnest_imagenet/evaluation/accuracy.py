@@ -64,6 +64,12 @@ class Evaluation:
         """Top-5 accuracy in percent."""
         return 100 * self.correct5 / self.count
 
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy, without smoothing; a probability below float32's smallest counts as that."""
+        smallest = float(np.finfo(np.float32).tiny)
+        return float(-np.log(np.maximum(self.true_probability, smallest)).mean())
+
 
 @torch.inference_mode()
 def measure_accuracy(

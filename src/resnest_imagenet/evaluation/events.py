@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +114,23 @@ def _parse(line: bytes) -> Event | None:
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def count_steps_per_epoch(steps: Sequence[Event], evaluations: Sequence[Event]) -> float:
+    """Return an epoch's steps: of the last report of the first epoch, or else by the first evaluation.
+
+    It is 1 without either: a chart then has steps, not epochs. A run's last epoch may be shorter, and the first
+    evaluation may come after it.
+    """
+    first_epoch = [event["step"] for event in steps if event.get("epoch") == 1]
+    if first_epoch and (evaluations or len(first_epoch) < len(steps)):  # the first epoch has ended
+        return max(first_epoch)
+    return next((event["step"] / event["epoch"] for event in evaluations), 1)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in its two largest units: "3 h 5 min", "5 min 7 s", "7 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -195,6 +195,7 @@ class Classification:
                 "macro_precision": figures.macro_precision,
                 "macro_recall": figures.macro_recall,
                 "macro_f1": figures.macro_f1,
+                "loss": evaluation.loss,
                 "count": count,
                 "crop": self._transform.crop,
                 "protocol": protocol,

@@ -13,6 +13,7 @@ from resnest_imagenet.compute import name_device
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks, count_local_ranks
 from resnest_imagenet.errors import printable
+from resnest_imagenet.evaluation.events import format_seconds
 from resnest_imagenet.options import format_value
 from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.schemas import RECIPES
@@ -94,14 +95,6 @@ def describe_result(task: Task, state: TrainingState, best_epoch: int | None, se
     # Not broken at a terminal's width: commands are copied.
     shown = [f"{'next' if number == 0 else '':<{_LABEL}}{command}" for number, command in enumerate(commands)]
     return "\n".join([format_lines(lines), *map(printable, shown)])
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a time in its two largest units: "3 h 5 min", "5 min 7 s", "7 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_bytes(number: int) -> str:

@@ -21,6 +21,7 @@ from resnest_imagenet.training.describe import describe_plan, describe_result, f
 from resnest_imagenet.training.health import Verdict
 from resnest_imagenet.training.history import resume_history
 from resnest_imagenet.training.losses import TOTAL
+from resnest_imagenet.training.pictures import write_pictures
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.trackers import Tracker, open_trackers, show_event
@@ -73,7 +74,7 @@ class RunLog:
         self._task = task
         self._metric = task.metric
         self._every_steps = task.config.log.every_steps
-        self._is_main = ranks.is_main
+        self._is_main, self._device = ranks.is_main, ranks.device
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
         self._loss: float | None = None
@@ -199,10 +200,13 @@ class RunLog:
             print(f"step {verdict.step} was not applied: loss or gradient not finite {place}", flush=True)
 
     def result(self, state: TrainingState) -> None:
-        """Show the result of the finished run."""
+        """Show the result of the finished run, and draw it."""
         if self._is_main:
             seconds = time.monotonic() - self._started
             print(describe_result(self._task, state, self._best_epoch, seconds, self._first_step), flush=True)
+            paths = write_pictures(self._task.config, self._device) if self._task.config.log.pictures else []
+            if paths:
+                print(format_lines({"pictures": ", ".join(map(str, paths))}), flush=True)
 
     def synchronise(self) -> None:
         """Write metrics.jsonl to the disk, and what TensorBoard waits to write: the next checkpoint relies on it."""
