@@ -26,12 +26,15 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _render_totals(comparison: Comparison) -> Markup:
-    shares = (comparison.is_right.mean(1), comparison.in_top5.mean(1), comparison.probabilities.mean(1))
-    rows = [
-        (name, f"{100 * top1:.2f}", f"{100 * top5:.2f}", f"{p:.4f}")
-        for name, top1, top5, p in zip(comparison.names, *shares, strict=True)
-    ]
-    return render_table(["network", "top-1 %", "top-5 %", "mean true p"], rows)
+    columns = {
+        "network": comparison.names,
+        "top-1 %": [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)],
+        "top-5 %": [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)],
+        "mean true p": [f"{p:.4f}" for p in comparison.probabilities.mean(1)],
+    }
+    if not comparison.has_top5:
+        del columns["top-5 %"]
+    return render_table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _render_classes(comparison: Comparison) -> Markup:
