@@ -5,10 +5,10 @@ map. The values are chosen so that no ReLU is near its edge: there rounding alon
 """
 
 import copy
-import itertools
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -141,9 +141,7 @@ def prove(blocks: Counter[Block], device: torch.device, dtype: torch.dtype, trai
         RuntimeError: the device's memory is full.
     """
     for block in blocks:
-        for compared, (norm, with_gradients) in itertools.product(
-            dict.fromkeys((torch.float32, dtype)), _list_uses(block.norm, trains)
-        ):
+        for compared, norm, with_gradients in _list_uses(block.norm, dtype, trains):
             where = f"({NAMES[compared]}, {block})"
             try:
                 difference = _find_difference(replace(block, norm=norm), device, compared, with_gradients)
@@ -155,14 +153,15 @@ def prove(blocks: Counter[Block], device: torch.device, dtype: torch.dtype, trai
     return None
 
 
-def _list_uses(norm: Norm, trains: bool) -> dict[tuple[Norm, bool], None]:
-    """Return how a block is used: how its y is normalised, and whether gradients are needed.
+def _list_uses(norm: Norm, dtype: torch.dtype, trains: bool) -> Iterable[tuple[torch.dtype, Norm, bool]]:
+    """Return how a block is used: the type, how y is normalised, and whether gradients are needed.
 
     The evaluations of a run may fold bn0 into the convolution, and then y is normalised before.
     """
-    in_evaluation: Norm = "before" if norm == "before" else "running"
-    uses: list[tuple[Norm, bool]] = [(norm, True), ("before", False)] if trains else []
-    return dict.fromkeys([*uses, (in_evaluation, False)])
+    own: Norm = "before" if norm == "before" else "running"
+    uses: list[tuple[torch.dtype, Norm, bool]] = [(torch.float32, norm if trains else own, trains)]
+    uses += [(dtype, norm, True), (dtype, "before", False)] if trains else []
+    return dict.fromkeys([*uses, (dtype, own, False)])
 
 
 def time_both(
@@ -263,13 +262,18 @@ def _find_difference(block: Block, device: torch.device, dtype: torch.dtype, wit
     upstream = gradient if with_gradients else None
     fused, formula = (_compute(_copy_with(core, name), y, upstream) for name in ("fused", "reference"))
     exact = _compute(_copy_with(core, "reference").double(), y.double(), upstream)
+    # Read all at once: each time the host would wait for the device.
+    largest, apart, rounding = torch.stack(
+        [
+            torch.stack([values[name].double().sub(origin[name]).abs().max() for name in exact])
+            for values, origin in ((exact, dict.fromkeys(exact, 0)), (fused, exact), (formula, exact))
+        ]
+    ).tolist()
     # The gradient of a bias before a batch norm is 0 but for rounding: a scale is a hundredth of the largest, or more.
-    least = 0.01 * max(float(value.abs().max()) for value in exact.values())
-    for name, expected in exact.items():
-        scale = max(float(expected.abs().max()), least)
-        difference, rounding = (float((values[name] - expected).abs().max()) / scale for values in (fused, formula))
-        if not difference <= max(BOUNDS[dtype], MARGIN * rounding):  # NaN does not pass
-            return f"{name} by {difference:.2g} of the largest value"
+    scales = [max(scale, 0.01 * max(largest)) for scale in largest]
+    for name, scale, difference, own in zip(exact, scales, apart, rounding, strict=True):
+        if not difference <= max(BOUNDS[dtype] * scale, MARGIN * own):  # NaN does not pass
+            return f"{name} by {difference / scale:.2g} of the largest value"
     return None
 
 
