@@ -86,6 +86,7 @@ def test_evaluate_and_compare(checkpoint, demo_images):
 
 
 ASKING = (resnest_imagenet.predict, resnest_imagenet.evaluate, resnest_imagenet.compare, resnest_imagenet.explain)
+ASKING += (resnest_imagenet.extract_features,)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +98,12 @@ ASKING = (resnest_imagenet.predict, resnest_imagenet.evaluate, resnest_imagenet.
         ({"batch_size": True}, "batch_size=True: input should be a valid integer"),
         ({"workers": -1}, "workers=-1: input should be greater than or equal to 0"),
         ({"top": 0}, "top=0: input should be greater than or equal to 1"),
+        ({"tta": "mirror"}, "tta='mirror': input should be 'flip'"),
     ],
 )
 def test_an_argument_that_is_not_valid_is_refused_before_anything_is_read(argument, message):
     functions = [function for function in ASKING if argument.keys() <= signature(function).parameters.keys()]
-    assert len(functions) == (2 if "top" in argument else 4)
+    assert len(functions) == (2 if argument.keys() & {"top", "tta"} else 5)
     for function in functions:
         with pytest.raises(ConfigError, match=f"^{message}$"):
             function("no/such.pt", "nowhere", **argument)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.detect import detect
     from resnest_imagenet.inference.detector import open_detector
     from resnest_imagenet.inference.explain import explain
+    from resnest_imagenet.inference.features import extract_features
     from resnest_imagenet.inference.predict import predict
     from resnest_imagenet.inference.segment import segment
     from resnest_imagenet.inference.segmenter import open_segmenter
@@ -30,6 +31,7 @@ __all__ = [
     "detect",
     "evaluate",
     "explain",
+    "extract_features",
     "list_models",
     "load_backbone",
     "open_classifier",
@@ -50,6 +52,7 @@ _MODULES = {
     "detect": "inference.detect",
     "evaluate": "tasks.evaluate_checkpoint",
     "explain": "inference.explain",
+    "extract_features": "inference.features",
     "list_models": "models.zoo",
     "load_backbone": "weights.load",
     "open_classifier": "inference.classifier",

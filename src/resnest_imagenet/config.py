@@ -3,6 +3,7 @@
 Hydra composes a configuration. These classes check it and freeze it.
 """
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -13,11 +14,13 @@ from resnest_imagenet.options import (
     Crop,
     Device,
     Fraction,
+    Layer,
     Options,
     Place,
     Positive,
     Precision,
     Seed,
+    Tta,
     as_list,
     keep_own,
 )
@@ -43,13 +46,14 @@ class ModelOptions(NetworkOptions):
         description="Outputs of the network; null: the number of classes of the data set."
     )
     split_attention: Literal["auto", "fused", "reference"] = Field(
-        description="fused: one operator; reference: the formula; auto: fused, with compile=true reference."
+        description="fused: one operator; reference: the formula; auto: fused unless a trial refuses it, with "
+        "compile=true reference."
     )
 
 
 # The kinds of data of each task.
 KINDS = {
-    "classification": {"folder", "webdataset"},
+    "classification": {"folder", "webdataset", "csv"},
     "segmentation": {"ade20k", "cityscapes", "masks"},
     "detection": {"coco"},
 }
@@ -57,9 +61,17 @@ KINDS = {
 _KINDS_OF_FILES = set().union(*KINDS.values()) - {"webdataset"}
 # The choices for data of another task; a detector's are refused when its data is opened.
 _CHOICES_OF_DATA = {
-    "classification": "data=imagenet or data=webdataset",
+    "classification": "data=imagenet, data=csv or data=webdataset",
     "segmentation": "data=ade20k, data=cityscapes or data=masks",
 }
+
+
+def check_split(kind: str, csv: str | None, val_split: float | None) -> None:
+    """Raise a ValueError for options of a list or a split with a layout that has none."""
+    if csv is not None and kind != "csv":
+        raise ValueError(f"data.csv={csv} needs data=csv")
+    if val_split is not None and kind not in ("folder", "csv"):
+        raise ValueError(f"data.val_split={val_split} needs data=imagenet or data=csv")
 
 
 class DataOptions(Options):
@@ -75,6 +87,14 @@ class DataOptions(Options):
     val_json: Place | None = Field(
         description="data=coco: validation annotations; null: annotations/instances_<val_dir>.json."
     )
+    csv: Place | None = Field(
+        description="data=csv: the file with path,label and part, in root or elsewhere; null: labels.csv."
+    )
+    val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Share of each class that is kept for validation, of class folders without a val folder or of the "
+        "rows of a list without a part; null: the data have both parts."
+    )
+    split_seed: Seed = Field(description="val_split: seed of the choice, apart from the run's seed.")
     on_error: Literal["raise", "substitute"] = Field(
         description="A training image that cannot be decoded: end the run, or take the next image."
     )
@@ -94,6 +114,7 @@ class DataOptions(Options):
     def _check(self) -> "DataOptions":
         if self.shuffle_shards is not None and self.kind in _KINDS_OF_FILES:
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
+        check_split(self.kind, self.csv, self.val_split)
         return self
 
 
@@ -154,6 +175,9 @@ class LogOptions(Options):
     every_steps: Positive = Field(description="Steps from one line of the log to the next.")
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)] = Field(
         description="Where to log besides the run folder; wandb and mlflow read their own environment variables."
+    )
+    pictures: bool = Field(
+        description="Draw the finished run: results.png, its curves, and val.png, validation images with predictions."
     )
 
 
@@ -220,6 +244,7 @@ class EvalConfig(Options):
     )
     batch_size: Positive = Field(description="Images per rank and forward pass.")
     precision: Precision
+    tta: Tta
     compile: bool = Field(description="Compile the network: a minute at first, then some percent faster.")
     device: Device
     out: Place | None = Field(description="A JSON file for the results.")
@@ -260,9 +285,27 @@ class PredictConfig(InferenceConfig):
     images: _Images
     top: Positive = Field(description="Classes or objects to show of each image.")
     score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
-    out: Place | None = Field(
-        description="A .csv or .json file besides. Segmentation: a folder for the masks; detection: a file or a folder."
+    tta: Tta
+    features: Layer | None = Field(
+        description="Write a vector for each image in place of its classes: the mean of a layer's maps over their "
+        "places, or head, the classifier's input; out=FILE.npz gets them."
     )
+    out: Place | None = Field(
+        description="A .csv or .json file besides, or the .npz file of features. Segmentation: a folder for the masks; "
+        "detection: a file or a folder."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "PredictConfig":
+        is_npz = PurePath(self.out or "").suffix == ".npz"
+        if self.features is not None and not is_npz:
+            given = "out is missing" if self.out is None else f"out={self.out} is none"
+            raise ValueError(f"features={self.features} writes a .npz file: {given}")
+        if self.features is None and is_npz:
+            raise ValueError(f"out={self.out} is a file of features: give features=layer4")
+        if self.features is not None and self.tta is not None:
+            raise ValueError(f"give either features={self.features} or tta={self.tta}")
+        return self
 
 
 class ExplainConfig(InferenceConfig):
@@ -276,9 +319,9 @@ class ExplainConfig(InferenceConfig):
     out: Place = Field(description="A folder for the pictures and tables.")
     top: Positive = Field(description="Number of the likeliest classes that get a map.")
     target: str | int | None = Field(description="Map this class instead: its name, synset, number or words.")
-    layer: Literal["layer1", "layer2", "layer3", "layer4"] = Field(
-        description="Layer of the map. Earlier layers give finer maps with rougher evidence; the places of layer4 add "
-        "up to the logit."
+    layer: Literal["layer1", "layer2", "layer3", "layer4"] | None = Field(
+        description="Layer of the map; null: the deepest with 7 x 7 places. Earlier layers give finer maps with "
+        "rougher evidence; the places of layer4 add up to the logit."
     )
 
     @model_validator(mode="after")
@@ -348,11 +391,18 @@ class ExportConfig(Options):
     layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "mmdetection", "detectron2"] = Field(
         description="Names in a state dict; mmsegmentation, mmdetection and detectron2: of the backbone alone."
     )
-    format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"] = Field(
-        description="State dict (pth, safetensors), graph (onnx, torch_export), or a folder that timm loads (hub)."
+    format: Literal["pth", "safetensors", "onnx", "openvino", "torch_export", "hub"] = Field(
+        description="State dict (pth, safetensors), graph (onnx, openvino, torch_export), or a folder for timm (hub)."
+    )
+    int8: Place | None = Field(
+        description="format=onnx: write 8-bit integers, calibrated with the images of this folder; in class folders "
+        "they give the accuracy before and after."
+    )
+    push: str | None = Field(
+        description="format=hub: send the folder to the Hugging Face hub too, as OWNER/NAME; a new one is private."
     )
     sizes: Literal["any", "crop"] | None = Field(
-        description="Graphs: images of any size, or of the crop's; null: any in onnx, the crop's in torch_export."
+        description="Graphs: images of any size, or of the crop's; null: any, but the crop's in torch_export."
     )
     crop: Crop | None = Field(description="Graphs and hub: side of their images in pixels; null: the checkpoint's own.")
     protocol: AnyProtocolOptions  # see `choose_schema`; of segmentation the run's
@@ -364,9 +414,15 @@ class ExportConfig(Options):
     def _check(self) -> "ExportConfig":
         if self.layout not in ("official", "timm") and self.format not in ("pth", "safetensors"):
             raise ValueError(f"layout={self.layout} is for format=pth or safetensors, not {self.format}")
-        forms = ["onnx"] if self.sizes == "any" else ["onnx", "torch_export"]
+        forms = ["onnx", "openvino", *(["torch_export"] if self.sizes == "crop" else [])]
         if self.sizes and self.format not in forms:
-            raise ValueError(f"sizes={self.sizes} is for format={' or '.join(forms)}, not {self.format}")
+            names = f"{', '.join(forms[:-1])} or {forms[-1]}"
+            raise ValueError(f"sizes={self.sizes} is for format={names}, not {self.format}")
+        for option, value, form in (("int8", self.int8, "onnx"), ("push", self.push, "hub")):
+            if value is not None and self.format != form:
+                raise ValueError(f"{option}={value} is for format={form}, not {self.format}")
+        if self.push is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push, re.ASCII):
+            raise ValueError(f"push={self.push}: write OWNER/NAME, as the hub names a repository")
         return self
 
 
@@ -400,7 +456,9 @@ class Table3Config(Options):
     results: Annotated[list[Place], BeforeValidator(as_list)] = Field(
         description="Run folders, files of resnest-eval's out=, or patterns."
     )
-    format: Literal["markdown", "json", "csv"] = Field(description="Form of the output.")
+    format: Literal["auto", "text", "markdown", "json", "csv"] = Field(
+        description="Form of the output; auto: text in aligned columns on a terminal, markdown elsewhere."
+    )
 
 
 class TablesConfig(Table3Config):
@@ -474,13 +532,27 @@ class FolderOptions(Options):
 class CheckedDataOptions(FolderOptions):
     """The data set, in any layout of files."""
 
-    kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"] = Field(description="Layout of the data set.")
+    kind: Literal["folder", "csv", "ade20k", "cityscapes", "masks", "coco"] = Field(
+        description="Layout of the data set."
+    )
     train_json: Place | None = Field(
         description="data.kind=coco: training annotations; null: annotations/instances_<train_dir>.json."
     )
     val_json: Place | None = Field(
         description="data.kind=coco: validation annotations; null: annotations/instances_<val_dir>.json."
     )
+    csv: Place | None = Field(description="data.kind=csv: the file, in root or elsewhere; null: labels.csv.")
+    val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Share of each class that a run would keep for validation; null: the data have both parts."
+    )
+    split_seed: Seed = Field(description="val_split: seed of the choice.")
+
+    @model_validator(mode="after")
+    def _check_split(self) -> "CheckedDataOptions":
+        check_split(self.kind, self.csv, self.val_split)
+        if self.val_split is not None and None in (self.train_dir, self.val_dir):
+            raise ValueError(f"data.val_split={self.val_split} needs data.train_dir and data.val_dir")
+        return self
 
     def _may_share_folder(self) -> bool:
         return self.kind == "coco" and self.train_json != self.val_json

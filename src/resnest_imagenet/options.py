@@ -16,6 +16,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Annotated[
     Literal["fp32", "bf16", "fp16"], Field(description="Of the network's passes; bf16 and fp16 by autocast.")
 ]
+Layer = Literal["layer1", "layer2", "layer3", "layer4", "head"]  # of a classifier, with features
+Tta = Annotated[
+    Literal["flip"] | None,
+    Field(
+        description="flip: a classifier's probabilities are the mean of those for an image and for its mirror image; "
+        "null: for the image alone. The accuracies have a protocol of their own."
+    ),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -43,6 +51,14 @@ Device = Annotated[
 def keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:
     """Take "own" as it is, whatever the type is: a union would put the names of its types into an error's option."""
     return value if value == "own" else validate(value)
+
+
+AUTO = "auto"
+
+
+def keep_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Do the same with "auto"."""
+    return value if value == AUTO else validate(value)
 
 
 def as_path(value: Any) -> Any:

@@ -3,9 +3,19 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WrapValidator, model_validator
 
-from resnest_imagenet.options import IS_PATH, Crop, Fraction, Options, Positive, Precision, Share, as_list
+from resnest_imagenet.options import (
+    IS_PATH,
+    Crop,
+    Fraction,
+    Options,
+    Positive,
+    Precision,
+    Share,
+    as_list,
+    keep_auto,
+)
 
 
 class EvalOptions(Options):
@@ -96,7 +106,11 @@ class Recipe(Options):
     steps: Positive | None = Field(
         description="Length of the run in steps, in place of epochs; the last epoch may be shorter."
     )
-    batch_size: Positive = Field(description="Images per rank and forward pass.")  # at least those of models/batch.py
+    # At least those of models/batch.py; "auto" only until the task is open.
+    batch_size: Annotated[Positive, WrapValidator(keep_auto), PlainSerializer(lambda size: size)] = Field(
+        description="Images per rank and forward pass; auto: as many as fit, of a step that without train.global_batch "
+        "is of at most train.reference_batch and a sixteenth of the training images."
+    )
     global_batch: Positive | None = Field(
         description="Images per step, by accumulating gradients; null: train.batch_size times the number of ranks."
     )
@@ -118,6 +132,9 @@ class Recipe(Options):
     )
     reference_batch: Positive = Field(description="Images per step for which train.lr is meant.")
     head_lr_factor: Annotated[float, Field(gt=0)] = Field(description="Factor on the learning rate of the head.")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Factor on the learning rate from each stage to the one before it: head, layer4, ..., layer1, stem."
+    )
     warmup_epochs: Annotated[float, Field(ge=0)] | None = Field(
         description="Length of the warm-up in epochs; null: train.warmup_steps is its length."
     )
@@ -149,6 +166,12 @@ class Recipe(Options):
     ema_decay: Fraction | None = Field(
         description="Decay per step of the moving average of the weights; null: none is kept."
     )
+    ema_warmup: bool = Field(
+        description="Let the moving average begin short: its decay is at most (1 + n) / (10 + n) after n steps."
+    )
+    patience: Positive | None = Field(
+        description="End the run after so many evaluations in a row without a better best; null: at its full length."
+    )
     precision: Precision
     compile: bool = Field(description="Compile the network with torch.compile.")
     deterministic: bool = Field(description="Add in a fixed order on CUDA too: the same bits each time, but slower.")
@@ -164,6 +187,8 @@ class Recipe(Options):
             raise ValueError(f"give either train.clip_norm={self.clip_norm} or train.clip_value={self.clip_value}")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov=true needs train.momentum > 0")
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("train.ema_warmup=true needs a moving average: set train.ema_decay, 0.999 for example")
         self._check_schedule()
         return self
 
@@ -203,6 +228,9 @@ Norm = Annotated[
 ]
 
 
+Colour = Annotated[list[Share], Field(min_length=3, max_length=3)]
+
+
 class ClassificationRecipe(Recipe):
     """How to train a classification network, as in the paper's Table 3."""
 
@@ -227,7 +255,19 @@ class ClassificationRecipe(Recipe):
     pixel_shift: Annotated[float, Field(ge=0, le=255)] = Field(
         description="Largest value, of 255, by which all pixels of an image are shifted; 0: none."
     )
+    flips: Literal["none", "horizontal", "vertical", "both"] = Field(
+        description="Directions in which images are mirrored, each with probability 1/2."
+    )
     erasing: Share = Field(description="Probability that a random rectangle of an image gets the mean colour.")
+    mean: Colour | None = Field(
+        description="Mean of red, green and blue in 0..1, which is subtracted from each pixel; null: ImageNet's."
+    )
+    std: Colour | None = Field(
+        description="Standard deviation of red, green and blue in 0..1, which divides each pixel; null: ImageNet's."
+    )
+    class_weights: Literal["balanced"] | None = Field(
+        description="balanced: an image counts by the inverse of its class's number of images; null: all alike."
+    )
     label_smoothing: Fraction = Field(description="Share of the target that is spread over all classes.")
     mixup_alpha: Annotated[float, Field(ge=0)] = Field(
         description="Parameter of mixup's Beta distribution; 0: no mixup."
@@ -241,6 +281,12 @@ class ClassificationRecipe(Recipe):
     )
     dropout: Fraction = Field(description="Dropout before fc.")
     dropblock: Fraction = Field(description="Probability of DropBlock in the last epoch; it rises linearly from 0.")
+    drop_path: Fraction = Field(
+        description="Probability of skipping the last residual block for an image; from the first on it rises linearly."
+    )
+    freeze: Annotated[int, Field(ge=0, le=5)] = Field(
+        description="First stages that stay as in train.init_from: 1: stem, 2: layer1 too, ..., 5: all but fc."
+    )
     init: Literal["fan_in", "fan_out"] = Field(
         description="Whether convolutions start with variance 2 / fan_in or 2 / fan_out."
     )
@@ -250,6 +296,14 @@ class ClassificationRecipe(Recipe):
     def _check_dropblock(self) -> "ClassificationRecipe":
         if self.dropblock > 0 and self.epochs is None:
             raise ValueError(f"train.dropblock={self.dropblock} rises by epoch: give train.epochs=..., not train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> "ClassificationRecipe":
+        if self.freeze and self.init_from is None:
+            raise ValueError(f"train.freeze={self.freeze} would keep random weights: set train.init_from")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"train.std={self.std}: must be above 0")
         return self
 
 
@@ -380,6 +434,18 @@ _BEFORE: dict[str, Any] = {
     "clip_norm": None,
     "clip_value": None,
     "deterministic": False,
+    "layer_decay": 1.0,
+    "ema_warmup": False,
+    "patience": None,
+}
+# The same for what only `ClassificationRecipe` has.
+_BEFORE_OF_CLASSES: dict[str, Any] = {
+    "flips": "horizontal",
+    "mean": None,
+    "std": None,
+    "class_weights": None,
+    "drop_path": 0.0,
+    "freeze": 0,
 }
 
 
@@ -389,7 +455,8 @@ def upgrade_recipe(training: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         training: "train" of a checkpoint, a results file or a config.yaml of any version; values may be missing.
     """
-    return {**_BEFORE, **{RENAMED.get(name, name): value for name, value in training.items()}}
+    of_classes = _BEFORE_OF_CLASSES if "mixup_alpha" in training else {}
+    return {**_BEFORE, **of_classes, **{RENAMED.get(name, name): value for name, value in training.items()}}
 
 
 def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:

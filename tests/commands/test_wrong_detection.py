@@ -38,7 +38,7 @@ from resnest_imagenet.tasks.choice import open_task
         (["+experiment=demo_detection", "eval.crop=64"], "eval.crop is of another task than this run: remove it"),
         (
             ["+experiment=demo", "data=coco"],
-            "data.kind=coco is not of train.task=classification: choose data=imagenet or data=webdataset",
+            "data.kind=coco is not of train.task=classification: choose data=imagenet, data=csv or ",
         ),
         (["+experiment=demo_segmentation", "data=coco"], "data.kind=coco is not of train.task=segmentation: choose "),
         (["+experiment=demo", "data.train_json=own.json"], "data.train_json=own.json needs data=coco"),

@@ -118,6 +118,9 @@ def test_the_command_ends_with_the_number_of_faults(tmp_path, capsys):
         "val_dir": "train2017",
         "train_json": TRAIN_JSON,
         "val_json": VAL_JSON,
+        "csv": None,
+        "val_split": None,
+        "split_seed": 0,
     }
     with pytest.raises(DataError, match="faults: "):
         check(CheckDataConfig(data=data | {"val_dir": "val"}, out=None, workers=1))

@@ -160,4 +160,4 @@ def test_the_page_in_a_browser(checkpoints, demo_images, tmp_path):
     widths = (1280, 400)
     for width, seen in zip(widths, look_in_windows(page, widths), strict=True):
         assert (seen["pictures"], seen["loaded"]) == (len(comparison.disagreements), [])
-        assert seen["width"] <= width
+        assert (seen["width"] <= width, seen["outside"]) == (True, [])

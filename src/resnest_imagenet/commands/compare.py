@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import CompareConfig
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.files import write_atomically
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def run(config: CompareConfig) -> None:
     """Compare and print the tables; images that were skipped raise a DataError after it."""
     comparison = compare_networks(config)
     print(_format(comparison), flush=True)
+    for path in filter(None, (config.csv, config.page)):
+        print(printable(f"wrote {path}"), flush=True)
     report_skipped(list(comparison.skipped))
 
 
@@ -91,7 +93,7 @@ def _compare_classifiers(config: CompareConfig, weights: list["Weights"], device
     from resnest_imagenet.reports.compare_page import render_comparison
 
     protocol = take_own_protocol(config.protocol).list_changes()
-    images = _list_classified_images(config)
+    images = _list_classified_images(config, weights[0])
     names = config.models or [None] * len(weights)
     comparison = compare(
         [
@@ -116,13 +118,18 @@ def _write(path: str | None, encode: Callable[[], str]) -> None:
             file.write(encode().encode(errors="surrogateescape"))
 
 
-def _list_classified_images(config: CompareConfig) -> "ImageFolder":
-    from resnest_imagenet.inference.images import list_classified_images, list_part
+def _list_classified_images(config: CompareConfig, weights: "Weights") -> "ImageFolder":
+    """Return the images of a folder, or of a data set; where it has no such part, those of the first network's run."""
+    from resnest_imagenet.data.folder import ImageFolder
+    from resnest_imagenet.data.parts import ClassifiedData
+    from resnest_imagenet.inference.images import list_classified_images, open_own_val
 
     if config.images is not None:
         return list_classified_images(config.images)
     assert config.data.root is not None
-    return list_part(config.data.root, config.data.val_dir, "data.val_dir")
+    images = open_own_val(ClassifiedData("folder", config.data.root, val_dir=config.data.val_dir), weights)
+    assert isinstance(images, ImageFolder)  # a run's list or split has files
+    return images
 
 
 def _compare_segmenters(config: CompareConfig, weights: list["Weights"], device: "torch.device") -> "MaskComparison":

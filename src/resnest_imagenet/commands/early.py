@@ -18,16 +18,25 @@ from resnest_imagenet.config import (
     Table3Config,
     TrainConfig,
 )
+from resnest_imagenet.data.csv_list import find_csv
 from resnest_imagenet.data.folder import match_paths
 from resnest_imagenet.data.scenes import LAYOUTS, find_folders
 from resnest_imagenet.data.source import find_part, require_root
+from resnest_imagenet.data.validation import find_class_folders
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import RECIPES
+from resnest_imagenet.weights.hub_push import require_token
 from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
-_KINDS = ("folder", "webdataset", "coco", *LAYOUTS)  # the project's own; where another's data are, only that one tells
+_KINDS = (
+    "folder",
+    "webdataset",
+    "csv",
+    "coco",
+    *LAYOUTS,
+)  # the project's own; where another's data are, only that one tells
 
 
 def refuse_early(config: Options) -> None:
@@ -46,7 +55,13 @@ def _check_parts(config: TrainConfig) -> None:
     data = config.data
     if data.kind not in _KINDS or config.train.task not in RECIPES:
         return
+    if data.kind == "csv":
+        find_csv(data.root, data.csv)
+        return
     require_root(data.root)
+    if data.val_split is not None:
+        find_class_folders(data.root, data.train_dir, data.val_dir)
+        return
     for option, name in (("data.train_dir", data.train_dir), ("data.val_dir", data.val_dir)):
         if data.kind in LAYOUTS:
             find_folders(data.kind, data.root, name, option)
@@ -63,7 +78,9 @@ def _check_start(config: TrainConfig) -> None:
 
 def _check_root(config: EvalConfig) -> None:
     """Only the weights tell which of its folders are read."""
-    if config.data.kind in _KINDS:
+    if config.data.kind == "csv" and config.data.csv is not None:
+        find_csv(config.data.root, config.data.csv)
+    elif config.data.kind in _KINDS:
         require_root(config.data.root)
 
 
@@ -89,6 +106,13 @@ def _check_weights(sources: Sequence[str]) -> None:
             require_known(source)
         else:
             find_weights(source)
+
+
+def _check_export(config: ExportConfig) -> None:
+    if config.int8 is not None:
+        require_folder(Path(config.int8), "int8")
+    if config.push is not None:
+        require_token(config.push)
 
 
 def _check_runs(config: ReportConfig) -> None:
@@ -118,7 +142,7 @@ CHECKS: dict[type[Options], tuple[Callable[[Any], None], ...]] = {
     PredictConfig: (_check_images, _check_checkpoints),
     ExplainConfig: (_check_images, _check_checkpoints),
     CompareConfig: (_outputs("csv", "page"), _check_compared, _check_checkpoints),
-    ExportConfig: (_check_checkpoints,),
+    ExportConfig: (_check_export, _check_checkpoints),
     ReportConfig: (_outputs("out"), _check_runs),
     Table3Config: (_check_results,),
 }

@@ -93,6 +93,13 @@ def find_worst_images(
     Raises:
         UserError: the data set cannot be read, or is another one than that of the evaluation.
     """
+    return view_rows(files, rank_images(files.images, count), root, json, images)
+
+
+def view_rows(
+    files: BoxFiles, rows: Sequence[ImageRow], root: str, json: str | None = None, images: str | None = None
+) -> WorstImages:
+    """Read some images of an evaluation as `find_worst_images` does; `rows` are theirs."""
     masks = files.has_masks
     instances = open_coco(root, "val", json, images, masks=masks)
     truth = open_ground_truth(instances, masks=masks)
@@ -100,7 +107,6 @@ def find_worst_images(
         raise DataError(f"{instances.json}: its classes are not those of the evaluation")
     table = read_results(files.detections, truth)
     places = {os.path.abspath(instances.images.name(index)): index for index in range(len(instances))}
-    rows = rank_images(files.images, count)
     chosen = [places[row.file] for row in rows if row.file in places]
     table = table.select(np.isin(table.images, chosen))
     errors = find_errors(table, truth, "box")

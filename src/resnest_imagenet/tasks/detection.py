@@ -51,7 +51,8 @@ class Detection:
     """Implements `tasks.task.Task`."""
 
     def __init__(self, config: TrainConfig) -> None:
-        recipe = self._recipe = cast(DetectionRecipe, config.train)
+        self.config = config
+        recipe = self._recipe
         self._protocol = cast(BoxProtocolOptions, config.protocol)
         require_model(config.model.name)
         data = config.data
@@ -84,6 +85,10 @@ class Detection:
         require_batch(
             config.model.name, recipe.batch_size, min(recipe.short_sides), build=lambda: self._build().backbone
         )
+
+    @property
+    def _recipe(self) -> DetectionRecipe:
+        return cast(DetectionRecipe, self.config.train)
 
     def _build(self, *, can_synchronise: bool = True) -> RCNN:
         own = {name: "bn" for name in ("norm", "head_norm") if self._options[name] == "sync" and not can_synchronise}

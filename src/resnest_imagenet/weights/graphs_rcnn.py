@@ -1,4 +1,4 @@
-"""A detector as a graph that runs without its code: ONNX, or torch.export's program."""
+"""A detector as a graph that runs without its code: ONNX, OpenVINO's form, or torch.export's program."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -12,28 +12,29 @@ from torch import Tensor
 from torch.export import Dim
 
 from resnest_imagenet.errors import ConfigError, UserError
-from resnest_imagenet.files import write_atomically
 from resnest_imagenet.instances import STRIDE, Detections
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.rcnn_graph import RCNNGraph
 from resnest_imagenet.weights.card import DescribeObjects
 from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
-from resnest_imagenet.weights.export import choose_file, digest
 from resnest_imagenet.weights.export_rcnn import describe_rcnn
 from resnest_imagenet.weights.graphs import (
     OPSET,
-    SUFFIXES,
     TOLERANCE,
     GraphForm,
     choose_any,
+    choose_graph_file,
     draw_images,
     encode_onnx,
     encode_program,
+    name_written,
     quiet,
     require_form,
+    write_contents,
 )
 from resnest_imagenet.weights.load import Weights, read_weights
+from resnest_imagenet.weights.openvino import encode_openvino, load_openvino
 
 LEAST = 3 * STRIDE  # of a side of any size
 BOX_TOLERANCE = 1e-4  # of the image's longer side, for the difference of a box's corner
@@ -69,13 +70,13 @@ def export_rcnn_graph(
     Args:
         source: a checkpoint of a run of detection, or what `read_weights` has made of it.
         describe: returns the metadata that another program needs to use the network.
-        out: the file; None: rcnn_MODEL.onnx or .pt2.
+        out: the file; None: rcnn_MODEL.onnx, .xml or .pt2.
         weights: "model", "ema" or "auto".
         protocol: changes to its run's min_score, nms and detections, which are part of the graph, and to short_side and
             longest, which are the size of the trial images.
         crop: side of the images with sizes="crop", a multiple of 32; None: large enough for `longest`.
-        form: "onnx" or "torch_export".
-        sizes: of images: "any" (with "onnx" only; multiples of 32 from 96 on) or "crop"; None: "any" if possible.
+        form: "onnx", "openvino" or "torch_export".
+        sizes: of images: "any" (not "torch_export"; multiples of 32 from 96 on) or "crop"; None: "any" if possible.
 
     Raises:
         UserError: for errors that a user can cause, as one line; or the graph's detections are not the network's.
@@ -89,7 +90,7 @@ def export_rcnn_graph(
     side = crop or _round_up(shown["longest"])
     if side % STRIDE:
         raise ConfigError(f"crop={side}: the sides of a detector's images are multiples of {STRIDE}")
-    file = choose_file(loaded.source, out, f"rcnn_{loaded.model}.{SUFFIXES[form]}")
+    file = choose_graph_file(loaded.source, out, f"rcnn_{loaded.model}", form)
     outputs = ("boxes", "scores", "labels", *(["masks"] if "masks" in network.loss_names else []))
     graph_form = _DetectorForm(form, side, takes_any, outputs)
     trials = [(side, side, side, side), (side, side, side - side // 4, side)]
@@ -113,21 +114,31 @@ def _write_graph(
     words: str,
 ) -> str:
     """Write a detector as a graph that has been run beside it; return a line about the file, with some words."""
-    make, load = (_make_onnx, _load_onnx) if form.name == "onnx" else (_make_program, _load_program)
     folded = fold_batch_norms(network)
     assert isinstance(folded, RCNN)
     with quiet(), torch.no_grad():
-        content = make(RCNNGraph(folded).eval(), form, metadata)
-        run = load(content, form)
+        contents = _encode_graph(RCNNGraph(folded).eval(), form, metadata)
+        run = _load_graph(contents, form)
     agreement = compare_detections(network, run, trials)
     if agreement.unmatched > UNMATCHED * agreement.total:
         raise UserError(
             f"{file} is not written: {agreement.unmatched} of its and torch's {agreement.total} detections in drawn "
             "images are not the same: use format=safetensors or hub"
         )
-    with write_atomically(file) as opened:
-        opened.write(content)
-    return f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, {agreement.text}, SHA-256 {digest(file)}"
+    return f"wrote {name_written(file, form)}: {words}, {form.text}, {write_contents(file, contents, agreement.text)}"
+
+
+def _encode_graph(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> tuple[bytes, ...]:
+    if form.name == "torch_export":
+        return (_make_program(graph, form, metadata),)
+    content = _make_onnx(graph, form, metadata)
+    return encode_openvino(content) if form.name == "openvino" else (content,)
+
+
+def _load_graph(contents: tuple[bytes, ...], form: _DetectorForm) -> RunDetector:
+    if form.name == "openvino":
+        return _load_openvino(contents, form)
+    return _load_onnx(contents[0], form) if form.name == "onnx" else _load_program(contents[0])
 
 
 @dataclass(frozen=True)
@@ -247,11 +258,21 @@ def _load_onnx(content: bytes, form: _DetectorForm) -> RunDetector:
     return run
 
 
+def _load_openvino(contents: tuple[bytes, ...], form: _DetectorForm) -> RunDetector:
+    graph = load_openvino(*contents)
+
+    def run(images: Tensor, size: Tensor) -> Detections:
+        outputs = graph({"images": images, "size": size})
+        return Detections(*(outputs[name] for name in form.outputs))
+
+    return run
+
+
 def _make_program(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> bytes:
     sides = (form.crop, form.crop)
     return encode_program(torch.export.export(graph, (torch.zeros(1, 3, *sides), torch.tensor(sides))), metadata)
 
 
-def _load_program(content: bytes, form: _DetectorForm) -> RunDetector:
+def _load_program(content: bytes) -> RunDetector:
     module = torch.export.load(io.BytesIO(content)).module()
     return lambda images, size: Detections(*module(images, size))
