@@ -299,8 +299,8 @@ class PredictConfig(InferenceConfig):
     def _check(self) -> "PredictConfig":
         is_npz = PurePath(self.out or "").suffix == ".npz"
         if self.features is not None and not is_npz:
-            written = "out is not set" if self.out is None else f"out={self.out} is another kind of file"
-            raise ValueError(f"features={self.features} writes a .npz file: {written}")
+            other = "" if self.out is None else f", not out={self.out}"
+            raise ValueError(f"features={self.features} writes a .npz file: give out=NAME.npz{other}")
         if self.features is None and is_npz:
             raise ValueError(f"out={self.out} is a file of features: give features=layer4")
         if self.features is not None and self.tta is not None:
