@@ -67,7 +67,7 @@ _CHOICES_OF_DATA = {
 
 
 def check_split(kind: str, csv: str | None, val_split: float | None) -> None:
-    """Raise a ValueError for options of a list or a split with a layout that has none."""
+    """Raise a ValueError for a list or a split with a layout that does not support it."""
     if csv is not None and kind != "csv":
         raise ValueError(f"data.csv={csv} needs data=csv")
     if val_split is not None and kind not in ("folder", "csv"):
@@ -91,8 +91,8 @@ class DataOptions(Options):
         description="data=csv: the file with path,label and part, in root or elsewhere; null: labels.csv."
     )
     val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        description="Share of each class that is kept for validation, of class folders without a val folder or of the "
-        "rows of a list without a part; null: the data have both parts."
+        description="Share of each class that is kept for validation, if class folders have no val folder or rows of a "
+        "list no part; null: the data have both parts."
     )
     split_seed: Seed = Field(description="val_split: seed of the choice, apart from the run's seed.")
     on_error: Literal["raise", "substitute"] = Field(
@@ -299,8 +299,8 @@ class PredictConfig(InferenceConfig):
     def _check(self) -> "PredictConfig":
         is_npz = PurePath(self.out or "").suffix == ".npz"
         if self.features is not None and not is_npz:
-            given = "out is missing" if self.out is None else f"out={self.out} is none"
-            raise ValueError(f"features={self.features} writes a .npz file: {given}")
+            other = "" if self.out is None else f", not out={self.out}"
+            raise ValueError(f"features={self.features} writes a .npz file: give out=NAME.npz{other}")
         if self.features is None and is_npz:
             raise ValueError(f"out={self.out} is a file of features: give features=layer4")
         if self.features is not None and self.tta is not None:

@@ -30,13 +30,8 @@ from resnest_imagenet.schemas import RECIPES
 from resnest_imagenet.weights.hub_push import require_token
 from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
-_KINDS = (
-    "folder",
-    "webdataset",
-    "csv",
-    "coco",
-    *LAYOUTS,
-)  # the project's own; where another's data are, only that one tells
+# This project's own; only another package's source finds its data.
+_KINDS = ("folder", "webdataset", "csv", "coco", *LAYOUTS)
 
 
 def refuse_early(config: Options) -> None:
