@@ -12,7 +12,7 @@ from asking import ask_for_help
 from conftest import compose_once
 from options_page import COMMANDS, build_page
 from resnest_imagenet.commands import data, train
-from resnest_imagenet.commands.choices import list_choices
+from resnest_imagenet.commands.choices import describe_choices, list_choices
 from resnest_imagenet.commands.help import read_values
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.option_list import list_sections, list_values
@@ -119,6 +119,23 @@ def test_the_help_shows_what_is_chosen(tmp_path, monkeypatch, capsys):
 def write(path, text):
     path.parent.mkdir()
     path.write_text(text)
+
+
+@pytest.mark.parametrize("group", ["experiment", "task", "data", "recipe", "protocol"])
+def test_each_choice_has_a_sentence(group):
+    """The first one of its file: --help and the page of options show it."""
+    meanings = describe_choices(group, [find_conf()])
+    assert meanings.keys() == {path.stem for path in (find_conf() / group).glob("*.yaml")}
+    for name, meaning in meanings.items():
+        assert meaning.endswith(".") and 12 < len(meaning) < 120, f"conf/{group}/{name}.yaml: {meaning!r}"
+
+
+def test_the_choices_of_the_chosen_task_are_described(monkeypatch, capsys):
+    text = ask("resnest-train task=detection recipe=detectron2_boxes protocol=coco data=coco", monkeypatch, capsys)
+    assert "\n  recipe=detectron2_boxes\n      classification: bag_of_tricks, demo, resnest," in text
+    assert "\n      detection:\n        demo_detection      A few minutes on a CPU: small images, AdamW," in text
+    text = ask("resnest-eval", monkeypatch, capsys)
+    assert "\n        whole               Scenes: the network sees each at once," in text
 
 
 def test_a_wrong_choice_is_a_line_in_help_too(monkeypatch, capsys):

@@ -33,6 +33,8 @@ SMALL += ("log.pictures=false",)
 # All that draws, averages or remembers: at 48 pixels DropBlock finds a block.
 RICH = ("train.crop=48", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2", "train.dropout=0.2")
 RICH += ("train.ema_decay=0.9", "train.policy=resnest", "train.jitter=0.4", "train.erasing=0.5", "log.every_steps=5")
+RICH += ("train.ema_warmup=true", "train.patience=9", "train.flips=both", "train.drop_path=0.2", "train.clip_norm=1.0")
+RICH += ("train.class_weights=balanced", "train.mean=[0.5,0.4,0.3]", "train.std=[0.3,0.2,0.25]")
 TINY = ("train.task=tiny",)  # as many samples and steps, of numbers: see tests/tiny_task.py
 PACE = 0.02  # seconds of a step that something is to come between
 LOADERS = ("dali", "torchvision")

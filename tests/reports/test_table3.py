@@ -72,6 +72,19 @@ def make_table(measured):
     ]
 
 
+def test_accuracies_with_test_time_augmentation_do_not_stand_beside_the_papers(tmp_path, monkeypatch, capsys):
+    use_golden_costs(monkeypatch)
+    averaged = {**make_results.result, "top1": 81.5, "protocol": "p, mean with the mirror image", "tta": "flip"}
+    (tmp_path / "a.json").write_text(make_results(results=[make_results.result, averaged]))
+    monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=csv"])
+    command.main()
+    printed = capsys.readouterr()
+    assert [row["top1"] for row in csv.DictReader(printed.out.splitlines()) if row["top1"]] == ["81.0"]
+    assert printed.err == (
+        f"resnest-table3: skipped: {tmp_path}/a.json: tta=flip, the paper's accuracies have no such augmentation\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def finished_run(demo_images, tmp_path_factory):
     """Train the smallest network for six steps, and return the run folder."""

@@ -24,8 +24,7 @@ from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import (
-    MEAN,
-    STD,
+    Colour,
     ERandomCrop,
     EvalTransform,
     RandomResizedCrop,
@@ -98,16 +97,16 @@ def _find_centre(transform: EvalTransform, height: int, width: int) -> Vectors:
     return start, shape, size, transform.window(*size)[:2]
 
 
-def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | list[float] = MEAN) -> DataNode:
+def _normalise(images: DataNode, mean: DataNode | Colour, std: Colour, mirror: DataNode | int = 0) -> DataNode:
     # The channels stay last: permuted to NCHW, that is channels_last.
-    return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=STD, dtype=types.FLOAT, output_layout="HWC")
+    return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC")
 
 
 @pipeline_def(enable_conditionals=True)
 def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> tuple[DataNode, DataNode]:
     before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
-    # Ask for the operations only if there are some: DALI warns about an unused input.
-    num_outputs = 6 if before or after else 5
+    # Ask for the operations and vertical flips only if there are some: DALI warns about an unused input.
+    num_outputs = 5 + bool(before or after) + bool(transform.vertical_flip)
     encoded, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
     if before:
         rule = partial(_find_all_and_window, transform.cropping)
@@ -120,7 +119,9 @@ def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> 
     images = fn.resize(images, size=[transform.crop] * 2, **resampling)
     if after:
         images = apply_operations(images, drawn[0][len(before) :], after)
-    return _normalise(images, mirror, mean), labels
+    if transform.vertical_flip:
+        images = fn.flip(images, horizontal=0, vertical=drawn[-1])
+    return _normalise(images, mean, transform.std, mirror), labels
 
 
 @pipeline_def
@@ -136,7 +137,7 @@ def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tu
         images = _decode(encoded, tuple(window), decoder)
         images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT), **resampling)
         images = fn.slice(images, start=corner, shape=[crop, crop], axes=[0, 1])
-    return _normalise(images), labels
+    return _normalise(images, transform.mean, transform.std), labels
 
 
 @pipeline_def
@@ -234,10 +235,13 @@ class _Inputs:
         if isinstance(self.transform, EvalTransform):
             return images, labels
         mirrors, crops = self.transform.draw_crops(self._epoch, indices)
+        horizontal, vertical = mirrors.T
         appearance = self.transform.draw_appearance(self._epoch, indices)
         operations = np.concatenate([appearance.before, appearance.after], axis=1)
         drawn = [operations] if operations.size else []
-        return images, labels, crops, mirrors, np.array(MEAN, np.float32) - appearance.offset, *drawn
+        drawn += [vertical] if self.transform.vertical_flip else []
+        mean = np.array(self.transform.mean, np.float32) - appearance.offset
+        return images, labels, crops, horizontal, mean, *drawn
 
     def read(self, index: int) -> bytes:
         """Return an image in a form that DALI decodes.

@@ -111,7 +111,7 @@ def choose_transforms(
         crops: in pixels; None: only the weights' own.
         protocol: changes to the weights' own protocol, by the names of `EvalTransform`.
     """
-    own = EvalTransform.of(weights.crop or usual_crop(name), weights.protocol or ())
+    own = EvalTransform.of(weights.crop or usual_crop(name), weights.protocol or (), weights.mean, weights.std)
     transforms = [replace(own, crop=crop, **protocol) for crop in crops or [own.crop]]
     trained = (weights.training or {}).get("crop")
     other_crops = [str(crop) for crop in crops or () if weights.crop is not None and crop not in (own.crop, trained)]

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, device
 from tqdm import tqdm
 
 from resnest_imagenet.data.examine import split_unreadable
@@ -18,7 +18,9 @@ from resnest_imagenet.data.folder import ImageFolder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, DataError, printable
+from resnest_imagenet.evaluation.accuracy import TOP
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
@@ -48,6 +50,7 @@ class Comparison:
         is_right: (M, N) bool, whether the true class is the likeliest.
         protocols: how each network sees an image.
         skipped: a line for each image that cannot be used; these are not among the N.
+        has_top5: whether a network has more than five classes; with fewer, every image is among the five likeliest.
     """
 
     names: tuple[str, ...]
@@ -59,6 +62,7 @@ class Comparison:
     is_right: np.ndarray
     protocols: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    has_top5: bool = True
 
     @property
     def disagreements(self) -> np.ndarray:
@@ -104,15 +108,14 @@ def compare(
     judgements = [_Judgement(classifier, usable) for classifier in classifiers]
     plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
     # Networks with the same transform share the decoded images.
-    groups: dict[tuple[object, object], list[_Judgement]] = {}
+    groups: dict[tuple[EvalTransform, device], list[_Judgement]] = {}
     for judgement in judgements:
         classifier = judgement.classifier
         groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
     with tqdm(total=len(usable) * len(groups), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-        for group in groups.values():
+        for (transform, place), group in groups.items():
             alike = [judgement.classifier for judgement in group]
-            transform, device = alike[0].transform, alike[0].device
-            batches = build_loader(arguments.loader, usable, plan, transform, device, arguments.workers)
+            batches = build_loader(arguments.loader, usable, plan, transform, place, arguments.workers)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):
                     judgement.add(probabilities)
@@ -127,6 +130,7 @@ def compare(
         np.stack([judgement.is_right for judgement in judgements]),
         tuple(classifier.transform.protocol for classifier in classifiers),
         tuple(skipped),
+        any(len(classifier.classes) > TOP for classifier in classifiers),
     )
 
 
@@ -148,7 +152,7 @@ class _Judgement:
         part = slice(self._done, self._done + len(probabilities))
         self._done = part.stop
         truth = self._labels[part]
-        best = probabilities.topk(min(5, probabilities.shape[1])).indices.numpy()
+        best = probabilities.topk(min(TOP, probabilities.shape[1])).indices.numpy()
         self.probabilities[part] = probabilities.numpy()[np.arange(len(truth)), truth]
         self.predicted[part] = [self._described[index] for index in best[:, 0]]
         self.in_top5[part] = (best == truth[:, None]).any(1)
@@ -190,7 +194,8 @@ def format_comparison(comparison: Comparison) -> str:
     lines.append(line("total", str(count), [f"{p:.2f}  {count - p:.2f}" for p in totals]))
     lines.append(line("average", "", [f"{p / count:.4f}  {1 - p / count:.4f}" for p in totals]))
     lines.append(line("top-1 %", "", [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)]))
-    lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
+    if comparison.has_top5:
+        lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
     return "\n".join([*lines, *map(printable, (*describe_protocols(comparison), *describe_pairs(comparison)))])
 
 

@@ -115,7 +115,8 @@ class Explanations:
             chosen = self._choose_classes(probabilities)
             # Maps are computed in float32 at any precision: fp16 would lose small gradients.
             evidence = torch.stack([map_evidence(model, self.layer, batch, classes) for classes in chosen.T], 1)
-            maps_of_batch, pixels = evidence.cpu().numpy(), to_pixels(batch)
+            transform = self.classifier.transform
+            maps_of_batch, pixels = evidence.cpu().numpy(), to_pixels(batch, transform.mean, transform.std)
             weights = {block: values.cpu().numpy() for block, values in attention.items()}
             for row, classes in enumerate(chosen.tolist()):
                 maps = tuple(

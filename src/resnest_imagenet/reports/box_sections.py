@@ -1,4 +1,4 @@
-"""What a report has about detection: AP by class and by size, precision and recall, errors, and the worst images."""
+"""A report's sections about detection: AP by class and size, precision and recall, errors, the worst images."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,12 +29,12 @@ from resnest_imagenet.reports.page import (
 from resnest_imagenet.reports.runs import Run
 from resnest_imagenet.weights.detection import DETECTION, read_options
 
-CURVES = 7  # classes that have curves of their own
-SIDE = 480  # the longer one of a picture, in pixels
-ENLARGED = 4  # times at most, so that names can be read
+CURVES = 7  # largest number of classes with their own curves
+SIDE = 480  # long side of a picture, in pixels
+ENLARGED = 4  # largest enlargement of a picture, which makes names readable
 FIGURE_SPACE = "\u2007"  # as wide as a digit
 _CORRECT = Outcome.CORRECT.name.lower()
-# The figures of a run that are shown, as they are named there; of a class all but the first.
+# The figures of a run that are shown, with their headings; a class has all but the first.
 _SHOWN = {
     "ap": "AP",
     "ap50": "AP50",
@@ -45,7 +45,7 @@ _SHOWN = {
     "ar100": "AR100",
 }
 _KINDS = {"box": "Boxes", "mask": "Masks"}
-# What each kind of error is. Source: Bolya et al., TIDE (ECCV 2020).
+# The meaning of each kind of error. Source: Bolya et al., TIDE (ECCV 2020).
 _MEANINGS = {
     "background": f"no object has an IoU above {TOUCHING:g} with it",
     "localisation": f"an object of its class has an IoU of {TOUCHING:g} to {MATCHING:g} with it",
@@ -57,12 +57,12 @@ _MEANINGS = {
 
 
 def is_detector(run: Run) -> bool:
-    """Return whether a run is one of detection."""
+    """Return whether a run trains a detector."""
     return run.config.get("train.task") == DETECTION
 
 
 def view_images(run: Run) -> WorstImages | str | None:
-    """Read the pictures of a run's report: its worst images, or a line about why there are none; None of other tasks.
+    """Read the worst images of a run, or return in one line why there are none; None for another task.
 
     Args:
         run: of `read_run`.
@@ -79,9 +79,9 @@ def view_images(run: Run) -> WorstImages | str | None:
 
 
 def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
-    """Return a detector's parameters, its multiply-adds and for which size; None where the folder lacks one of them.
+    """Return a detector's parameters, its multiply-adds and their image size; None if the configuration is incomplete.
 
-    They are of an image of the evaluation's largest size, with 1000 proposals and 100 masks.
+    The multiply-adds are those of an image of the evaluation's largest size, with 1000 proposals and 100 masks.
     """
     config = run.config
     if run.model not in list_models():
@@ -101,7 +101,7 @@ def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
 
 
 def render_precision(runs: Sequence[Run]) -> Markup:
-    """Return a table of COCO's figures of each run's best evaluation; "" where no run has any."""
+    """Return a table of COCO's figures in the best evaluation of each run; "" if no run has any."""
     rows: list[tuple[object, ...]] = []
     for run in filter(is_detector, runs):
         if not run.evaluations:
@@ -119,12 +119,12 @@ def render_precision(runs: Sequence[Run]) -> Markup:
 
 
 def _has_objects(files: BoxFiles | None, kind: str, name: str) -> bool:
-    """Return whether the set has objects that a figure is of; True without files: a run's log has 0 in both cases."""
+    """Return whether the set has objects for a figure; true without files, since a run's log has 0 in both cases."""
     return files is None or any(row.values[name] is not None for row in files.ap if row.kind == kind)
 
 
 def render_boxes(files: BoxFiles, worst: WorstImages | str | None) -> Markup:
-    """Return where a detector errs: classes, sizes, kinds of errors, and images.
+    """Return the sections about a detector's errors: by class, size and kind, and the worst images.
 
     Args:
         files: about the best detector.
@@ -149,7 +149,7 @@ def _format(value: Any) -> str:
 
 
 def _render_classes(rows: Sequence[ClassRow]) -> Markup:
-    """Return a bar for the AP of each class, the highest first, beside the other figures and its objects."""
+    """Return a table with a bar for the AP of each class, the highest first, its other figures and its objects."""
     lines = []
     for row in sorted(rows, key=lambda row: -1.0 if row.values["ap"] is None else row.values["ap"], reverse=True):
         ap = row.values["ap"]
@@ -161,7 +161,7 @@ def _render_classes(rows: Sequence[ClassRow]) -> Markup:
 
 
 def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterator[Markup]:
-    """Yield the precision at each recall, averaged over the classes, and of the classes with the most objects."""
+    """Yield charts of precision against recall: averaged over the classes, and for the classes with most objects."""
     names = [row.name for row in rows if (kind, "0.50", row.name) in files.curves]
     means = {
         "IoU .50": "0.50",
@@ -187,7 +187,7 @@ def _draw_lines(title: str, curves: dict[str, np.ndarray]) -> Markup:
 
 
 def _list_gains(files: BoxFiles, kind: str) -> ClassRow:
-    """Return the AP50 of all classes, and how much each kind of error costs of it."""
+    """Return the row with the AP50 of all classes, and the points that each kind of error costs."""
     (row,) = [row for row in files.errors if (row.kind, row.name) == (kind, ALL_CLASSES)]
     return row
 
@@ -201,7 +201,7 @@ def _draw_gains(files: BoxFiles, kind: str) -> Markup:
 
 
 def _render_errors(files: BoxFiles, kind: str) -> Markup:
-    """Return how often each kind of error occurs and what it costs, and a table of them by class."""
+    """Return a table with the number and the cost of each kind of error, and a table of errors by class."""
     rows = [row for row in files.errors if row.kind == kind and row.name != ALL_CLASSES]
     gains = _list_gains(files, kind)
     totals = {name: sum(row.values[name] or 0 for row in rows) for name in (_CORRECT, *_MEANINGS)}
@@ -256,7 +256,7 @@ def _render_image(image: WorstImage, classes: Sequence[str], palette: np.ndarray
 
 
 def _draw_view(pixels: np.ndarray, boxes: NamedBoxes, classes: Sequence[str], palette: np.ndarray) -> Image.Image:
-    """Return a picture with objects or detections, each with its name and what is wrong with it."""
+    """Return a picture with objects or detections; each has its name, and its kind of error if it is wrong."""
     height, width = pixels.shape[:2]
     scale = min(ENLARGED, SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -265,7 +265,7 @@ def _draw_view(pixels: np.ndarray, boxes: NamedBoxes, classes: Sequence[str], pa
     names = [classes[label] for label in boxes.labels.tolist()]
     titles = [f"{name} ({note})" if note else name for name, note in zip(names, boxes.notes, strict=True)]
     scales = np.array([size[0] / width, size[1] / height] * 2)
-    # A name and a colour of its own for each, so that a name can have a note.
+    # Each box gets its own entry in names and colours, so that a name can have a note.
     numbers = np.arange(len(titles))
     drawn = draw_detections(picture, boxes.boxes * scales, numbers, titles, palette[boxes.labels], boxes.scores, masks)
     return Image.fromarray(drawn)

@@ -20,8 +20,8 @@ from resnest_imagenet.inference.detect import DetectedImage
 from resnest_imagenet.reports.page import LONG, render_figure, render_lines, render_page, render_table, render_views
 
 PICTURES = 24  # at most
-SIDE = 480  # the longer one of each picture, in pixels, at most
-_SHARED = (150, 150, 150)  # of what all networks find
+SIDE = 480  # longest side of each picture, in pixels
+_SHARED = (150, 150, 150)  # colour of detections that all networks have
 
 
 def render_object_comparison(comparison: ObjectComparison) -> str:
@@ -62,7 +62,7 @@ def _render_image(comparison: ObjectComparison, index: int) -> Markup:
     caption = [render_lines([f"{Path(file).name}: {share}"], "right"), render_lines([text])]
     try:
         picture = decode_upright(comparison.images.read(index))
-    except (BadImage, UserError) as error:  # it has changed since it was looked at
+    except (BadImage, UserError) as error:  # the file has changed since it was checked
         return render_figure(Markup(), [*caption, f"(no picture: {error})"])
     parts = zip(comparison.names, comparison.objects[index], comparison.shared[index], strict=True)
     views = [("image", _shrink(np.asarray(picture)))]
@@ -74,7 +74,7 @@ def _render_image(comparison: ObjectComparison, index: int) -> Markup:
 
 
 def _draw(pixels: np.ndarray, image: DetectedImage, is_shared: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
-    """Draw the detections of one network: those that all have in grey, below the others."""
+    """Draw the detections of one network; those that all networks have are grey, and below the others."""
     order = np.argsort(is_shared, kind="stable")
     masks = None if image.masks is None else tuple(image.masks[row] for row in order.tolist())
     shown = replace(image, pixels=pixels, masks=masks)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from resnest_imagenet.evaluation.accuracy import TOP
 from resnest_imagenet.inference.compare import Comparison, describe_pairs, describe_protocols, describe_verdict
 from resnest_imagenet.reports.page import LONG, render_bar, render_lines, render_page, render_picture, render_table
 
@@ -26,12 +27,15 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _render_totals(comparison: Comparison) -> Markup:
-    shares = (comparison.is_right.mean(1), comparison.in_top5.mean(1), comparison.probabilities.mean(1))
-    rows = [
-        (name, f"{100 * top1:.2f}", f"{100 * top5:.2f}", f"{p:.4f}")
-        for name, top1, top5, p in zip(comparison.names, *shares, strict=True)
-    ]
-    return render_table(["network", "top-1 %", "top-5 %", "mean true p"], rows)
+    columns = {
+        "network": comparison.names,
+        "top-1 %": [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)],
+        "top-5 %": [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)],
+        "mean true p": [f"{p:.4f}" for p in comparison.probabilities.mean(1)],
+    }
+    if len(comparison.titles) <= TOP and comparison.in_top5.all():
+        del columns["top-5 %"]
+    return render_table(columns, zip(*columns.values(), strict=True))
 
 
 def _render_classes(comparison: Comparison) -> Markup:

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from tqdm import tqdm
 
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.inference.explain import ClassMap, Explanation, Explanations
 from resnest_imagenet.reports.page import render, render_page
 
@@ -113,9 +113,9 @@ def encode_csv(files: Sequence[str], attention: dict[str, np.ndarray]) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with storing(path):
+    with naming_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(content)
 
 

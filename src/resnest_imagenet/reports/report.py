@@ -17,7 +17,7 @@ from resnest_imagenet.evaluation.curves import RunCurves, chart_figures, chart_l
 from resnest_imagenet.evaluation.events import TOP1
 from resnest_imagenet.evaluation.latency import measure_latency
 from resnest_imagenet.evaluation.worst_images import WorstImages
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.inference.worst_scenes import WorstScenes
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.zoo import build_model, list_models
@@ -68,7 +68,7 @@ def write_report(
     page = render_report(runs, crop, seconds, name_device(measured_on), worst, images)
     # File names return to their bytes when the page is written; other lone surrogates are replaced.
     page = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", page)
-    with replacing(Path(out)) as file:
+    with write_atomically(Path(out)) as file:
         file.write(page.encode(errors="surrogateescape"))
 
 

@@ -33,7 +33,11 @@ def render_table3(runs: Sequence[Run], crop: int, latency: dict[str, float], dev
     if not any(map(is_placed, runs)):
         return Markup()
     results = [(run, result) for run in runs for _, result in list_figures(run)]
-    comparable = [(run, result) for run, result in results if result.crop == crop and result.model in list_models()]
+    comparable = [
+        (run, result)
+        for run, result in results
+        if result.crop == crop and result.tta is None and result.model in list_models()
+    ]
     placed = [(run, result) for run, result in comparable if result.num_classes == IMAGENET]
     counted = _count_gflops(crop, {result.model for _, result in placed})
     x = f"GFLOPs (multiply-adds in billions) at {crop}"

@@ -12,7 +12,7 @@ from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.region_files import encode_scenes
 from resnest_imagenet.evaluation.regions import Regions, measure_regions
 from resnest_imagenet.evaluation.results import RegionResult, RegionResults
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.inference.segmenter import Segmenter
 from resnest_imagenet.supervision import EVALUATING, supervise
@@ -83,7 +83,7 @@ def write_regions(path: Path, segmenter: Segmenter, data: str, regions: Regions)
         training=weights.training,
         results=[result],
     )
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(results.model_dump_json(indent=2).encode() + b"\n")
 
 
@@ -93,7 +93,7 @@ def write_scenes(path: Path, segmenter: Segmenter, scenes: Scenes, regions: Regi
     Raises:
         StorageError: the file cannot be written.
     """
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(encode_scenes(scenes.images, [(segmenter.protocol.text, regions)]))
 
 

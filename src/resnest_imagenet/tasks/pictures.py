@@ -9,15 +9,16 @@ from PIL import Image
 from torch import Tensor
 
 from resnest_imagenet.data.loader import to_pixels
+from resnest_imagenet.data.transforms import MEAN, STD, Colour
 from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.mistakes import count_confusions
 
 MARGIN = 2  # pixels around each image
 
 
-def draw_samples(images: Tensor) -> np.ndarray:
+def draw_samples(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> np.ndarray:
     """Draw normalised images, (N, 3, S, S), as they were before the normalisation: uint8 (H, W, 3)."""
-    return tile(list(to_pixels(images)))
+    return tile(list(to_pixels(images, mean, std)))
 
 
 def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:

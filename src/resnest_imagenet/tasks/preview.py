@@ -11,7 +11,8 @@ from resnest_imagenet import distributed
 from resnest_imagenet.config import PreviewDataConfig
 from resnest_imagenet.data.coco import open_coco
 from resnest_imagenet.data.instance_loader import InstanceLoader, restore_pixels
-from resnest_imagenet.data.loader import build_loader, choose_loader, open_source, to_pixels
+from resnest_imagenet.data.loader import build_loader, choose_loader, to_pixels
+from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.scene_loader import SceneLoader
 from resnest_imagenet.data.scenes import open_scenes
@@ -20,7 +21,7 @@ from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.overlays import overlay_mask
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.models.zoo import find_pixels
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe, SegmentationRecipe
 from resnest_imagenet.tasks.classification import build_train_transform
@@ -79,7 +80,7 @@ def write_preview(config: PreviewDataConfig) -> int:
     else:
         raise ConfigError(f"train.task={recipe.task}: resnest-data preview does not draw this task")
     sheet = _draw_sheet(preview, preview.side, config.epochs)
-    with replacing(out) as file:
+    with write_atomically(out) as file:
         sheet.save(file, format="PNG")
     return len(preview.names)
 
@@ -87,7 +88,7 @@ def write_preview(config: PreviewDataConfig) -> int:
 def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> _Preview:
     data = config.data
     choose_loader(config.loader.name)
-    source = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
+    source = ClassifiedData.of(data.model_dump()).open_train()
     print_notes(source)
     samples = _choose_samples(len(source), config.images)
     unreadable = name_unreadable(source, samples)
@@ -99,7 +100,7 @@ def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> 
 
     def draw_epoch(epoch: int) -> Sequence[np.ndarray]:
         ((images, _),) = loader.batches(epoch)
-        return list(to_pixels(images))
+        return list(to_pixels(images, transform.mean, transform.std))
 
     originals = [Image.fromarray(decode(source.read(sample)).permute(1, 2, 0).numpy()) for sample in samples]
     return _Preview([source.name(sample) for sample in samples], originals, draw_epoch, recipe.crop)

@@ -26,8 +26,11 @@ from resnest_imagenet.training.state import TrainingState
 _LABEL = 18  # columns of a line's subject
 # Options of recipes that change what is learnt; those that are 0, false or null do nothing.
 _SHOWN: tuple[str, ...] = ("optimizer", "momentum", "nesterov", "betas", "weight_decay", "clip_norm", "clip_value")
-_SHOWN += ("head_lr_factor", "ema_decay", "policy", "jitter", "lighting", "erasing", "label_smoothing", "mixup_alpha")
-_SHOWN += ("cutmix_alpha", "dropout", "dropblock", "norm", "freeze_at", "auxiliary_weight", "precision", "compile")
+_SHOWN += ("head_lr_factor", "layer_decay", "ema_decay", "ema_warmup", "patience", "policy", "flips")
+_SHOWN += ("jitter", "lighting", "erasing", "mean", "std", "class_weights", "label_smoothing", "mixup_alpha")
+_SHOWN += ("cutmix_alpha", "dropout", "dropblock", "drop_path", "norm", "freeze", "freeze_at", "auxiliary_weight")
+_SHOWN += ("precision", "compile")
+_USUAL = {"head_lr_factor": 1, "layer_decay": 1, "flips": "horizontal"}  # these do nothing, or what is usual
 
 
 def describe_plan(
@@ -87,6 +90,8 @@ def describe_result(task: Task, state: TrainingState, best_epoch: int | None, se
     if task.config.train.task in RECIPES:
         commands.append(f"resnest-predict ckpt={shlex.quote(str(best))} images={_choose_picture(task)}")
     lines = {"finished": f"best {describe_best(task.metric, state.best)}{after}; {took}", "best network": str(best)}
+    if state.has_stalled:
+        lines["ended by"] = f"train.patience={state.patience}: as many evaluations without a better best"
     # Not broken at a terminal's width: commands are copied.
     shown = [f"{'next' if number == 0 else '':<{_LABEL}}{command}" for number, command in enumerate(commands)]
     return "\n".join([format_lines(lines), *map(printable, shown)])
@@ -132,12 +137,10 @@ def _count(number: int, unit: str, units: str = "") -> str:
 def _describe_recipe(recipe: Recipe) -> str:
     values = {name: getattr(recipe, name, None) for name in _SHOWN}
     others = {"momentum": "sgd", "nesterov": "sgd", "betas": "adamw lamb"}  # the optimizers that have them
-    if recipe.head_lr_factor == 1:
-        del values["head_lr_factor"]
     shown = [
         f"{name}={format_value(value)}".replace(" ", "")
         for name, value in values.items()
-        if value and recipe.optimizer in others.get(name, recipe.optimizer)
+        if value and value != _USUAL.get(name) and recipe.optimizer in others.get(name, recipe.optimizer)
     ]
     start = [] if recipe.init_from is None else [f"init_from={recipe.init_from}"]
     return f"{recipe.recipe}: {', '.join(shown + start)}"

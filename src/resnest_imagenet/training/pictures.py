@@ -11,7 +11,7 @@ from PIL import Image
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import printable
 from resnest_imagenet.evaluation.events import parse_events, require_numbers
-from resnest_imagenet.files import make_way, replacing
+from resnest_imagenet.files import make_way, write_atomically
 
 RESULTS, SHEET = "results.png", "val.png"
 
@@ -41,7 +41,7 @@ def _write(config: TrainConfig, device: torch.device) -> Iterator[Path]:
             if pixels is None:
                 continue
             make_way(path)
-            with replacing(path) as file:
+            with write_atomically(path) as file:
                 Image.fromarray(pixels).save(file, format="PNG")
         except Exception as error:
             print(printable(f"WARNING: {path} is not drawn: {error}"), file=sys.stderr, flush=True)

@@ -33,11 +33,11 @@ from resnest_imagenet.files import (
     DAMAGED,
     make_way,
     move_damaged,
-    owned,
+    naming_storage_errors,
+    record_lock,
     remove_temporary,
-    replacing,
-    storing,
     synchronise,
+    write_atomically,
 )
 
 _FILES = (
@@ -103,7 +103,7 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(owned(self.path / "lock", f"process {os.getpid()} on {platform.node()}"))
+                stack.enter_context(record_lock(self.path / "lock", f"process {os.getpid()} on {platform.node()}"))
                 self._finish_moving()
             except OSError as error:
                 raise ConfigError(f"run_dir={self.path}: cannot be written ({error.strerror})") from error
@@ -126,7 +126,7 @@ class RunFolder:
         """
         if not self._is_main:
             return
-        with storing(self.path):
+        with naming_storage_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             remove_temporary(self.checkpoints, ("best.pt", "step-*.pt"))
             remove_temporary(self.path, ("*",))
@@ -136,7 +136,7 @@ class RunFolder:
             make_way(self.path / name)
         self._saved_step = saved_step
         self._own_status()
-        with replacing(self.path / "config.yaml") as file:
+        with write_atomically(self.path / "config.yaml") as file:
             file.write(_to_yaml(config).encode())
         self._write_json("environment.json", describe_environment(ranks))
 
@@ -167,7 +167,7 @@ class RunFolder:
 
     def _own_status(self) -> None:
         self._owns_status = True
-        with storing(self.path):
+        with naming_storage_errors(self.path):
             (self.path / "failed_start.json").unlink(missing_ok=True)
         self.write_status("running")
 
@@ -183,7 +183,7 @@ class RunFolder:
         status.json decides whether there was a checkpoint; without it, best.pt and the events do.
         """
         remains = ["checkpoints/best.pt"] if (self.checkpoints / "best.pt").exists() else []
-        with storing(self.path / "metrics.jsonl"):
+        with naming_storage_errors(self.path / "metrics.jsonl"):
             events, damaged = parse_events(self.path / "metrics.jsonl")
         if not (remains or events or damaged):
             return None
@@ -211,7 +211,7 @@ class RunFolder:
             save_checkpoint(content, self.checkpoints / "best.pt")
         newest = self.checkpoints / f"step-{content['step']:09d}.pt"
         save_checkpoint(content, newest)
-        with storing(self.checkpoints):
+        with naming_storage_errors(self.checkpoints):
             for old in self.list_checkpoints()[self._keep :]:
                 old.unlink()
         self._saved_step = content["step"]
@@ -245,7 +245,7 @@ class RunFolder:
         """
         folders = (self.path / f"earlier-{number}" for number in itertools.count(1))
         aside = next(folder for folder in folders if not folder.exists())
-        with storing(aside):
+        with naming_storage_errors(aside):
             aside.with_name(aside.name + _MOVING).mkdir()
             self._finish_moving()
         self._damaged.clear()  # they were moved too
@@ -268,7 +268,7 @@ class RunFolder:
             synchronise(self.path)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        with replacing(self.path / name) as file:
+        with write_atomically(self.path / name) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 

@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError, name_extra
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.weights.card import DescribeInput, DescribeScenes, open_network
 from resnest_imagenet.weights.export import choose_file, describe_deeplab, describe_weights, digest
@@ -156,7 +156,7 @@ def _write_graph(
         raise UserError(
             f"{file} is not written: its logits (up to {largest:.3g}) differ by {difference:.2g} from torch's"
         )
-    with replacing(file) as opened:
+    with write_atomically(file) as opened:
         opened.write(content)
     return (
         f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, logits from "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from resnest_imagenet.errors import ConfigError, UserError
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 from resnest_imagenet.instances import STRIDE, Detections
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.rcnn import RCNN
@@ -125,7 +125,7 @@ def _write_graph(
             f"{file} is not written: {agreement.unmatched} of its and torch's {agreement.total} detections in drawn "
             "images are not the same: use format=safetensors or hub"
         )
-    with replacing(file) as opened:
+    with write_atomically(file) as opened:
         opened.write(content)
     return f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, {agreement.text}, SHA-256 {digest(file)}"
 
