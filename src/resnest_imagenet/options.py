@@ -57,7 +57,7 @@ AUTO = "auto"
 
 
 def keep_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """Do the same with "auto", the only word that is valid."""
+    """Do the same with train.batch_size=auto."""
     if isinstance(value, str) and value != AUTO:
         raise ValueError(f"train.batch_size={value}: write a number, or {AUTO}")
     return value if value == AUTO else validate(value)

@@ -71,6 +71,9 @@ def test_in_an_evaluation_they_are_the_val_images(sets, tmp_path, capsys):
     )
     (first, *_) = plan_evaluation(len(sets[1]), 8, 0, 2).batches(0, 1)
     assert sets[1].name(first[0]) in line
+    # Parts of one folder, by a list or a split, are not checked by naming it.
+    leave(tmp_path, plan, (0, 0, LOADING))
+    assert "resnest-data check with the run's options of data" in start(tmp_path, plan, [sets[0]] * 2, capsys)
 
 
 @pytest.mark.process
