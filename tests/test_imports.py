@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "tasks",
         "training",
     },
-    "__init__": {"extensions", "models", "weights", "inference", "tasks"},
+    "__init__": {"errors", "extensions", "models", "weights", "inference", "tasks"},
 }
 # Packages that one place only may know.
 ONLY_IN = {
