@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from resnest_imagenet.evaluation.accuracy import TOP
 from resnest_imagenet.inference.compare import Comparison, describe_pairs, describe_protocols, describe_verdict
 from resnest_imagenet.reports.page import LONG, render_bar, render_lines, render_page, render_picture, render_table
 
@@ -33,7 +32,7 @@ def _render_totals(comparison: Comparison) -> Markup:
         "top-5 %": [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)],
         "mean true p": [f"{p:.4f}" for p in comparison.probabilities.mean(1)],
     }
-    if len(comparison.titles) <= TOP and comparison.in_top5.all():
+    if not comparison.has_top5:
         del columns["top-5 %"]
     return render_table(columns, zip(*columns.values(), strict=True))
 
