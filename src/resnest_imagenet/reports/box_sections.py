@@ -115,7 +115,7 @@ def render_precision(runs: Sequence[Run]) -> Markup:
                 ]
                 rows.append((run.name, kind, *figures, best.get("count", ""), best.get("protocol", "")))
     head = ["run", "of", *_SHOWN.values(), "images", "protocol"]
-    return render_table(head, rows) if rows else Markup()
+    return render_table(head, rows, "ends-in-text") if rows else Markup()
 
 
 def _has_objects(files: BoxFiles | None, kind: str, name: str) -> bool:

@@ -215,6 +215,6 @@ def _draw_sheet(preview: _Preview, num_epochs: int) -> Image.Image:
             size = cell.width * preview.enlarge, cell.height * preview.enlarge
             sheet.paste(cell.resize(size, Image.Resampling.NEAREST), (left, top))
         for top, lines in zip(tops, preview.words(epoch) if preview.words else (), strict=bool(preview.words)):
-            for number, text in enumerate(lines):
+            for number, text in enumerate(filter(None, lines)):
                 pen.text((left, top + side + number * LINE), shorten(text, side, font), "black", font)
     return sheet
