@@ -27,13 +27,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
-import tiny_task
-from faulty_task import Fault, open_with
-
 # Before Triton: its kernels run in the interpreter where there is no GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import tiny_task
+from faulty_task import Fault, open_with
 from resnest_imagenet.commands.evaluate import evaluate_images, read_network
 from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.commands.predict import predict_images, read_inputs

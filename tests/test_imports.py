@@ -70,7 +70,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra": {"commands"},
     "omegaconf": {"commands"},
-    "nvidia": {"data/dali.py", "data/dali_ops.py"},
+    "nvidia": {"data/dali.py", "data/dali_decoding.py", "data/dali_ops.py"},
     "timm": {"models/zoo.py", "models/imagenet_classes.py", "weights/published.py", "training/optimizer.py"},
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
@@ -87,8 +87,9 @@ ONLY_IN["matplotlib"] = {"evaluation/charts.py"} | PAINTING
 ONLY_IN["jinja2"] = {"reports/page.py"}
 ONLY_IN["pycocotools"] = {"evaluation/boxes.py", "evaluation/masks.py", "data/masks.py", "models/masks.py"}
 ONLY_IN["hotcoco"] = {"evaluation/boxes.py"}
+ONLY_IN["openvino"] = {"weights/openvino.py"}
 ONLY_IN["captum"] = {"inference/explain.py"}
-ONLY_IN["huggingface_hub"] = {"weights/published.py"}
+ONLY_IN["huggingface_hub"] = {"weights/published.py", "weights/hub_push.py"}
 
 
 def imports():

@@ -3,6 +3,7 @@
 Hydra composes a configuration. These classes check it and freeze it.
 """
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -45,7 +46,8 @@ class ModelOptions(NetworkOptions):
         description="Outputs of the network; null: the number of classes of the data set."
     )
     split_attention: Literal["auto", "fused", "reference"] = Field(
-        description="fused: one operator; reference: the formula; auto: fused, with compile=true reference."
+        description="fused: one operator; reference: the formula; auto: fused unless a trial refuses it, with "
+        "compile=true reference."
     )
 
 
@@ -65,7 +67,7 @@ _CHOICES_OF_DATA = {
 
 
 def check_split(kind: str, csv: str | None, val_split: float | None) -> None:
-    """Raise a ValueError for options of a list or a split with a layout that has none."""
+    """Raise a ValueError for a list or a split with a layout that does not support it."""
     if csv is not None and kind != "csv":
         raise ValueError(f"data.csv={csv} needs data=csv")
     if val_split is not None and kind not in ("folder", "csv"):
@@ -89,8 +91,8 @@ class DataOptions(Options):
         description="data=csv: the file with path,label and part, in root or elsewhere; null: labels.csv."
     )
     val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        description="Share of each class that is kept for validation, of class folders without a val folder or of the "
-        "rows of a list without a part; null: the data have both parts."
+        description="Share of each class that is kept for validation, if class folders have no val folder or rows of a "
+        "list no part; null: the data have both parts."
     )
     split_seed: Seed = Field(description="val_split: seed of the choice, apart from the run's seed.")
     on_error: Literal["raise", "substitute"] = Field(
@@ -297,8 +299,8 @@ class PredictConfig(InferenceConfig):
     def _check(self) -> "PredictConfig":
         is_npz = PurePath(self.out or "").suffix == ".npz"
         if self.features is not None and not is_npz:
-            given = "out is missing" if self.out is None else f"out={self.out} is none"
-            raise ValueError(f"features={self.features} writes a .npz file: {given}")
+            other = "" if self.out is None else f", not out={self.out}"
+            raise ValueError(f"features={self.features} writes a .npz file: give out=NAME.npz{other}")
         if self.features is None and is_npz:
             raise ValueError(f"out={self.out} is a file of features: give features=layer4")
         if self.features is not None and self.tta is not None:
@@ -389,11 +391,18 @@ class ExportConfig(Options):
     layout: Literal["official", "timm", "mmpretrain", "mmsegmentation", "mmdetection", "detectron2"] = Field(
         description="Names in a state dict; mmsegmentation, mmdetection and detectron2: of the backbone alone."
     )
-    format: Literal["pth", "safetensors", "onnx", "torch_export", "hub"] = Field(
-        description="State dict (pth, safetensors), graph (onnx, torch_export), or a folder that timm loads (hub)."
+    format: Literal["pth", "safetensors", "onnx", "openvino", "torch_export", "hub"] = Field(
+        description="State dict (pth, safetensors), graph (onnx, openvino, torch_export), or a folder for timm (hub)."
+    )
+    int8: Place | None = Field(
+        description="format=onnx: write 8-bit integers, calibrated with the images of this folder; in class folders "
+        "they give the accuracy before and after."
+    )
+    push: str | None = Field(
+        description="format=hub: send the folder to the Hugging Face hub too, as OWNER/NAME; a new one is private."
     )
     sizes: Literal["any", "crop"] | None = Field(
-        description="Graphs: images of any size, or of the crop's; null: any in onnx, the crop's in torch_export."
+        description="Graphs: images of any size, or of the crop's; null: any, but the crop's in torch_export."
     )
     crop: Crop | None = Field(description="Graphs and hub: side of their images in pixels; null: the checkpoint's own.")
     protocol: AnyProtocolOptions  # see `choose_schema`; of segmentation the run's
@@ -405,9 +414,15 @@ class ExportConfig(Options):
     def _check(self) -> "ExportConfig":
         if self.layout not in ("official", "timm") and self.format not in ("pth", "safetensors"):
             raise ValueError(f"layout={self.layout} is for format=pth or safetensors, not {self.format}")
-        forms = ["onnx"] if self.sizes == "any" else ["onnx", "torch_export"]
+        forms = ["onnx", "openvino", *(["torch_export"] if self.sizes == "crop" else [])]
         if self.sizes and self.format not in forms:
-            raise ValueError(f"sizes={self.sizes} is for format={' or '.join(forms)}, not {self.format}")
+            names = f"{', '.join(forms[:-1])} or {forms[-1]}"
+            raise ValueError(f"sizes={self.sizes} is for format={names}, not {self.format}")
+        for option, value, form in (("int8", self.int8, "onnx"), ("push", self.push, "hub")):
+            if value is not None and self.format != form:
+                raise ValueError(f"{option}={value} is for format={form}, not {self.format}")
+        if self.push is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push, re.ASCII):
+            raise ValueError(f"push={self.push}: write OWNER/NAME, as the hub names a repository")
         return self
 
 

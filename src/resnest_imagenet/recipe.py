@@ -108,8 +108,8 @@ class Recipe(Options):
     )
     # At least those of models/batch.py; "auto" only until the task is open.
     batch_size: Annotated[Positive, WrapValidator(keep_auto), PlainSerializer(lambda size: size)] = Field(
-        description="Images per rank and forward pass; auto: as many as fit, of a step that without train.global_batch "
-        "is of at most train.reference_batch and a sixteenth of the training images."
+        description="Images per rank and forward pass; auto: as many as fit. Then, without train.global_batch, a step "
+        "has at most train.reference_batch images and a sixteenth of the training set."
     )
     global_batch: Positive | None = Field(
         description="Images per step, by accumulating gradients; null: train.batch_size times the number of ranks."
@@ -167,10 +167,10 @@ class Recipe(Options):
         description="Decay per step of the moving average of the weights; null: none is kept."
     )
     ema_warmup: bool = Field(
-        description="Let the moving average begin short: its decay is at most (1 + n) / (10 + n) after n steps."
+        description="Warm up the moving average: after n steps its decay is at most (1 + n) / (10 + n)."
     )
     patience: Positive | None = Field(
-        description="End the run after so many evaluations in a row without a better best; null: at its full length."
+        description="End the run after this many evaluations in a row without a new best; null: at its full length."
     )
     precision: Precision
     compile: bool = Field(description="Compile the network with torch.compile.")
@@ -187,6 +187,11 @@ class Recipe(Options):
             raise ValueError(f"give either train.clip_norm={self.clip_norm} or train.clip_value={self.clip_value}")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov=true needs train.momentum > 0")
+        if self.layer_decay < 1 and self.init_from is None:
+            raise ValueError(
+                f"train.layer_decay={self.layer_decay} is for a network that is trained already: set train.init_from "
+                "to official:NAME, timm:NAME, a file or a run folder, or train.layer_decay=1"
+            )
         if self.ema_warmup and self.ema_decay is None:
             raise ValueError("train.ema_warmup=true needs a moving average: set train.ema_decay, 0.999 for example")
         self._check_schedule()
@@ -285,7 +290,7 @@ class ClassificationRecipe(Recipe):
         description="Probability of skipping the last residual block for an image; from the first on it rises linearly."
     )
     freeze: Annotated[int, Field(ge=0, le=5)] = Field(
-        description="First stages that stay as in train.init_from: 1: stem, 2: layer1 too, ..., 5: all but fc."
+        description="Number of first stages that are not trained: 1: the stem, 2: layer1 too, ..., 5: all but fc."
     )
     init: Literal["fan_in", "fan_out"] = Field(
         description="Whether convolutions start with variance 2 / fan_in or 2 / fan_out."
@@ -438,7 +443,7 @@ _BEFORE: dict[str, Any] = {
     "ema_warmup": False,
     "patience": None,
 }
-# The same for what only `ClassificationRecipe` has.
+# The same for options of `ClassificationRecipe` alone.
 _BEFORE_OF_CLASSES: dict[str, Any] = {
     "flips": "horizontal",
     "mean": None,

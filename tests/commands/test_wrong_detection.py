@@ -96,7 +96,7 @@ def open_with(small_set, *options):
         (["loader.name=dali"], "loader=dali: a detector's images are decoded without DALI: set loader=auto"),
         (["train.short_sides=[800,640]"], "train.short_sides=[800, 640] must rise"),
         (["train.side_sampling=range"], "train.short_sides=[128]: side_sampling=range takes the least and the largest"),
-        (["train.anchor_sizes=[32,64]"], "train.anchor_sizes=[32, 64]: list should have at least 5 items after "),
+        (["train.anchor_sizes=[32,64]"], "train.anchor_sizes=[32,64]: list should have at least 5 items, not 2"),
         (["train.norm=gn"], "train.norm=gn: input should be 'bn', 'sync' or 'frozen'"),
         (["train.cascade=maybe"], "train.cascade=maybe: input should be a valid boolean"),
         (["train.samples=3"], "samples=3 leaves no place for a positive: set 4 or more"),

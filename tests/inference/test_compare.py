@@ -1,6 +1,7 @@
 import csv
 import html.parser
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.classifier import Classifier
 from resnest_imagenet.inference.compare import Comparison, _title, distinguish, format_comparison, mcnemar_p
+from resnest_imagenet.reports.compare_page import _render_totals
 from resnest_imagenet.weights.load import Weights
 
 OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=16")
@@ -114,6 +116,14 @@ def test_the_table(tmp_path):
     assert [" ".join(line) for line in lines[8:10]] == ["one: centre crop 32", "two: centre crop 64"]
     assert " ".join(lines[10]) == "only one right: 1, only two right: 1; McNemar's exact p = 1"
     assert comparison.disagreements.tolist() == [2, 1]
+
+
+def test_top5_of_networks_with_few_classes_is_not_shown(tmp_path):
+    comparison = make_comparison(tmp_path)
+    few = replace(comparison, has_top5=False)
+    lines = format_comparison(comparison).splitlines()
+    assert lines[7].startswith("top-5 %") and format_comparison(few).splitlines() == lines[:7] + lines[8:]
+    assert "top-5 %" in _render_totals(comparison) and "top-5" not in _render_totals(few)
 
 
 @pytest.mark.slow

@@ -20,16 +20,18 @@ from resnest_imagenet.weights.load import Weights
 
 OPTIONS = ("device=cpu", "loader=torchvision", "loader.workers=0", "batch_size=3")
 FAST = {"loader": "torchvision", "workers": 0, "batch_size": 3}
+MEAN, STD = [0.5, 0.4, 0.3], [0.3, 0.25, 0.2]
 CHANNELS = {"layer1": 128, "layer2": 256, "layer3": 512, "layer4": 1024, "head": 1024}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A network for the demo's classes, evaluated at a crop of its own."""
+    """A network for the demo's classes, with a crop, a mean and a deviation of its own."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "best.pt"
     protocol = {"order": "resize_crop", "ratio": 1.0, "interpolation": "bilinear", "antialias": True}
-    config = {"model": {"name": "resnest14_half"}, "train": {"crop": 32}, "eval": {"crop": 40}, "protocol": protocol}
+    recipe = {"crop": 32, "mean": MEAN, "std": STD}
+    config = {"model": {"name": "resnest14_half"}, "train": recipe, "eval": {"crop": 40}, "protocol": protocol}
     model = build_model("resnest14_half", 10).state_dict()
     torch.save({"model": model, "config": config, "classes": sorted(FIGURES), "epoch": 1}, path)
     return path
@@ -40,7 +42,7 @@ def see(file):
     from torchvision.transforms import v2
 
     transform = v2.Compose([v2.Resize(40), v2.CenterCrop(40), v2.PILToTensor(), v2.ToDtype(torch.float, scale=True)])
-    return v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(transform(Image.open(file)))[None]
+    return v2.Normalize(MEAN, STD)(transform(Image.open(file)))[None]
 
 
 @pytest.mark.process

@@ -153,8 +153,8 @@ def test_refusals(checkpoint, demo_images):
     with pytest.raises(ConfigError, match=r"ends neither in \.csv nor in \.json"):
         predict(f"ckpt={checkpoint}", f"images={demo_images}", "out=out.txt")
     for options, message in {
-        ("features=layer4",): "^features=layer4 writes a .npz file: out is missing$",
-        ("features=head", "out=a.csv"): "^features=head writes a .npz file: out=a.csv is none$",
+        ("features=layer4",): "^features=layer4 writes a .npz file: give out=NAME.npz$",
+        ("features=head", "out=a.csv"): "^features=head writes a .npz file: give out=NAME.npz, not out=a.csv$",
         ("out=a.npz",): "^out=a.npz is a file of features: give features=layer4$",
         ("features=layer4", "tta=flip", "out=a.npz"): "^give either features=layer4 or tta=flip$",
         ("features=layer5", "out=a.npz"): "^features=layer5: input should be 'layer1', 'layer2'",

@@ -4,7 +4,8 @@ import pytest
 
 from conftest import compose_config, evaluate_checkpoint, newest_checkpoint
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
-from resnest_imagenet.config import EvalConfig, TrainConfig
+from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.config import CompareConfig, EvalConfig, TrainConfig
 from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.tasks.choice import open_task
@@ -19,6 +20,7 @@ def test_dropblock_rises_linearly_to_the_last_epoch():
     assert [dropblock_probability(recipe, epoch) for epoch in (0, 134, 269)] == pytest.approx([0.1 / 270, 0.05, 0.1])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_own_images_for_validation(small_run, demo_images, tmp_path, capsys):
     """resnest-eval measures these, by default; another share is another run; so is a run of before the option."""
     folder = f"data.root={demo_images / 'train'}"
@@ -36,6 +38,8 @@ def test_a_run_keeps_its_own_images_for_validation(small_run, demo_images, tmp_p
     )
     everything = evaluate.model_copy(update={"data": evaluate.data.model_copy(update={"val_dir": "."})})
     assert evaluate_checkpoint(everything)[0].count == 103
+    both = (f"ckpt=[{ckpt},{ckpt}]", "device=cpu", "loader.workers=0")
+    assert len(compare_networks(compose_config("compare", CompareConfig, folder, *both)).images) == result.count
     assert "by data.val_split=0.3 data.split_seed=5, read by" in describe_run(config)
     for option, was, now in (("data.val_split=0.2", "0.3", "0.2"), ("data.split_seed=6", "5", "6")):
         with pytest.raises(CheckpointError, match=rf"trained with {option.partition('=')[0]}={was}, not {now}"):
@@ -44,6 +48,7 @@ def test_a_run_keeps_its_own_images_for_validation(small_run, demo_images, tmp_p
         train(small_run())
 
 
+@pytest.mark.slow
 def test_a_run_of_before_there_were_splits_resumes(small_run, tmp_path, capsys):
     train(small_run("train.epochs=1", "train.warmup_epochs=0"))
     newest = newest_checkpoint(tmp_path / "run")
@@ -68,6 +73,7 @@ def test_copies_of_training_images_are_reported(small_run, demo_images, tmp_path
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_list_of_the_same_images_is_the_same_run(small_run, demo_images, tmp_path):
     """data=csv of the folders' images: equal weights, bit for bit."""
     rows = ["part,label,path"]

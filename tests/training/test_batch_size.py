@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import tiny_task
-from conftest import CPU, LAUNCHED
+from conftest import ALONE, CPU, LAUNCHED, compose_config
 from faulty_task import Fault
 from forked import ask_to_stop, compute_on_ranks, train_on_ranks
 from resnest_imagenet.config import TrainConfig
@@ -66,6 +66,26 @@ def test_the_device_chooses_the_batch_and_the_recipe_the_step(tiny_run, monkeypa
     assert choose(tiny_run) == (2, 6)
     with pytest.raises(ConfigError, match="train.global_batch=16 is not a multiple of 3 ranks"):
         choose(tiny_run, "train.global_batch=16")
+
+
+@pytest.mark.slow
+def test_every_task_takes_the_batch(small_run, object_run, tmp_path):
+    """Its blank batch, by which a GPU tries a step, has as many images; the data are listed once."""
+    from resnest_imagenet.data.demo_scenes import write_demo_scenes
+
+    write_demo_scenes(tmp_path / "scenes", seed=0, train_scenes=4, val_scenes=1)
+    segmentation = ("+experiment=demo_segmentation", f"data.root={tmp_path}/scenes", "device=cpu", "train.crop=64")
+    sizes = (AUTO, "train.global_batch=6")
+    for config in (
+        small_run(*sizes),
+        object_run(*sizes),
+        compose_config("train", TrainConfig, *segmentation, *sizes),
+    ):
+        task = open_task(with_batch(config))
+        for batch, chosen in ((6, choose_batch(task, CPU)), (2, task)):
+            images = chosen.blank_batch(CPU)[0]
+            assert len(images) == batch == chosen.config.train.batch_size
+            assert chosen.train_set is task.train_set and chosen.plan_batches(1, ALONE).batch_size == batch
 
 
 def test_a_gpu_tries_a_step(tiny_run, monkeypatch):

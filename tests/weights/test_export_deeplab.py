@@ -10,6 +10,7 @@ import torch
 
 import resnest_imagenet
 from conftest import SCENE_COLOURS, compose_config
+from graph_files import make_graphs_once, open_openvino
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import explain
 from resnest_imagenet.commands.export import run
@@ -17,6 +18,7 @@ from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import ExplainConfig, ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from resnest_imagenet.models.deeplab import build_deeplab
+from resnest_imagenet.weights import graphs
 from resnest_imagenet.weights.graphs import draw_images
 from resnest_imagenet.weights.load import read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, start_deeplab
@@ -68,6 +70,11 @@ def open_onnx(path, sides=("height", "width")):
     return compute, {entry.key: entry.value for entry in graph.metadata_props}
 
 
+def open_xml(path):
+    graph, metadata = open_openvino(path)
+    return lambda images: graph(images=images)["logits"], metadata
+
+
 def open_fixed_onnx(path):
     compute, metadata = open_onnx(path, (64, 64))
     with pytest.raises(Exception, match="Got: 65 Expected: 64"):
@@ -75,28 +82,37 @@ def open_fixed_onnx(path):
     return compute, metadata
 
 
+@pytest.fixture(scope="module")
+def made():
+    return {}
+
+
 # torch.export's own format has the same program and is written as a classifier's: test_export_graphs.
 @pytest.mark.parametrize(
     ("options", "file", "open_graph", "kind"),
     [
         (["format=onnx"], "deeplabv3_resnest14_half.onnx", open_onnx, "opset 18"),
+        (["format=openvino"], "deeplabv3_resnest14_half.xml", open_xml, "OpenVINO IR"),
         (["format=onnx", "sizes=crop"], "deeplabv3_resnest14_half.onnx", open_fixed_onnx, "opset 18, crop 64"),
     ],
 )
 def test_a_graph_computes_what_the_network_does(
-    options, file, open_graph, kind, network, checkpoint, tmp_path, monkeypatch, capfd
+    options, file, open_graph, kind, network, checkpoint, made, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)
+    make_graphs_once(monkeypatch, graphs, made)
     export(checkpoint, *options)
     out, err = capfd.readouterr()
     numbers = r"logits from (\S+) to (\S+) and within (\S+) of the network's"
     words = "DeepLabV3 on resnest14_half with 6 classes"
-    line = re.fullmatch(rf"wrote {file}: {words}, {kind}, \d+\.\d MB, {numbers}, SHA-256 [0-9a-f]{{64}}\n", out)
-    assert line and err == ""
-    assert [path.name for path in tmp_path.iterdir()] == [file]
+    files = [file] + ["deeplabv3_resnest14_half.bin"] * (open_graph is open_xml)
+    digests = " and ".join(["[0-9a-f]{64}"] * len(files))
+    written = rf"wrote {' and '.join(files)}: {words}, {kind}, \d+\.\d MB, {numbers}, SHA-256 {digests}\n"
+    assert re.fullmatch(written, out) and err == ""
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
     graph, metadata = open_graph(tmp_path / file)
     # Sides that are and are not multiples of the output stride.
-    other_sizes = ((1, 65, 47), (2, 96, 33)) if open_graph is open_onnx else ()
+    other_sizes = ((1, 65, 47), (2, 96, 33)) if open_graph is not open_fixed_onnx else ()
     for shape in ((1, 64, 64), (5, 64, 64), *other_sizes):
         images = draw_images(*shape, torch.Generator().manual_seed(2))
         with torch.no_grad():
@@ -297,6 +313,7 @@ OF_CLASSIFICATION = "^model and protocol are of classification: .*best.pt is of 
         (["model=resnest14_half"], OF_CLASSIFICATION),
         (["protocol=full"], OF_CLASSIFICATION),
         (["protocol=slide"], OF_CLASSIFICATION),
+        (["format=onnx", "int8=."], "^int8 is of classification: .*best.pt is of segmentation$"),
         (["format=torch_export", "out=x.onnx"], "out=x.onnx does not end in .pt2: set format=... or another name"),
     ],
 )

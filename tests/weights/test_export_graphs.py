@@ -4,16 +4,20 @@ import io
 import json
 import re
 import sys
+from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import compose_config
+from graph_files import make_graphs_once, open_openvino
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import save_checkpoint
+from resnest_imagenet.commands.early import refuse_early
 from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
-from resnest_imagenet.errors import CheckpointError, ConfigError, UserError
+from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, UserError
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.weights import card, graphs
 
@@ -30,8 +34,10 @@ def model():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1
     with torch.no_grad():
-        model(graphs.draw_images(32, 64, 64, torch.Generator().manual_seed(1)))
-    return model.eval()
+        images = graphs.draw_images(32, 64, 64, torch.Generator().manual_seed(1))
+        model(images)
+        model.fc.bias.sub_(model.eval()(images).mean(0))  # each class is the likeliest of some images
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -65,36 +71,50 @@ def open_onnx(path):
     return compute, {each.key: each.value for each in graph.metadata_props}
 
 
+def open_xml(path):
+    graph, metadata = open_openvino(path)
+    return lambda images: graph(images=images)["logits"], metadata
+
+
 def open_program(path):
     extra_files = {"metadata.json": ""}
     program = torch.export.load(path, extra_files=extra_files)
     return program.module(), json.loads(extra_files["metadata.json"])
 
 
+@pytest.fixture(scope="module")
+def made():
+    return {}
+
+
 @pytest.mark.parametrize(
     ("form", "file", "open_graph", "kind"),
     [
         ("onnx", "resnest14_half.onnx", open_onnx, "opset 18"),
+        ("openvino", "resnest14_half.xml", open_xml, "OpenVINO IR"),
         ("torch_export", "resnest14_half.pt2", open_program, "crop 64"),
     ],
 )
 @pytest.mark.slow
 def test_a_graph_computes_what_the_network_does(
-    form, file, open_graph, kind, model, checkpoint, tmp_path, monkeypatch, capfd
+    form, file, open_graph, kind, model, checkpoint, made, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)
+    make_graphs_once(monkeypatch, graphs, made)
     export(checkpoint, f"format={form}")
     out, err = capfd.readouterr()
     numbers = r"logits from (\S+) to (\S+) and within (\S+) of the network's"
-    line = re.fullmatch(rf"wrote {file}: {NAME}, {kind}, \d\.\d MB, {numbers}, SHA-256 [0-9a-f]{{64}}\n", out)
+    files = [file] + ["resnest14_half.bin"] * (form == "openvino")
+    digests = " and ".join(sha256((tmp_path / name).read_bytes()).hexdigest() for name in files)
+    line = re.fullmatch(rf"wrote {' and '.join(files)}: {NAME}, {kind}, \d\.\d MB, {numbers}, SHA-256 {digests}\n", out)
     assert line and err == ""
     lowest, highest, difference = map(float, line.groups())
     assert lowest < highest and difference < 1e-4
-    assert [path.name for path in tmp_path.iterdir()] == [file]  # without data beside it
+    assert {path.name for path in tmp_path.iterdir()} == set(files)  # without other data beside it
     content = (tmp_path / file).read_bytes()
-    assert b"resnest.py" not in content and b"site-packages" not in content
+    assert not any(part in content for part in (b"resnest.py", b"site-packages", bytes(tmp_path.parent)))
     graph, metadata = open_graph(tmp_path / file)
-    other_sizes = ((1, 33, 47), (2, 96, 65), (1, 32, 32)) if form == "onnx" else ()
+    other_sizes = ((1, 33, 47), (2, 96, 65), (1, 32, 32)) if form != "torch_export" else ()
     for shape in ((1, 64, 64), (5, 64, 64), *other_sizes):
         images = graphs.draw_images(*shape, torch.Generator().manual_seed(2))
         with torch.no_grad():
@@ -106,6 +126,91 @@ def test_a_graph_computes_what_the_network_does(
     assert (metadata["crop"], metadata["ratio"], metadata["interpolation"]) == ("64", "0.875", "bilinear")
     assert json.loads(metadata["classes"]) == CLASSES
     assert json.loads(metadata["class_names"])[2].startswith("goldfish")
+
+
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """20 images of the network's size in folders of the three classes, and a file that is none."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    images = graphs.draw_images(20, 64, 64, torch.Generator().manual_seed(3)).permute(0, 2, 3, 1).numpy()
+    for number, pixels in enumerate(((images * STD + MEAN) * 255).clip(0, 255).round().astype(np.uint8)):
+        path = folder / CLASSES[number % 3] / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (folder / "a/broken.jpg").write_text("no picture")
+    return folder
+
+
+def load_images(paths):
+    """Return images as the network sees them; they need no resize."""
+    from PIL import Image
+
+    pixels = np.stack([np.asarray(Image.open(path)) for path in paths]) / np.float32(255)
+    return torch.from_numpy((pixels - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_the_table_of_8_bit_integers_has_what_both_graphs_do_with_the_images(
+    model, checkpoint, made, photos, tmp_path, monkeypatch, capfd
+):
+    import onnx
+    import onnxruntime
+
+    monkeypatch.chdir(tmp_path)
+    make_graphs_once(monkeypatch, graphs, made)
+    with pytest.raises(DataError, match="^images skipped: 1$"):
+        export(checkpoint, "format=onnx", "protocol=full", f"int8={photos}")
+    out, err = capfd.readouterr()
+    assert f"{photos}/a/broken.jpg" in err
+    lines = out.splitlines()
+    assert re.fullmatch(
+        r"wrote resnest14_half-int8.onnx: resnest14_half, opset 18, \d\.\d MB, 8-bit integers, calibrated with 20 "
+        rf"images of {photos}, SHA-256 [0-9a-f]{{64}}",
+        lines[0],
+    )
+    exact, small = made[64, True], (tmp_path / "resnest14_half-int8.onnx").read_bytes()
+    paths = sorted(photos.glob("*/[0-9]*"))
+    images, labels = load_images(paths), [CLASSES.index(path.parent.name) for path in paths]
+    predicted = []
+    for content in (exact, small):
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        predicted.append(session.run(["logits"], {"images": images.numpy()})[0].argmax(1))
+    with torch.no_grad():
+        assert (model(images).argmax(1).numpy() == predicted[0]).all()
+    alike = (predicted[0] == predicted[1]).sum()
+    assert len(set(predicted[0])) > 1 and alike > 15
+    for line, name, content, classes in zip(lines[2:4], ("float32", "int8"), (exact, small), predicted, strict=True):
+        size, top1 = f"{len(content) / 1e6:.1f} MB", f"{100 * (classes == labels).mean():.2f} %"
+        assert re.fullmatch(rf"{name} +{size} +{top1} +\d+\.\d ms", line)
+    assert lines[4] == f"images: 20, {alike} of them with the same likeliest class"
+    assert len(small) < len(exact) / 3
+    graph = onnx.load_from_string(small)
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(metadata["classes"]) == CLASSES and metadata["crop"] == "64" and "onnx.infer" not in metadata
+    weights = [tensor for tensor in graph.graph.initializer if tensor.name.endswith("weight_quantized")]
+    assert len(weights) > 15 and all(tensor.data_type == onnx.TensorProto.INT8 for tensor in weights)
+    # Of any size, as the exact graph.
+    session = onnxruntime.InferenceSession(small, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"images": np.zeros((1, 3, 96, 65), np.float32)})[0].shape == (1, 3)
+    # Without class folders there are no labels.
+    export(checkpoint, "format=onnx", f"int8={photos}/b", "out=flat.onnx")
+    lines = capfd.readouterr().out.splitlines()
+    assert all(re.fullmatch(r"(float32|int8) +\d\.\d MB +- +\d+\.\d ms", line) for line in lines[2:4])
+    assert re.fullmatch(
+        r"images: 7, \d of them with the same likeliest class; without class folders there is no accuracy", lines[4]
+    )
+
+
+def test_a_folder_that_is_not_there_is_refused_before_the_work():
+    config = compose_config("export", ExportConfig, "ckpt=/nowhere.pt", "format=onnx", "int8=/nowhere")
+    with pytest.raises(ConfigError, match="^int8=/nowhere: no such folder$"):
+        refuse_early(config)
 
 
 def test_classes_are_imagenets_of_1000_outputs_and_else_unknown(tmp_path):
@@ -147,13 +252,16 @@ def test_a_network_without_finite_logits_is_refused(tmp_path, monkeypatch):
         export(tmp_path / "nan.pth", f"model={NAME}", "format=onnx", f"out={tmp_path}/out.onnx")
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_without_the_extra_it_is_one_line_before_any_work(package, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "package"),
+    [("onnx", "onnx"), ("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("openvino", "onnx"), ("openvino", "openvino")],
+)
+def test_without_the_extra_it_is_one_line_before_any_work(form, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # importing it now fails
     with pytest.raises(
-        ConfigError, match=r"^format=onnx needs the extra \[onnx\] of resnest-imagenet: pip install 'onnx>=1.18' "
+        ConfigError, match=rf"^format={form} needs the extra \[{form}\] of resnest-imagenet: pip install 'onnx>=1.18' "
     ):
-        export("/nowhere.pt", "format=onnx")
+        export("/nowhere.pt", f"format={form}")
 
 
 @pytest.mark.parametrize(
@@ -161,8 +269,9 @@ def test_without_the_extra_it_is_one_line_before_any_work(package, monkeypatch):
     [
         (["format=onnx", "layout=mmpretrain"], "layout=mmpretrain is for format=pth or safetensors, not onnx"),
         (["format=hub", "layout=detectron2"], "layout=detectron2 is for format=pth or safetensors, not hub"),
-        (["format=torch_export", "sizes=any"], "sizes=any is for format=onnx, not torch_export"),
-        (["format=pth", "sizes=crop"], "sizes=crop is for format=onnx or torch_export, not pth"),
+        (["format=torch_export", "sizes=any"], "sizes=any is for format=onnx or openvino, not torch_export"),
+        (["format=pth", "sizes=crop"], "sizes=crop is for format=onnx, openvino or torch_export, not pth"),
+        (["format=openvino", "int8=photos"], "int8=photos is for format=onnx, not openvino"),
         (["format=onnx", "crop=16"], "crop=16: input should be greater than or equal to 32"),
     ],
 )
@@ -173,9 +282,13 @@ def test_options_that_make_no_sense_together(overrides, message):
 
 @pytest.mark.slow
 def test_the_suffix_is_the_formats(checkpoint, tmp_path):
-    for form, suffix in (("onnx", ".onnx"), ("torch_export", ".pt2")):
+    for form, suffix in (("onnx", ".onnx"), ("openvino", ".xml"), ("torch_export", ".pt2")):
         with pytest.raises(ConfigError, match=f"out.pth does not end in {suffix}: set format=... or another name"):
             export(checkpoint, f"format={form}", f"out={tmp_path}/out.pth")
+    weights = tmp_path / "net.bin"
+    weights.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(ConfigError, match=f"out={tmp_path}/net.xml is the checkpoint itself: set another name"):
+        export(weights, "format=openvino", f"out={tmp_path}/net.xml")  # its weights would be in net.bin
 
 
 def test_failures_of_the_exporter_are_not_kept_back():

@@ -8,6 +8,7 @@ import torch
 
 import resnest_imagenet
 from conftest import compose_config
+from graph_files import open_openvino
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import explain
 from resnest_imagenet.commands.export import run
@@ -76,6 +77,8 @@ def test_an_onnx_graph_of_any_size_finds_what_the_network_does(network, checkpoi
     import onnx
     import onnxruntime
 
+    from resnest_imagenet.weights import graphs_rcnn
+
     monkeypatch.chdir(tmp_path)
     export(checkpoint, "format=onnx")
     out, err = capfd.readouterr()
@@ -98,6 +101,19 @@ def test_an_onnx_graph_of_any_size_finds_what_the_network_does(network, checkpoi
         assert len(expected) > 3 and outputs[2].tolist() == expected.labels.tolist()
         for name, output in zip(names, outputs, strict=True):
             torch.testing.assert_close(torch.from_numpy(output), getattr(expected, name), rtol=1e-3, atol=1e-3)
+    # OpenVINO's form is made from this graph.
+    monkeypatch.setattr(graphs_rcnn, "_make_onnx", lambda *_: graph.SerializeToString())
+    export(checkpoint, "format=openvino", "out=detector.xml")
+    found = re.match(
+        rf"wrote detector.xml and detector.bin: {WORDS}, OpenVINO IR, \d+\.\d MB, {numbers}", capfd.readouterr()[0]
+    )
+    assert found and (found[1], found[2]) == (match[1], "0")
+    compute, described = open_openvino(tmp_path / "detector.xml")
+    assert json.loads(described["classes"]) == CLASSES
+    images, size, expected = find(network, 128, 224, (97, 220))
+    outputs = compute(images=images, size=size)
+    for name in names:
+        torch.testing.assert_close(outputs[name], getattr(expected, name), rtol=1e-3, atol=1e-3)
 
 
 def test_a_program_of_one_size_finds_what_the_network_does(network, checkpoint, tmp_path, capfd):

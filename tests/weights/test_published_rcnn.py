@@ -167,7 +167,7 @@ def with_(key, value):
         ),
         (
             lambda s: {key.replace("res5.0", "res5.1"): value for key, value in s.items()},
-            "a detector on a backbone that is none of this project's networks",
+            "a detector on a backbone that is not one of this project's networks",
         ),
     ],
 )

@@ -1,6 +1,6 @@
 """How cost grows: a step against batch, crop and depth; starting, saving, evaluating, a second rank.
 
-python tools/benchmarks/growth.py [--device cpu] [--precision fp32] [--rounds 3] [--parts P] [--out docs/growth.json]
+python tools/benchmarks/growth.py [--device cpu] [--precision fp32] [--rounds 3] [--out docs/growth.json] [--only start]
 python tools/benchmarks/growth.py --report docs/growth.json     (the tables for docs/growth.md; draws growth.png beside)
 
 Times are ratios, measured side by side: rounds are interleaved, a figure is the median. Memory is what a forward pass
@@ -335,8 +335,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="a JSON file; with --parts it keeps its other parts")
-    parser.add_argument("--parts", nargs="+", help="measure these alone: start, resume, checkpoint, ...")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", help="parts to measure again; --out keeps its others")
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     if args.report:
@@ -344,8 +344,8 @@ def main() -> None:
         draw(result, args.report.with_suffix(".png"))
         print(report(result), end="")
         return
-    old = json.loads(args.out.read_text()) if args.parts and args.out and args.out.exists() else {}
-    result = {**old, "machine": describe_machine(torch.device(args.device)), "precision": args.precision}
+    kept = json.loads(args.out.read_text()) if args.only and args.out and args.out.exists() else {}
+    result = {**kept, "machine": describe_machine(torch.device(args.device)), "precision": args.precision}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_demo_images(folder / "data", 0, train_per_class=16, val_per_class=100)
@@ -357,7 +357,7 @@ def main() -> None:
             ("evaluation", lambda: measure_evaluation(folder, args.rounds)),
             ("curves", lambda: measure_curves(args.rounds, args.device, args.precision)),
         ):
-            if args.parts and part not in args.parts:
+            if args.only and part not in args.only:
                 continue
             result[part] = work()
             print(part, "measured", flush=True)

@@ -27,15 +27,11 @@ from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import RECIPES
+from resnest_imagenet.weights.hub_push import require_token
 from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
-_KINDS = (
-    "folder",
-    "webdataset",
-    "csv",
-    "coco",
-    *LAYOUTS,
-)  # the project's own; where another's data are, only that one tells
+# This project's own; only another package's source finds its data.
+_KINDS = ("folder", "webdataset", "csv", "coco", *LAYOUTS)
 
 
 def refuse_early(config: Options) -> None:
@@ -77,7 +73,7 @@ def _check_start(config: TrainConfig) -> None:
 
 def _check_root(config: EvalConfig) -> None:
     """Only the weights tell which of its folders are read."""
-    if config.data.kind == "csv" and config.data.csv is not None:
+    if config.data.kind == "csv" and (config.data.csv is not None or Path(config.data.root).is_file()):
         find_csv(config.data.root, config.data.csv)
     elif config.data.kind in _KINDS:
         require_root(config.data.root)
@@ -107,6 +103,13 @@ def _check_weights(sources: Sequence[str]) -> None:
             find_weights(source)
 
 
+def _check_export(config: ExportConfig) -> None:
+    if config.int8 is not None:
+        require_folder(Path(config.int8), "int8")
+    if config.push is not None:
+        require_token(config.push)
+
+
 def _check_runs(config: ReportConfig) -> None:
     read_matching(config.runs, lambda path: require_folder(path, "runs"))
 
@@ -134,7 +137,7 @@ CHECKS: dict[type[Options], tuple[Callable[[Any], None], ...]] = {
     PredictConfig: (_check_images, _check_checkpoints),
     ExplainConfig: (_check_images, _check_checkpoints),
     CompareConfig: (_outputs("csv", "page"), _check_compared, _check_checkpoints),
-    ExportConfig: (_check_checkpoints,),
+    ExportConfig: (_check_export, _check_checkpoints),
     ReportConfig: (_outputs("out"), _check_runs),
     Table3Config: (_check_results,),
 }

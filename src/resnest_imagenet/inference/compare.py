@@ -15,14 +15,12 @@ from tqdm import tqdm
 
 from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import ImageFolder
-from resnest_imagenet.data.loader import build_loader
-from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.accuracy import TOP
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
+from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, load_in_order, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.inference.options import check_arguments
@@ -106,16 +104,15 @@ def compare(
     if not len(usable):
         raise DataError(skipped[0])
     judgements = [_Judgement(classifier, usable) for classifier in classifiers]
-    plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
     # Networks with the same transform share the decoded images.
     groups: dict[tuple[EvalTransform, device], list[_Judgement]] = {}
     for judgement in judgements:
         classifier = judgement.classifier
         groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
     with tqdm(total=len(usable) * len(groups), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
-        for (transform, place), group in groups.items():
+        for group in groups.values():
             alike = [judgement.classifier for judgement in group]
-            batches = build_loader(arguments.loader, usable, plan, transform, place, arguments.workers)
+            batches = load_in_order(alike, usable, arguments)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):
                     judgement.add(probabilities)

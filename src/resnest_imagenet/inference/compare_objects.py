@@ -34,16 +34,16 @@ class ObjectComparison:
         names: of the networks, all different.
         images: the N images.
         classes: K names, in the order of the class indices, the same for all networks.
-        score: that all detections are above.
-        objects: for each image what each network finds, without the picture.
-        shared: for each image and network bool (n,): whether a detection matches one of every other network.
-        differing: (N,) float64, over all pairs of networks the share of the detections that do not match; 0 where
-            nothing is found.
-        num_detections: (M, K) int64, of each network and class in all images.
-        agreement: (K,) float64, over all pairs of networks the detections of a class that match, in percent; NaN where
-            it is not found.
-        skipped: a line for each image that cannot be used; it is none of the N.
-        protocols: how each network sees an image.
+        score: all detections have a higher one.
+        objects: the detections of each network in each image, without its pixels.
+        shared: for each image and network, bool (n,): whether a detection matches one of every other network.
+        differing: (N,) float64, the share of the detections that do not match, over all pairs of networks; 0 if nothing
+            is found.
+        num_detections: (M, K) int64, by network and class, in all images.
+        agreement: (K,) float64, the share of a class's detections that match, in percent, over all pairs of networks;
+            NaN if the class is not found.
+        skipped: a line for each image that cannot be used; the N do not include it.
+        protocols: how images are shown to each network, in words.
     """
 
     names: tuple[str, ...]

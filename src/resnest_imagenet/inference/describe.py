@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from resnest_imagenet.data.transforms import MEAN, STD, Colour
+from resnest_imagenet.data.transforms import MEAN, STD, Colour, EvalTransform
 from resnest_imagenet.inference.classifier import choose_transforms
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.inference.segmenter import read_protocol
@@ -27,6 +27,11 @@ def describe_input(
     """
     arguments = check_arguments(crop=crop, protocol=protocol)
     (transform,) = choose_transforms(weights, name, arguments.crop, arguments.changes)
+    return describe_transform(transform)
+
+
+def describe_transform(transform: EvalTransform) -> ImageInput:
+    """Return in other programs' words what a transform makes of an image."""
     mean, std = _scale_normalisation(transform.mean, transform.std)
     return ImageInput(
         transform.crop,

@@ -19,6 +19,7 @@ from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.evaluation.detections import bring_back, is_finite
 from resnest_imagenet.evaluation.masks import decode_mask, encode_masks
+from resnest_imagenet.evaluation.operators import choose_for_inference
 from resnest_imagenet.inference.detector import Detector, open_detector, take_detector
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
@@ -164,6 +165,8 @@ def detect(
     listed = list_images(images)
     detector = open_above(network, arguments.score)
     usable, skipped = split_unreadable(listed)
+    size = (detector.protocol.short_side, detector.protocol.longest)
+    choose_for_inference(detector.module, (1, *size), arguments.precision)
     return DetectedImages(detector, usable, tuple(skipped), arguments.score, arguments.precision)
 
 

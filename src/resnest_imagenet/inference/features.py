@@ -14,11 +14,9 @@ from tqdm import tqdm
 from resnest_imagenet.compute import autocast
 from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import ImageFolder
-from resnest_imagenet.data.loader import build_loader
-from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import require_finite
-from resnest_imagenet.inference.classifier import Classifier, take_classifier
+from resnest_imagenet.inference.classifier import Classifier, load_in_order, take_classifier
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import Arguments, check_arguments
 from resnest_imagenet.models.zoo import find_head
@@ -84,8 +82,7 @@ def _extract_batches(
     classifier: Classifier, images: ImageFolder, layer: str, arguments: Arguments
 ) -> Iterator[np.ndarray]:
     """Yield the vectors of each batch, float32 (B, C)."""
-    plan = plan_evaluation(len(images), arguments.batch_size, 0, 1)
-    loader = build_loader(arguments.loader, images, plan, classifier.transform, classifier.device, arguments.workers)
+    loader = load_in_order([classifier], images, arguments)
     done = 0
     with (
         tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress,

@@ -13,14 +13,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from resnest_imagenet.data.examine import split_unreadable
-from resnest_imagenet.data.loader import build_loader
-from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import printable
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.class_table import format_classes, list_classes
 from resnest_imagenet.evaluation.mistakes import measure_classes
-from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, find_outputs, take_classifier
+from resnest_imagenet.inference.classifier import (
+    Classifier,
+    compute_probabilities,
+    find_outputs,
+    load_in_order,
+    take_classifier,
+)
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.imagenet_classes import class_words
@@ -87,8 +91,7 @@ def predict(
     predictions: list[Prediction] = []
     if not len(usable):
         return predictions, skipped
-    plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
-    batches = build_loader(arguments.loader, usable, plan, classifier.transform, classifier.device, arguments.workers)
+    batches = load_in_order([classifier], usable, arguments)
     done, truth = 0, find_true_labels(usable, classifier.classes)
     with tqdm(total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
         for (probabilities,) in compute_probabilities([averaged], batches, precision, usable.name):

@@ -16,6 +16,7 @@ from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.evaluation.accuracy import TOP, Evaluation, measure_accuracy
 from resnest_imagenet.evaluation.class_table import format_classes, list_classes
 from resnest_imagenet.evaluation.mistakes import ClassFigures, count_confusions, measure_classes
+from resnest_imagenet.evaluation.operators import choose_attention, choose_gpu_decoder
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.results import CropResult, Results
 from resnest_imagenet.files import write_atomically
@@ -119,6 +120,10 @@ def evaluate(
     transforms = classifier.transforms
     with distributed.join(classifier.device) as ranks, supervise(ranks) as watch:
         plan = plan_evaluation(len(labelled), arguments.batch_size, ranks.rank, ranks.world_size)
+        choose_gpu_decoder(labelled, arguments.loader, ranks)
+        for transform in transforms if not compile_network else ():  # torch.compile fuses the formula
+            size = (arguments.batch_size, transform.crop, transform.crop)
+            choose_attention(classifier.module, size, precision, ranks)
         # Build all loaders before the first is used: a refusal then comes at once.
         loaders = [
             build_loader(arguments.loader, labelled, plan, transform, ranks.device, arguments.workers)

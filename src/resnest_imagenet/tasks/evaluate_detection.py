@@ -12,6 +12,7 @@ from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.boxes import FIGURES, BoxScores, score_detections
 from resnest_imagenet.evaluation.detections import detect_over_ranks, encode_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, open_ground_truth
+from resnest_imagenet.evaluation.operators import choose_attention
 from resnest_imagenet.files import write_atomically
 from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.options import check_arguments
@@ -47,6 +48,8 @@ def evaluate_detector(
         )
     truth = open_ground_truth(instances, masks=detector.finds_masks)
     with distributed.join(detector.device) as ranks, supervise(ranks) as watch:
+        size = (detector.protocol.short_side, detector.protocol.longest)
+        choose_attention(detector.module, (1, *size), precision, ranks)
         loader = build_val_loader(instances, detector.protocol, detector.name, ranks, arguments.workers)
 
         def before_batch(batch: int, is_everywhere: bool) -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -139,7 +140,8 @@ def _fits(task: Task, device: torch.device) -> bool:
     is_cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if is_cuda else 0
     try:
-        most = _take_step(task, device)
+        with torch.cuda.device(device) if is_cuda else nullcontext():  # kernels of Triton go to the current one
+            most = _take_step(task, device)
         return not is_cuda or most < free * (1 - _SPARE) - _SPARE_BYTES
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) and "ALLOC_FAILED" not in str(error):

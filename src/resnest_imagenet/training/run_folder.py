@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ from resnest_imagenet.errors import (
     explain_runtime,
 )
 from resnest_imagenet.evaluation.events import parse_events
+from resnest_imagenet.evaluation.operators import Choice
 from resnest_imagenet.files import (
     DAMAGED,
     make_way,
@@ -54,7 +55,7 @@ class RunFolder:
     """The files of one run. Only rank 0 writes; on other ranks, methods that write do nothing.
 
     config.yaml        the resolved configuration
-    environment.json   versions, devices, git commit, command
+    environment.json   versions, devices, git commit, command, operators that were tried on the device
     status.json        {"state": "running" | "finished" | "stopped" | "failed", "saved_step": ..., "exit_code": ...}
     failed_start.json  how the last start ended, if it ended before it was clear that it belongs to this folder's run
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
@@ -116,13 +117,16 @@ class RunFolder:
                     self.write_end(error)
                 raise
 
-    def begin(self, config: dict[str, Any], ranks: Ranks, saved_step: int | None) -> None:
+    def begin(
+        self, config: dict[str, Any], ranks: Ranks, saved_step: int | None, choices: Mapping[str, Choice] | None = None
+    ) -> None:
         """Write the run's description, when it is clear that the folder holds no other run: all files are now its own.
 
         Args:
             config: the resolved configuration.
             ranks: the ranks of the run.
             saved_step: of the checkpoint from which it resumes; None: from scratch.
+            choices: of operators that were tried on this device, by their names in environment.json.
         """
         if not self._is_main:
             return
@@ -138,7 +142,8 @@ class RunFolder:
         self._own_status()
         with write_atomically(self.path / "config.yaml") as file:
             file.write(_to_yaml(config).encode())
-        self._write_json("environment.json", describe_environment(ranks))
+        tried = {name: choice.describe() for name, choice in (choices or {}).items()}
+        self._write_json("environment.json", describe_environment(ranks) | tried)
 
     def write_end(self, error: BaseException) -> None:
         """Write how the run ended: to status.json, or to failed_start.json if it has not begun."""

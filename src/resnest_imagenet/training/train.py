@@ -23,7 +23,7 @@ from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.stopping import StopRequest
 from resnest_imagenet.training.trace import Trace
 from resnest_imagenet.training.trackers import require_trackers
-from resnest_imagenet.training.wrapping import wrap
+from resnest_imagenet.training.wrapping import choose_operators, wrap
 
 
 def train(config: TrainConfig) -> TrainingState:
@@ -59,12 +59,14 @@ def train(config: TrainConfig) -> TrainingState:
         # 4. The network, the same on every rank, and all that changes with it: new, or from the newest checkpoint.
         saver = Saver.of(run, ranks, task, plan, tick=lambda: watch.then(STARTING))
         saved = saver.find(config.checkpoint.on_mismatch)
-        state = TrainingState(task.build_model(saved is None, device), recipe, task.head)
+        model = task.build_model(saved is None, device)
+        choices = choose_operators(model, task, ranks, saver, saved)
+        state = TrainingState(model, recipe, task.head)
         if saved is not None:
             if saver.restore(state, loader, saved):
                 return state
             del saved  # as large as the state
-        run.begin(config.model_dump(), ranks, state.step or None)
+        run.begin(config.model_dump(), ranks, state.step or None, choices)
         trace.report_last_attempt(task.train_set, task.val_set)
         log = stack.enter_context(RunLog(run.path, plan, task, state, ranks, trackers))
         network = wrap(state.model, task, ranks)

@@ -1,4 +1,4 @@
-"""A network as a graph that runs without its code: ONNX, or torch.export's program."""
+"""A network as a graph that runs without its code: ONNX, OpenVINO's form, or torch.export's program."""
 
 import io
 import json
@@ -18,16 +18,27 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError, name_extra
-from resnest_imagenet.files import write_atomically
+from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.weights.card import DescribeInput, DescribeScenes, open_network
-from resnest_imagenet.weights.export import choose_file, describe_deeplab, describe_weights, digest
+from resnest_imagenet.weights.export import (
+    choose_file,
+    describe_deeplab,
+    describe_weights,
+    digest,
+    require_other,
+)
 from resnest_imagenet.weights.load import Weights, read_weights
+from resnest_imagenet.weights.openvino import encode_openvino, load_openvino
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
-SUFFIXES = {"onnx": "onnx", "torch_export": "pt2"}
+SUFFIXES = {"onnx": "onnx", "openvino": "xml", "torch_export": "pt2"}
 OPSET = 18  # torch's translations are written for it; any other is converted from it
 TOLERANCE = 1e-3  # largest difference between graph and network, as a share of the largest logit
+
+# What each form is made with.
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+_ANY = ("onnx", "openvino")  # forms whose graphs may take images of any size
 
 Run = Callable[[Tensor], Tensor]
 
@@ -44,25 +55,25 @@ def export_graph(
 ) -> str:
     """Write a network as a graph, if the graph's logits agree with the network's; return a line about the file.
 
-    The batch norms are folded into the convolutions. An ONNX graph has the input "images" (batch, 3, height, width),
-    with any batch, height and width, and the output "logits" (batch, classes). torch.export's program takes only images
-    of the crop, and so does an ONNX graph with sizes="crop".
+    The batch norms are folded into the convolutions. A graph of ONNX or OpenVINO has the input "images" (batch, 3,
+    height, width), with any batch, height and width, and the output "logits" (batch, classes). torch.export's program
+    takes only images of the crop, and so do the others with sizes="crop".
 
     Args:
         source: a checkpoint, a file of weights, or published weights; or the result of `read_weights` for one.
         describe: returns the network's input, from the weights and the network's name.
-        out: the file; None: MODEL.onnx or MODEL.pt2.
+        out: the file; None: MODEL.onnx, MODEL.xml (with MODEL.bin beside it) or MODEL.pt2.
         model: name of the network; None if the weights include it.
         weights: "model", "ema" or "auto".
-        form: "onnx" or "torch_export".
-        sizes: of images: "any" ("onnx" only) or "crop"; None: any if the form can.
+        form: "onnx", "openvino" or "torch_export".
+        sizes: of images: "any" (not "torch_export") or "crop"; None: any if the form can.
 
     Raises:
         UserError: a user's error, in one line; or the graph's logits differ from the network's.
     """
     require_form(form)
     network, loaded, card = open_network(source, describe, model, weights)
-    file = choose_file(loaded.source, out, f"{card.model}.{SUFFIXES[form]}")
+    file = choose_graph_file(loaded.source, out, card.model, form)
     words = describe_weights(loaded, card.model)
     graph_form = GraphForm(form, card.images.crop, choose_any(form, sizes))
     return _write_graph(network, loaded.source, file, graph_form, card.to_metadata(), words)
@@ -85,12 +96,12 @@ def export_deeplab_graph(
     Args:
         source: a checkpoint of a run of segmentation, or the result of `read_weights` for one.
         describe: returns the description for other programs.
-        out: the file; None: deeplabv3_MODEL.onnx or .pt2.
+        out: the file; None: deeplabv3_MODEL.onnx, .xml or .pt2.
         weights: "model", "ema" or "auto".
         crop: side of the images with which the graph is tried, and the only side that it takes if it does not take any;
             None: the recipe's.
-        form: "onnx" or "torch_export".
-        sizes: of images: "any" ("onnx" only) or "crop"; None: any if the form can.
+        form: "onnx", "openvino" or "torch_export".
+        sizes: of images: "any" (not "torch_export") or "crop"; None: any if the form can.
 
     Raises:
         UserError: a user's error, in one line; or the graph's logits differ from the network's.
@@ -101,7 +112,7 @@ def export_deeplab_graph(
     network.auxiliary = None
     assert loaded.training
     side = crop or loaded.training["crop"]
-    file = choose_file(loaded.source, out, f"deeplabv3_{loaded.model}.{SUFFIXES[form]}")
+    file = choose_graph_file(loaded.source, out, f"deeplabv3_{loaded.model}", form)
     graph_form = GraphForm(form, side, choose_any(form, sizes))
     metadata = describe(loaded, side)
     return _write_graph(network, loaded.source, file, graph_form, metadata, describe_deeplab(loaded))
@@ -109,7 +120,7 @@ def export_deeplab_graph(
 
 @dataclass(frozen=True)
 class GraphForm:
-    """The kind of graph: "onnx" or "torch_export", for images whose sides are the crop, or of any size."""
+    """The kind of graph: a name of `SUFFIXES`, for images whose sides are the crop, or of any size."""
 
     name: str
     crop: int
@@ -118,33 +129,54 @@ class GraphForm:
     @property
     def text(self) -> str:
         """Its part of the line about the file."""
-        kind = [f"opset {OPSET}"] * (self.name == "onnx") + [f"crop {self.crop}"] * (not self.takes_any)
-        return ", ".join(kind)
+        kind = {"onnx": [f"opset {OPSET}"], "openvino": ["OpenVINO IR"]}.get(self.name, [])
+        return ", ".join(kind + [f"crop {self.crop}"] * (not self.takes_any))
 
 
 def choose_any(form: str, sizes: str | None) -> bool:
     """Return whether a graph takes images of any size.
 
     Args:
-        form: "onnx" or "torch_export".
+        form: a name of `SUFFIXES`.
         sizes: the user's choice: "any", "crop" or None.
 
     Raises:
         ConfigError: the form has no such graph.
     """
-    if sizes == "any" and form != "onnx":
-        raise ConfigError(f"sizes=any is for format=onnx, not {form}")
-    return form == "onnx" and sizes != "crop"
+    if sizes == "any" and form not in _ANY:
+        raise ConfigError(f"sizes=any is for format=onnx or openvino, not {form}")
+    return form in _ANY and sizes != "crop"
 
 
 def _write_graph(
     network: nn.Module, source: str, file: Path, form: GraphForm, metadata: dict[str, str], words: str
 ) -> str:
     """Write a network as a graph after comparing the two; return a line about the file, with some words."""
-    make, load = (_make_onnx, _load_onnx) if form.name == "onnx" else (_make_program, _load_program)
+    contents, agreement = make_graph(network, source, file, form, metadata)
+    return f"wrote {name_written(file, form)}: {words}, {form.text}, {write_contents(file, contents, agreement)}"
+
+
+def make_graph(
+    network: nn.Module, source: str, file: Path, form: GraphForm, metadata: dict[str, str]
+) -> tuple[tuple[bytes, ...], str]:
+    """Make a graph and compare it with its network.
+
+    Args:
+        network: in evaluation mode.
+        source: of its weights, for messages.
+        file: that will be written, for messages.
+        form: of the graph.
+        metadata: texts by name.
+
+    Returns:
+        The contents of its files, as `write_contents` takes them, and their agreement in words.
+
+    Raises:
+        UserError: the network's logits are not finite, or the graph's differ from them.
+    """
     with quiet(), torch.no_grad():
-        content = make(fold_batch_norms(network), form, metadata)
-        run = load(content)
+        contents = _encode_graph(fold_batch_norms(network), form, metadata)
+        run = _load_graph(contents, form)
     shapes = [(1, form.crop, form.crop), (3, form.crop, form.crop)]
     if form.takes_any:
         shapes.append((2, form.crop + 33, form.crop))
@@ -156,12 +188,53 @@ def _write_graph(
         raise UserError(
             f"{file} is not written: its logits (up to {largest:.3g}) differ by {difference:.2g} from torch's"
         )
-    with write_atomically(file) as opened:
-        opened.write(content)
-    return (
-        f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, logits from "
-        f"{lowest:.3g} to {highest:.3g} and within {difference:.2g} of the network's, SHA-256 {digest(file)}"
-    )
+    return contents, f"logits from {lowest:.3g} to {highest:.3g} and within {difference:.2g} of the network's"
+
+
+def choose_graph_file(source: str, out: str | PathLike[str] | None, name: str, form: str) -> Path:
+    """Return the file to write, see `choose_file`; for OpenVINO, NAME.bin beside it must not be the source either."""
+    file = choose_file(source, out, f"{name}.{SUFFIXES[form]}")
+    if form == "openvino":
+        require_other(source, out or file, file.with_suffix(".bin"))
+    return file
+
+
+def name_written(file: Path, form: GraphForm) -> str:
+    """Return the files of a graph in words: OpenVINO's weights are in a second file, NAME.bin."""
+    return f"{file} and {file.with_suffix('.bin').name}" if form.name == "openvino" else str(file)
+
+
+def write_contents(file: Path, contents: tuple[bytes, ...], agreement: str) -> str:
+    """Write a graph's files; return their size, agreement and checksums in words.
+
+    Args:
+        file: of the graph.
+        contents: of that file and, for OpenVINO, of its weights.
+        agreement: of the graph and its network, in words.
+    """
+    paths = [file, file.with_suffix(".bin")][: len(contents)]
+    if len(paths) > 1:  # without the graph nothing reads the weights, so old and new are never mixed
+        with naming_storage_errors(file):
+            file.unlink(missing_ok=True)
+    for path, content in reversed([*zip(paths, contents, strict=True)]):
+        with write_atomically(path) as opened:
+            opened.write(content)
+    digests = " and ".join(digest(path) for path in paths)
+    return f"{sum(map(len, contents)) / 1e6:.1f} MB, {agreement}, SHA-256 {digests}"
+
+
+def _encode_graph(network: nn.Module, form: GraphForm, metadata: dict[str, str]) -> tuple[bytes, ...]:
+    if form.name == "torch_export":
+        return (_make_program(network, form, metadata),)
+    graph = _make_onnx(network, form, metadata)
+    return encode_openvino(graph) if form.name == "openvino" else (graph,)
+
+
+def _load_graph(contents: tuple[bytes, ...], form: GraphForm) -> Run:
+    if form.name == "openvino":
+        run = load_openvino(*contents)
+        return lambda images: run({"images": images})["logits"]
+    return _load_onnx(*contents) if form.name == "onnx" else _load_program(*contents)
 
 
 def compare_logits(model: nn.Module, run: Run, shapes: list[tuple[int, int, int]]) -> tuple[float, float, float]:
@@ -194,14 +267,12 @@ def draw_images(batch: int, height: int, width: int, generator: torch.Generator)
 
 
 def require_form(form: str) -> None:
-    """Raise a ConfigError if a package of a format, "onnx" or "torch_export", is not installed."""
-    if form != "onnx":
-        return
+    """Raise a ConfigError if a package of a format, such as "onnx", is not installed."""
     try:
-        for package in ("onnx", "onnxscript", "onnxruntime"):
+        for package in _PACKAGES.get(form, ()):
             import_module(package)
     except ImportError as error:
-        raise ConfigError(f"format=onnx needs {name_extra('onnx')}") from error
+        raise ConfigError(f"format={form} needs {name_extra(form)}") from error
 
 
 def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> bytes:

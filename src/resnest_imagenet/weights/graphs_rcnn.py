@@ -1,4 +1,4 @@
-"""A detector as a graph that runs without its code: ONNX, or torch.export's program."""
+"""A detector as a graph that runs without its code: ONNX, OpenVINO's form, or torch.export's program."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -12,32 +12,33 @@ from torch import Tensor
 from torch.export import Dim
 
 from resnest_imagenet.errors import ConfigError, UserError
-from resnest_imagenet.files import write_atomically
 from resnest_imagenet.instances import STRIDE, Detections
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.rcnn_graph import RCNNGraph
 from resnest_imagenet.weights.card import DescribeObjects
 from resnest_imagenet.weights.detection import DETECTION, restore_rcnn
-from resnest_imagenet.weights.export import choose_file, digest
 from resnest_imagenet.weights.export_rcnn import describe_rcnn
 from resnest_imagenet.weights.graphs import (
     OPSET,
-    SUFFIXES,
     TOLERANCE,
     GraphForm,
     choose_any,
+    choose_graph_file,
     draw_images,
     encode_onnx,
     encode_program,
+    name_written,
     quiet,
     require_form,
+    write_contents,
 )
 from resnest_imagenet.weights.load import Weights, read_weights
+from resnest_imagenet.weights.openvino import encode_openvino, load_openvino
 
 LEAST = 3 * STRIDE  # of a side of any size
 BOX_TOLERANCE = 1e-4  # of the image's longer side, for the difference of a box's corner
-UNMATCHED = 0.01  # of the detections at most: where a number decides, its last digit may
+UNMATCHED = 0.01  # largest share of detections: a rounding error may decide about one
 
 RunDetector = Callable[[Tensor, Tensor], Detections]
 
@@ -60,25 +61,25 @@ def export_rcnn_graph(
     form: str = "onnx",
     sizes: str | None = None,
 ) -> str:
-    """Write a detector as a graph, unless it finds something else; return a line about the file.
+    """Write a detector as a graph, if both find the same objects; return a line about the file.
 
-    Its inputs are "images" (1, 3, height, width), padded, and "size", int64 (2,), height and width without the padding;
-    its outputs "boxes" (n, 4), "scores" (n,), "labels" (n,), and "masks" (n, 28, 28) where there are any: see
-    `RCNNGraph`. The batch norms are folded into the convolutions.
+    The inputs of the graph are "images" (1, 3, height, width), padded, and "size", int64 (2,), height and width without
+    the padding. Its outputs are "boxes" (n, 4), "scores" (n,), "labels" (n,) and, of a detector with masks, "masks"
+    (n, 28, 28): see `RCNNGraph`. The batch norms are folded into the convolutions.
 
     Args:
         source: a checkpoint of a run of detection, or what `read_weights` has made of it.
-        describe: returns what another program needs to use the network.
-        out: the file; None: rcnn_MODEL.onnx or .pt2.
+        describe: returns the metadata that another program needs to use the network.
+        out: the file; None: rcnn_MODEL.onnx, .xml or .pt2.
         weights: "model", "ema" or "auto".
-        protocol: what is not its run's of min_score, nms and detections, which are part of the graph, and of
-            short_side and longest, the size of the images that it is tried with.
-        crop: side of the images where not any are taken, a multiple of 32; None: as much as `longest` needs.
-        form: "onnx" or "torch_export".
-        sizes: of images: "any" (of "onnx" only; multiples of 32 from 96 on) or "crop"; None: any where there can be.
+        protocol: changes to its run's min_score, nms and detections, which are part of the graph, and to short_side and
+            longest, which are the size of the trial images.
+        crop: side of the images with sizes="crop", a multiple of 32; None: large enough for `longest`.
+        form: "onnx", "openvino" or "torch_export".
+        sizes: of images: "any" (not "torch_export"; multiples of 32 from 96 on) or "crop"; None: "any" if possible.
 
     Raises:
-        UserError: for what a user can cause, as one line; or the graph's detections are not the network's.
+        UserError: for errors that a user can cause, as one line; or the graph's detections are not the network's.
     """
     require_form(form)
     takes_any = choose_any(form, sizes)
@@ -89,7 +90,7 @@ def export_rcnn_graph(
     side = crop or _round_up(shown["longest"])
     if side % STRIDE:
         raise ConfigError(f"crop={side}: the sides of a detector's images are multiples of {STRIDE}")
-    file = choose_file(loaded.source, out, f"rcnn_{loaded.model}.{SUFFIXES[form]}")
+    file = choose_graph_file(loaded.source, out, f"rcnn_{loaded.model}", form)
     outputs = ("boxes", "scores", "labels", *(["masks"] if "masks" in network.loss_names else []))
     graph_form = _DetectorForm(form, side, takes_any, outputs)
     trials = [(side, side, side, side), (side, side, side - side // 4, side)]
@@ -113,31 +114,41 @@ def _write_graph(
     words: str,
 ) -> str:
     """Write a detector as a graph that has been run beside it; return a line about the file, with some words."""
-    make, load = (_make_onnx, _load_onnx) if form.name == "onnx" else (_make_program, _load_program)
     folded = fold_batch_norms(network)
     assert isinstance(folded, RCNN)
     with quiet(), torch.no_grad():
-        content = make(RCNNGraph(folded).eval(), form, metadata)
-        run = load(content, form)
+        contents = _encode_graph(RCNNGraph(folded).eval(), form, metadata)
+        run = _load_graph(contents, form)
     agreement = compare_detections(network, run, trials)
     if agreement.unmatched > UNMATCHED * agreement.total:
         raise UserError(
             f"{file} is not written: {agreement.unmatched} of its and torch's {agreement.total} detections in drawn "
             "images are not the same: use format=safetensors or hub"
         )
-    with write_atomically(file) as opened:
-        opened.write(content)
-    return f"wrote {file}: {words}, {form.text}, {len(content) / 1e6:.1f} MB, {agreement.text}, SHA-256 {digest(file)}"
+    return f"wrote {name_written(file, form)}: {words}, {form.text}, {write_contents(file, contents, agreement.text)}"
+
+
+def _encode_graph(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> tuple[bytes, ...]:
+    if form.name == "torch_export":
+        return (_make_program(graph, form, metadata),)
+    content = _make_onnx(graph, form, metadata)
+    return encode_openvino(content) if form.name == "openvino" else (content,)
+
+
+def _load_graph(contents: tuple[bytes, ...], form: _DetectorForm) -> RunDetector:
+    if form.name == "openvino":
+        return _load_openvino(contents, form)
+    return _load_onnx(contents[0], form) if form.name == "onnx" else _load_program(contents[0])
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a network and its graph agree.
+    """The agreement of a network and its graph.
 
     Attributes:
-        total: detections of both, together.
-        unmatched: those of them that the other does not have.
-        box, score, mask: largest differences of those that both have: in pixels, and of probabilities.
+        total: number of detections of both together.
+        unmatched: number of them that only one of the two has.
+        box, score, mask: largest differences of matching detections, in pixels and in probabilities.
     """
 
     total: int
@@ -160,12 +171,12 @@ class Agreement:
 def compare_detections(network: RCNN, run: RunDetector, trials: list[tuple[int, int, int, int]]) -> Agreement:
     """Run a network and its graph on images.
 
-    Detections are the same where their classes are, and boxes, scores and masks differ by less than the tolerances.
+    Detections match if they have the same class, and boxes, scores and masks differ by less than the tolerances.
 
     Args:
         network: in evaluation mode.
         run: its graph.
-        trials: (height, width) of each image, and without its padding.
+        trials: (height, width) of each image with and without padding.
     """
     generator = torch.Generator().manual_seed(0)
     total = unmatched = 0
@@ -185,7 +196,7 @@ def compare_detections(network: RCNN, run: RunDetector, trials: list[tuple[int, 
 
 
 def match_detections(first: Detections, second: Detections, box_tolerance: float) -> Tensor:
-    """Return the differences of the detections that both have, float32 (n, 3): of box, score and mask.
+    """Return the differences of matching detections in box, score and mask, float32 (n, 3).
 
     Args:
         first: of one image.
@@ -215,7 +226,7 @@ def match_detections(first: Detections, second: Detections, box_tolerance: float
 
 
 def _make_onnx(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> bytes:
-    # Of any size: other sides than the least and than each other, which are taken for special.
+    # For any size, trace sides that differ from the least one and from each other: exporters specialise such values.
     sides = (4 * STRIDE, 5 * STRIDE) if form.takes_any else (form.crop, form.crop)
     any_side = ({2: STRIDE * Dim("rows", min=3), 3: STRIDE * Dim("columns", min=3)}, None) if form.takes_any else None
     program = torch.onnx.export(
@@ -247,11 +258,21 @@ def _load_onnx(content: bytes, form: _DetectorForm) -> RunDetector:
     return run
 
 
+def _load_openvino(contents: tuple[bytes, ...], form: _DetectorForm) -> RunDetector:
+    graph = load_openvino(*contents)
+
+    def run(images: Tensor, size: Tensor) -> Detections:
+        outputs = graph({"images": images, "size": size})
+        return Detections(*(outputs[name] for name in form.outputs))
+
+    return run
+
+
 def _make_program(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> bytes:
     sides = (form.crop, form.crop)
     return encode_program(torch.export.export(graph, (torch.zeros(1, 3, *sides), torch.tensor(sides))), metadata)
 
 
-def _load_program(content: bytes, form: _DetectorForm) -> RunDetector:
+def _load_program(content: bytes) -> RunDetector:
     module = torch.export.load(io.BytesIO(content)).module()
     return lambda images, size: Detections(*module(images, size))

@@ -14,6 +14,7 @@ from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
 from resnest_imagenet.weights.card import Card, DescribeInput, open_network
 from resnest_imagenet.weights.export import describe_weights, digest, require_other
+from resnest_imagenet.weights.hub_push import push_folder
 from resnest_imagenet.weights.load import Weights
 
 _README = """---
@@ -33,7 +34,7 @@ An image classifier of resnest-imagenet, the project around
 ```python
 import timm
 
-model = timm.create_model("hf-hub:OWNER/{model}", pretrained=True).eval()  # or "local-dir:FOLDER"
+model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()  # or "local-dir:FOLDER"
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 {evaluation}"""
@@ -49,6 +50,7 @@ def export_folder(
     *,
     model: str | None = None,
     weights: str = "auto",
+    push: str | None = None,
 ) -> str:
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
@@ -58,6 +60,7 @@ def export_folder(
         out: the folder; None: MODEL-hub.
         model: name of the network; None if the weights include it.
         weights: "model", "ema" or "auto".
+        push: a repository of the Hugging Face hub, OWNER/NAME, to which the folder is sent; or None.
 
     Raises:
         UserError: a user's error, in one line.
@@ -73,15 +76,16 @@ def export_folder(
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in (
-        (readme, _write_readme(card, loaded.source, read_score(loaded), bool(loaded.mean or loaded.std))),
+        (readme, _write_readme(card, loaded.source, read_score(loaded), bool(loaded.mean or loaded.std), push)),
         (settings, json.dumps(described, indent=2, ensure_ascii=False) + "\n"),
     ):
         with write_atomically(path) as opened:
             opened.write(text.encode())
+    sent = f"\n{push_folder(folder, push)}" if push else ""
     arguments = " with model_args" if "model_args" in described else ""
     return (
         f"wrote {folder}: {describe_weights(loaded, card.model)} as timm's {described['architecture']}{arguments}; "
-        f"model.safetensors has {len(tensors)} tensors, SHA-256 {digest(file)}"
+        f"model.safetensors has {len(tensors)} tensors, SHA-256 {digest(file)}{sent}"
     )
 
 
@@ -149,10 +153,13 @@ def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _write_readme(card: Card, source: str, accuracy: str | None, has_own_pixels: bool) -> str:
+def _write_readme(
+    card: Card, source: str, accuracy: str | None, has_own_pixels: bool, repository: str | None = None
+) -> str:
     return _README.format(
         licence="" if source.startswith("timm:") else "license: apache-2.0\n",  # timm's weights have various licences
         model=card.model,
+        repository=repository or f"OWNER/{card.model}",
         mean=card.images.mean,
         std=card.images.std,
         protocol=card.images.protocol,

@@ -45,6 +45,7 @@ def export_deeplab_folder(
     out: str | PathLike[str] | None = None,
     *,
     weights: str = "auto",
+    push: str | None = None,
 ) -> str:
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
@@ -56,6 +57,7 @@ def export_deeplab_folder(
         describe: returns the description for other programs.
         out: the folder; None: deeplabv3_MODEL-hub.
         weights: "model", "ema" or "auto".
+        push: a repository of the Hugging Face hub, OWNER/NAME, to which the folder is sent; or None.
 
     Raises:
         UserError: a user's error, in one line.
@@ -67,4 +69,4 @@ def export_deeplab_folder(
     card["output_stride"] = str(loaded.training["output_stride"])
     name, words = f"deeplabv3_{loaded.model}", describe_deeplab(loaded)
     takers = "resnest-predict, resnest-eval and torch.hub's deeplabv3"
-    return export_folder(loaded, tensors, card, _README, out, name=name, words=words, takers=takers)
+    return export_folder(loaded, tensors, card, _README, out, name=name, words=words, takers=takers, push=push)

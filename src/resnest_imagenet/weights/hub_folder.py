@@ -13,6 +13,7 @@ from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.weights.export import digest, require_other
 from resnest_imagenet.weights.folders import README, TENSORS
 from resnest_imagenet.weights.hub import read_score
+from resnest_imagenet.weights.hub_push import push_folder
 from resnest_imagenet.weights.load import Weights
 from resnest_imagenet.weights.sources import SETTINGS
 
@@ -27,6 +28,7 @@ def export_folder(
     name: str,
     words: str,
     takers: str,
+    push: str | None = None,
 ) -> str:
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
@@ -39,6 +41,7 @@ def export_folder(
         name: of the network.
         words: the same, for people.
         takers: what takes the folder.
+        push: a repository of the Hugging Face hub, OWNER/NAME, to which the folder is sent; or None.
 
     Raises:
         UserError: it is the source itself, or cannot be written.
@@ -47,9 +50,10 @@ def export_folder(
     score = f"- {score}\n" if score else ""
     text = readme.format(**card, name=name, words=words, score=score, settings=SETTINGS)
     file = _write_folder(folder, weights, tensors, card, text)
+    sent = f"\n{push_folder(folder, push)}" if push else ""
     return (
         f"wrote {folder}: {words}; {TENSORS} has {len(tensors)} tensors, SHA-256 {digest(file)}: "
-        f"{takers} take the folder"
+        f"{takers} take the folder{sent}"
     )
 
 

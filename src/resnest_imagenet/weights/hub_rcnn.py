@@ -45,6 +45,7 @@ def export_rcnn_folder(
     out: str | PathLike[str] | None = None,
     *,
     weights: str = "auto",
+    push: str | None = None,
 ) -> str:
     """Write model.safetensors, config.json and README.md; return a line about the folder.
 
@@ -56,6 +57,7 @@ def export_rcnn_folder(
         describe: returns what another program needs to use the network.
         out: the folder; None: rcnn_MODEL-hub.
         weights: "model", "ema" or "auto".
+        push: a repository of the Hugging Face hub, OWNER/NAME, to which the folder is sent; or None.
 
     Raises:
         UserError: for what a user can cause, as one line.
@@ -65,4 +67,4 @@ def export_rcnn_folder(
     card = describe(loaded)
     name, words = f"rcnn_{loaded.model}", describe_rcnn(loaded)
     takers = "resnest-predict, resnest-eval, resnest-compare and torch.hub's rcnn"
-    return export_folder(loaded, tensors, card, _README, out, name=name, words=words, takers=takers)
+    return export_folder(loaded, tensors, card, _README, out, name=name, words=words, takers=takers, push=push)
