@@ -12,6 +12,7 @@ from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.augment import POLICIES
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe
 from resnest_imagenet.reports.table3 import PAPER
 from resnest_imagenet.schemas import RECIPE_NAMES
@@ -343,6 +344,34 @@ def test_the_network_of_tables_5_and_6(recipe, cascade):
 def test_the_rest_of_the_family_is_evaluated_at_its_published_crop(name, crop):
     config = compose_train(f"+experiment={name}")
     assert (config.train.recipe, config.eval.crop) == (name, crop)
+
+
+def test_fine_tuning_asks_for_its_start():
+    with pytest.raises(ConfigError, match=r"train.layer_decay=0.8 is for a network that .*: set train.init_from to "):
+        compose_config("train", TrainConfig, "+experiment=finetune", "data.root=/x")
+    config = compose_config("train", TrainConfig, "+experiment=finetune", "train.init_from=official:resnest50")
+    assert (config.model.name, config.data.root, config.train.recipe) == ("resnest50", "photos", "finetune")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("train.ema_warmup=true",), "train.ema_warmup=true needs a moving average: set train.ema_decay"),
+        (("train.freeze=2",), "train.freeze=2 would keep random weights: set train.init_from"),
+        (("train.freeze=6", "train.init_from=x.pt"), "train.freeze=6: "),
+        (("train.std=[0.2,0,0.2]",), r"train.std=\[0.2, 0.0, 0.2\]: must be above 0"),
+        (("train.mean=[123.7,116.3,103.5]",), "train.mean"),
+        (("train.layer_decay=0",), "train.layer_decay=0"),
+        (("train.drop_path=1",), "train.drop_path=1"),
+        (("train.patience=0",), "train.patience=0"),
+        (("train.flips=up",), "train.flips=up"),
+        (("train.class_weights=5",), "train.class_weights=5"),
+    ],
+)
+def test_values_of_fine_tuning_that_cannot_work_are_a_line(options, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        compose_train(*options)
+    assert "\n" not in str(error.value)
 
 
 def test_the_schema_names_every_policy():

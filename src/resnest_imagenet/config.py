@@ -320,8 +320,8 @@ class ExplainConfig(InferenceConfig):
     top: Positive = Field(description="Number of the likeliest classes that get a map.")
     target: str | int | None = Field(description="Map this class instead: its name, synset, number or words.")
     layer: Literal["layer1", "layer2", "layer3", "layer4"] | None = Field(
-        description="Layer of the map; null: the deepest with 7 x 7 places. Earlier layers give finer maps with "
-        "rougher evidence; the places of layer4 add up to the logit."
+        description="Layer of the map. Earlier layers give finer maps with rougher evidence; the places of layer4 add "
+        "up to the logit. null: the deepest layer with 7 x 7 places."
     )
 
     @model_validator(mode="after")

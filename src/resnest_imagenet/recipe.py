@@ -187,6 +187,11 @@ class Recipe(Options):
             raise ValueError(f"give either train.clip_norm={self.clip_norm} or train.clip_value={self.clip_value}")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov=true needs train.momentum > 0")
+        if self.layer_decay < 1 and self.init_from is None:
+            raise ValueError(
+                f"train.layer_decay={self.layer_decay} is for a network that is trained already: set train.init_from "
+                "to official:NAME, timm:NAME, a file or a run folder, or train.layer_decay=1"
+            )
         if self.ema_warmup and self.ema_decay is None:
             raise ValueError("train.ema_warmup=true needs a moving average: set train.ema_decay, 0.999 for example")
         self._check_schedule()

@@ -107,13 +107,13 @@ def test_the_help_shows_what_is_chosen(tmp_path, monkeypatch, capsys):
     write(tmp_path / "experiment/mine.yaml", "# @package _global_\n")
     text = ask(f"resnest-train --config-dir {tmp_path} +experiment=demo_detection seed=7 -m", monkeypatch, capsys)
     assert "\n  +experiment=demo_detection\n" in text and "\n  model=resnest14_half\n" in text
-    assert re.search(r"\n      classification: demo, mine, resnest14, resnest26,", text)
+    assert re.search(r"\n      classification: demo, finetune, mine, resnest14, resnest26,", text)
     assert "\n  seed=7                    Seed of all random numbers. [0 <= int < 2^63]\n" in text
     assert "\n  train.anchor_sizes=[16,32,64,96,128]\n" in text and "train.label_smoothing" not in text
     assert "\n  data.root=data/demo-objects\n" in text and "; required]" not in text
     bare = ask("resnest-train", monkeypatch, capsys)
     assert "\n  data.root=...             Folder of the data set. [path; required]\n" in bare
-    assert "\n  +experiment=NAME\n      classification: demo, resnest14, resnest26, resnest50," in bare
+    assert "\n  +experiment=NAME\n      classification: demo, finetune, resnest14, resnest26," in bare
 
 
 def write(path, text):
@@ -175,7 +175,7 @@ def test_choices_are_those_that_the_command_can_use():
     assert recipes["segmentation"] == ["deeplab_encoding", "deeplab_gluon", "demo_segmentation"]
     assert "resnest200" in recipes["classification"] and "" not in recipes
     experiments = list_choices(TrainConfig, "experiment", folders)
-    assert [len(experiments[task]) for task in ("classification", "segmentation", "detection")] == [25, 9, 18]
+    assert [len(experiments[task]) for task in ("classification", "segmentation", "detection")] == [26, 9, 18]
 
 
 @pytest.mark.parametrize(

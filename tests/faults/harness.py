@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 from faults import composing, inject
-from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data.demo import write_demo_images
+from resnest_imagenet.models.zoo import build_model
 
 Faults = Sequence[tuple[str, list[Any]]]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -114,6 +115,16 @@ class Place:
     def pace(self) -> Faults:
         """Return what slows the steps down where they take no time, so that something can come between them."""
         return [("is_slow", [PACE])] if self.is_tiny else []
+
+    @property
+    def of_stages(self) -> tuple[str, ...]:
+        """Return what only a network with stages can do: keep the first as they are, and train each at its own rate."""
+        if self.is_tiny:
+            return ()
+        start = self.folder / "start.safetensors"
+        if not start.exists():
+            save_checkpoint(build_model("resnest14_half", 7, zero_gamma=False).state_dict(), start)
+        return (f"train.init_from={start}", "train.freeze=2", "train.layer_decay=0.7")
 
     def options(self, run: Path, *more: str) -> list[str]:
         """Return the arguments of resnest-train."""

@@ -95,7 +95,7 @@ def test_the_rate_falls_from_stage_to_stage():
     powers = {"layer4": 1, "layer3": 2, "layer2": 3, "layer1": 4, "bn1": 5, "conv1": 5}
     with torch.device("meta"):
         classifier, deeplab = build_model("resnest14"), build_deeplab("resnest14", 5)
-    options = ("train.layer_decay=0.5", "train.head_lr_factor=3")
+    options = ("train.init_from=x.pt", "train.layer_decay=0.5", "train.head_lr_factor=3")
     for model, prefix, head in ((classifier, "", ["fc"]), (deeplab, "backbone.", ["head"])):
         groups = build_optimizer(model, recipe_of(*options), head).param_groups
         assert len(groups) == 2 * (1 + 1 + 5)
@@ -105,7 +105,7 @@ def test_the_rate_falls_from_stage_to_stage():
             expected = {"head": 3, "auxiliary": 1, "fc": 3}.get(place) or 0.5 ** powers[place]
             assert rates[id(parameter)] == (expected, 1e-4 if parameter.ndim > 1 else 0), name
     with pytest.raises(ConfigError, match=r"train.layer_decay=0.5: a Detector has not the stages stem, layer1, layer2"):
-        build_optimizer(Detector(), recipe_of("train.layer_decay=0.5"))
+        build_optimizer(Detector(), recipe_of(*options[:2]))
 
 
 def test_a_factor_of_one_leaves_the_groups_of_earlier_checkpoints():

@@ -69,8 +69,8 @@ def test_a_checkpoint_without_the_options_of_fine_tuning_resumes_bit_for_bit(tin
             name in ("patience", "mean", "std", "class_weights")
         )
     save_checkpoint(saved, newest_checkpoint(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="was trained with train.layer_decay=1.0, not 0.5: choose another"):
-        train(tiny_run(*options, "train.layer_decay=0.5"))
+    with pytest.raises(CheckpointError, match="was trained with train.flips=horizontal, not both: choose another"):
+        train(tiny_run(*options, "train.flips=both"))
     capsys.readouterr()
     train(tiny_run(*options))
     assert capsys.readouterr().out.startswith("resuming after step 4, 0 epochs done\n")

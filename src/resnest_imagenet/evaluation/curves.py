@@ -63,7 +63,8 @@ def chart_figures(runs: Sequence[RunCurves], metric: str) -> Chart:
         prefix = f"{run.name}: " if len(chosen) > 1 else ""
         lines.append(run.draw_evaluations(TOP1, number, f"{prefix}top-1"))
         top5 = run.draw_evaluations(TOP5, number if len(chosen) > 1 else 1, f"{prefix}top-5")
-        lines.append(top5 and Line(top5.name, top5.x, top5.y, {**top5.style, "linestyle": ":"}))
+        if top5 and min(top5.y) < 100:  # of five classes or fewer it is always 100
+            lines.append(Line(top5.name, top5.x, top5.y, {**top5.style, "linestyle": ":"}))
     return _chart("Accuracy after each epoch", runs, "accuracy, %", lines)
 
 

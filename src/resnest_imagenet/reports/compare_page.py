@@ -34,7 +34,7 @@ def _render_totals(comparison: Comparison) -> Markup:
     }
     if not comparison.has_top5:
         del columns["top-5 %"]
-    return render_table(list(columns), list(zip(*columns.values(), strict=True)))
+    return render_table(columns, zip(*columns.values(), strict=True))
 
 
 def _render_classes(comparison: Comparison) -> Markup:

@@ -137,7 +137,7 @@ def list_figures(run: Run) -> list[tuple[str, Measured]]:
     The best network's is that of its own evaluation; then come those of resnest-eval.
     """
     best, files = run.best, [result for result in run.measured if Path(result.source).name != EVENTS]
-    figures = [(Path(result.source).name, result) for result in files]
+    figures = [(Path(result.source).name + (f", tta={result.tta}" if result.tta else ""), result) for result in files]
     if best is None or not has_accuracy(best) or type(best["count"]) is not int:
         return figures
     recipe = next((result.recipe for result in run.measured), str(run.config.get("train.recipe", "")))

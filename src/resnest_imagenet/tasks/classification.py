@@ -192,10 +192,10 @@ class Classification:
             values={
                 "top1": top1,
                 "top5": top5,
+                "loss": evaluation.loss,
                 "macro_precision": figures.macro_precision,
                 "macro_recall": figures.macro_recall,
                 "macro_f1": figures.macro_f1,
-                "loss": evaluation.loss,
                 "count": count,
                 "crop": self._transform.crop,
                 "protocol": protocol,
