@@ -85,6 +85,7 @@ ONLY_IN["safetensors"] = {"checkpoint"}
 ONLY_IN["matplotlib"] = {"evaluation/charts.py", "reports/report.py", "reports/explain_pictures.py"}
 ONLY_IN["pycocotools"] = {"evaluation/boxes.py", "evaluation/masks.py", "data/masks.py", "models/masks.py"}
 ONLY_IN["hotcoco"] = {"evaluation/boxes.py"}
+ONLY_IN["gradio"] = {"reports/app.py"}
 ONLY_IN["openvino"] = {"weights/openvino.py"}
 ONLY_IN["captum"] = {"inference/explain.py"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py", "weights/hub_push.py"}
