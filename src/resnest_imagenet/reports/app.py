@@ -173,12 +173,12 @@ def _build_blocks(page: Page, title: str) -> Any:
             return [None] * (1 + len(page.pictures))
         try:
             found = page.ask(list_images(path))
-        except UserError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
         except Exception as error:
-            if explained := explain_runtime(error):
-                raise gradio.Error(str(explained), print_exception=False) from error
-            raise
+            explained = error if isinstance(error, UserError) else explain_runtime(error)
+            if explained is None:
+                raise
+            line = str(explained).replace(os.path.join(os.path.dirname(path), ""), "")
+            raise gradio.Error(line, print_exception=False) from error
         return [dict(found.shares), *found.pictures]
 
     with gradio.Blocks(title=title, analytics_enabled=False) as app:
@@ -187,7 +187,12 @@ def _build_blocks(page: Page, title: str) -> Any:
             picture = gradio.Image(
                 type="filepath", image_mode=None, sources=["upload", "clipboard"], label="picture", height=320
             )
+            # Not gradio's own, which opens the picture, and prints a traceback for one that is damaged.
+            picture.preprocess = lambda payload: payload and payload.path
             outputs = [gradio.Label(label=page.shares)]
-        outputs += [gradio.Image(label=name, format="png", interactive=False) for name in page.pictures]
+        buttons = ["download", "fullscreen"]  # not "share", which would send the picture elsewhere
+        outputs += [
+            gradio.Image(label=name, format="png", interactive=False, buttons=buttons) for name in page.pictures
+        ]
         picture.change(answer, picture, outputs, api_visibility="private", show_progress="full")
     return app
