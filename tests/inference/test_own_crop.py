@@ -123,7 +123,7 @@ FULL = ProtocolOptions(order="resize_crop", ratio=1.0, interpolation="bicubic", 
             [224],
             ("protocol.ratio=0.5",),  # this alone is changed
             ["short side 448 bicubic, centre crop 224"],
-            "x.pt: crop=224 is not its own: evaluated at 56, trained at 48\n",
+            "x.pt: crop=224 is not that of its run, which evaluated at 56 and trained at 48\n",
         ),
         ({"crop": 56, "protocol": FULL, "training": {}}, None, ("protocol=paper",), ["short side 64 bilinear"], None),
         ({}, [320], (), ["short side 366 bicubic, centre crop 320"], None),
