@@ -61,7 +61,7 @@ def test_every_option_has_a_description():
 
 
 # The commands that choose a network of conf/model/.
-WITH_NETWORKS = {"train", "eval", "info", "explain", "export", "predict", "data_preview"}
+WITH_NETWORKS = {"train", "eval", "info", "app", "explain", "export", "predict", "data_preview"}
 
 
 @pytest.mark.process
