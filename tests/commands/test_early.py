@@ -11,12 +11,15 @@ from conftest import compose_config
 from resnest_imagenet.commands import compare, evaluate, explain, export, predict, report, tables, train
 from resnest_imagenet.commands.early import refuse_early
 from resnest_imagenet.config import (
+    CheckDataConfig,
     CompareConfig,
     EvalConfig,
     ExplainConfig,
     ExportConfig,
     PredictConfig,
     ReportConfig,
+    ShardDataConfig,
+    SplitDataConfig,
     TablesConfig,
     TrainConfig,
 )
@@ -138,3 +141,16 @@ def test_a_run_that_resumes_need_not_have_the_weights_that_it_started_from(place
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-00000001.pt").touch()
     refuse_early(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "words"),
+    [
+        ("data_check", CheckDataConfig, []),
+        ("data_shard", ShardDataConfig, ["out=shards"]),
+        ("data_split", SplitDataConfig, ["out=split"]),
+    ],
+)
+def test_the_commands_about_data_refuse_a_missing_folder_early(name, schema, words):
+    with pytest.raises(UserError, match=r"^data\.root=/gone: no such folder$"):
+        refuse_early(compose_config(name, schema, "data.root=/gone", *words))

@@ -19,7 +19,7 @@ from resnest_imagenet.config import (
     PredictConfig,
 )
 from resnest_imagenet.data.transforms import EvalTransform
-from resnest_imagenet.inference import explain, predict
+from resnest_imagenet.inference import classifier
 from resnest_imagenet.inference.classifier import choose_transforms
 from resnest_imagenet.inference.compare import format_comparison
 from resnest_imagenet.inference.describe import describe_input
@@ -59,9 +59,8 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
     assert WORDS in format_comparison(comparison).splitlines()
 
     seen = []
-    for module in (predict, explain):
-        real = module.build_loader
-        monkeypatch.setattr(module, "build_loader", lambda *args, real=real: seen.append(args[3]) or real(*args))
+    real = classifier.build_loader
+    monkeypatch.setattr(classifier, "build_loader", lambda *args: seen.append(args[3]) or real(*args))
     single = (*FAST, f"ckpt={ckpt}", f"images={demo_images}/val/disk/disk_0_00000.JPEG")
     predict_classes(compose_config("predict", PredictConfig, *single))
     explain_images(compose_config("explain", ExplainConfig, *single, f"out={tmp_path}/explained"))
@@ -86,11 +85,11 @@ def test_every_command_sees_images_as_the_run_did(run, demo_images, tmp_path, ca
 def test_networks_that_see_images_otherwise_are_compared_each_by_its_own(demo_images, tmp_path):
     torch.manual_seed(0)
     state = build_model("resnest14_half", 10).state_dict()
-    protocol = dict(EvalTransform(32).__dict__)
+    protocol = {name: getattr(EvalTransform(32), name) for name in ProtocolOptions.model_fields}
     accuracies = []
     for crop in (32, 64):
         config = {"model": {"name": "resnest14_half"}, "train": {"crop": crop}, "eval": {"crop": crop}}
-        config["protocol"] = {name: value for name, value in protocol.items() if name != "crop"}
+        config["protocol"] = protocol
         classes = sorted(path.name for path in (demo_images / "val").iterdir())
         torch.save({"model": state, "config": config, "classes": classes, "epoch": 1}, tmp_path / f"{crop}.pt")
         place = (f"ckpt={tmp_path}/{crop}.pt", f"data.root={demo_images}")
@@ -123,7 +122,7 @@ FULL = ProtocolOptions(order="resize_crop", ratio=1.0, interpolation="bicubic", 
             [224],
             ("protocol.ratio=0.5",),  # this alone is changed
             ["short side 448 bicubic, centre crop 224"],
-            "x.pt: crop=224 is not its own: evaluated at 56, trained at 48\n",
+            "x.pt: crop=224 is not that of its run, which evaluated at 56 and trained at 48\n",
         ),
         ({"crop": 56, "protocol": FULL, "training": {}}, None, ("protocol=paper",), ["short side 64 bilinear"], None),
         ({}, [320], (), ["short side 366 bicubic, centre crop 320"], None),

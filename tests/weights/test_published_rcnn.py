@@ -259,7 +259,7 @@ def classify(form, tmp_path, monkeypatch):
         return str(path), state
     save_checkpoint(state, path)
     names = {"official": "resnest14_half", "timm": "resnest14d.gluon_in1k"}
-    monkeypatch.setattr(published, "OFFICIAL", {NAME: "0" * 8})
+    monkeypatch.setitem(published.OFFICIAL, NAME, "0" * 8)
     monkeypatch.setattr(published, "_fetch_official", lambda *_: path)
     monkeypatch.setattr(published, "_fetch_timm", lambda *_: path)
     monkeypatch.setattr(published, "find_by_timm_name", lambda *_: NAME)

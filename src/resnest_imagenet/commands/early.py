@@ -9,6 +9,7 @@ from typing import Any
 
 from resnest_imagenet.config import (
     AppConfig,
+    CheckDataConfig,
     CompareConfig,
     EvalConfig,
     ExplainConfig,
@@ -16,6 +17,8 @@ from resnest_imagenet.config import (
     PredictConfig,
     PreviewDataConfig,
     ReportConfig,
+    ShardDataConfig,
+    SplitDataConfig,
     Table3Config,
     TrainConfig,
 )
@@ -80,6 +83,10 @@ def _check_root(config: EvalConfig) -> None:
         require_root(config.data.root)
 
 
+def _check_files(config: CheckDataConfig | ShardDataConfig | SplitDataConfig) -> None:
+    require_root(config.data.root)
+
+
 def _check_compared(config: CompareConfig) -> None:
     if config.data.root is not None:
         require_root(config.data.root)
@@ -136,6 +143,9 @@ def _outputs(*options: str) -> Callable[[Any], None]:
 CHECKS: dict[type[Options], tuple[Callable[[Any], None], ...]] = {
     TrainConfig: (_check_parts, _check_start),
     PreviewDataConfig: (_outputs("out"),),
+    CheckDataConfig: (_outputs("out"), _check_files),
+    ShardDataConfig: (_check_files,),
+    SplitDataConfig: (_check_files,),
     EvalConfig: (_outputs("out", "predictions"), _check_root, _check_checkpoints),
     PredictConfig: (_check_images, _check_checkpoints),
     ExplainConfig: (_check_images, _check_checkpoints),

@@ -122,8 +122,8 @@ def choose_transforms(
     if crops is None and (weights.crop is None or weights.training is None):
         line = f"taking the usual test crop of {name}: {transforms[0].protocol}; crop=... sets another"
     elif other_crops:
-        line = f"crop={','.join(other_crops)} is not its own: evaluated at {own.crop}"
-        line += f", trained at {trained}" if trained else ""
+        line = f"crop={','.join(other_crops)} is not that of its run, which evaluated at {own.crop}"
+        line += f" and trained at {trained}" if trained else ""
     if line is not None and launched_as()[0] == 0:
         print(f"{weights.source}: {line}", file=sys.stderr)
     return transforms
