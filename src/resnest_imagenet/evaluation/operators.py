@@ -98,6 +98,7 @@ def choose_for_inference(
     precision: str,
     images: ImageSource | None = None,
     loader: str = "torchvision",
+    needs_gradients: bool = False,
 ) -> None:
     """Choose the operators of one process that predicts, before it computes.
 
@@ -107,9 +108,10 @@ def choose_for_inference(
         precision: fp32, bf16 or fp16.
         images: that a loader decodes; None: there is no loader.
         loader: auto, dali or torchvision.
+        needs_gradients: whether gradients are computed too.
     """
     alone = Ranks(0, 1, 0, next(network.parameters()).device)
-    choose_attention(network, size, precision, alone)
+    choose_attention(network, size, precision, alone, trains=needs_gradients)
     if images is not None:
         choose_gpu_decoder(images, loader, alone)
 

@@ -151,7 +151,9 @@ def _simplify(words: str) -> str:
     return words.lower().replace("_", " ").replace("-", " ").strip()
 
 
-def load_in_order(classifiers: Sequence[Classifier], images: ImageSource, arguments: Arguments) -> Loader:
+def load_in_order(
+    classifiers: Sequence[Classifier], images: ImageSource, arguments: Arguments, needs_gradients: bool = False
+) -> Loader:
     """Return the loader of images, in order, for classifiers of the same transform and device.
 
     The operators of the device are chosen here, before any of them computes.
@@ -160,11 +162,12 @@ def load_in_order(classifiers: Sequence[Classifier], images: ImageSource, argume
         classifiers: at least one.
         images: that can be decoded.
         arguments: batch_size, precision, loader and workers of the caller.
+        needs_gradients: whether the caller computes gradients of the logits.
     """
     transform, device = classifiers[0].transform, classifiers[0].device
     for classifier in classifiers:
         size = (arguments.batch_size, transform.crop, transform.crop)
-        choose_for_inference(classifier.module, size, arguments.precision, images, arguments.loader)
+        choose_for_inference(classifier.module, size, arguments.precision, images, arguments.loader, needs_gradients)
     plan = plan_evaluation(len(images), arguments.batch_size, 0, 1)
     return build_loader(arguments.loader, images, plan, transform, device, arguments.workers)
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from resnest_imagenet.compute import autocast
 from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import ImageFolder
-from resnest_imagenet.data.loader import Loader, build_loader, to_pixels
-from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.loader import Loader, to_pixels
 from resnest_imagenet.errors import ConfigError, name_extra, suggest
 from resnest_imagenet.evaluation.accuracy import require_finite
-from resnest_imagenet.inference.classifier import Classifier, find_outputs, take_classifier
+from resnest_imagenet.inference.classifier import Classifier, find_outputs, load_in_order, take_classifier
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
@@ -99,9 +98,10 @@ class Explanations:
 
     def __iter__(self) -> Iterator[Explanation]:
         if len(self.images):
-            plan = plan_evaluation(len(self.images), self.batch_size, 0, 1)
-            transform, device = self.classifier.transform, self.classifier.device
-            yield from self._explain(build_loader(self.loader, self.images, plan, transform, device, self.workers))
+            arguments = check_arguments(
+                batch_size=self.batch_size, precision=self.precision, loader=self.loader, workers=self.workers
+            )
+            yield from self._explain(load_in_order([self.classifier], self.images, arguments, needs_gradients=True))
 
     def _explain(self, loader: Loader) -> Iterator[Explanation]:
         names = short_class_names(self.classifier.classes)
