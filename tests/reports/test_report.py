@@ -383,3 +383,13 @@ def test_the_interval_is_that_of_the_score_test():
         labels = np.zeros(1000, int)
         evaluation = Evaluation(labels, np.where(right, 0, 1), right, np.full(1000, confidence), np.zeros(1000))
         assert describe_confidence(evaluation) == verdict
+
+
+def test_a_chart_has_few_digits_of_its_places_and_all_of_its_texts():
+    from resnest_imagenet.evaluation import charts  # late: it imports matplotlib
+
+    svg = charts.render_chart("0.123456 <b>", "x", "y", lambda axes: axes.plot([0, 1, 2], [1e-4, 3e-4, 2.123e-4]))
+    assert "0.123456 &lt;b&gt;" in svg and "<b>" not in svg
+    ticks = [float(text) for text in re.findall(r">(0\.\d+)</text>", svg)]
+    assert len(set(ticks)) == len(ticks) and 0.0002 in ticks
+    assert not re.search(r'd="[^"]*\d\.\d{3}', svg)

@@ -22,6 +22,7 @@ _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vPX"
 INK = "#010203"  # replaced by the page's text colour
 NAMED, NUMBERED = 60, 24  # a confusion matrix has names and numbers up to this number of classes
+_TAG = re.compile(r"<[^<>]+>")
 _LONG_NUMBER = re.compile(r"(?<![\w#.])(-?\d+\.\d\d)\d+")
 
 
@@ -75,7 +76,8 @@ def render_chart(
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # Without a size of its own, the chart takes the page's width.
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = _LONG_NUMBER.sub(r"\1", svg)  # half of its bytes would be digits that no screen can show
+    # Half of the bytes would be digits of places that no screen can show. Texts between the tags stay.
+    svg = _TAG.sub(lambda tag: _LONG_NUMBER.sub(r"\1", tag[0]), svg)
     label = escape(f"{title}: {y} against {x}")
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}" ', 1)
     return Markup(f'<figure class="chart">{svg}</figure>')  # matplotlib escapes texts

@@ -40,26 +40,28 @@ class StageCost:
     activations: int
 
 
-def count_cost(name: str, crop: int) -> tuple[int, int]:
+def count_cost(name: str, crop: int, num_classes: int = 1000) -> tuple[int, int]:
     """Return the parameters of a network, and its multiply-adds for one image (the paper's "FLOPs").
 
     Args:
-        name: one of `list_models()`, with 1000 classes.
+        name: one of `list_models()`.
         crop: side of the image in pixels.
+        num_classes: width of the logits.
     """
-    stages = count_stages(name, crop)
+    stages = count_stages(name, crop, num_classes)
     return sum(stage.parameters for stage in stages), sum(stage.multiply_adds for stage in stages)
 
 
-def count_stages(name: str, crop: int) -> list[StageCost]:
+def count_stages(name: str, crop: int, num_classes: int = 1000) -> list[StageCost]:
     """Return the cost of each stage, in order. Nothing is allocated.
 
     Args:
-        name: one of `list_models()`, with 1000 classes.
+        name: one of `list_models()`.
         crop: side of the image in pixels.
+        num_classes: width of the logits.
     """
     with torch.device("meta"):
-        model = build_model(name).eval()
+        model = build_model(name, num_classes).eval()
     return _count_stages(model, find_head(name), torch.empty(1, 3, crop, crop, device="meta"))
 
 

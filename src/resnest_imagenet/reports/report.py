@@ -145,7 +145,7 @@ def _render_summary(runs: list[Run]) -> Markup:
 def _count_cost(run: Run) -> tuple[int, int, str] | None:
     """Return the parameters, the multiply-adds and the size they are for; None if the folder does not name the network.
 
-    They are for the crop of the training and 1000 classes, or for the size of a detector's evaluation.
+    They are for the crop of the training, or for the size of a detector's evaluation.
     """
     if is_detector(run):
         return count_cost_of_detector(run)
@@ -154,7 +154,10 @@ def _count_cost(run: Run) -> tuple[int, int, str] | None:
     if run.config.get("train.task") == SEGMENTATION:
         of_scenes = count_cost_of_run(run, crop)
         return of_scenes and (*of_scenes, str(crop))
-    return (*count_cost(run.model, crop), str(crop)) if run.model in list_models() else None
+    if run.model not in list_models():
+        return None
+    num_classes = run.config.get("model.num_classes")
+    return *count_cost(run.model, crop, num_classes if type(num_classes) is int else 1000), str(crop)
 
 
 def _render_configuration(runs: list[Run]) -> Markup:
