@@ -84,7 +84,10 @@ def test_a_wrong_operator_is_refused_and_the_choice_kept(
     assert list_implementations(state.model) == list_implementations(state.ema.module) == {"reference"}
     printed = capsys.readouterr().err
     line = "split attention: the fused operator differs from the formula: the gradient of the input by "
-    assert printed.count(line) == 1 and printed.count("; the formula is used (model.split_attention)\n") == 1
+    assert (
+        printed.count(line) == 1
+        and printed.count(": the formula is used; model.split_attention=fused overrides this\n") == 1
+    )
     assert all(map(torch.equal, state.model.state_dict().values(), formula.model.state_dict().values()))
     tried = read_environment(tmp_path / "refused")["split_attention"]
     assert tried["used"] == "reference" and tried["reason"] in printed and tried["seconds"] > 0
@@ -210,7 +213,7 @@ def test_the_gpus_decoder_is_compared_with_the_cpus(demo_images, monkeypatch, ca
         else:
             assert (choice.used, choose_decoder(gpu)) == ("cpu", "copied")
             assert choice.details["reason"].startswith(fault)
-            assert printed == f"DALI: the GPU's decoder {choice.details['reason']}; images are decoded on the CPU\n"
+            assert printed == f"DALI: the GPU's decoder {choice.details['reason']}: images are decoded on the CPU\n"
     # A resumed run decodes as before; a CPU and torchvision have nothing to choose.
     monkeypatch.setattr(decoders, "_refused", set())
     assert (
