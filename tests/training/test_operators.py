@@ -1,6 +1,7 @@
 """Operators that must prove themselves, in whole runs: what is refused is replaced, reported and kept."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from resnest_imagenet.evaluation.operators import choose_attention, choose_gpu_d
 from resnest_imagenet.models import fused_attention, proving
 from resnest_imagenet.models.split_attention import SplitAttention
 from resnest_imagenet.models.splits import Splits
+from resnest_imagenet.training import wrapping
 from resnest_imagenet.training.train import train
 from run_files import assert_same_run
 
@@ -221,3 +223,30 @@ def test_the_gpus_decoder_is_compared_with_the_cpus(demo_images, monkeypatch, ca
     )
     assert choose_gpu_decoder(images, "dali", ALONE) is None and choose_decoder(ALONE.device) == "cpu"
     assert choose_gpu_decoder(images, "torchvision", ranks) is None
+
+
+@pytest.mark.slow
+def test_a_refused_decoder_is_a_circumstance_of_the_run(small_run, demo_images, monkeypatch, capsys):
+    """A GPU's name is made up here: nothing else of the choice needs one."""
+    dali = pytest.importorskip("resnest_imagenet.data.dali_decoding", reason="DALI is not installed")
+    from resnest_imagenet.data.folder import read_image_folder
+
+    for module in (operators, wrapping):
+        monkeypatch.setattr(module, "name_device", lambda device: "a card")
+    compared = []
+    monkeypatch.setattr(dali, "compare_decoders", lambda *arguments: compared.append(1) or "differs")
+    images = read_image_folder(str(demo_images), "train", "x")
+    task, ranks = SimpleNamespace(config=small_run(), train_set=images), Ranks(0, 1, 0, torch.device("cuda", 0))
+    circumstances = {"device": "a card", "loader": "dali"}
+    saver = SimpleNamespace(circumstances=circumstances)
+    (choice,) = wrapping.choose_operators(torch.nn.Linear(2, 2), task, ranks, saver, None).values()
+    assert choice.describe() == {"used": "cpu", "reason": "differs on a card"} and len(compared) == 1
+    assert circumstances["loader"] == "dali, decoding on the CPU"
+    # The resumed run keeps it on such a card, and tries again on another.
+    operators._decoders.clear()
+    saved = {"circumstances": dict(circumstances)}
+    for device, count in (("a card", 1), ("another card", 2)):
+        saved["circumstances"]["device"] = device
+        wrapping.choose_operators(torch.nn.Linear(2, 2), task, ranks, saver, saved)
+        assert len(compared) == count
+    assert capsys.readouterr().err.count("images are decoded on the CPU") == 2
