@@ -75,6 +75,7 @@ def list_implementations(network):
     return {module.implementation for module in network.modules() if isinstance(module, SplitAttention)}
 
 
+@pytest.mark.slow
 def test_a_wrong_operator_is_refused_and_the_choice_kept(
     small_run, use_splits, trials, inject, tmp_path, capsys, signals
 ):
@@ -112,6 +113,7 @@ def test_a_wrong_operator_is_refused_and_the_choice_kept(
     assert read_environment(tmp_path / "stopped")["split_attention"] == {"used": "reference", "reason": reason}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_whose_operator_fails_now_reports_the_change(
     small_run, use_splits, trials, inject, capsys, signals
 ):
@@ -130,6 +132,7 @@ def test_a_resumed_run_whose_operator_fails_now_reports_the_change(
     assert "the fused operator differs from the formula" in captured.err
 
 
+@pytest.mark.slow
 def test_a_right_operator_is_used_and_timed(small_run, use_splits, trials, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(proving, "time_both", lambda *arguments: [1.5, 2.0, 2.5])
     use_splits(OtherSplits)
@@ -140,6 +143,7 @@ def test_a_right_operator_is_used_and_timed(small_run, use_splits, trials, tmp_p
     assert "split attention" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_detection_chooses_too(object_run, use_splits, trials, tmp_path, monkeypatch):
     monkeypatch.setattr(proving, "time_both", lambda *arguments: [0.5, 0.6, 0.7])
     use_splits(OtherSplits)
