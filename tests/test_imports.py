@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "tasks",
         "training",
     },
-    "__init__": {"extensions", "models", "weights", "inference", "tasks"},
+    "__init__": {"errors", "extensions", "models", "weights", "inference", "tasks"},
 }
 # Packages that one place only may know.
 ONLY_IN = {
@@ -87,6 +87,7 @@ ONLY_IN["matplotlib"] = {"evaluation/charts.py"} | PAINTING
 ONLY_IN["jinja2"] = {"reports/page.py"}
 ONLY_IN["pycocotools"] = {"evaluation/boxes.py", "evaluation/masks.py", "data/masks.py", "models/masks.py"}
 ONLY_IN["hotcoco"] = {"evaluation/boxes.py"}
+ONLY_IN["gradio"] = {"reports/app.py"}
 ONLY_IN["openvino"] = {"weights/openvino.py"}
 ONLY_IN["captum"] = {"inference/explain.py"}
 ONLY_IN["huggingface_hub"] = {"weights/published.py", "weights/hub_push.py"}

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, type[Options]]] = {
     "predict": ("resnest-predict", config.PredictConfig),
     "compare": ("resnest-compare", config.CompareConfig),
     "explain": ("resnest-explain", config.ExplainConfig),
+    "app": ("resnest-app", config.AppConfig),
     "report": ("resnest-report", config.ReportConfig),
     "export": ("resnest-export", config.ExportConfig),
     "info": ("resnest-info", config.InfoConfig),

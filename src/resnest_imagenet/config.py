@@ -234,6 +234,15 @@ _Images = Annotated[
 ]
 
 
+_Layer = Annotated[
+    Literal["layer1", "layer2", "layer3", "layer4"] | None,
+    Field(
+        description="Layer of the map. Earlier layers give finer maps with rougher evidence; the places of layer4 add "
+        "up to the logit. null: the deepest layer with 7 x 7 places."
+    ),
+]
+
+
 class EvalConfig(Options):
     """resnest-eval."""
 
@@ -319,16 +328,31 @@ class ExplainConfig(InferenceConfig):
     out: Place = Field(description="A folder for the pictures and tables.")
     top: Positive = Field(description="Number of the likeliest classes that get a map.")
     target: str | int | None = Field(description="Map this class instead: its name, synset, number or words.")
-    layer: Literal["layer1", "layer2", "layer3", "layer4"] | None = Field(
-        description="Layer of the map. Earlier layers give finer maps with rougher evidence; the places of layer4 add "
-        "up to the logit. null: the deepest layer with 7 x 7 places."
-    )
+    layer: _Layer
 
     @model_validator(mode="after")
     def _check(self) -> "ExplainConfig":
         if self.target is not None and self.top != 1:
             raise ValueError(f"give either target={self.target} or top={self.top}")
         return self
+
+
+class AppConfig(Options):
+    """resnest-app."""
+
+    ckpt: _Checkpoint
+    weights: _Weights
+    model: NetworkOptions | None
+    protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
+    top: Positive = Field(description="Classes or objects to list; each class has a map.")
+    layer: _Layer
+    score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
+    crop: Crop | None = Field(description="Side of the crop in pixels; null: the checkpoint's own.")
+    precision: Precision
+    device: Device
+    port: Annotated[int, Field(ge=0, lt=65536)] = Field(
+        description="Of the page's address; 0: a free one from 7860 on."
+    )
 
 
 class ComparedDataOptions(Options):

@@ -57,7 +57,9 @@ AUTO = "auto"
 
 
 def keep_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """Do the same with "auto"."""
+    """Do the same with "auto", the only word that is valid."""
+    if isinstance(value, str) and value != AUTO:
+        raise ValueError(f"train.batch_size={value}: write a number, or {AUTO}")
     return value if value == AUTO else validate(value)
 
 

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from resnest_imagenet import extensions
 from resnest_imagenet.config import (
+    AppConfig,
     CompareConfig,
     EvalConfig,
     ExportConfig,
@@ -31,7 +32,7 @@ from resnest_imagenet.recipe import (
 Schema = TypeVar("Schema", bound=Options)
 
 # Commands whose protocol depends on the task of the weights.
-_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig)
+_OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig, AppConfig)
 # The kinds of protocols by an option that only this kind has: the schema, and the names of some protocols.
 _PROTOCOLS: dict[str, tuple[type[Protocol], tuple[str, ...]]] = {
     "order": (OwnProtocolOptions, ("paper", "ecentercrop", "full")),

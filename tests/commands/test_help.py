@@ -61,7 +61,7 @@ def test_every_option_has_a_description():
 
 
 # The commands that choose a network of conf/model/.
-WITH_NETWORKS = {"train", "eval", "info", "explain", "export", "predict", "data_preview"}
+WITH_NETWORKS = {"train", "eval", "info", "app", "explain", "export", "predict", "data_preview"}
 
 
 @pytest.mark.process
@@ -132,7 +132,7 @@ def test_each_choice_has_a_sentence(group):
 
 def test_the_choices_of_the_chosen_task_are_described(monkeypatch, capsys):
     text = ask("resnest-train task=detection recipe=detectron2_boxes protocol=coco data=coco", monkeypatch, capsys)
-    assert "\n  recipe=detectron2_boxes\n      classification: bag_of_tricks, demo, resnest," in text
+    assert "\n  recipe=detectron2_boxes\n      classification: bag_of_tricks, demo, finetune," in text
     assert "\n      detection:\n        demo_detection      A few minutes on a CPU: small images, AdamW," in text
     text = ask("resnest-eval", monkeypatch, capsys)
     assert "\n        whole               Scenes: the network sees each at once," in text

@@ -145,6 +145,7 @@ def composed():
         (["data.val_split=1"], "data.val_split=1: input should be less than 1"),
         (["data.val_split=0.2", "data.kind=webdataset"], "data.val_split=0.2 needs data=imagenet or data=csv"),
         (["data.csv=mine.csv"], "data.csv=mine.csv needs data=csv"),
+        (["train.batch_size=automatic"], "train.batch_size=automatic: write a number, or auto"),
         (["train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
         (["train.task=clasification"], "unknown train.task 'clasification'; did you mean 'classification'?"),
         (["train.task=null"], "train.task=null: input should be a valid string"),

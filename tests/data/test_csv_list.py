@@ -126,6 +126,10 @@ def test_faults_are_one_line(root):
         line = str(caught.value)
         assert message.replace("ROOT", str(root)) in line and "\n" not in line, content
     write(root, "path,label,part\na.jpg,cat,train\nb.jpg,cat,val\n")
+    with pytest.raises(
+        DataError, match=r"data.train_dir and data.val_dir are both val: name two parts of .*labels.csv"
+    ):
+        list_parts(root, train_dir="val")
     with pytest.raises(DataError, match="every row has a part already: remove data.val_split"):
         list_parts(root, val_split=0.5)
     with pytest.raises(DataError, match=r"labels.csv is a file: set data.root=.* data.csv=labels.csv"):

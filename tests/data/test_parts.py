@@ -7,6 +7,7 @@ import pytest
 from test_split import list_contents, write_classes
 
 from resnest_imagenet.data.parts import ClassifiedData
+from resnest_imagenet.data.split import split_classes
 from resnest_imagenet.errors import DataError
 
 COUNTS = {"cat": 10, "dog": 2, "emu": 5}
@@ -31,6 +32,8 @@ def test_each_image_is_in_one_part_and_each_class_in_both(tmp_path):
     order = sorted(files, key=lambda file: hashlib.sha256(f"0/{file}".encode()).digest())
     assert {file.decode() for file in val.files[val.labels == 0]} == set(order[:2])
     assert read_all(split(root).open_train()) == read_all(train) and read_all(split(root).open_val()) == read_all(val)
+    assert split_classes(root, tmp_path / "out", 0.2, seed=0)  # resnest-data split
+    assert list_contents(tmp_path / "out/val") == read_all(val)
     halves = [read_all(split(root, 0.5, seed).open_val()) for seed in (0, 1)]
     assert len(halves[0]) == len(halves[1]) == 5 + 1 + 2 and halves[0] != halves[1]
 

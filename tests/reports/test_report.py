@@ -339,3 +339,47 @@ def test_a_pattern_skips_what_is_no_run(folders, tmp_path, monkeypatch, capsys):
     ]
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, capsys, f"{tmp_path}/nothing*")
+
+
+def test_cards_say_what_came_of_a_run(tmp_path, recipes):
+    """Of a run by hand: 36 of 40 images right, those of class b worst, and 0.95 sure of each."""
+    from resnest_imagenet.reports.cards import list_cards  # late: it imports torchvision
+
+    labels, predicted = np.repeat([0, 1], 20), np.repeat([0, 1, 0], [20, 16, 4])
+    evaluation = Evaluation(labels, predicted, np.ones(40, bool), np.full(40, 0.95), np.full(40, 0.5))
+    status = {"state": "failed", "error": "a <reason>", "time": 1_800_000_000.0}
+    events = [{**STEP, "step": step, "epoch": 1, "time": 1_799_990_000.0 + step} for step in (1, 3, 6)]
+    scores = [{**EVALUATION, "epoch": epoch, "top1": top1} for epoch, top1 in ((1, 90.0), (2, 70.0))]
+    config = {"train.epochs": 3, "model.num_classes": 2}
+    predictions = [Predictions("p", np.array(["x"] * 40, object), ("a", "b"), evaluation)]
+    cards = list_cards(Run("r", config, events, scores, status, {}, [], predictions))
+    assert [(card.label, card.value, card.note) for card in cards] == [
+        ("state", "failed", "epochs: 2 of 3; a <reason>"),
+        ("best top-1", "90.00 %", "95 % interval 76.9 to 96.0; after epoch 1 of 3"),
+        ("worst class", "b", "recall 80.0 %, precision 100.0 %, 20 images"),
+        ("confidence", "as sure as right", "calibration error 0.050; chance of 40 images: 0.093"),
+        ("duration", "5 s", "from the first report to the last"),
+        ("date", "2027-01-15", "08:00 UTC"),
+        ("evaluated on", "40 images", "2 classes"),
+    ]
+    page = render_report([Run("r", config, events, scores, status, {}, [], predictions)], 224, {}, "")
+    assert page.index("a &lt;reason&gt;") < page.index("<nav") < page.index("<table")
+
+
+def test_the_interval_is_that_of_the_score_test():
+    """Wilson's bounds are the shares from which the counted one is just 1.96 standard deviations away."""
+    from resnest_imagenet.evaluation.intervals import describe_confidence, wilson_interval
+
+    for right, count in ((0.9675, 400), (0.0, 5), (1.0, 40), (0.5, 1)):
+        shares = np.linspace(0, 1, 1_000_001)
+        inside = shares[np.abs(shares - right) <= 1.959964 * np.sqrt(shares * (1 - shares) / count)]
+        assert wilson_interval(right, count) == pytest.approx((inside.min(), inside.max()), abs=2e-6)
+    right = np.arange(1000) < 800
+    for confidence, verdict in (
+        (0.95, "too sure by 0.15"),
+        (0.65, "not sure enough by 0.15"),
+        (0.81, "as sure as right"),
+    ):
+        labels = np.zeros(1000, int)
+        evaluation = Evaluation(labels, np.where(right, 0, 1), right, np.full(1000, confidence), np.zeros(1000))
+        assert describe_confidence(evaluation) == verdict

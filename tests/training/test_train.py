@@ -318,7 +318,7 @@ def test_a_compiled_run_has_the_plain_keys_and_resumes_bit_for_bit(tiny_run, tmp
 
 
 @pytest.mark.slow
-def test_a_run_is_compiled_once_before_its_first_step(small_run, few_images, graphs, monkeypatch):
+def test_a_run_is_compiled_once_before_its_first_step(small_run, few_images, graphs, tmp_path, monkeypatch):
     compiled = []
 
     def count_graphs(*args):
@@ -328,7 +328,8 @@ def test_a_run_is_compiled_once_before_its_first_step(small_run, few_images, gra
     monkeypatch.setattr(train_module, "train_epoch", count_graphs)
     options = (*ONE_EPOCH, "train.crop=48", "train.batch_size=8", "train.erasing=0.5", "log.trackers=[]")
     options += ("train.global_batch=16", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2")
-    options += (f"data.root={few_images}",)
+    options += (f"data.root={few_images}", *write_start(tmp_path), "train.freeze=2", "train.drop_path=0.3")
+    options += ("train.class_weights=balanced",)
     train(small_run("train.compile=true", "loader=dali", "train.precision=bf16", *options))
     assert (compiled, graphs.frame_count) == ([1], 1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resnest_imagenet.config import (
+    AppConfig,
     CompareConfig,
     EvalConfig,
     ExplainConfig,
@@ -91,7 +92,9 @@ def _check_images(config: PredictConfig | ExplainConfig) -> None:
         match_paths(pattern)
 
 
-def _check_checkpoints(config: EvalConfig | PredictConfig | ExplainConfig | ExportConfig | CompareConfig) -> None:
+def _check_checkpoints(
+    config: AppConfig | EvalConfig | PredictConfig | ExplainConfig | ExportConfig | CompareConfig,
+) -> None:
     _check_weights(config.ckpt if isinstance(config, CompareConfig) else [config.ckpt])
 
 
@@ -138,6 +141,7 @@ CHECKS: dict[type[Options], tuple[Callable[[Any], None], ...]] = {
     ExplainConfig: (_check_images, _check_checkpoints),
     CompareConfig: (_outputs("csv", "page"), _check_compared, _check_checkpoints),
     ExportConfig: (_check_export, _check_checkpoints),
+    AppConfig: (_check_checkpoints,),
     ReportConfig: (_outputs("out"), _check_runs),
     Table3Config: (_check_results,),
 }

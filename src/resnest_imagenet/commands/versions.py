@@ -3,7 +3,7 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from resnest_imagenet import __version__
+import resnest_imagenet
 
 PACKAGES = {
     "torch": "torch",
@@ -21,7 +21,9 @@ def asks_for_version(words: list[str]) -> bool:
 def format_versions() -> str:
     """Return a line with the versions of this project and of what its figures depend on; nothing is imported for it."""
     versions = [f"{title} {_find_version(package)}" for title, package in PACKAGES.items()]
-    return ", ".join([f"resnest-imagenet {__version__}", *versions, f"Python {platform.python_version()}"])
+    return ", ".join(
+        [f"resnest-imagenet {resnest_imagenet.__version__}", *versions, f"Python {platform.python_version()}"]
+    )
 
 
 def _find_version(package: str) -> str:

@@ -10,6 +10,7 @@ from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import open_source
 from resnest_imagenet.data.source import ImageSource, require_same_classes, require_separate
 from resnest_imagenet.data.validation import choose_val, find_class_folders, has_folders
+from resnest_imagenet.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class ClassifiedData:
         if self.kind == "csv":
             listed = self._read_csv()
             listed.require_parts()
+            if self.train_dir == self.val_dir:
+                raise DataError(
+                    f"data.train_dir and data.val_dir are both {self.val_dir}: name two parts of {listed.path}"
+                )
             return listed.open(self.train_dir, "data.train_dir"), listed.open(self.val_dir, "data.val_dir")
         if self.val_split is not None:
             return self._split_folder(self.val_split)

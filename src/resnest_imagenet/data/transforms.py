@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from resnest_imagenet.data.augment import NO_AUGMENTATION, Appearance, Augmentation
+from resnest_imagenet.data.augment import NO_AUGMENTATION, Appearance, Augmentation, describe_operations
 from resnest_imagenet.randomness import Purpose, uniform_rows
 
 # Mean and deviation of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
@@ -166,6 +166,25 @@ class TrainTransform:
     def draw_appearance(self, epoch: int, indices: Sequence[int]) -> Appearance:
         """Draw the other variations of samples of an epoch."""
         return self.augmentation.draw(self.seed, epoch, indices)
+
+    def describe_draws(self, epoch: int, index: int, size: tuple[int, int]) -> tuple[str, str]:
+        """Return how a sample of an epoch is varied, in words: what is done to the image, and to its crop.
+
+        Args:
+            epoch: counted from 0.
+            index: of the sample.
+            size: height and width of the image.
+        """
+        mirrored, crops = self.draw_crops(epoch, [index])
+        appearance = self.draw_appearance(epoch, [index])
+        _, _, height, width = self.cropping.window(*size, crops[0].tolist())
+        flips = [
+            name for name, is_done in zip(("mirrored", "upside down"), mirrored[0].tolist(), strict=True) if is_done
+        ]
+        offset = [f"colour {' '.join(f'{value:+.0f}' for value in appearance.offset[0].tolist())}"]
+        crop = f"crop {100 * height * width / (size[0] * size[1]):.0f} %"
+        after = [crop, *flips, *describe_operations(appearance.after[0]), *(offset if appearance.offset.any() else [])]
+        return ", ".join(describe_operations(appearance.before[0])), ", ".join(after)
 
 
 @dataclass(frozen=True)

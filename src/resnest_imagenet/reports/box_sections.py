@@ -18,6 +18,7 @@ from resnest_imagenet.evaluation.worst_images import NamedBoxes, WorstImage, Wor
 from resnest_imagenet.models.cost import count_rcnn
 from resnest_imagenet.models.zoo import list_models
 from resnest_imagenet.reports.page import (
+    FIGURE_SPACE,
     LONG,
     arrange,
     render_bar,
@@ -32,7 +33,6 @@ from resnest_imagenet.weights.detection import DETECTION, read_options
 CURVES = 7  # largest number of classes with their own curves
 SIDE = 480  # long side of a picture, in pixels
 ENLARGED = 4  # largest enlargement of a picture, which makes names readable
-FIGURE_SPACE = "\u2007"  # as wide as a digit
 _CORRECT = Outcome.CORRECT.name.lower()
 # The figures of a run that are shown, with their headings; a class has all but the first.
 _SHOWN = {
@@ -115,7 +115,7 @@ def render_precision(runs: Sequence[Run]) -> Markup:
                 ]
                 rows.append((run.name, kind, *figures, best.get("count", ""), best.get("protocol", "")))
     head = ["run", "of", *_SHOWN.values(), "images", "protocol"]
-    return render_table(head, rows) if rows else Markup()
+    return render_table(head, rows, "ends-in-text") if rows else Markup()
 
 
 def _has_objects(files: BoxFiles | None, kind: str, name: str) -> bool:

@@ -6,7 +6,15 @@ import numpy as np
 from markupsafe import Markup
 
 from resnest_imagenet.inference.compare import Comparison, describe_pairs, describe_protocols, describe_verdict
-from resnest_imagenet.reports.page import LONG, render_bar, render_lines, render_page, render_picture, render_table
+from resnest_imagenet.reports.page import (
+    FIGURE_SPACE,
+    LONG,
+    render_bar,
+    render_lines,
+    render_page,
+    render_picture,
+    render_table,
+)
 
 PICTURES = 60  # at most
 
@@ -52,8 +60,8 @@ def _render_classes(comparison: Comparison) -> Markup:
         right = 100 * comparison.is_right[:, of_class].mean(1)
         true_p = comparison.probabilities[:, of_class].mean(1)
         difference = right[0] - right[1] if len(names) == 2 else np.ptp(right)
-        figures = zip(right.tolist(), true_p.tolist(), strict=True)
-        cells = [cell for share, p in figures for cell in (render_bar(share / 100, f"{share:.1f}"), f"{p:.4f}")]
+        bars = [render_bar(share / 100, f"{share:.1f}".rjust(5, FIGURE_SPACE)) for share in right.tolist()]
+        cells = [cell for bar, p in zip(bars, true_p.tolist(), strict=True) for cell in (bar, f"{p:.4f}")]
         rows.append((float(difference), (title, f"{count:,}", _draw_difference(difference), *cells)))
     rows.sort(key=lambda row: -row[0])
     heads = [head for name in names for head in (f"{name}: right, %", "true p")]
@@ -71,8 +79,9 @@ def _draw_difference(difference: float) -> Markup:
     """Return a bar from the middle to the right for a value above 0, to the left below."""
     width = abs(difference) / 2
     left = 50 if difference > 0 else 50 - width
-    bar = '<span class="difference"><i class="{}" style="left:{:.1f}%;width:{:.1f}%"></i></span> {:+.1f}'
-    return Markup(bar).format("minus" if difference < 0 else "plus", left, width, difference)
+    bar = '<span class="difference"><i class="{}" style="left:{:.1f}%;width:{:.1f}%"></i></span> {}'
+    number = f"{difference:+.1f}".rjust(6, FIGURE_SPACE)
+    return Markup(bar).format("minus" if difference < 0 else "plus", left, width, number)
 
 
 def _render_pictures(comparison: Comparison) -> Markup:

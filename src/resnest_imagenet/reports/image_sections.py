@@ -21,7 +21,15 @@ from resnest_imagenet.evaluation.mistakes import (
 )
 from resnest_imagenet.evaluation.predictions import Predictions
 from resnest_imagenet.models.imagenet_classes import short_class_names
-from resnest_imagenet.reports.page import LONG, arrange, render_bar, render_figure, render_picture, render_table
+from resnest_imagenet.reports.page import (
+    FIGURE_SPACE,
+    LONG,
+    arrange,
+    render_bar,
+    render_figure,
+    render_picture,
+    render_table,
+)
 from resnest_imagenet.reports.runs import Run, list_figures
 
 PAIRS = 20  # of confused classes
@@ -157,7 +165,7 @@ def _render_classes(confusions: np.ndarray, titles: Sequence[str]) -> Markup:
     rows: list[tuple[object, ...]] = [
         (
             titles[label],
-            render_bar(figures.recall[label] / 100, f"{figures.recall[label]:.1f}"),
+            render_bar(figures.recall[label] / 100, f"{figures.recall[label]:.1f}".rjust(5, FIGURE_SPACE)),
             "never predicted" if figures.is_never_predicted[label] else f"{figures.precision[label]:.1f}",
             f"{figures.f1[label]:.1f}",
             f"{figures.images[label]:,}",

@@ -14,6 +14,7 @@ from resnest_imagenet.data.torchvision import decode
 
 SIDE = 224  # of a picture, in pixels
 LONG = 30  # rows from which a table of classes scrolls
+FIGURE_SPACE = "\u2007"  # as wide as a digit
 
 
 def render(template: str, **values: object) -> Markup:

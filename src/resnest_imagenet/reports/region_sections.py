@@ -72,7 +72,7 @@ def render_scores(runs: Sequence[Run]) -> Markup:
         for regions in (evaluation.regions,)
     ]
     head = ["run", "mIoU %", "of present classes %", "pixels right %", "scenes", "classes", "present", "protocol"]
-    return render_table(head, rows) if rows else Markup()
+    return render_table(head, rows, "ends-in-text") if rows else Markup()
 
 
 def render_regions(evaluation: NamedRegions, worst: WorstScenes | str | None) -> Markup:

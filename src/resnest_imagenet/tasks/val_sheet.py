@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.decoding import BadImage, decode_by_pillow
 from resnest_imagenet.data.source import read_named
-from resnest_imagenet.errors import UserError, printable
+from resnest_imagenet.errors import UserError
 from resnest_imagenet.evaluation.box_files import read_box_files
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.overlays import overlay_mask
@@ -22,6 +22,7 @@ from resnest_imagenet.inference.segment import segment
 from resnest_imagenet.inference.segmenter import open_segmenter
 from resnest_imagenet.models.imagenet_classes import short_class_names
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe, SegmentationRecipe
+from resnest_imagenet.tasks.pictures import shorten
 
 IMAGES, COLUMNS, SIDE = 24, 6, 176  # of classes: at most, side by side, and in pixels
 LARGE_IMAGES, LARGE_COLUMNS, LARGE_SIDE = 6, 3, 352  # of scenes and objects, which are slower and have more to see
@@ -130,11 +131,3 @@ def _draw_sheet(cells: Sequence[Cell], columns: int, side: int) -> np.ndarray:
             place = left, top + side + 1 + 16 * line
             pen.text(place, shorten(text, side, font), WRONG if cell.is_wrong and line else RIGHT, font)
     return np.asarray(sheet)
-
-
-def shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Return a text that is at most so many pixels wide."""
-    text = " ".join(printable(text).split())
-    while font.getlength(text) > width and len(text) > 1:
-        text = f"{text[:-2].rstrip()}…"
-    return text

@@ -11,7 +11,14 @@ from torch import Tensor
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.models.rcnn import RCNN, build_rcnn
 from resnest_imagenet.models.rcnn_options import RCNNOptions, title_detector
-from resnest_imagenet.weights.load import TASK, Weights, describe_other_task, match_tensors, read_weights
+from resnest_imagenet.weights.load import (
+    TASK,
+    Weights,
+    describe_other_task,
+    match_tensors,
+    read_weights,
+    require_usual_pixels,
+)
 from resnest_imagenet.weights.published_rcnn import DETECTION, adopt_rcnn
 
 _BACKBONE = "backbone."
@@ -181,6 +188,7 @@ def _require_equal_shapes(own: Mapping[str, Tensor], weights: Weights) -> None:
 
 def _load_backbone(model: RCNN, name: str, weights: Weights) -> None:
     """Load the backbone's weights, from a classification network or a detector."""
+    require_usual_pixels(weights)
     tensors = weights.tensors
     if weights.task == DETECTION:
         tensors = {key.removeprefix(_BACKBONE): tensors[key] for key in tensors if key.startswith(_BACKBONE)}

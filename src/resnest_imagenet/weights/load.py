@@ -278,6 +278,16 @@ def load_backbone(backbone: nn.Module, name: str, source: str | PathLike[str], c
     backbone.load_state_dict({key: tensors[key] for key in backbone.state_dict()})
 
 
+def require_usual_pixels(weights: Weights) -> None:
+    """Raise a CheckpointError if the weights' network expects another normalisation than ImageNet's."""
+    for name in ("mean", "std"):
+        if (values := getattr(weights, name)) is not None:
+            raise CheckpointError(
+                f"{weights.source}: trained with train.{name}={values}, which only task=classification has: train a "
+                f"backbone with train.{name}=null"
+            )
+
+
 def match_tensors(weights: Weights, name: str | None) -> tuple[str, dict[str, Tensor]]:
     """Return the network's name and all its tensors by its own key names; a classifier only if the weights have one.
 
