@@ -47,6 +47,7 @@ def spoil_last(result):
     return tuple(values) if isinstance(result, tuple) else values[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_passes(dtype):
     """With every kind of norm, radix 1 and 4 and several groups, and maps of a single pixel."""
@@ -115,6 +116,7 @@ def test_a_broken_device_is_an_error_of_one_line(use_splits, monkeypatch):
         proving._require_device(RuntimeError("an illegal memory access"), torch.device("cuda", 0))
 
 
+@pytest.mark.slow
 def test_what_is_slow_is_not_used(use_splits):
     network = build_model("resnest14_half", 10)
     size = (2, 16, 16)
@@ -156,6 +158,7 @@ def test_the_blocks_of_a_network():
     assert find_blocks(deeplab, 64, 64) == expected
 
 
+@pytest.mark.slow
 def test_a_trial_changes_nothing():
     network = build_model("resnest14_half", 10, split_attention="fused")
     network.layer1.eval()

@@ -1,6 +1,7 @@
 """Operators that must prove themselves, in whole runs: what is refused is replaced, reported and kept."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from resnest_imagenet.evaluation.operators import choose_attention, choose_gpu_d
 from resnest_imagenet.models import fused_attention, proving
 from resnest_imagenet.models.split_attention import SplitAttention
 from resnest_imagenet.models.splits import Splits
+from resnest_imagenet.training import wrapping
 from resnest_imagenet.training.train import train
 from run_files import assert_same_run
 
@@ -73,6 +75,7 @@ def list_implementations(network):
     return {module.implementation for module in network.modules() if isinstance(module, SplitAttention)}
 
 
+@pytest.mark.slow
 def test_a_wrong_operator_is_refused_and_the_choice_kept(
     small_run, use_splits, trials, inject, tmp_path, capsys, signals
 ):
@@ -84,7 +87,10 @@ def test_a_wrong_operator_is_refused_and_the_choice_kept(
     assert list_implementations(state.model) == list_implementations(state.ema.module) == {"reference"}
     printed = capsys.readouterr().err
     line = "split attention: the fused operator differs from the formula: the gradient of the input by "
-    assert printed.count(line) == 1 and printed.count("; the formula is used (model.split_attention)\n") == 1
+    assert (
+        printed.count(line) == 1
+        and printed.count(": the formula is used; model.split_attention=fused overrides this\n") == 1
+    )
     assert all(map(torch.equal, state.model.state_dict().values(), formula.model.state_dict().values()))
     tried = read_environment(tmp_path / "refused")["split_attention"]
     assert tried["used"] == "reference" and tried["reason"] in printed and tried["seconds"] > 0
@@ -107,6 +113,7 @@ def test_a_wrong_operator_is_refused_and_the_choice_kept(
     assert read_environment(tmp_path / "stopped")["split_attention"] == {"used": "reference", "reason": reason}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_whose_operator_fails_now_reports_the_change(
     small_run, use_splits, trials, inject, capsys, signals
 ):
@@ -125,6 +132,7 @@ def test_a_resumed_run_whose_operator_fails_now_reports_the_change(
     assert "the fused operator differs from the formula" in captured.err
 
 
+@pytest.mark.slow
 def test_a_right_operator_is_used_and_timed(small_run, use_splits, trials, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(proving, "time_both", lambda *arguments: [1.5, 2.0, 2.5])
     use_splits(OtherSplits)
@@ -135,6 +143,7 @@ def test_a_right_operator_is_used_and_timed(small_run, use_splits, trials, tmp_p
     assert "split attention" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_detection_chooses_too(object_run, use_splits, trials, tmp_path, monkeypatch):
     monkeypatch.setattr(proving, "time_both", lambda *arguments: [0.5, 0.6, 0.7])
     use_splits(OtherSplits)
@@ -210,7 +219,7 @@ def test_the_gpus_decoder_is_compared_with_the_cpus(demo_images, monkeypatch, ca
         else:
             assert (choice.used, choose_decoder(gpu)) == ("cpu", "copied")
             assert choice.details["reason"].startswith(fault)
-            assert printed == f"DALI: the GPU's decoder {choice.details['reason']}; images are decoded on the CPU\n"
+            assert printed == f"DALI: the GPU's decoder {choice.details['reason']}: images are decoded on the CPU\n"
     # A resumed run decodes as before; a CPU and torchvision have nothing to choose.
     monkeypatch.setattr(decoders, "_refused", set())
     assert (
@@ -218,3 +227,30 @@ def test_the_gpus_decoder_is_compared_with_the_cpus(demo_images, monkeypatch, ca
     )
     assert choose_gpu_decoder(images, "dali", ALONE) is None and choose_decoder(ALONE.device) == "cpu"
     assert choose_gpu_decoder(images, "torchvision", ranks) is None
+
+
+@pytest.mark.slow
+def test_a_refused_decoder_is_a_circumstance_of_the_run(small_run, demo_images, monkeypatch, capsys):
+    """A GPU's name is made up here: nothing else of the choice needs one."""
+    dali = pytest.importorskip("resnest_imagenet.data.dali_decoding", reason="DALI is not installed")
+    from resnest_imagenet.data.folder import read_image_folder
+
+    for module in (operators, wrapping):
+        monkeypatch.setattr(module, "name_device", lambda device: "a card")
+    compared = []
+    monkeypatch.setattr(dali, "compare_decoders", lambda *arguments: compared.append(1) or "differs")
+    images = read_image_folder(str(demo_images), "train", "x")
+    task, ranks = SimpleNamespace(config=small_run(), train_set=images), Ranks(0, 1, 0, torch.device("cuda", 0))
+    circumstances = {"device": "a card", "loader": "dali"}
+    saver = SimpleNamespace(circumstances=circumstances)
+    (choice,) = wrapping.choose_operators(torch.nn.Linear(2, 2), task, ranks, saver, None).values()
+    assert choice.describe() == {"used": "cpu", "reason": "differs on a card"} and len(compared) == 1
+    assert circumstances["loader"] == "dali, decoding on the CPU"
+    # The resumed run keeps it on such a card, and tries again on another.
+    operators._decoders.clear()
+    saved = {"circumstances": dict(circumstances)}
+    for device, count in (("a card", 1), ("another card", 2)):
+        saved["circumstances"]["device"] = device
+        wrapping.choose_operators(torch.nn.Linear(2, 2), task, ranks, saver, saved)
+        assert len(compared) == count
+    assert capsys.readouterr().err.count("images are decoded on the CPU") == 2

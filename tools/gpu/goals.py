@@ -244,7 +244,8 @@ def run_nccl(setting: Setting) -> Iterator[Row]:
     options += (f"train.precision={precision}", "train.batch_size=16", "train.global_batch=32")
     options += ("train.crop=32",) if setting.is_tiny else ()
     code, seconds, tail = run(f"{COMMANDS}.train", *options, torchrun=True)
-    figure = f"exit {code} after {seconds:.0f} s" + (f": {tail.splitlines()[-1]}" if code else "")
+    reasons = [line for line in tail.splitlines() if "error" in line.lower()] or [tail]
+    figure = f"exit {code} after {seconds:.0f} s" + (f": {reasons[-1].strip()}" if code else "")
     yield Row(f"demo under torchrun, {precision}, accumulated", figure, "exit 0", code == 0)
 
 

@@ -88,7 +88,8 @@ def choose_attention(
     if fault is None:
         return Choice("fused", details)
     use_implementation(network, "reference")
-    _report(ranks, f"split attention: the fused operator {fault}; the formula is used (model.split_attention)")
+    override = "; model.split_attention=fused overrides this" if trains else ""
+    _report(ranks, f"split attention: the fused operator {fault}: the formula is used{override}")
     return Choice("reference", {"reason": fault, **details})
 
 
@@ -144,7 +145,7 @@ def choose_gpu_decoder(images: ImageSource, loader: str, ranks: Ranks, decoded_o
     refuse_gpu_decoder(ranks.device, fault is not None)
     if fault is None:
         return Choice("gpu", {})
-    _report(ranks, f"DALI: the GPU's decoder {fault}; images are decoded on the CPU")
+    _report(ranks, f"DALI: the GPU's decoder {fault}: images are decoded on the CPU")
     return Choice("cpu", {"reason": fault})
 
 

@@ -251,7 +251,7 @@ def _require_device(error: Exception, device: torch.device) -> None:
     except RuntimeError as broken:
         raise ConfigError(
             f"the fused split attention has broken {device} for this process ({first_line(error)}): set "
-            "model.split_attention=reference"
+            "model.split_attention=reference in training, or device=cpu"
         ) from broken
 
 
