@@ -14,7 +14,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-segmentation demo-detection test test-quick fault-test lint docs picture bench \
-  bench-segmentation bench-detection growth bench-gpu bench-data options lock clean
+  bench-segmentation bench-detection growth bench-gpu goals-gpu bench-data options lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -97,6 +97,10 @@ growth: $(READY) ## measure how cost grows with batch, crop and depth, and what 
 bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which needs torch, timm and this project
 	PYTHONPATH=src $(PYTHON) tools/benchmarks/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \
 	  --out docs/performance_gpu.json
+
+goals-gpu: ## the table of all goals on a GPU, eight minutes, with the Python at hand: OUT=DIR [IMAGES=DIR]
+	PYTHONPATH=src:tools/benchmarks $(PYTHON) tools/gpu/goals.py $(or $(OUT),$(error set OUT=DIR)) \
+	  $(if $(IMAGES),--images $(IMAGES))
 
 bench-data: $(READY) ## compare the loaders with torchvision's and DALI's own: IMAGES=DIR, with DIR/<class>/<image>
 	$(BIN)/python tools/benchmarks/bench_data.py $(or $(IMAGES),$(error set IMAGES=DIR, with photographs in DIR/<class>/))

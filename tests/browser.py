@@ -27,6 +27,9 @@ const look = (page) => {{
     width: inside.documentElement.scrollWidth,
     charts: shown("svg").map((each) => each.getAttribute("aria-label")),
     pictures: shown("img").filter((each) => each.complete && each.naturalWidth > 0).length,
+    outside: [...inside.querySelectorAll("th, td, .card, h1, h2, p, li")]
+      .filter((each) => each.getBoundingClientRect().right > inside.documentElement.clientWidth + 1)
+      .map((each) => each.textContent.slice(0, 40)),
     paper: getComputedStyle(inside.body).backgroundColor,
     ink: getComputedStyle(inside.querySelector("svg text") || inside.body).fill,
     loaded: page.contentWindow.performance.getEntriesByType("resource").map((each) => each.name),

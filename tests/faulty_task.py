@@ -1,5 +1,6 @@
 """A task with faults: what happens at single batches of a run is data, and the rest is the real task's."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,18 @@ class FaultyTask:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
+
+    def __copy__(self) -> "FaultyTask":
+        return FaultyTask(copy.copy(self._task), self._faults)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The task's, which a copy of it may have with another batch size."""
+        return self._task.config
+
+    @config.setter
+    def config(self, config: TrainConfig) -> None:
+        self._task.config = config
 
     def blank_batch(self, device: torch.device) -> Batch:
         """Remember what is no batch of the run: it is computed before the first step, with the first batch's draws."""

@@ -12,6 +12,7 @@ from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.augment import POLICIES
+from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe
 from resnest_imagenet.reports.table3 import PAPER
 from resnest_imagenet.schemas import RECIPE_NAMES
@@ -22,7 +23,8 @@ OF_SCENES = {name for name, text in ALL_EXPERIMENTS.items() if "override /task: 
 OF_OBJECTS = {name for name, text in ALL_EXPERIMENTS.items() if "override /task: detection" in text}
 EXPERIMENTS = {name: text for name, text in ALL_EXPERIMENTS.items() if name not in OF_SCENES | OF_OBJECTS}
 RECIPES = {path.stem: path.read_text() for path in (find_conf() / "recipe").glob("*.yaml")}
-PUBLISHED = sorted(name for name in RECIPES if not name.startswith("demo"))
+PUBLISHED = sorted(name for name in RECIPES if not name.startswith(("demo", "finetune")))
+OWN = {"demo", "finetune"}  # experiments that are no network's
 
 
 @functools.cache
@@ -32,10 +34,10 @@ def compose_train(*overrides):
 
 def test_every_published_network_has_an_experiment_of_its_name():
     of_tables_5_to_7 = {"resnet50_msra", "resnet101_msra", "resnet50s", "resnet101s"}
-    assert EXPERIMENTS.keys() - {"demo"} == set(list_models()) - {"resnest14_half"} - of_tables_5_to_7
+    assert EXPERIMENTS.keys() - OWN == set(list_models()) - {"resnest14_half"} - of_tables_5_to_7
 
 
-@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - {"demo"}))
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - OWN))
 @pytest.mark.slow
 def test_an_experiment_trains_its_model_and_says_how(name):
     config = compose_train(f"+experiment={name}")
@@ -71,7 +73,7 @@ def test_a_row_has_the_recipe_behind_its_number(row):
 def test_one_recipe_for_all_models_is_one_override():
     """An experiment chooses a model and a recipe and sets nothing of it: one of each recipe stands for its others."""
     one_of_each = {}
-    for name in EXPERIMENTS.keys() - {"demo"}:
+    for name in EXPERIMENTS.keys() - OWN:
         values = yaml.safe_load(EXPERIMENTS[name])
         choices = {group: choice for default in values["defaults"] for group, choice in default.items()}
         assert choices.keys() == {"override /model", "override /recipe"} and "train" not in values
@@ -89,6 +91,7 @@ def test_every_value_of_a_recipe_has_a_comment(name):
     assert values and all(re.fullmatch(r"\w+: (\S+|\[.+\]) # \S.+", line) for line in values)
 
 
+OF_TUNING = {"layer_decay": 1, "ema_warmup": False, "patience": None}  # of no published recipe
 COMMON = {"momentum": 0.9, "weight_decay": 1e-4, "lr": 0.1, "crop": 224, "dropout": 0, "ema_decay": None}
 COMMON |= {"step_factor": 0.1, "mixup_per_sample": False, "init_from": None, "compile": False, "deterministic": False}
 COMMON |= {"max_skipped_steps": 0, "task": "classification", "optimizer": "sgd", "decay_biases": False}
@@ -96,7 +99,8 @@ COMMON |= {"steps": None, "milestones": None, "warmup_steps": None, "warmup_star
 COMMON |= {"head_lr_factor": 1, "clip_norm": None, "clip_value": None}
 COMMON |= {"poly_power": 0.9, "betas": [0.9, 0.999], "eps": 1e-8}  # of no recipe here
 COMMON |= {"cropping": "random_resized", "interpolation": "bilinear", "policy": None, "jitter": 0, "lighting": 0}
-COMMON |= {"pixel_shift": 0, "erasing": 0, "cutmix_alpha": 0}
+COMMON |= {"pixel_shift": 0, "erasing": 0, "cutmix_alpha": 0, "flips": "horizontal", "mean": None, "std": None}
+COMMON |= {"class_weights": None, "drop_path": 0, "freeze": 0, **OF_TUNING}
 COSINE = {**COMMON, "schedule": "cosine", "step_epochs": None, "warmup_epochs": 5, "decay_all": False}
 COSINE |= {"label_smoothing": 0.1, "mixup_alpha": 0.2, "zero_gamma": True, "jitter": 0.4, "lighting": 0.1}
 GLUON = {**COSINE, "nesterov": True, "mixup_partner": "reversed", "init": "fan_in", "antialias": False}
@@ -140,8 +144,8 @@ FIGURES = {
 DEEPLAB = {
     **{name: COMMON[name] for name in ("steps", "milestones", "step_factor", "warmup_steps", "compile")},
     **{name: COMMON[name] for name in ("warmup_start", "clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
-    "task": "segmentation", "optimizer": "sgd", "step_epochs": None, "init_from": None, "decay_biases": False,
-    "ema_decay": None, "deterministic": False, "epochs": 120,
+    **OF_TUNING, "task": "segmentation", "optimizer": "sgd", "step_epochs": None, "init_from": None,
+    "decay_biases": False, "ema_decay": None, "deterministic": False, "epochs": 120,
     "batch_size": 2, "global_batch": 16, "crop": 480, "base": 520,
     "scales": [0.5, 2.0],
     "schedule": "poly", "poly_power": 0.9, "lr": 0.01, "reference_batch": 16, "head_lr_factor": 10, "warmup_epochs": 0,
@@ -168,7 +172,7 @@ DETECTRON = {
     **{name: value for name, value in RCNN_NETWORK.items() if name in DetectionRecipe.model_fields},
     **{name: COMMON[name] for name in ("step_factor", "poly_power", "head_lr_factor", "compile", "init_from")},
     **{name: COMMON[name] for name in ("clip_norm", "clip_value", "max_skipped_steps", "betas", "eps")},
-    "task": "detection", "optimizer": "sgd", "batch_size": 2, "global_batch": 16, "precision": "fp32",
+    **OF_TUNING, "task": "detection", "optimizer": "sgd", "batch_size": 2, "global_batch": 16, "precision": "fp32",
     "deterministic": False,
     "epochs": None, "steps": 90_000, "step_epochs": None, "schedule": "milestones", "milestones": [60_000, 80_000],
     "lr": 0.02, "reference_batch": 16, "warmup_epochs": None, "warmup_steps": 1000, "warmup_start": 0.001,
@@ -340,6 +344,34 @@ def test_the_network_of_tables_5_and_6(recipe, cascade):
 def test_the_rest_of_the_family_is_evaluated_at_its_published_crop(name, crop):
     config = compose_train(f"+experiment={name}")
     assert (config.train.recipe, config.eval.crop) == (name, crop)
+
+
+def test_fine_tuning_asks_for_its_start():
+    with pytest.raises(ConfigError, match=r"train.layer_decay=0.8 is for a network that .*: set train.init_from to "):
+        compose_config("train", TrainConfig, "+experiment=finetune", "data.root=/x")
+    config = compose_config("train", TrainConfig, "+experiment=finetune", "train.init_from=official:resnest50")
+    assert (config.model.name, config.data.root, config.train.recipe) == ("resnest50", "photos", "finetune")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("train.ema_warmup=true",), "train.ema_warmup=true needs a moving average: set train.ema_decay"),
+        (("train.freeze=2",), "train.freeze=2 would keep random weights: set train.init_from"),
+        (("train.freeze=6", "train.init_from=x.pt"), "train.freeze=6: "),
+        (("train.std=[0.2,0,0.2]",), r"train.std=\[0.2, 0.0, 0.2\]: must be above 0"),
+        (("train.mean=[123.7,116.3,103.5]",), "train.mean"),
+        (("train.layer_decay=0",), "train.layer_decay=0"),
+        (("train.drop_path=1",), "train.drop_path=1"),
+        (("train.patience=0",), "train.patience=0"),
+        (("train.flips=up",), "train.flips=up"),
+        (("train.class_weights=5",), "train.class_weights=5"),
+    ],
+)
+def test_values_of_fine_tuning_that_cannot_work_are_a_line(options, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        compose_train(*options)
+    assert "\n" not in str(error.value)
 
 
 def test_the_schema_names_every_policy():

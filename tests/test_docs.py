@@ -105,7 +105,7 @@ def list_schemas(schema=Options):
 KNOWN = {name for schema in list_schemas() for name in option_names(schema)}
 GROUPS = {folder.name for folder in launch.find_conf().iterdir() if folder.is_dir()}
 SECTIONS = {name.partition(".")[0] for name in KNOWN if "." in name}
-FILES = {"py", "md", "json", "yaml"}  # train.py is no option
+FILES = {"py", "md", "json", "yaml", "png"}  # train.py is no option
 FOREIGN = re.compile(r"hydra[./].*|cred_expire|pretrained")  # Hydra's, SLURM's, torch.hub's
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from resnest_imagenet import files
 from resnest_imagenet.errors import ConfigError, StorageError
-from resnest_imagenet.files import locked, owned, remove_temporary, replacing, require_writable
+from resnest_imagenet.files import file_lock, record_lock, remove_temporary, require_writable, write_atomically
 
 
 def write(path, content):
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(content)
 
 
@@ -45,11 +45,11 @@ def test_nothing_of_others_is_touched(tmp_path):
     out, own, victim = (tmp_path / name for name in ("x.csv", "x.csv.tmp", "victim"))
     victim.write_text("alive")
     own.symlink_to(victim)
-    with replacing(out) as one, replacing(out) as other:
+    with write_atomically(out) as one, write_atomically(out) as other:
         one.write(b"1" * 1000)
         other.write(b"2" * 1000)
     assert out.read_bytes() == b"1" * 1000  # the last to end; neither is torn
-    with pytest.raises(ZeroDivisionError), replacing(out) as file:
+    with pytest.raises(ZeroDivisionError), write_atomically(out) as file:
         file.write(b"half")
         raise ZeroDivisionError
     assert out.read_bytes() == b"1" * 1000
@@ -59,8 +59,8 @@ def test_nothing_of_others_is_touched(tmp_path):
 
 @pytest.mark.process
 def test_only_what_a_killed_writer_has_left_is_removed(tmp_path):
-    left = "import os, sys\nfrom pathlib import Path\nfrom resnest_imagenet.files import replacing\n"
-    left += "with replacing(Path(sys.argv[1])): os._exit(9)"
+    left = "import os, sys\nfrom pathlib import Path\nfrom resnest_imagenet.files import write_atomically\n"
+    left += "with write_atomically(Path(sys.argv[1])): os._exit(9)"
     for name in ("best.pt", "mine.json"):
         subprocess.run([sys.executable, "-c", left, tmp_path / name], check=False)
     for name in ("best.pt.tmp", ".best.pt.swp.tmp", "cache.tmp"):
@@ -87,8 +87,10 @@ def test_devices_and_pipes_are_written_to(tmp_path):
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(StorageError, match="it is a folder"):
         write(tmp_path, b"")
-    script = "import sys\nfrom pathlib import Path\nfrom resnest_imagenet.files import replacing\nprint('before')\n"
-    script += "with replacing(Path('/dev/stdout')) as file: file.write(b'between, ')\nprint('after')"
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom resnest_imagenet.files import write_atomically\nprint('before')\n"
+    )
+    script += "with write_atomically(Path('/dev/stdout')) as file: file.write(b'between, ')\nprint('after')"
     with open(tmp_path / "out.txt", "wb") as out:
         subprocess.run([sys.executable, "-c", script], stdout=out, check=True)
     assert (tmp_path / "out.txt").read_text() == "before\nbetween, after\n"
@@ -138,14 +140,14 @@ def test_without_locks_the_work_is_done_and_that_is_said_once(number, tmp_path, 
     monkeypatch.setattr(files, "_warned", set())
     monkeypatch.setattr(fcntl, "lockf", failing(fcntl.lockf, number))
     for _ in range(2):
-        with owned(tmp_path / "lock", "process 1 on here"):
+        with record_lock(tmp_path / "lock", "process 1 on here"):
             assert (tmp_path / "lock").read_text() == "process 1 on here"
     assert (tmp_path / "lock").read_text() == ""
     line = f"no file locks there ({os.strerror(number)}): a second process in this folder will not be refused\n"
     assert capsys.readouterr().err == f"WARNING: {tmp_path}/lock: {line}"
     if number != errno.ENOSYS:  # filelock has its own answer to that one
         monkeypatch.setattr(fcntl, "flock", failing(fcntl.flock, number))
-        with locked(tmp_path / "other"):
+        with file_lock(tmp_path / "other"):
             pass
 
 
@@ -153,8 +155,8 @@ def test_a_lock_is_no_file_of_somebody_else(tmp_path):
     victim, lock = tmp_path / "victim", tmp_path / "lock"
     victim.write_text("alive")
     lock.symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic links"), owned(lock, "process 1 on here"):
+    with pytest.raises(OSError, match="symbolic links"), record_lock(lock, "process 1 on here"):
         pass
-    with pytest.raises(ConfigError, match="victim: not the lock of a run"), owned(victim, "process 1 on here"):
+    with pytest.raises(ConfigError, match="victim: not the lock of a run"), record_lock(victim, "process 1 on here"):
         pass
     assert victim.read_text() == "alive"

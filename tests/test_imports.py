@@ -64,13 +64,13 @@ MAY_IMPORT = {
         "tasks",
         "training",
     },
-    "__init__": {"extensions", "models", "weights", "inference", "tasks"},
+    "__init__": {"errors", "extensions", "models", "weights", "inference", "tasks"},
 }
 # Packages that one place only may know.
 ONLY_IN = {
     "hydra": {"commands"},
     "omegaconf": {"commands"},
-    "nvidia": {"data/dali.py", "data/dali_ops.py"},
+    "nvidia": {"data/dali.py", "data/dali_decoding.py", "data/dali_ops.py"},
     "timm": {"models/zoo.py", "models/imagenet_classes.py", "weights/published.py", "training/optimizer.py"},
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
@@ -82,7 +82,9 @@ DETECTORS = {
 ONLY_IN["torchvision"] = {"data/torchvision.py", "data/decoding.py", "models/coco_classes.py"} | DETECTORS
 ONLY_IN["scipy"] = {"data/prepare.py"}
 ONLY_IN["safetensors"] = {"checkpoint"}
-ONLY_IN["matplotlib"] = {"evaluation/charts.py", "reports/report.py", "reports/explain_pictures.py"}
+PAINTING = {"reports/image_sections.py", "reports/table3_chart.py", "reports/explain_pictures.py"}
+ONLY_IN["matplotlib"] = {"evaluation/charts.py"} | PAINTING
+ONLY_IN["jinja2"] = {"reports/page.py"}
 ONLY_IN["pycocotools"] = {"evaluation/boxes.py", "evaluation/masks.py", "data/masks.py", "models/masks.py"}
 ONLY_IN["hotcoco"] = {"evaluation/boxes.py"}
 ONLY_IN["gradio"] = {"reports/app.py"}

@@ -47,6 +47,16 @@ def test_only_functions_and_submodules_are_listed():
     assert not listed & {"Any", "TYPE_CHECKING", "import_module", "modules"}
 
 
+@pytest.mark.parametrize("name", ["detect", "open_detector", "compare_objects", "open_segmenter"])
+def test_a_torchvision_of_another_torch_is_one_line(name, monkeypatch):
+    def fail(module):
+        raise RuntimeError("operator torchvision::nms does not exist")  # what importing torchvision raises then
+
+    monkeypatch.setattr(resnest_imagenet, "import_module", fail)
+    with pytest.raises(ConfigError, match=r"^torchvision \S+ was not built for torch \S+; install both "):
+        getattr(resnest_imagenet, name)
+
+
 FAST = {"loader": "torchvision", "workers": 0, "batch_size": 16}
 
 
@@ -76,6 +86,7 @@ def test_evaluate_and_compare(checkpoint, demo_images):
 
 
 ASKING = (resnest_imagenet.predict, resnest_imagenet.evaluate, resnest_imagenet.compare, resnest_imagenet.explain)
+ASKING += (resnest_imagenet.extract_features,)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +98,12 @@ ASKING = (resnest_imagenet.predict, resnest_imagenet.evaluate, resnest_imagenet.
         ({"batch_size": True}, "batch_size=True: input should be a valid integer"),
         ({"workers": -1}, "workers=-1: input should be greater than or equal to 0"),
         ({"top": 0}, "top=0: input should be greater than or equal to 1"),
+        ({"tta": "mirror"}, "tta='mirror': input should be 'flip'"),
     ],
 )
 def test_an_argument_that_is_not_valid_is_refused_before_anything_is_read(argument, message):
     functions = [function for function in ASKING if argument.keys() <= signature(function).parameters.keys()]
-    assert len(functions) == (2 if "top" in argument else 4)
+    assert len(functions) == (2 if argument.keys() & {"top", "tta"} else 5)
     for function in functions:
         with pytest.raises(ConfigError, match=f"^{message}$"):
             function("no/such.pt", "nowhere", **argument)
@@ -179,6 +191,11 @@ def test_the_first_rank_alone_tells_what_is_skipped(rank, tmp_path, monkeypatch,
     for name, value in (LAUNCHED | {"RANK": str(rank)}).items():
         monkeypatch.setenv(name, value)
     assert len(list_classified_images(tmp_path / "val")) == 1
+    with pytest.raises(DataError, match="^images=.*gone: no such file or folder$"):
+        list_classified_images(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="^images=.*file: not a folder: give one that has one folder per true class$"):
+        list_classified_images(tmp_path / "file")
     assert ("images beside the class folders are skipped" in capsys.readouterr().err) == (rank == 0)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from resnest_imagenet import config
 from resnest_imagenet.commands import data
-from resnest_imagenet.commands.choices import list_choices, list_groups
+from resnest_imagenet.commands.choices import describe_choices, list_choices, list_groups
 from resnest_imagenet.commands.help import format_typed, read_values
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.option_list import Section, list_sections
@@ -75,7 +75,7 @@ def build_page(compose: Callable[..., Any]) -> str:
             lines += ["Sections:", "", *(f"- {link}" for link in links), ""]
         commands.append("\n".join(lines))
     text = [HEAD, "## Commands", "", *commands, "## Sections", "", "\n\n".join(shared.values()), ""]
-    return "\n".join([*text, "## Choices", "", *_format_choices()]) + "\n"
+    return "\n".join([*text, "## Choices", *_format_choices()]) + "\n"
 
 
 def _slug(heading: str) -> str:
@@ -105,12 +105,18 @@ def _list_groups(name: str, schema: type[Options]) -> list[str]:
 
 
 def _format_choices() -> Iterator[str]:
-    yield "| group | task | names |"
-    yield "|---|---|---|"
     for group in _list_groups("train", config.TrainConfig):
         schema = config.EvalConfig if group == "protocol" else config.TrainConfig
-        for task, names in list_choices(schema, group, [find_conf()]).items():
-            yield f"| `{group}` | {task or 'every task'} | {', '.join(names)} |"
+        meanings = describe_choices(group, [find_conf()])
+        choices = list_choices(schema, group, [find_conf()])
+        yield from ("", f"### {group}", "")
+        if not all(meanings.values()):
+            yield f"{', '.join(f'`{name}`' for names in choices.values() for name in names)}."
+            continue
+        yield from ("| name | task | what it is |", "|---|---|---|")
+        for task, names in choices.items():
+            for name in names:
+                yield f"| `{name}` | {task or 'every task'} | {_escape(meanings[name])} |"
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def run_commands(folder: Path) -> None:
     """Write the preview, the class maps, masks, boxes and the report's page into a folder."""
     run_command("resnest-data", "preview", "+experiment=demo", "data.root=data/demo", f"out={folder}/preview.png")
     figures = ",".join(f"data/demo/val/{name}.JPEG" for name in FIGURES)
-    words = (f"images=[{figures}]", f"out={folder}/explained", "layer=layer2")
+    words = (f"images=[{figures}]", f"out={folder}/explained")
     run_command("resnest-explain", "ckpt=runs/demo/checkpoints/best.pt", *words)
     for run, place, names in (
         ("demo_segmentation", "data/demo-scenes/images/val", SCENES),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from resnest_imagenet.inference.detect import detect
     from resnest_imagenet.inference.detector import open_detector
     from resnest_imagenet.inference.explain import explain
+    from resnest_imagenet.inference.features import extract_features
     from resnest_imagenet.inference.predict import predict
     from resnest_imagenet.inference.segment import segment
     from resnest_imagenet.inference.segmenter import open_segmenter
@@ -30,6 +31,7 @@ __all__ = [
     "detect",
     "evaluate",
     "explain",
+    "extract_features",
     "list_models",
     "load_backbone",
     "open_classifier",
@@ -50,6 +52,7 @@ _MODULES = {
     "detect": "inference.detect",
     "evaluate": "tasks.evaluate_checkpoint",
     "explain": "inference.explain",
+    "extract_features": "inference.features",
     "list_models": "models.zoo",
     "load_backbone": "weights.load",
     "open_classifier": "inference.classifier",
@@ -65,9 +68,12 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     # torch is imported when a function is asked for: the commands answer --help before that.
-    if name in _MODULES:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from resnest_imagenet.errors import explaining_runtime
+
+    with explaining_runtime():  # torchvision may have been built for another torch
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

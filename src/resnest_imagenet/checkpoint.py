@@ -18,7 +18,7 @@ from safetensors.torch import save as format_safetensors
 
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.errors import CheckpointError, DamagedCheckpointError, StorageError, UserError, is_out_of_memory
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 
 # torch's zip archives end with a record of 22 bytes; its last two are the length of a comment, 0. Here the comment is
 # the SHA-256 of the archive as torch wrote it. Other readers of zip archives skip it.
@@ -80,7 +80,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     Raises:
         StorageError: it cannot be written; an earlier file is still there.
     """
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         if path.suffix == ".safetensors":
             data = format_safetensors(content, metadata={"format": "pt", "sha256": _ZEROS.decode()})
             # safetensors writes the two in any order: fix it, so that the same tensors give the same bytes.

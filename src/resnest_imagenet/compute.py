@@ -8,12 +8,23 @@ from torch import nn
 
 from resnest_imagenet.errors import ConfigError
 
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to a device, its convolution weights in channels_last."""
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stub lacks it
+
+
+def get_dtype(precision: str) -> torch.dtype:
+    """Return the type of a network's activations in fp32, bf16 or fp16.
+
+    Raises:
+        ConfigError: another precision.
+    """
+    if precision not in _DTYPES:
+        raise ConfigError(f"precision={precision!r}: {', '.join(_DTYPES)} are valid")
+    return _DTYPES[precision]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -22,9 +33,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     Raises:
         ConfigError: another precision.
     """
-    if precision not in _DTYPES:
-        raise ConfigError(f"precision={precision!r}: {', '.join(_DTYPES)} are valid")
-    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
+    dtype = get_dtype(precision)
+    is_mixed = dtype != torch.float32
+    return torch.autocast(device.type, dtype=dtype if is_mixed else None, enabled=is_mixed)
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,6 @@
-"""The typed schema of every command: what is allowed. The values stand in conf/, none here.
+"""The typed schema of every command: its options and the values that they allow; conf/ has the values themselves.
 
-A configuration is composed by Hydra, then checked against these classes; what passes is frozen.
+Hydra composes a configuration. These classes check it and freeze it.
 """
 
 import re
@@ -14,11 +14,13 @@ from resnest_imagenet.options import (
     Crop,
     Device,
     Fraction,
+    Layer,
     Options,
     Place,
     Positive,
     Precision,
     Seed,
+    Tta,
     as_list,
     keep_own,
 )
@@ -44,23 +46,32 @@ class ModelOptions(NetworkOptions):
         description="Outputs of the network; null: the number of classes of the data set."
     )
     split_attention: Literal["auto", "fused", "reference"] = Field(
-        description="fused: one operator; reference: the formula; auto: fused, with compile=true reference."
+        description="fused: one operator; reference: the formula; auto: fused unless a trial refuses it, with "
+        "compile=true reference."
     )
 
 
 # The kinds of data of each task.
 KINDS = {
-    "classification": {"folder", "webdataset"},
+    "classification": {"folder", "webdataset", "csv"},
     "segmentation": {"ade20k", "cityscapes", "masks"},
     "detection": {"coco"},
 }
 # Layouts of files: all but shards.
 _KINDS_OF_FILES = set().union(*KINDS.values()) - {"webdataset"}
-# What to choose in place of another task's; a detector's are refused where its data is opened.
+# The choices for data of another task; a detector's are refused when its data is opened.
 _CHOICES_OF_DATA = {
-    "classification": "data=imagenet or data=webdataset",
+    "classification": "data=imagenet, data=csv or data=webdataset",
     "segmentation": "data=ade20k, data=cityscapes or data=masks",
 }
+
+
+def check_split(kind: str, csv: str | None, val_split: float | None) -> None:
+    """Raise a ValueError for a list or a split with a layout that does not support it."""
+    if csv is not None and kind != "csv":
+        raise ValueError(f"data.csv={csv} needs data=csv")
+    if val_split is not None and kind not in ("folder", "csv"):
+        raise ValueError(f"data.val_split={val_split} needs data=imagenet or data=csv")
 
 
 class DataOptions(Options):
@@ -76,6 +87,14 @@ class DataOptions(Options):
     val_json: Place | None = Field(
         description="data=coco: validation annotations; null: annotations/instances_<val_dir>.json."
     )
+    csv: Place | None = Field(
+        description="data=csv: the file with path,label and part, in root or elsewhere; null: labels.csv."
+    )
+    val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Share of each class that is kept for validation, if class folders have no val folder or rows of a "
+        "list no part; null: the data have both parts."
+    )
+    split_seed: Seed = Field(description="val_split: seed of the choice, apart from the run's seed.")
     on_error: Literal["raise", "substitute"] = Field(
         description="A training image that cannot be decoded: end the run, or take the next image."
     )
@@ -95,14 +114,15 @@ class DataOptions(Options):
     def _check(self) -> "DataOptions":
         if self.shuffle_shards is not None and self.kind in _KINDS_OF_FILES:
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
+        check_split(self.kind, self.csv, self.val_split)
         return self
 
 
 class LoaderOptions(Options):
-    """What decodes the images."""
+    """The loader, which decodes the images."""
 
     name: Literal["auto", "dali", "torchvision"] = Field(
-        description="What decodes images; auto: DALI where it is installed, else torchvision."
+        description="Library that decodes images; auto: DALI if it is installed, else torchvision."
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
         description="Threads (DALI) or processes (torchvision) per rank; null: as many as cores, at most 8."
@@ -113,7 +133,7 @@ _Own = WrapValidator(keep_own)
 
 
 class OwnProtocolOptions(Protocol):
-    """How images are brought to the crop; own: as in the evaluation of the network's run."""
+    """How images are resized and cropped; own: as in the evaluation of the network's run."""
 
     order: Literal["own", "resize_crop", "crop_resize"] = Field(
         description="Resize the short side, then crop; or crop a square, then resize it."
@@ -127,7 +147,7 @@ class OwnProtocolOptions(Protocol):
     antialias: Annotated[bool, _Own] = Field(description="Average pixels where an image is made smaller.")
 
     def list_changes(self) -> dict[str, Any]:
-        """Return what is not the network's own, as `EvalTransform` takes it."""
+        """Return the options that differ from the network's own, as `EvalTransform` takes them."""
         return {option: value for option, value in self if value != "own"}
 
 
@@ -135,7 +155,7 @@ AnyProtocolOptions: TypeAlias = OwnProtocolOptions | RegionProtocolOptions | Box
 
 
 class CheckpointOptions(Options):
-    """When to save, and what to do where run_dir holds another run."""
+    """When to save, and what to do if run_dir holds another run."""
 
     every_steps: Positive = Field(
         description="Steps from one checkpoint to the next; the end of an epoch and a signal save too."
@@ -144,7 +164,7 @@ class CheckpointOptions(Options):
         description="Newest checkpoints to keep, besides best.pt."
     )
     on_mismatch: Literal["refuse", "set_aside", "extend"] = Field(
-        description="run_dir holds another run: refuse it; set it aside in a folder there, and train from scratch; or "
+        description="run_dir holds another run: refuse it; set it aside in a folder there and train from scratch; or "
         "extend it to more epochs (steps), with the schedule of the new length."
     )
 
@@ -155,6 +175,9 @@ class LogOptions(Options):
     every_steps: Positive = Field(description="Steps from one line of the log to the next.")
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_list)] = Field(
         description="Where to log besides the run folder; wandb and mlflow read their own environment variables."
+    )
+    pictures: bool = Field(
+        description="Draw the finished run: results.png, its curves, and val.png, validation images with predictions."
     )
 
 
@@ -177,7 +200,7 @@ class TrainConfig(Options):
     timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         description="Seconds that a rank may keep the others waiting before the run ends."
     )
-    dry_run: bool = Field(description="Check everything, read one batch, print the plan, and leave.")
+    dry_run: bool = Field(description="Check everything, read one batch, print the plan, and train nothing.")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -202,7 +225,7 @@ class PreviewDataConfig(TrainConfig):
 _Checkpoint = Annotated[Place, Field(description="A checkpoint, a file of weights, official:NAME or timm:NAME.")]
 _Weights = Annotated[
     Literal["auto", "model", "ema"],
-    Field(description="Which weights of a checkpoint; auto: the moving average where there is one."),
+    Field(description="Which weights of a checkpoint; auto: the moving average if there is one."),
 ]
 _Images = Annotated[
     list[Place],
@@ -212,10 +235,10 @@ _Images = Annotated[
 
 
 _Layer = Annotated[
-    Literal["layer1", "layer2", "layer3", "layer4"],
+    Literal["layer1", "layer2", "layer3", "layer4"] | None,
     Field(
-        description="Layer of the map; earlier ones are finer, and their evidence is rougher; the places of "
-        "layer4 add up to the logit."
+        description="Layer of the map. Earlier layers give finer maps with rougher evidence; the places of layer4 add "
+        "up to the logit. null: the deepest layer with 7 x 7 places."
     ),
 ]
 
@@ -230,10 +253,11 @@ class EvalConfig(Options):
     )
     batch_size: Positive = Field(description="Images per rank and forward pass.")
     precision: Precision
+    tta: Tta
     compile: bool = Field(description="Compile the network: a minute at first, then some percent faster.")
     device: Device
     out: Place | None = Field(description="A JSON file for the results.")
-    predictions: Place | None = Field(description="A CSV file with what is predicted for each image.")
+    predictions: Place | None = Field(description="A CSV file for the prediction of each image.")
     protocol: AnyProtocolOptions  # of the weights' task: see `choose_schema`
     model: NetworkOptions | None
     data: DataOptions
@@ -249,7 +273,7 @@ class EvalConfig(Options):
 
 
 class InferenceConfig(Options):
-    """What resnest-predict, resnest-explain and resnest-compare share."""
+    """The options that resnest-predict, resnest-explain and resnest-compare share."""
 
     weights: _Weights
     crop: Crop | None = Field(description="Side of the crop in pixels; null: the checkpoint's own.")
@@ -270,9 +294,27 @@ class PredictConfig(InferenceConfig):
     images: _Images
     top: Positive = Field(description="Classes or objects to show of each image.")
     score: Fraction | None = Field(description="Detection: objects have a higher score than this; null: 0.5.")
-    out: Place | None = Field(
-        description="A .csv or .json file besides. Segmentation: a folder for the masks; detection: a file or a folder."
+    tta: Tta
+    features: Layer | None = Field(
+        description="Write a vector for each image in place of its classes: the mean of a layer's maps over their "
+        "places, or head, the classifier's input; out=FILE.npz gets them."
     )
+    out: Place | None = Field(
+        description="A .csv or .json file besides, or the .npz file of features. Segmentation: a folder for the masks; "
+        "detection: a file or a folder."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "PredictConfig":
+        is_npz = PurePath(self.out or "").suffix == ".npz"
+        if self.features is not None and not is_npz:
+            other = "" if self.out is None else f", not out={self.out}"
+            raise ValueError(f"features={self.features} writes a .npz file: give out=NAME.npz{other}")
+        if self.features is None and is_npz:
+            raise ValueError(f"out={self.out} is a file of features: give features=layer4")
+        if self.features is not None and self.tta is not None:
+            raise ValueError(f"give either features={self.features} or tta={self.tta}")
+        return self
 
 
 class ExplainConfig(InferenceConfig):
@@ -282,10 +324,10 @@ class ExplainConfig(InferenceConfig):
     ckpt: _Checkpoint
     model: NetworkOptions | None
     images: _Images
-    precision: Precision = Field(description="Of the probabilities and the attention; the maps are always fp32.")
+    precision: Precision = Field(description="Precision of probabilities and attention; the maps are always fp32.")
     out: Place = Field(description="A folder for the pictures and tables.")
-    top: Positive = Field(description="Maps of so many of the likeliest classes.")
-    target: str | int | None = Field(description="Map of this class instead: its name, synset, number or words.")
+    top: Positive = Field(description="Number of the likeliest classes that get a map.")
+    target: str | int | None = Field(description="Map this class instead: its name, synset, number or words.")
     layer: _Layer
 
     @model_validator(mode="after")
@@ -318,7 +360,7 @@ class ComparedDataOptions(Options):
 
     root: Place | None = Field(description="Folder of a data set, in place of images.")
     val_dir: Place = Field(description="Folder of the part to compare on, in root or elsewhere.")
-    val_json: Place | None = Field(description="Of detection; null: annotations/instances_<val_dir>.json.")
+    val_json: Place | None = Field(description="Detection: annotations; null: annotations/instances_<val_dir>.json.")
 
 
 class CompareConfig(InferenceConfig):
@@ -438,7 +480,9 @@ class Table3Config(Options):
     results: Annotated[list[Place], BeforeValidator(as_list)] = Field(
         description="Run folders, files of resnest-eval's out=, or patterns."
     )
-    format: Literal["markdown", "json", "csv"] = Field(description="Form of the output.")
+    format: Literal["auto", "text", "markdown", "json", "csv"] = Field(
+        description="Form of the output; auto: text in aligned columns on a terminal, markdown elsewhere."
+    )
 
 
 class TablesConfig(Table3Config):
@@ -500,7 +544,7 @@ class FolderOptions(Options):
     @model_validator(mode="after")
     def _check(self) -> "FolderOptions":
         if self.train_dir is None and self.val_dir is None:
-            raise ValueError("data.train_dir=null and data.val_dir=null leave nothing")
+            raise ValueError("data.train_dir=null and data.val_dir=null leave no part of the data")
         if not self._may_share_folder() and PurePath(self.train_dir or "").name == PurePath(self.val_dir or "").name:
             raise ValueError(f"data.train_dir={self.train_dir} and data.val_dir={self.val_dir} have the same name")
         return self
@@ -512,13 +556,27 @@ class FolderOptions(Options):
 class CheckedDataOptions(FolderOptions):
     """The data set, in any layout of files."""
 
-    kind: Literal["folder", "ade20k", "cityscapes", "masks", "coco"] = Field(description="Layout of the data set.")
+    kind: Literal["folder", "csv", "ade20k", "cityscapes", "masks", "coco"] = Field(
+        description="Layout of the data set."
+    )
     train_json: Place | None = Field(
         description="data.kind=coco: training annotations; null: annotations/instances_<train_dir>.json."
     )
     val_json: Place | None = Field(
         description="data.kind=coco: validation annotations; null: annotations/instances_<val_dir>.json."
     )
+    csv: Place | None = Field(description="data.kind=csv: the file, in root or elsewhere; null: labels.csv.")
+    val_split: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="Share of each class that a run would keep for validation; null: the data have both parts."
+    )
+    split_seed: Seed = Field(description="val_split: seed of the choice.")
+
+    @model_validator(mode="after")
+    def _check_split(self) -> "CheckedDataOptions":
+        check_split(self.kind, self.csv, self.val_split)
+        if self.val_split is not None and None in (self.train_dir, self.val_dir):
+            raise ValueError(f"data.val_split={self.val_split} needs data.train_dir and data.val_dir")
+        return self
 
     def _may_share_folder(self) -> bool:
         return self.kind == "coco" and self.train_json != self.val_json
@@ -538,9 +596,7 @@ class ShardDataConfig(Options):
     data: FolderOptions
     out: Place = Field(description="A new or empty folder for the shards.")
     images_per_shard: Positive = Field(description="Images in each shard.")
-    shuffle: bool = Field(
-        description="Write images in a random order, so that each shard has something of every class."
-    )
+    shuffle: bool = Field(description="Write images in a random order, so that each shard has images of many classes.")
 
 
 class ClassFolderOptions(Options):

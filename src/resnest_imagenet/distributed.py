@@ -253,7 +253,7 @@ def _wait_for_ranks(store: "Store", rank: int, world_size: int, timeout: float) 
                 return
             names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
             error = DistributedError(f"{names} did not join within {timeout:g} s (timeout_seconds)")
-            error.is_said = rank != joined.index(True)
+            error.is_reported = rank != joined.index(True)
             raise error
         time.sleep(0.05)
 

@@ -5,7 +5,8 @@ import errno
 import importlib
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -15,12 +16,12 @@ class UserError(Exception):
     Attributes:
         exit_code: of the process.
         is_shared: whether all ranks raise the same error, so that one of them may report it.
-        is_said: whether another rank reports what ends the run.
+        is_reported: whether another rank reports what ends the run.
     """
 
     exit_code = 1
     is_shared = False
-    is_said = False
+    is_reported = False
 
 
 class ConfigError(UserError, ValueError):
@@ -78,12 +79,12 @@ class Stopped(SystemExit):
     `Exception` would take it for a damaged file, a failed compilation or a tracker that does not answer.
 
     Attributes:
-        exit_code, is_shared, is_said: as in `UserError`.
+        exit_code, is_shared, is_reported: as in `UserError`.
     """
 
     exit_code = code = 75
     is_shared = True
-    is_said = False
+    is_reported = False
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -92,8 +93,10 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def list_names(names: Sequence[str], limit: int = 8) -> str:
-    """Return names for a line: the first ones, and how many there are where these are not all."""
+def list_names(names: Sequence[str], limit: int = 8, like: str | None = None) -> str:
+    """Return names for a line; of more than `limit` the first, or those most `like` a name, and how many more."""
+    if like is not None and len(names) > limit:
+        names = difflib.get_close_matches(like, names, n=len(names), cutoff=0.0)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -135,6 +138,18 @@ def explain_runtime(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS):
         return StorageError(f"{error.filename or 'a file'}: {error.strerror}")
     return None
+
+
+@contextmanager
+def explaining_runtime() -> Iterator[None]:
+    """Replace a RuntimeError that a user can fix by its UserError, as of a torchvision that does not fit torch."""
+    try:
+        yield
+    except RuntimeError as error:
+        explained = explain_runtime(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def _explain_torchvision() -> str:

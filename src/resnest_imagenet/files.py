@@ -31,11 +31,11 @@ _warned: set[str] = set()
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Name the file in the error if it cannot be written.
+def naming_storage_errors(path: Path) -> Iterator[None]:
+    """Name the file in the error if the code within cannot write it.
 
     Raises:
-        StorageError: instead of an OSError, or of torch.save's error for one.
+        StorageError: in place of an OSError, or of torch.save's error for one.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def storing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` at the end, synchronised to the disk; after an error it is removed.
 
     The new file gets the old file's mode, and its owner if this process may change owners. The target of a link is
@@ -56,7 +56,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         StorageError: it cannot be written.
     """
-    with storing(path):
+    with naming_storage_errors(path):
         if _is_stream(path):
             with tempfile.TemporaryFile() as file:
                 yield cast(BinaryIO, file)
@@ -139,7 +139,7 @@ def move_damaged(path: Path) -> Path:
     """
     names = [f"{path.name}{DAMAGED}", *(f"{path.name}{DAMAGED}-{number}" for number in range(2, 1000))]
     aside = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
-    with storing(path):
+    with naming_storage_errors(path):
         path.rename(aside)
     return aside
 
@@ -192,7 +192,7 @@ def _warn_unlocked(path: Path, error: OSError) -> None:
 
 
 @contextmanager
-def locked(path: Path, timeout: float = 0) -> Iterator[None]:
+def file_lock(path: Path, timeout: float = 0) -> Iterator[None]:
     """Hold a lock file; it is removed afterwards.
 
     Args:
@@ -218,10 +218,10 @@ def locked(path: Path, timeout: float = 0) -> Iterator[None]:
 
 
 @contextmanager
-def owned(path: Path, owner: str) -> Iterator[None]:
+def record_lock(path: Path, owner: str) -> Iterator[None]:
     """Hold a lock file that names its owner.
 
-    A record lock is released however the process ends, so it is never stale. A lock of flock, as in `locked`, would be
+    A record lock is released however the process ends, so it is never stale. The flock of `file_lock` would be
     inherited by forked workers, which outlive a killed parent by seconds.
 
     Args:
@@ -279,13 +279,13 @@ def require_file(path: Path) -> None:
 
 
 def require_folder(path: Path, option: str) -> None:
-    """Raise a ConfigError for what an option names and is no folder."""
+    """Raise a ConfigError if the path of an option is not a folder."""
     if not path.is_dir():
         raise ConfigError(f"{option}={path}: {'not a' if path.exists() else 'no such'} folder")
 
 
 def require_exists(path: Path, option: str, what: str) -> None:
-    """Raise a ConfigError where nothing is at the path that an option names; `what` is what should be."""
+    """Raise a ConfigError if the path of an option does not exist; `what` describes what should be there."""
     if not path.exists():
         raise ConfigError(f"{option}={path}: no such {what}")
 

@@ -1,4 +1,4 @@
-"""Objects in images: what a detector is trained on, and what it finds."""
+"""Objects in images: a detector's training targets, and its detections."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The mask of one object. Polygons: a list of arrays float64 (2k,), x y x y ... in pixels, k >= 3. Or a run-length code
-# as pycocotools has it: {"size": [height, width], "counts": bytes}, compressed.
+# The mask of one object. Polygons: a list of arrays float64 (2k,), x y x y ... in pixels, k >= 3. Or pycocotools'
+# compressed run-length code: {"size": [height, width], "counts": bytes}.
 Polygons: TypeAlias = list[np.ndarray]
 RunLengths: TypeAlias = dict[str, Any]
 STRIDE = 32  # of a backbone: the sides of a batch of images are multiples of it
@@ -18,10 +18,10 @@ Mask: TypeAlias = Polygons | RunLengths
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a detector's images are normalised with; a loader takes these three as they are.
+    """How a detector's images are normalised.
 
     The defaults are those of the authors' ResNeSt configurations (detectron2-ResNeSt, configs/COCO-Detection/
-    faster_rcnn_ResNeSt_50_FPN_syncbn_range-scale_1x.yaml): not the last digit of the classifiers' mean.
+    faster_rcnn_ResNeSt_50_FPN_syncbn_range-scale_1x.yaml); they differ from the classifiers' mean in the last digit.
 
     Attributes:
         mean, std: of the channels in their order, of pixels 0 to 255.
@@ -35,15 +35,15 @@ class Pixels:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The objects of one image, as it lies in the top left corner of its place in a padded batch.
+    """The objects of one image; in a padded batch the image lies in the top left corner of its place.
 
     Attributes:
         index: of the image in its part of the data set.
         size: (height, width) of the image as it is shown, in pixels, without the padding.
-        original: (height, width) of the image as it was, upright.
+        original: (height, width) of the image in its file, upright.
         boxes: float32 (n, 4), x1 y1 x2 y2 in pixels of `size`, within it and with an area; n may be 0.
         labels: int64 (n,), 0..K-1: the background has none.
-        masks: of the n objects, in pixels of `size`, on the host; None: none are wanted.
+        masks: of the n objects, in pixels of `size`, on the host; None: masks are not trained.
     """
 
     index: int
@@ -74,7 +74,7 @@ class Detections:
         boxes: float32 (n, 4), x1 y1 x2 y2 in pixels of the image as it was shown, `Target.size`.
         scores: float32 (n,), 0..1, descending.
         labels: int64 (n,), 0..K-1.
-        masks: float32 (n, 28, 28), the probability of each cell of a box to belong to its object; None: boxes only.
+        masks: float32 (n, 28, 28), the probability that a cell of the box belongs to the object; None: boxes only.
     """
 
     boxes: Tensor

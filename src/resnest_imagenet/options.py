@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 # Five halvings need 32 pixels.
@@ -16,6 +16,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Annotated[
     Literal["fp32", "bf16", "fp16"], Field(description="Of the network's passes; bf16 and fp16 by autocast.")
 ]
+Layer = Literal["layer1", "layer2", "layer3", "layer4", "head"]  # of a classifier, with features
+Tta = Annotated[
+    Literal["flip"] | None,
+    Field(
+        description="flip: a classifier's probabilities are the mean of those for an image and for its mirror image; "
+        "null: for the image alone. The accuracies have a protocol of their own."
+    ),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -24,16 +32,18 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-def check_device(value: str) -> str:
+def check_device(value: Any) -> Any:
     """Refuse what no device is called; `distributed.choose_device` refuses what torch does not have."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value, re.ASCII):
+    if type(value) is int:
+        raise ValueError(f"device={value}: write device=cuda:{value}")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(value), re.ASCII):
         raise ValueError(f"device={value}: auto, cpu, cuda, cuda:1 (any number) and mps are valid")
     return value
 
 
 Device = Annotated[
     str,
-    AfterValidator(check_device),
+    BeforeValidator(check_device),
     Field(description="Where the network runs: auto (CUDA where there is one), cpu, cuda, cuda:1 or mps."),
 ]
 
@@ -41,6 +51,16 @@ Device = Annotated[
 def keep_own(value: Any, validate: Callable[[Any], Any]) -> Any:
     """Take "own" as it is, whatever the type is: a union would put the names of its types into an error's option."""
     return value if value == "own" else validate(value)
+
+
+AUTO = "auto"
+
+
+def keep_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """Do the same with "auto", the only word that is valid."""
+    if isinstance(value, str) and value != AUTO:
+        raise ValueError(f"train.batch_size={value}: write a number, or {AUTO}")
+    return value if value == AUTO else validate(value)
 
 
 def as_path(value: Any) -> Any:

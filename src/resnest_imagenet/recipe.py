@@ -1,11 +1,21 @@
-"""Recipes: what a run reads of one whatever it trains, and what each task adds; conf/ has the values."""
+"""The options of recipes: those of every task, and those that a task adds; conf/ has the values."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WrapValidator, model_validator
 
-from resnest_imagenet.options import IS_PATH, Crop, Fraction, Options, Positive, Precision, Share, as_list
+from resnest_imagenet.options import (
+    IS_PATH,
+    Crop,
+    Fraction,
+    Options,
+    Positive,
+    Precision,
+    Share,
+    as_list,
+    keep_auto,
+)
 
 
 class EvalOptions(Options):
@@ -23,11 +33,11 @@ class ClassificationEvalOptions(EvalOptions):
 
 
 class Protocol(Options):
-    """How an evaluation shows images to a network; conf/protocol/ has those of each task, with their sources."""
+    """How an evaluation shows images to a network; conf/protocol/ has the protocols of each task, with sources."""
 
 
 class ProtocolOptions(Protocol):
-    """How images are brought to the crop in an evaluation."""
+    """How images are resized and cropped in an evaluation."""
 
     order: Literal["resize_crop", "crop_resize"] = Field(
         description="Resize the short side, then crop; or crop a square, then resize it."
@@ -44,7 +54,7 @@ class ProtocolOptions(Protocol):
 class RegionProtocolOptions(Protocol):
     """How scenes are shown to the network, and which of their pixels count.
 
-    evaluation/regions.py has each protocol's steps.
+    See evaluation/regions.py for the steps of each protocol.
     """
 
     name: Literal["whole", "slide", "centre", "published"] = Field(
@@ -67,13 +77,13 @@ class BoxProtocolOptions(Protocol):
     longest: Positive = Field(description="Largest long side in pixels; an image that would be longer is scaled to it.")
     min_score: Share = Field(description="Detections have a higher score than this.")
     nms: Annotated[float, Field(gt=0, le=1)] = Field(
-        description="IoU from which a detection is dropped for a better one of its class."
+        description="IoU from which non-maximum suppression drops the weaker of two detections of a class."
     )
     detections: Positive = Field(description="Largest number of detections of an image.")
 
     @property
     def text(self) -> str:
-        """How images are shown and detections chosen, in words."""
+        """The protocol in words."""
         return (
             f"short side {self.short_side}, long side at most {self.longest}, scores above {self.min_score:g}, "
             f"NMS {self.nms:g}, {self.detections} detections"
@@ -86,7 +96,7 @@ class Recipe(Options):
     conf/recipe/ has the published recipes and the source of each value.
     """
 
-    # What `eval` and `protocol` have in a run of this task.
+    # The schemas of `eval` and `protocol` in a run of this task.
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = EvalOptions
     PROTOCOL: ClassVar[type[Protocol]] = ProtocolOptions
 
@@ -96,7 +106,11 @@ class Recipe(Options):
     steps: Positive | None = Field(
         description="Length of the run in steps, in place of epochs; the last epoch may be shorter."
     )
-    batch_size: Positive = Field(description="Images per rank and forward pass.")  # at least those of models/batch.py
+    # At least those of models/batch.py; "auto" only until the task is open.
+    batch_size: Annotated[Positive, WrapValidator(keep_auto), PlainSerializer(lambda size: size)] = Field(
+        description="Images per rank and forward pass; auto: as many as fit. Then, without train.global_batch, a step "
+        "has at most train.reference_batch images and a sixteenth of the training set."
+    )
     global_batch: Positive | None = Field(
         description="Images per step, by accumulating gradients; null: train.batch_size times the number of ranks."
     )
@@ -118,6 +132,9 @@ class Recipe(Options):
     )
     reference_batch: Positive = Field(description="Images per step for which train.lr is meant.")
     head_lr_factor: Annotated[float, Field(gt=0)] = Field(description="Factor on the learning rate of the head.")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Factor on the learning rate from each stage to the one before it: head, layer4, ..., layer1, stem."
+    )
     warmup_epochs: Annotated[float, Field(ge=0)] | None = Field(
         description="Length of the warm-up in epochs; null: train.warmup_steps is its length."
     )
@@ -149,6 +166,12 @@ class Recipe(Options):
     ema_decay: Fraction | None = Field(
         description="Decay per step of the moving average of the weights; null: none is kept."
     )
+    ema_warmup: bool = Field(
+        description="Warm up the moving average: after n steps its decay is at most (1 + n) / (10 + n)."
+    )
+    patience: Positive | None = Field(
+        description="End the run after this many evaluations in a row without a new best; null: at its full length."
+    )
     precision: Precision
     compile: bool = Field(description="Compile the network with torch.compile.")
     deterministic: bool = Field(description="Add in a fixed order on CUDA too: the same bits each time, but slower.")
@@ -164,11 +187,18 @@ class Recipe(Options):
             raise ValueError(f"give either train.clip_norm={self.clip_norm} or train.clip_value={self.clip_value}")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov=true needs train.momentum > 0")
+        if self.layer_decay < 1 and self.init_from is None:
+            raise ValueError(
+                f"train.layer_decay={self.layer_decay} is for a network that is trained already: set train.init_from "
+                "to official:NAME, timm:NAME, a file or a run folder, or train.layer_decay=1"
+            )
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("train.ema_warmup=true needs a moving average: set train.ema_decay, 0.999 for example")
         self._check_schedule()
         return self
 
     def _check_schedule(self) -> None:
-        """Refuse what is too long, as far as both are counted in the same; `plan_steps` refuses the rest."""
+        """Refuse lengths that do not fit, if both are in epochs or both in steps; `plan_steps` refuses the others."""
         needed = {"step": ("step_epochs", "..."), "milestones": ("milestones", "[...]")}
         name, form = needed.get(self.schedule, ("schedule", ""))
         if getattr(self, name) is None:
@@ -203,8 +233,11 @@ Norm = Annotated[
 ]
 
 
+Colour = Annotated[list[Share], Field(min_length=3, max_length=3)]
+
+
 class ClassificationRecipe(Recipe):
-    """How to train images to classes, as in the paper's Table 3."""
+    """How to train a classification network, as in the paper's Table 3."""
 
     EVAL_OPTIONS: ClassVar[type[EvalOptions]] = ClassificationEvalOptions
 
@@ -227,7 +260,19 @@ class ClassificationRecipe(Recipe):
     pixel_shift: Annotated[float, Field(ge=0, le=255)] = Field(
         description="Largest value, of 255, by which all pixels of an image are shifted; 0: none."
     )
+    flips: Literal["none", "horizontal", "vertical", "both"] = Field(
+        description="Directions in which images are mirrored, each with probability 1/2."
+    )
     erasing: Share = Field(description="Probability that a random rectangle of an image gets the mean colour.")
+    mean: Colour | None = Field(
+        description="Mean of red, green and blue in 0..1, which is subtracted from each pixel; null: ImageNet's."
+    )
+    std: Colour | None = Field(
+        description="Standard deviation of red, green and blue in 0..1, which divides each pixel; null: ImageNet's."
+    )
+    class_weights: Literal["balanced"] | None = Field(
+        description="balanced: an image counts by the inverse of its class's number of images; null: all alike."
+    )
     label_smoothing: Fraction = Field(description="Share of the target that is spread over all classes.")
     mixup_alpha: Annotated[float, Field(ge=0)] = Field(
         description="Parameter of mixup's Beta distribution; 0: no mixup."
@@ -237,10 +282,16 @@ class ClassificationRecipe(Recipe):
     )
     mixup_per_sample: bool = Field(description="Draw a mixup weight for each image, not for each batch.")
     mixup_partner: Literal["reversed", "permuted"] = Field(
-        description="Which image of the batch an image is mixed with: its mirror place, or a random one."
+        description="Image of the batch that an image is mixed with: the one at the mirrored place, or a random one."
     )
     dropout: Fraction = Field(description="Dropout before fc.")
     dropblock: Fraction = Field(description="Probability of DropBlock in the last epoch; it rises linearly from 0.")
+    drop_path: Fraction = Field(
+        description="Probability of skipping the last residual block for an image; from the first on it rises linearly."
+    )
+    freeze: Annotated[int, Field(ge=0, le=5)] = Field(
+        description="Number of first stages that are not trained: 1: the stem, 2: layer1 too, ..., 5: all but fc."
+    )
     init: Literal["fan_in", "fan_out"] = Field(
         description="Whether convolutions start with variance 2 / fan_in or 2 / fan_out."
     )
@@ -252,9 +303,17 @@ class ClassificationRecipe(Recipe):
             raise ValueError(f"train.dropblock={self.dropblock} rises by epoch: give train.epochs=..., not train.steps")
         return self
 
+    @model_validator(mode="after")
+    def _check_start(self) -> "ClassificationRecipe":
+        if self.freeze and self.init_from is None:
+            raise ValueError(f"train.freeze={self.freeze} would keep random weights: set train.init_from")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"train.std={self.std}: must be above 0")
+        return self
+
 
 class SegmentationRecipe(Recipe):
-    """How to train scenes to a class for each pixel, as in the paper's Table 7."""
+    """How to train a segmentation network, as in the paper's Table 7."""
 
     PROTOCOL: ClassVar[type[Protocol]] = RegionProtocolOptions
 
@@ -309,7 +368,7 @@ class DetectionRecipe(Recipe):
         description="First stages of the backbone that are not trained; 2: stem and layer1."
     )
     checkpoint_activations: bool = Field(
-        description="Compute activations again in the backward pass: slower, a third to half less memory."
+        description="Recompute activations in the backward pass: slower, with a third to half less memory."
     )
     zero_gamma: ZeroGamma
     channels: Positive = Field(description="Channels of the feature pyramid and of the heads' convolutions.")
@@ -340,7 +399,7 @@ class DetectionRecipe(Recipe):
     box_width: Positive = Field(description="Width of the box head's fully connected layers.")
     mask_convs: Annotated[int, Field(ge=0)] = Field(description="3x3 convolutions of the mask head.")
     precise_batches: Annotated[int, Field(ge=0)] = Field(
-        description="Training batches to compute the norms' statistics from before an evaluation; 0: keep them."
+        description="Training batches from which the norms' statistics are computed before an evaluation; 0: none."
     )
 
     @model_validator(mode="after")
@@ -363,7 +422,7 @@ class DetectionRecipe(Recipe):
 
 # The options whose names have changed, with their new names.
 RENAMED = {"lr_per_256": "lr"}
-# What a run had before there were options for it.
+# Values of older runs, which did not have these options.
 _BEFORE: dict[str, Any] = {
     "task": "classification",
     "steps": None,
@@ -380,20 +439,33 @@ _BEFORE: dict[str, Any] = {
     "clip_norm": None,
     "clip_value": None,
     "deterministic": False,
+    "layer_decay": 1.0,
+    "ema_warmup": False,
+    "patience": None,
+}
+# The same for options of `ClassificationRecipe` alone.
+_BEFORE_OF_CLASSES: dict[str, Any] = {
+    "flips": "horizontal",
+    "mean": None,
+    "std": None,
+    "class_weights": None,
+    "drop_path": 0.0,
+    "freeze": 0,
 }
 
 
 def upgrade_recipe(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values under today's names, complete with those that an earlier version implied.
+    """Return a recipe's values under today's names, and the values that an earlier version implied.
 
     Args:
-        training: what a checkpoint, a results file or a config.yaml has as "train", of any version; may lack values.
+        training: "train" of a checkpoint, a results file or a config.yaml of any version; values may be missing.
     """
-    return {**_BEFORE, **{RENAMED.get(name, name): value for name, value in training.items()}}
+    of_classes = _BEFORE_OF_CLASSES if "mixup_alpha" in training else {}
+    return {**_BEFORE, **of_classes, **{RENAMED.get(name, name): value for name, value in training.items()}}
 
 
 def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Do the same for what a run's identity has of its recipe, by option name: "train.lr"."""
+    """Do the same for the recipe in a run's identity, whose keys are option names such as "train.lr"."""
     training = {name.partition(".")[2]: value for name, value in identity.items() if name.startswith("train.")}
     others = {name: value for name, value in identity.items() if not name.startswith("train.")}
     return {**others, **{f"train.{name}": value for name, value in upgrade_recipe(training).items()}}

@@ -1,4 +1,4 @@
-"""Which schema a command has for the task that is chosen, and what its options are called."""
+"""The schema of a command for the chosen task, and the names of its options."""
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
@@ -31,22 +31,22 @@ from resnest_imagenet.recipe import (
 
 Schema = TypeVar("Schema", bound=Options)
 
-# Commands whose protocol is of the weights' task.
+# Commands whose protocol depends on the task of the weights.
 _OF_ANY_TASK: tuple[type[Options], ...] = (EvalConfig, PredictConfig, CompareConfig, ExportConfig, AppConfig)
-# The kinds of protocols, by an option that no other kind has, with the names of some.
+# The kinds of protocols by an option that only this kind has: the schema, and the names of some protocols.
 _PROTOCOLS: dict[str, tuple[type[Protocol], tuple[str, ...]]] = {
     "order": (OwnProtocolOptions, ("paper", "ecentercrop", "full")),
     "name": (RegionProtocolOptions, ("whole", "slide", "centre", "published")),
     "short_side": (BoxProtocolOptions, ("coco",)),
 }
-# By task; other packages may add some.
+# By task; other packages may add tasks.
 RECIPES: dict[str, type[Recipe]] = {
     "classification": ClassificationRecipe,
     "segmentation": SegmentationRecipe,
     "detection": DetectionRecipe,
 }
 extensions.tasks.reserve(RECIPES)
-# The published recipes of tasks that have few, to be named where one of another task is chosen.
+# Published recipes by task, for the error about a recipe of another task.
 RECIPE_NAMES = {
     "classification": ("resnest", "bag_of_tricks", "torchvision_v1", "sknet"),
     "segmentation": ("deeplab_gluon", "deeplab_encoding"),
@@ -68,7 +68,7 @@ def find_outside_task(name: str) -> extensions.Task | None:
 
 
 def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
-    """Return a schema as it is for each task; where it is of one already, or of none, itself."""
+    """Return the variant of a schema for each task; the schema itself if it does not depend on the task."""
     if schema in _OF_ANY_TASK:
         return [_specialise(schema, protocol=protocol) for protocol, _ in _PROTOCOLS.values()]
     if not issubclass(schema, TrainConfig) or schema.model_fields["train"].annotation is not Recipe:
@@ -78,16 +78,16 @@ def list_schemas(schema: type[Schema]) -> list[type[Schema]]:
 
 
 def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schema]:
-    """Return a schema with the options of the task that is chosen in `values`.
+    """Return a schema with the options of the task that `values` choose.
 
-    A schema for each task, and not a union of recipes in one: so an error names the option as it is typed.
+    Each task has its own schema instead of a union of recipes in one: so an error names the option as it is typed.
 
     Args:
         schema: of a command.
-        values: what is to be checked against it; `train.task` is read, or which protocol it is.
+        values: to be checked against it; `train.task`, or the kind of protocol, decides.
 
     Raises:
-        ConfigError: there is no such task, or the protocol or the recipe is another's.
+        ConfigError: there is no such task, or the protocol or the recipe belongs to another task.
     """
     protocol = values.get("protocol")
     kind = find_kind(protocol if isinstance(protocol, Mapping) else {})
@@ -109,7 +109,7 @@ def choose_schema(schema: type[Schema], values: Mapping[Any, Any]) -> type[Schem
 
 
 def _require_own_recipe(task: str, recipe: type[Recipe], options: Mapping[Any, Any]) -> None:
-    """Raise a ConfigError for the values of another task's recipe: some that this one has not, and some missing."""
+    """Raise a ConfigError for another task's recipe: it has options of that task, and some of this task are missing."""
     of_others = {name for other in RECIPES.values() for name in other.model_fields} - recipe.model_fields.keys()
     if options.keys() & of_others and recipe.model_fields.keys() - options.keys():
         names = ", ".join(RECIPE_NAMES.get(task, ()))
@@ -118,7 +118,7 @@ def _require_own_recipe(task: str, recipe: type[Recipe], options: Mapping[Any, A
 
 
 def find_kind(options: Collection[str]) -> str:
-    """Return the option that tells a protocol with these options from the other kinds; that of classification else."""
+    """Return the option that distinguishes this kind of protocol from the others; by default classification's."""
     return next((option for option in _PROTOCOLS if option in options), "order")
 
 
@@ -128,7 +128,7 @@ def _of_recipe(schema: type[Schema], recipe: type[Recipe]) -> type[Schema]:
 
 @cache
 def _specialise(schema: type[Schema], **options: type[Options]) -> type[Schema]:
-    """Return a schema whose options of these names have these types."""
+    """Return a schema in which these options have these types."""
     parts: dict[str, Any] = {name: (part, ...) for name, part in options.items()}
     return create_model(schema.__name__, __base__=schema, __doc__=schema.__doc__, **parts)
 
@@ -142,7 +142,7 @@ def find_part(field: FieldInfo) -> type[Options] | None:
 
 
 def walk_options(schema: type[Options], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every section and option of a schema, dotted, for each task: those of several tasks more than once."""
+    """Yield every section and option of a schema, dotted, for each task; a name may occur more than once."""
     for variant in list_schemas(schema):
         for name, field in variant.model_fields.items():
             yield prefix + name, field
@@ -151,12 +151,12 @@ def walk_options(schema: type[Options], prefix: str = "") -> Iterator[tuple[str,
 
 
 def option_names(schema: type[Options]) -> list[str]:
-    """Return every option of a schema and its parts, dotted; of every task."""
+    """Return every option of a schema and its sections, dotted, for all tasks."""
     return list(dict.fromkeys(name for name, _ in walk_options(schema)))
 
 
 def list_places(schema: type[Options]) -> dict[str, bool]:
-    """Return the options that are files or folders, as `option_names`, and whether each takes a list of them."""
+    """Return the options that are files or folders, dotted, and whether each takes a list."""
     return {
         name: "list[" in repr(field.annotation)
         for name, field in walk_options(schema)

@@ -144,7 +144,7 @@ class Watch:
             # A rank that hangs ends when the others have read the failure; another rank has time to end by itself.
             patience = 2 * self._beat if still > self._timeout else SECONDS_TO_LEAVE
             if min(still, now - first_seen) > patience:
-                if not failure.is_said:
+                if not failure.is_reported:
                     print(printable(f"resnest-train: rank {self._ranks.rank}: {failure}"), file=sys.stderr, flush=True)
                 self._on_abort(failure)
                 os._exit(failure.exit_code)
@@ -180,7 +180,7 @@ class Watch:
             return None
         rank, text, code = json.loads(self._store.get(FAILURE))
         error = DistributedError(text if rank is None else f"rank {rank}: {text}")
-        error.exit_code, error.is_said = code, True
+        error.exit_code, error.is_reported = code, True
         return error
 
     def _read_progress(self) -> list[str]:
@@ -240,7 +240,7 @@ def supervise(
         # An error that all ranks raise is not published: rank 0, which may hold the store, may have ended already.
         if ranks.store and not failure.is_shared:
             with suppress(RuntimeError):
-                failure.is_said = not watch.publish(failure, ranks.rank)
+                failure.is_reported = not watch.publish(failure, ranks.rank)
         if explained:
             raise explained from error
         raise

@@ -44,7 +44,7 @@ def test_a_sweep_under_torchrun_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main()
     assert capsys.readouterr().err == (
-        "resnest-train: --multirun runs its jobs one after another in one process: start it without torchrun\n"
+        "resnest-train: --multirun runs one job after another in a single process: start it without torchrun\n"
     )
 
 

@@ -12,7 +12,7 @@ from asking import ask_for_help
 from conftest import compose_once
 from options_page import COMMANDS, build_page
 from resnest_imagenet.commands import data, train
-from resnest_imagenet.commands.choices import list_choices
+from resnest_imagenet.commands.choices import describe_choices, list_choices
 from resnest_imagenet.commands.help import read_values
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.option_list import list_sections, list_values
@@ -107,18 +107,35 @@ def test_the_help_shows_what_is_chosen(tmp_path, monkeypatch, capsys):
     write(tmp_path / "experiment/mine.yaml", "# @package _global_\n")
     text = ask(f"resnest-train --config-dir {tmp_path} +experiment=demo_detection seed=7 -m", monkeypatch, capsys)
     assert "\n  +experiment=demo_detection\n" in text and "\n  model=resnest14_half\n" in text
-    assert re.search(r"\n      classification: demo, mine, resnest14, resnest26,", text)
+    assert re.search(r"\n      classification: demo, finetune, mine, resnest14, resnest26,", text)
     assert "\n  seed=7                    Seed of all random numbers. [0 <= int < 2^63]\n" in text
     assert "\n  train.anchor_sizes=[16,32,64,96,128]\n" in text and "train.label_smoothing" not in text
     assert "\n  data.root=data/demo-objects\n" in text and "; required]" not in text
     bare = ask("resnest-train", monkeypatch, capsys)
     assert "\n  data.root=...             Folder of the data set. [path; required]\n" in bare
-    assert "\n  +experiment=NAME\n      classification: demo, resnest14, resnest26, resnest50," in bare
+    assert "\n  +experiment=NAME\n      classification: demo, finetune, resnest14, resnest26," in bare
 
 
 def write(path, text):
     path.parent.mkdir()
     path.write_text(text)
+
+
+@pytest.mark.parametrize("group", ["experiment", "task", "data", "recipe", "protocol"])
+def test_each_choice_has_a_sentence(group):
+    """The first one of its file: --help and the page of options show it."""
+    meanings = describe_choices(group, [find_conf()])
+    assert meanings.keys() == {path.stem for path in (find_conf() / group).glob("*.yaml")}
+    for name, meaning in meanings.items():
+        assert meaning.endswith(".") and 12 < len(meaning) < 120, f"conf/{group}/{name}.yaml: {meaning!r}"
+
+
+def test_the_choices_of_the_chosen_task_are_described(monkeypatch, capsys):
+    text = ask("resnest-train task=detection recipe=detectron2_boxes protocol=coco data=coco", monkeypatch, capsys)
+    assert "\n  recipe=detectron2_boxes\n      classification: bag_of_tricks, demo, finetune," in text
+    assert "\n      detection:\n        demo_detection      A few minutes on a CPU: small images, AdamW," in text
+    text = ask("resnest-eval", monkeypatch, capsys)
+    assert "\n        whole               Scenes: the network sees each at once," in text
 
 
 def test_a_wrong_choice_is_a_line_in_help_too(monkeypatch, capsys):
@@ -158,7 +175,7 @@ def test_choices_are_those_that_the_command_can_use():
     assert recipes["segmentation"] == ["deeplab_encoding", "deeplab_gluon", "demo_segmentation"]
     assert "resnest200" in recipes["classification"] and "" not in recipes
     experiments = list_choices(TrainConfig, "experiment", folders)
-    assert [len(experiments[task]) for task in ("classification", "segmentation", "detection")] == [25, 9, 18]
+    assert [len(experiments[task]) for task in ("classification", "segmentation", "detection")] == [26, 9, 18]
 
 
 @pytest.mark.parametrize(

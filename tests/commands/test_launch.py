@@ -67,7 +67,7 @@ def empty_set(tmp_path_factory):
         (["recipe=resnst"], "unknown recipe 'resnst'; did you mean 'resnest'?"),
         (["loader=dalli"], "unknown loader 'dalli'; did you mean 'dali'?"),
         (["+experiment=resnest5"], "unknown experiment 'resnest5'; did you mean 'resnest50'?"),
-        (["experiment=resnest50"], "experiment is added, not overridden: write +experiment=..."),
+        (["experiment=resnest50"], "experiment is added, not overridden: write +experiment=resnest50"),
         (["data.root=ROOT", "model.name=resnest_50"], "unknown model 'resnest_50'; did you mean 'resnest50'?"),
         (["data.root=/x", "train.epochs=abc"], "train.epochs=abc: input should be a valid integer"),
         (
@@ -96,6 +96,11 @@ def empty_set(tmp_path_factory):
             ["data.root=/x", "data.kind=folders"],
             "unknown data.kind=folders; did you mean 'folder'? (folder, webdataset)",
         ),
+        (
+            ["model=resnet18"],
+            "unknown model 'resnet18'; did you mean 'resnet101'? (resnet101, resnest14, resnet101s, ",
+        ),
+        (["data.root=/x", "device=1"], "device=1: write device=cuda:1"),
         (["data.root=/x", "~train.task"], "train.task is not set: give train.task=..."),
         (["task=other"], "unknown task 'other' (classification, detection, segmentation)"),
     ],
@@ -137,6 +142,10 @@ def composed():
         (["train.warmup_epochs=300"], "train.warmup_epochs=300.0 must be less than train.epochs=270"),
         (["train.momentum=0"], "train.nesterov=true needs train.momentum > 0"),
         (["data.shuffle_shards=4"], "data.shuffle_shards=4 needs data=webdataset"),
+        (["data.val_split=1"], "data.val_split=1: input should be less than 1"),
+        (["data.val_split=0.2", "data.kind=webdataset"], "data.val_split=0.2 needs data=imagenet or data=csv"),
+        (["data.csv=mine.csv"], "data.csv=mine.csv needs data=csv"),
+        (["train.batch_size=automatic"], "train.batch_size=automatic: write a number, or auto"),
         (["train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
         (["train.task=clasification"], "unknown train.task 'clasification'; did you mean 'classification'?"),
         (["train.task=null"], "train.task=null: input should be a valid string"),
@@ -187,7 +196,12 @@ def test_a_wrong_value_is_one_line(options, message, composed):
         (predict, ["ckpt=x.pt", "images={}/val", "model=resnet5"], 2, "did you mean 'resnet50'?"),
         (compare, ["ckpt=[a.pt,b.pt]"], 2, "give either data.root=... or images=..."),
         (data, ["check", "data=ade20k", "data.root={}"], 2, "data is no group of this command: set data.root, data."),
-        (compare, ["ckpt=[a.pt]", "images={}/val"], 2, "ckpt=['a.pt']: list should have at least 2 items"),
+        (
+            compare,
+            ["ckpt=[a.pt]", "images={}/val"],
+            2,
+            "ckpt=[a.pt]: list should have at least 2 items, not 1: write ckp",
+        ),
         (compare, ["ckpt=a.pt", "images={}/val"], 2, "ckpt=a.pt: input should be a valid list: write ckpt=[A,B]"),
         (explain, [], 2, "ckpt, images and out are not set: give ckpt=... images=... out=..."),
         (evaluate, ["ckpt=x.pt", "data.root={}", "crop=abc"], 2, "evaluate: crop=abc: input should be a valid integer"),
@@ -209,7 +223,7 @@ def test_a_wrong_value_is_one_line(options, message, composed):
         (evaluate, ["ckpt=x.pt", "data.root={}", "crop=[64,64]"], 2, "crop=[64, 64] has the same crop twice"),
         (export, ["ckpt=x.pt", "format=onx"], 2, "format=onx: input should be "),
         (export, ["ckpt=x.pt", "format=onnx", "layout=mmpretrain"], 2, "layout=mmpretrain"),
-        (train, ["data.root={}", "log.trackers=[wandbb]"], 2, "log.trackers.0=wandbb: input should be "),
+        (train, ["data.root={}", "log.trackers=[wandbb]"], 2, "log.trackers=[wandbb]: wandbb should be "),
     ],
 )
 def test_wrong_words_to_the_other_commands(
@@ -237,7 +251,11 @@ def test_checkpoint_faults_have_exit_code_4(demo_images, monkeypatch, capsys):
 def test_a_crop_below_32_in_a_list(monkeypatch, capsys):
     code, lines = call(evaluate, ["ckpt=a", "data.root=/x", "crop=[224,16]"], monkeypatch, capsys)
     assert code == 2
-    assert "crop.1=16: input should be greater than or equal to 32" in lines[0]
+    assert lines[0].endswith("crop=[224,16]: 16 should be greater than or equal to 32")
+    code, lines = call(train, ["data.root=/x", "train.betas=[0.9,1.5]"], monkeypatch, capsys)
+    assert code == 2 and lines[0].endswith("train.betas=[0.9,1.5]: 1.5 should be less than 1")
+    code, lines = call(train, ["data.root=/x", "log.trackers=x"], monkeypatch, capsys)
+    assert code == 2 and "log.trackers=x: input should be 'tensorboard'" in lines[0]
 
 
 def test_a_group_option_without_its_group_and_a_list_without_brackets(monkeypatch, capsys):
@@ -312,7 +330,7 @@ def test_shards_of_one_part_and_of_none(demo_images, tmp_path, monkeypatch, caps
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["val"]
     assert call(data, options, monkeypatch, capsys)[0] == 3
     code, lines = call(data, [*options, "data.val_dir=null"], monkeypatch, capsys)
-    assert (code, lines) == (2, ["resnest-data: data.train_dir=null and data.val_dir=null leave nothing"])
+    assert (code, lines) == (2, ["resnest-data: data.train_dir=null and data.val_dir=null leave no part of the data"])
 
 
 @pytest.mark.parametrize(

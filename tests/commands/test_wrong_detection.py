@@ -38,7 +38,7 @@ from resnest_imagenet.tasks.choice import open_task
         (["+experiment=demo_detection", "eval.crop=64"], "eval.crop is of another task than this run: remove it"),
         (
             ["+experiment=demo", "data=coco"],
-            "data.kind=coco is not of train.task=classification: choose data=imagenet or data=webdataset",
+            "data.kind=coco is not of train.task=classification: choose data=imagenet, data=csv or ",
         ),
         (["+experiment=demo_segmentation", "data=coco"], "data.kind=coco is not of train.task=segmentation: choose "),
         (["+experiment=demo", "data.train_json=own.json"], "data.train_json=own.json needs data=coco"),
@@ -96,10 +96,10 @@ def open_with(small_set, *options):
         (["loader.name=dali"], "loader=dali: a detector's images are decoded without DALI: set loader=auto"),
         (["train.short_sides=[800,640]"], "train.short_sides=[800, 640] must rise"),
         (["train.side_sampling=range"], "train.short_sides=[128]: side_sampling=range takes the least and the largest"),
-        (["train.anchor_sizes=[32,64]"], "train.anchor_sizes=[32, 64]: list should have at least 5 items after "),
+        (["train.anchor_sizes=[32,64]"], "train.anchor_sizes=[32,64]: list should have at least 5 items, not 2"),
         (["train.norm=gn"], "train.norm=gn: input should be 'bn', 'sync' or 'frozen'"),
         (["train.cascade=maybe"], "train.cascade=maybe: input should be a valid boolean"),
-        (["train.samples=3"], "samples=3: none would be a positive: set 4 or more"),
+        (["train.samples=3"], "samples=3 leaves no place for a positive: set 4 or more"),
         (["train.batch_size=1"], "train.batch_size=1: resnest14_half has batch norms of one value per image and "),
         (["protocol.min_score=2"], "protocol.min_score=2: input should be less than or equal to 1"),
         (

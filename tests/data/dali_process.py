@@ -13,7 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from resnest_imagenet.data.dali import _decoding_pipeline, _to_decodable
+from resnest_imagenet.data.dali import _to_decodable
+from resnest_imagenet.data.dali_decoding import build_decoding
 from resnest_imagenet.data.decoding import BadImage
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader
@@ -30,9 +31,7 @@ def decode_each(images):
     for encoded in images:
         for by_pillow in (False, True):  # where DALI refuses it
             if pipeline is None:
-                options = {"num_threads": 4, "device_id": None, "prefetch_queue_depth": 1}
-                pipeline = _decoding_pipeline("cpu", batch_size=1, **options)
-                pipeline.build()
+                pipeline = build_decoding("cpu", torch.device("cpu"))
             try:
                 pipeline.feed_input("encoded", [np.frombuffer(_to_decodable(encoded, by_pillow), np.uint8)])
                 (pixels,) = pipeline.run()

@@ -167,6 +167,9 @@ def test_finds_what_was_planted_and_nothing_else(planted, tmp_path, capfd):
         "val_dir": "val",
         "train_json": None,
         "val_json": None,
+        "csv": None,
+        "val_split": None,
+        "split_seed": 0,
     }
     with pytest.raises(DataError) as caught:
         check(CheckDataConfig(data=data, out=str(out), workers=2))

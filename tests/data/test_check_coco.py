@@ -56,7 +56,7 @@ def test_all_that_is_wrong_with_the_annotations_is_listed(tmp_path):
             TRAIN_JSON,
             "annotations[1]: annotation 2: bbox=[1, 2] is not four numbers: x, y, width, height",
         ),
-        ("id 0", VAL_JSON, "of an annotation: pycocotools takes its match for none; number from 1 on"),
+        ("id 0", VAL_JSON, "of an annotation: pycocotools takes a match with it for no match; number from 1 on"),
         ("missing image", "train2017/99.jpg", f"an image of {TRAIN_JSON}"),
     ]
     assert {"bad annotations", "missing image"} < set(FAULTS)
@@ -118,6 +118,9 @@ def test_the_command_ends_with_the_number_of_faults(tmp_path, capsys):
         "val_dir": "train2017",
         "train_json": TRAIN_JSON,
         "val_json": VAL_JSON,
+        "csv": None,
+        "val_split": None,
+        "split_seed": 0,
     }
     with pytest.raises(DataError, match="faults: "):
         check(CheckDataConfig(data=data | {"val_dir": "val"}, out=None, workers=1))

@@ -92,6 +92,9 @@ def test_finds_what_was_planted_and_nothing_else(tmp_path, capfd):
         "val_dir": "val",
         "train_json": None,
         "val_json": None,
+        "csv": None,
+        "val_split": None,
+        "split_seed": 0,
     }
     with pytest.raises(DataError, match="faults: 8 "):
         check(CheckDataConfig(data=data, out=None, workers=2))

@@ -138,6 +138,27 @@ def test_the_loaders_agree_on_augmented_images(transform, images):
 
 
 @pytest.mark.parametrize("name", LOADERS)
+def test_images_are_mirrored_and_normalised_as_asked(name, rough_images):
+    """Mirrored exactly, and by another mean and deviation to a rounding."""
+
+    def read(**options):
+        return next(iter(make_loader(name, rough_images, replace(TRAIN, flip=0, **options)).batches(0)))[0]
+
+    plain = read()
+    assert torch.equal(read(vertical_flip=1.0), plain.flip(2))
+    half = read(vertical_flip=0.5)
+    is_mirrored = (half != plain).flatten(1).any(1)
+    assert 0 < is_mirrored.sum() < len(plain)
+    assert torch.equal(half[is_mirrored], plain[is_mirrored].flip(2))
+    mean, std = (10.0, 120.0, 240.0), (30.0, 60.0, 90.0)
+    scale, shift = (torch.tensor(values).view(1, 3, 1, 1) for values in (std, mean))
+    evaluated = EvalTransform(48), EvalTransform(48, mean=mean, std=std)
+    first, other = (next(iter(make_loader(name, rough_images, each).batches(0)))[0] for each in evaluated)
+    for before, now in ((plain, read(mean=mean, std=std)), (first, other)):
+        torch.testing.assert_close(now * scale + shift, to_pixels(before) + mean_of_channels(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LOADERS)
 def test_each_part_of_the_augmentation_changes_the_images(name, rough_images):
     parts = [Augmentation(), Augmentation("resnest"), Augmentation(jitter=0.4), Augmentation(lighting=0.1)]
     parts += [Augmentation(shift=20), Augmentation("trivialaugment")]

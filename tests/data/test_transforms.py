@@ -10,6 +10,7 @@ from conftest import compose_config
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.config import EvalConfig, TrainConfig
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
+from resnest_imagenet.randomness import Purpose, uniform_rows
 
 
 def windows(transform, height, width, draws=4000):
@@ -23,9 +24,9 @@ def test_draws_are_a_function_of_seed_epoch_and_sample():
     mirrors, draws = transform.draw_crops(2, range(8))
     for index in range(8):
         (mirror,), (draw,) = transform.draw_crops(2, [index])
-        assert mirror == mirrors[index]
+        assert mirror.tolist() == mirrors[index].tolist()
         np.testing.assert_array_equal(draw, draws[index])
-    assert 0 < mirrors.sum() < 8
+    assert 0 < mirrors[:, 0].sum() < 8 and not mirrors[:, 1].any()
     others = [
         TrainTransform(224, seed=2).draw_crops(2, [7]),
         transform.draw_crops(3, [7]),
@@ -88,7 +89,18 @@ def test_positions_and_flips_are_uniform():
     top, left, h, w = windows(transform, 600, 900).T
     assert (top / (600 - h + 1)).mean() == pytest.approx(0.5, abs=0.02)
     assert (left / (900 - w + 1)).mean() == pytest.approx(0.5, abs=0.02)
-    assert transform.draw_crops(0, range(4000))[0].mean() == pytest.approx(0.5, abs=0.03)
+    mirrored, draws = transform.draw_crops(0, range(4000))
+    assert mirrored.mean(0).tolist() == [pytest.approx(0.5, abs=0.03), 0]
+    both = TrainTransform(224, seed=0, vertical_flip=0.5)
+    mirrored_too, same_draws = both.draw_crops(0, range(4000))
+    np.testing.assert_array_equal(mirrored_too[:, 0], mirrored[:, 0])
+    np.testing.assert_array_equal(same_draws, draws)
+    assert np.corrcoef(mirrored_too.T)[0, 1] == pytest.approx(0, abs=0.05)
+    assert mirrored_too[:, 1].mean() == pytest.approx(0.5, abs=0.03)
+    # The draws of runs before there were vertical flips.
+    u = uniform_rows(0, Purpose.CROP, 0, range(4000), 23)
+    np.testing.assert_array_equal(mirrored[:, 0], u[:, 0] < 0.5)
+    np.testing.assert_array_equal(draws, transform.cropping.scale(u[:, 1:]))
 
 
 def test_an_extreme_shape_takes_the_largest_centre_crop():

@@ -6,7 +6,7 @@ import pytest
 from box_sets import CATEGORY_IDS, CLASSES, SIZE, draw_objects, read_truth
 from resnest_imagenet.errors import DataError
 
-DAMAGED = "its run-length code is damaged, or its number of pixels is not the image's"
+DAMAGED = "its run-length code is damaged, or does not have as many pixels as the image"
 
 
 def test_what_is_read(tmp_path):
@@ -53,7 +53,7 @@ def test_objects_of_other_images_and_categories_are_not_read(tmp_path):
     content["annotations"][2]["category_id"] = "disk"
     assert len(read_truth(tmp_path / "instances.json", content)) == len(content["annotations"]) - 2
     del content["annotations"][3]["image_id"]
-    with pytest.raises(DataError, match="annotation 4 is no object with an image_id"):
+    with pytest.raises(DataError, match="annotation 4 is not an object with an image_id"):
         read_truth(tmp_path / "instances.json", content)
 
 
@@ -64,17 +64,23 @@ def test_objects_of_other_images_and_categories_are_not_read(tmp_path):
         ({"bbox": [1, 2, 3, None]}, "its bbox is not [x, y, width, height]"),
         ({"bbox": [1, 2, 3, float("nan")]}, "its bbox is not [x, y, width, height]"),
         ({"bbox": None}, "its bbox is not [x, y, width, height]"),
-        ({"area": "x"}, "its area is no number"),
+        ({"area": "x"}, "its area is not a number"),
         ({"segmentation": None}, "it has no segmentation"),
         ({"segmentation": []}, "it has no segmentation"),
-        ({"segmentation": [["a", "b"]]}, "its segmentation has a polygon that is no list of x and y"),
-        ({"segmentation": [[1, 2]]}, "its segmentation has a polygon that is no list of x and y"),
+        ({"segmentation": [["a", "b"]]}, "its segmentation has a polygon that is not a list of x and y"),
+        ({"segmentation": [[1, 2]]}, "its segmentation has a polygon that is not a list of x and y"),
         ({"segmentation": {"size": [1, 2], "counts": "a"}}, f"its mask is of an image of [1, 2], not of {list(SIZE)}"),
         ({"segmentation": {"size": list(SIZE), "counts": "0\x00"}}, DAMAGED),
         ({"segmentation": {"size": list(SIZE), "counts": "_f3"}}, DAMAGED),
         ({"segmentation": {"size": list(SIZE), "counts": 5}}, DAMAGED),
-        ({"segmentation": {"size": list(SIZE), "counts": ["a"]}}, "its run-length code has other things than lengths"),
-        ({"segmentation": {"size": list(SIZE), "counts": [-5]}}, "its run-length code has other things than lengths"),
+        (
+            {"segmentation": {"size": list(SIZE), "counts": ["a"]}},
+            "its run-length code has an entry that is not a length",
+        ),
+        (
+            {"segmentation": {"size": list(SIZE), "counts": [-5]}},
+            "its run-length code has an entry that is not a length",
+        ),
     ],
 )
 def test_a_wrong_object_is_named(tmp_path, change, line):
@@ -93,8 +99,8 @@ def test_a_wrong_object_is_named(tmp_path, change, line):
         ("[" * 100_000, "not JSON: "),
         ("[]", "it has no list of annotations"),
         ('{"annotations": {}}', "it has no list of annotations"),
-        ('{"annotations": [3]}', "annotation 1 is no object with an image_id"),
-        ('{"annotations": []}', "no objects in the 7 images, so that there is nothing to evaluate"),
+        ('{"annotations": [3]}', "annotation 1 is not an object with an image_id"),
+        ('{"annotations": []}', "no objects in the 7 images: there is nothing to evaluate"),
         (None, "No such file or directory"),
     ],
 )

@@ -20,8 +20,8 @@ def survive_kill(place: Place) -> dict[str, Any]:
     settings.append(("dali", 3, "fp32", 4))
     kills = 2 if place.fast else 5
     for loader, ranks, precision, steps_per_epoch in settings[3:4] if place.fast else settings:
-        options = (*RICH, f"loader={loader}", f"train.precision={precision}", "checkpoint.every_steps=2")
-        options += ("log.every_steps=1", "train.epochs=3")
+        options = (*RICH, *place.of_stages, f"loader={loader}", f"train.precision={precision}")
+        options += ("checkpoint.every_steps=2", "log.every_steps=1", "train.epochs=3")
         options += ("train.global_batch=24",) if ranks == 3 else ()
         whole, killed = place.new_run(), place.new_run()
         require(Trainer(place, whole, *options, ranks=ranks).wait() == [0] * ranks, f"{whole} ends well")

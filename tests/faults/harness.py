@@ -21,17 +21,21 @@ import torch
 from PIL import Image
 
 from faults import composing, inject
-from resnest_imagenet.checkpoint import load_checkpoint
+from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data.demo import write_demo_images
+from resnest_imagenet.models.zoo import build_model
 
 Faults = Sequence[tuple[str, list[Any]]]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 # The demo's experiment, shrunk: 12 steps of 16 images in two epochs.
 SMALL = ("+experiment=demo", "device=cpu", "train.epochs=2", "train.crop=32", "train.batch_size=8")
 SMALL += ("train.global_batch=16", "loader.workers=1", "log.every_steps=1", "timeout_seconds=60")
+SMALL += ("log.pictures=false",)
 # All that draws, averages or remembers: at 48 pixels DropBlock finds a block.
 RICH = ("train.crop=48", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2", "train.dropout=0.2")
 RICH += ("train.ema_decay=0.9", "train.policy=resnest", "train.jitter=0.4", "train.erasing=0.5", "log.every_steps=5")
+RICH += ("train.ema_warmup=true", "train.patience=9", "train.flips=both", "train.drop_path=0.2", "train.clip_norm=1.0")
+RICH += ("train.class_weights=balanced", "train.mean=[0.5,0.4,0.3]", "train.std=[0.3,0.2,0.25]")
 TINY = ("train.task=tiny",)  # as many samples and steps, of numbers: see tests/tiny_task.py
 PACE = 0.02  # seconds of a step that something is to come between
 LOADERS = ("dali", "torchvision")
@@ -111,6 +115,16 @@ class Place:
     def pace(self) -> Faults:
         """Return what slows the steps down where they take no time, so that something can come between them."""
         return [("is_slow", [PACE])] if self.is_tiny else []
+
+    @property
+    def of_stages(self) -> tuple[str, ...]:
+        """Return what only a network with stages can do: keep the first as they are, and train each at its own rate."""
+        if self.is_tiny:
+            return ()
+        start = self.folder / "start.safetensors"
+        if not start.exists():
+            save_checkpoint(build_model("resnest14_half", 7, zero_gamma=False).state_dict(), start)
+        return (f"train.init_from={start}", "train.freeze=2", "train.layer_decay=0.7")
 
     def options(self, run: Path, *more: str) -> list[str]:
         """Return the arguments of resnest-train."""

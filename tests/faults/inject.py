@@ -206,7 +206,11 @@ def killed_in_write(place: str, number: int, share: float) -> None:
     from resnest_imagenet.training import run_folder
 
     written = 0
-    real_replacing, real_rename, real_list = checkpoint.replacing, os.replace, run_folder.RunFolder.list_checkpoints
+    real_write, real_rename, real_list = (
+        checkpoint.write_atomically,
+        os.replace,
+        run_folder.RunFolder.list_checkpoints,
+    )
 
     class Dying:
         def __init__(self, file: Any, size: int) -> None:
@@ -225,10 +229,10 @@ def killed_in_write(place: str, number: int, share: float) -> None:
             return getattr(self._file, name)
 
     @contextmanager
-    def replacing(path: Any) -> Any:
+    def write_atomically(path: Any) -> Any:
         nonlocal written
         written += 1
-        with real_replacing(path) as file:
+        with real_write(path) as file:
             size = max((other.stat().st_size for other in path.parent.glob("*.pt")), default=10**6)
             yield Dying(file, size) if place == "bytes" and written == number else file
 
@@ -245,7 +249,7 @@ def killed_in_write(place: str, number: int, share: float) -> None:
             die()
         return real_list(self)
 
-    checkpoint.replacing = replacing
+    checkpoint.write_atomically = write_atomically
     files.os.replace = rename
     run_folder.RunFolder.list_checkpoints = list_checkpoints
 

@@ -16,6 +16,7 @@ SMALL += ("train.short_sides=[48,64]", "train.longest=96", "protocol.short_side=
 SMALL += ("train.channels=16", "train.box_width=16", "train.box_convs=1", "train.mask_convs=1", "train.samples=16")
 SMALL += ("train.cascade=true", "train.ema_decay=0.9", "train.precise_batches=3", "protocol.detections=20")
 SMALL += ("loader.workers=1", "log.every_steps=1", "log.trackers=[]", "checkpoint.every_steps=1", "timeout_seconds=60")
+SMALL += ("log.pictures=false",)
 FILES = ("ap.csv", "precision_recall.csv", "errors.csv", "images.csv", "detections.json")
 
 

@@ -23,7 +23,7 @@ from resnest_imagenet.errors import DamagedCheckpointError
 # The stages of a start, in their order, by a function at the beginning of each; {task}: the class of the run's task.
 STAGES = {
     "opening the task": "resnest_imagenet.training.train.open_task",
-    "listing the data": "resnest_imagenet.tasks.classification.open_source",
+    "listing the data": "resnest_imagenet.data.parts.open_source",
     "meeting the ranks": "resnest_imagenet.distributed.join",
     "planning the batches": "{task}.plan_batches",
     "building a loader": "{task}.build_loader",

@@ -1,6 +1,8 @@
 import csv
 import html.parser
 import os
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,14 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.classifier import Classifier
-from resnest_imagenet.inference.compare import Comparison, _title, distinguish, format_comparison, mcnemar_p
+from resnest_imagenet.inference.compare import (
+    Comparison,
+    _title,
+    describe_verdict,
+    distinguish,
+    format_comparison,
+    mcnemar_p,
+)
 from resnest_imagenet.weights.load import Weights
 
 OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=16")
@@ -116,6 +125,16 @@ def test_the_table(tmp_path):
     assert comparison.disagreements.tolist() == [2, 1]
 
 
+def test_top5_of_networks_with_few_classes_is_not_shown(tmp_path):
+    comparison = make_comparison(tmp_path)
+    from resnest_imagenet.reports.compare_page import _render_totals  # late: it imports torchvision
+
+    few = replace(comparison, has_top5=False)
+    lines = format_comparison(comparison).splitlines()
+    assert lines[7].startswith("top-5 %") and format_comparison(few).splitlines() == lines[:7] + lines[8:]
+    assert "top-5 %" in _render_totals(comparison) and "top-5" not in _render_totals(few)
+
+
 @pytest.mark.slow
 def test_synsets_stand_in_words():
     assert _title(("n01443537", "own")) == ("goldfish (n01443537)", "own")
@@ -160,4 +179,26 @@ def test_the_page_in_a_browser(checkpoints, demo_images, tmp_path):
     widths = (1280, 400)
     for width, seen in zip(widths, look_in_windows(page, widths), strict=True):
         assert (seen["pictures"], seen["loaded"]) == (len(comparison.disagreements), [])
-        assert seen["width"] <= width
+        assert (seen["width"] <= width, seen["outside"]) == (True, [])
+
+
+def test_the_page_begins_with_the_verdict_and_sorts_classes_by_difference(tmp_path, monkeypatch):
+    """Of the comparison by hand: three of four images each; the first network is better at one class, worse at one."""
+    from resnest_imagenet.reports import compare_page  # late: it imports torchvision
+
+    comparison = make_comparison(tmp_path)
+    assert describe_verdict(comparison) == (
+        "one 75.00 % against two 75.00 % of 4 images, p = 1: no difference that these images show"
+    )
+    many = replace(comparison, is_right=np.array([[True] * 20 + [False], [False] * 20 + [True]]))
+    assert describe_verdict(many) == "one 95.24 % against two 4.76 % of 21 images, p < 0.001"
+    monkeypatch.setattr(compare_page, "render_picture", lambda encoded, truth, caption: "")  # the files are empty
+    page = compare_page.render_comparison(comparison)
+    assert page.index("class=verdict>one 75.00 % against two 75.00 %") < page.index("<table")
+    assert "error" not in page and "total" not in page
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page)]
+    classes = [[re.sub(r"<[^>]*>|[\s\u2007]", "", cell) for cell in row] for row in rows if len(row) == 7]
+    assert classes == [
+        ["b", "2", "+50.0", "100.0", "0.7500", "50.0", "0.6000"],
+        ["a", "2", "-50.0", "50.0", "0.6500", "100.0", "0.7000"],
+    ]

@@ -195,6 +195,8 @@ def test_protocols_of_other_tasks_are_refused(checkpoint, photos):
     config = compose_config("predict", PredictConfig, f"ckpt={checkpoint}", f"images={photos}", "protocol=whole")
     with pytest.raises(ConfigError, match="^protocol=whole is of segmentation: choose own or coco$"):
         detect_objects(config, *read_inputs(config))
+    with pytest.raises(ConfigError, match="^tta=flip is of classification: .*best.pt is of detection$"):
+        read_inputs(config.model_copy(update={"tta": "flip"}))
 
 
 def test_the_score_is_of_detection(composed, tmp_path):

@@ -1,6 +1,9 @@
 import csv
 import io
+import os
+import re
 import sys
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -202,6 +205,24 @@ def test_the_command_writes_pictures_and_names_bad_images(checkpoint, demo_image
         for path in pictures:
             Image.open(out / kind / path).verify()
     Image.open(out / "attention.png").verify()
+    page = (out / "index.html").read_bytes().decode(errors="surrogateescape")
+    links = [unquote_to_bytes(link) for link in re.findall(r'src="([^"]+)"', page)]
+    assert len(links) == 4 and all((out / os.fsdecode(link)).is_file() for link in links)
+    assert page.count("the weights of its splits") == 3 and "Grad-CAM of layer2" in page
+
+
+def test_the_deepest_layer_with_seven_places_is_drawn():
+    from resnest_imagenet.data.transforms import EvalTransform
+    from resnest_imagenet.inference.classifier import Classifier
+    from resnest_imagenet.inference.explain import choose_layer
+    from resnest_imagenet.weights.load import Weights
+
+    model = build_model("resnest14_half", 10).eval()
+    expected = {16: "layer1", 48: "layer1", 56: "layer2", 96: "layer2", 112: "layer3", 223: "layer4"}
+    for crop, layer in expected.items():
+        classifier = Classifier(Weights("x", {}), "resnest14_half", (), (EvalTransform(crop),), model)
+        assert choose_layer(classifier) == layer
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.process
@@ -211,8 +232,9 @@ def test_a_peer_has_maps_and_no_attention(demo_images, tmp_path):
     torch.save(build_model("resnet50", 10).state_dict(), path)
     images = f"images={demo_images}/val/disk/disk_0_00000.JPEG"
     lines, _ = explain(f"ckpt={path}", "model=resnet50", images, f"out={tmp_path}/out")
-    assert lines == [f"pictures in {tmp_path}/out/maps: 1", "resnet50 has no split attention to draw"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["maps"]
+    assert lines[:2] == [f"pictures in {tmp_path}/out/maps: 1", "resnet50 has no split attention to draw"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "maps"]
+    assert "attention" not in (tmp_path / "out/index.html").read_text()
 
 
 def test_the_maps_lie_on_the_image_as_it_does():

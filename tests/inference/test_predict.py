@@ -2,7 +2,9 @@ import csv
 import json
 import os
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,9 +14,16 @@ from resnest_imagenet import build_model
 from resnest_imagenet.commands import predict as command
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.data.demo import FIGURES
-from resnest_imagenet.data.folder import find_images
+from resnest_imagenet.data.folder import ImageFolder, find_images
 from resnest_imagenet.errors import ConfigError, DataError
-from resnest_imagenet.inference.predict import format_predictions
+from resnest_imagenet.inference.predict import (
+    Prediction,
+    encode_predictions,
+    find_true_labels,
+    format_judgement,
+    format_predictions,
+)
+from resnest_imagenet.weights.load import list_classes
 
 OPTIONS = ("device=cpu", "crop=32", "loader.workers=1", "batch_size=3")
 
@@ -60,6 +69,13 @@ def test_predicts_what_the_network_says(checkpoint, demo_images, tmp_path, loade
         expected = probabilities[sorted(FIGURES).index(prediction.label)]
         assert prediction.probability == pytest.approx(expected.item(), abs=0.01)
     assert [p.rank for p in predictions[:3]] == [1, 2, 3]
+    assert {row["true_label"] for row in rows} == {each["true_label"] for each in written} == {"disk"}
+    with torch.no_grad():
+        mirrored = model(image.flip(2)[None])[0].softmax(0)
+    averaged, _ = predict(f"ckpt={checkpoint}", f"images={files[0]}", f"loader={loader}", "tta=flip", "top=10")
+    expected = [(probabilities + mirrored)[sorted(FIGURES).index(p.label)].item() / 2 for p in averaged]
+    assert [p.probability for p in averaged] == pytest.approx(expected, abs=0.01)
+    assert expected != pytest.approx([probabilities[sorted(FIGURES).index(p.label)].item() for p in averaged], abs=0.01)
 
 
 @pytest.mark.process
@@ -105,6 +121,44 @@ def test_images_are_files_folders_and_patterns(demo_images, tmp_path, monkeypatc
         find_images([str(tmp_path / "empty")])
 
 
+def test_images_in_folders_of_classes_are_judged():
+    names = ["x/goldfish/1.jpg", "x/goldfish/2.jpg", "x/n01440764/1.jpg", "x/crane/1.jpg", "x/other/1.jpg", "x/1.jpg"]
+    images = ImageFolder(Path("/"), ("",), np.array([name.encode() for name in names]), np.zeros(6, dtype=np.int64))
+    goldfish, tench = "n01443537", "n01440764"
+    truth = find_true_labels(images, list_classes(None, 1000))
+    assert truth == [goldfish, goldfish, tench, None, None, None]  # crane: a bird or a machine
+    answers = [goldfish, tench, tench, goldfish, goldfish, goldfish]
+    predictions = [
+        Prediction(name, rank, answer, answer, 0.5, label)
+        for name, answer, label in zip(names, answers, truth, strict=True)
+        for rank in (1, 2)
+    ]
+    assert format_judgement(predictions).splitlines() == [
+        "right: 2 of 3 images in folders of their class, 66.67 %",
+        "",
+        "class      images precision % recall %   F1 %",
+        "tench           1       50.00   100.00  66.67",
+        "goldfish        2      100.00    50.00  66.67",
+        "mean of 2       3       75.00    75.00  66.67",
+    ]
+    assert format_judgement(predictions[:4]) == "right: 1 of 2 images in folders of their class, 50.00 %"
+    assert format_judgement(predictions[6:]) == format_judgement([]) == ""
+    header = "file,rank,label,description,probability"
+    for rows, columns in ((predictions, f"{header},true_label"), (predictions[6:], header)):
+        assert encode_predictions(rows, ".csv").partition("\n")[0] == columns
+        assert ",".join(json.loads(encode_predictions(rows, ".json"))[-1]) == columns
+
+
 def test_refusals(checkpoint, demo_images):
     with pytest.raises(ConfigError, match=r"ends neither in \.csv nor in \.json"):
         predict(f"ckpt={checkpoint}", f"images={demo_images}", "out=out.txt")
+    for options, message in {
+        ("features=layer4",): "^features=layer4 writes a .npz file: give out=NAME.npz$",
+        ("features=head", "out=a.csv"): "^features=head writes a .npz file: give out=NAME.npz, not out=a.csv$",
+        ("out=a.npz",): "^out=a.npz is a file of features: give features=layer4$",
+        ("features=layer4", "tta=flip", "out=a.npz"): "^give either features=layer4 or tta=flip$",
+        ("features=layer5", "out=a.npz"): "^features=layer5: input should be 'layer1', 'layer2'",
+        ("tta=mirror",): "^tta=mirror: input should be 'flip'$",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            compose_config("predict", PredictConfig, f"ckpt={checkpoint}", f"images={demo_images}", *options)

@@ -151,6 +151,7 @@ def test_refusals(checkpoint, photos, tmp_path):
         "crop=64": "^crop is of classification: .*best.pt is of segmentation, and sees images at their own size",
         "model=resnest14_half": "^model is of classification: ",
         "loader.workers=1": "^loader is of classification: ",
+        "tta=flip": "^tta=flip is of classification: .*best.pt is of segmentation: protocol.flip=true sees ",
         "loader=dali": "^loader is of classification: |^loader=dali",
         "protocol=paper": "^protocol is of classification: choose own, whole, slide, centre or published$",
         f"out={tmp_path}/out.csv": r"out.csv: masks need a folder, and a table is of classification$",

@@ -240,7 +240,7 @@ def test_refuses_a_file_that_is_not_all_of_the_network(tmp_path):
         ({"out_features": ("layer5",)}, r"unknown feature 'layer5'; did you mean 'layer\d'\?"),
         ({"out_features": ()}, "out_features is empty: choose from stem, layer1"),
         ({"freeze_at": 6}, "freeze_at is 0 to 5, not 6"),
-        ({"norm": "syncbn"}, "norm is bn, frozen, sync, not syncbn"),
+        ({"norm": "syncbn"}, "norm=syncbn: bn, frozen, sync are valid"),
         ({"features_only": False, "freeze_at": 2}, "set features_only=True"),
         ({"features_only": False, "norm": "frozen"}, "set features_only=True"),
     ],

@@ -709,12 +709,12 @@ def test_kept_memory_is_near_what_a_step_keeps():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "none"}, "norm is bn, frozen, sync, not none"),
-        ({"head_norm": "gn"}, "head_norm is bn, frozen, sync or none, not gn"),
-        ({"anchor_sizes": (32, 64)}, "anchor_sizes has a size for each of the 5 levels"),
-        ({"box_fcs": 0}, "box_fcs=0: a box head ends in 1 fully connected layer or more"),
+        ({"norm": "none"}, "norm=none: bn, frozen, sync are valid"),
+        ({"head_norm": "gn"}, "head_norm=gn: bn, frozen, sync and none are valid"),
+        ({"anchor_sizes": (32, 64)}, "give anchor_sizes a size for each of the 5 levels"),
+        ({"box_fcs": 0}, "box_fcs=0: a box head needs 1 fully connected layer or more"),
         ({"stages": ()}, "stages is empty"),
-        ({"stages": CASCADE_STAGES}, "3 stages are a cascade's: set cascade"),
+        ({"stages": CASCADE_STAGES}, "3 stages need cascade=True"),
         ({"cascade": True, "class_agnostic": False}, "class_agnostic must not be false"),
     ],
 )

@@ -146,11 +146,11 @@ def test_the_page_has_what_the_evaluation_found_and_the_images_with_objects_and_
 def test_the_page_in_a_browser(page, width, dark):
     seen = look_at(page, width, dark)
     titles = [label.rpartition(":")[0] for label in seen["charts"]]
-    assert titles[:2] == ["Training loss", "mask AP after each epoch"]
+    assert titles[:2] == ["Loss", "mask AP after each epoch"]
     of_kind = ("mean over the classes", "each class, IoU .50", "what each kind of error costs")
     assert titles[-6:] == [f"{kind}: {title}" for kind in ("Boxes", "Masks") for title in of_kind]
     assert (seen["pictures"], seen["loaded"]) == (4, [])
-    assert seen["width"] <= width
+    assert (seen["width"] <= width, seen["outside"]) == (True, [])
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_the_page_has_what_the_evaluation_counted_and_the_scenes_with_both_masks
     )
     # The cost is DeepLabV3's, not that of the backbone's classifier.
     model = resnest_imagenet.open_segmenter(segmentation_run / "checkpoints/best.pt", device="cpu").module
-    counted = float(re.search(r"<td>([\d.]+)</td><td>[\d.]+</td><td>2 of 2</td>", text)[1])
+    counted = float(re.search(r"<td>([\d.]+)</td><td>[\d.]+ at 64</td><td>2 of 2</td>", text)[1])
     assert counted == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, rel=0.02)
 
     rows = (segmentation_run / "scenes.csv").read_text().splitlines()[1:]
@@ -92,9 +92,9 @@ def test_the_page_in_a_browser(page):
     widths = (1280, 400)
     for width, seen in zip(widths, look_in_windows(page, widths), strict=True):
         titles = [label.partition(":")[0] for label in seen["charts"]]
-        assert titles[:2] == ["Training loss", "mIoU after each epoch"] and titles[-1].startswith("Confusion matrix")
+        assert titles[:2] == ["Loss", "mIoU after each epoch"] and titles[-1].startswith("Confusion matrix")
         assert (seen["pictures"], seen["loaded"]) == (9, [])
-        assert seen["width"] <= width
+        assert (seen["width"] <= width, seen["outside"]) == (True, [])
 
 
 @pytest.mark.slow

@@ -72,6 +72,19 @@ def make_table(measured):
     ]
 
 
+def test_accuracies_with_test_time_augmentation_do_not_stand_beside_the_papers(tmp_path, monkeypatch, capsys):
+    use_golden_costs(monkeypatch)
+    averaged = {**make_results.result, "top1": 81.5, "protocol": "p, mean with the mirror image", "tta": "flip"}
+    (tmp_path / "a.json").write_text(make_results(results=[make_results.result, averaged]))
+    monkeypatch.setattr("sys.argv", ["resnest-table3", f"results={tmp_path}/*", "format=csv"])
+    command.main()
+    printed = capsys.readouterr()
+    assert [row["top1"] for row in csv.DictReader(printed.out.splitlines()) if row["top1"]] == ["81.0"]
+    assert printed.err == (
+        f"resnest-table3: skipped: {tmp_path}/a.json: tta=flip, the paper's accuracies have no such augmentation\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def finished_run(demo_images, tmp_path_factory):
     """Train the smallest network for six steps, and return the run folder."""
@@ -221,3 +234,25 @@ def test_what_is_no_result_is_refused(content, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read_measured([str(path)], {})
     assert read_measured([f"{tmp_path}/no*"], {}) == ([], [])
+
+
+def test_on_a_terminal_the_columns_are_under_each_other():
+    from resnest_imagenet.reports.aligned import align_tables
+
+    markdown = format_table(make_table([]), "markdown")
+    wide, narrow = (align_tables(markdown, width).splitlines() for width in (120, 80))
+    assert max(map(len, narrow)) <= 80 < max(map(len, wide)) <= 120
+    assert len(wide) == len(narrow) == 16 and not any("|" in line for line in wide)
+    row = next(line for line in wide if line.startswith("ResNeSt-50 "))
+    assert row.split() == ["ResNeSt-50", "resnest50", "27.5", "27.48", "5.39", "5.39", "81.13", "81.82"]
+    assert [line.split()[1] for line in narrow if line.startswith("ResNeSt-50 ")] == ["27.5"]
+    # Figures of a column end where its title does.
+    assert wide[1].index("counted") + len("counted") == row.index("27.48") + len("27.48")
+    assert wide[0].split() == ["M", "params", "GFLOPs", "top-1", "@224", "top-1", "@320"]
+    linked = (
+        "## Table\n\n| row | experiment | box AP: paper | here |\n|---|---|---:|---:|\n| A | [net](a.yaml) | 1.0 | 2 |"
+    )
+    assert (
+        align_tables(linked, 80)
+        == "## Table\n\n                 box AP\nrow  experiment  paper  here\nA    net           1.0     2"
+    )

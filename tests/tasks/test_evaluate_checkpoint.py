@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 import shutil
@@ -17,9 +18,10 @@ from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, DataError, NonFiniteError
 from resnest_imagenet.evaluation.accuracy import measure_accuracy
+from resnest_imagenet.evaluation.results import ClassResult, CropResult
 from resnest_imagenet.inference.classifier import Classifier
 from resnest_imagenet.models.split_attention import SplitAttention
-from resnest_imagenet.tasks.evaluate_checkpoint import evaluate, format_results
+from resnest_imagenet.tasks.evaluate_checkpoint import evaluate, format_class_results, format_results
 from resnest_imagenet.weights.load import Weights
 
 
@@ -107,7 +109,8 @@ def bare_weights(tmp_path):
 @pytest.mark.slow
 def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
     out = tmp_path / "new" / "result.json"
-    results = evaluate_checkpoint(evaluation_of(bare_weights, "model=resnest14_half", "crop=[32,64]", f"out={out}"))
+    options = ("model=resnest14_half", "crop=[32,64]", f"out={out}", f"predictions={tmp_path}/predictions.csv")
+    results = evaluate_checkpoint(evaluation_of(bare_weights, *options))
     measured = json.loads(out.read_text())
     expected = {"model": "resnest14_half", "ckpt": str(bare_weights), "num_classes": 10, "training": None}
     assert {key: measured[key] for key in expected} == expected
@@ -119,6 +122,23 @@ def test_bare_weights_at_several_crops(bare_weights, evaluation_of, tmp_path):
     assert [r["top1"] for r in written] == [r.top1 for r in results]
     table = format_results(results).splitlines()
     assert len(table) == 3 and table[2].split()[0] == "64"
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    for result in written:
+        pairs = [(row["class"], row["predicted"]) for row in rows if row["protocol"] == result["protocol"]]
+        assert len(pairs) == 40
+        shares = []
+        for name, figures in result["classes"].items():
+            hits, images, predicted = pairs.count((name, name)), *(sum(p[k] == name for p in pairs) for k in (0, 1))
+            assert (figures["images"], figures["predicted"]) == (images, predicted) and images == 4
+            precision, recall = hits / max(predicted, 1), hits / images
+            shares.append((precision, recall, 2 * precision * recall / (precision + recall) if hits else 0))
+            measured_shares = [figures[key] / 100 for key in ("precision", "recall", "f1")]
+            assert measured_shares == pytest.approx(shares[-1])
+        means = [result[f"macro_{key}"] / 100 for key in ("precision", "recall", "f1")]
+        assert means == pytest.approx(np.mean(shares, axis=0))
+        assert result["macro_recall"] == pytest.approx(result["top1"])  # the classes have equally many images
+    titles = [block.splitlines()[0] for block in format_class_results(results).split("\n\n")]
+    assert titles == [result.protocol for result in results]
 
 
 @pytest.mark.slow
@@ -166,6 +186,14 @@ def test_each_number_carries_its_protocol(bare_weights, evaluation_of):
     assert [line.partition("  centre")[2] for line in format_results(results).splitlines()[1:]] == [
         word.removeprefix("centre") for word in words
     ]
+
+
+def test_top5_of_five_classes_is_not_shown():
+    result = {"crop": 32, "top1": 50.0, "top5": 100.0, "correct1": 1, "correct5": 2, "count": 2, "protocol": "p"}
+    figures = ClassResult(precision=50.0, recall=50.0, f1=50.0, images=2, predicted=2)
+    five, six = (CropResult(**result, classes={str(k): figures for k in range(count)}) for count in (5, 6))
+    assert format_results([five]).splitlines() == [" crop  top-1 %  images  protocol", "   32    50.00       2  p"]
+    assert "top-5 %" in format_results([six]) and "top-5 %" in format_results([CropResult(**result)])
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import CPU
 from resnest_imagenet.tasks.mixing import (
     Mixing,
+    balance_classes,
     draw_cutmix,
     draw_mixup,
     erase_rectangles,
@@ -114,3 +116,32 @@ def test_random_erasing_is_distributed_as_defined():
     untouched = torch.ones(8, 3, 20, 20)
     erase_rectangles(untouched, 0.0, np.random.default_rng(0))
     assert untouched.min() == 1
+
+
+def test_an_image_counts_by_the_weights_of_its_classes():
+    logits, labels, e = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1]), 0.1
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.25])
+    mixed = Mixing(0.7, None).mix_targets(one_hot(labels, 4))
+    for targets, shares in ((labels, one_hot(labels, 4)), (mixed, mixed)):
+        expected = 0.0
+        for row, share in zip(logits.log_softmax(1).tolist(), shares.tolist(), strict=True):
+            for of_class, (part, weight) in enumerate(zip(share, weights.tolist(), strict=True)):
+                # This part of the image is an image of this class, with its smoothed target.
+                smoothed = [e / 4 + (1 - e) * (other == of_class) for other in range(4)]
+                expected -= weight * part * sum(t * p for t, p in zip(smoothed, row, strict=True)) / 6
+        loss = smoothed_cross_entropy(logits, targets, e, weights)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        # Batches and ranks add up.
+        halves = [smoothed_cross_entropy(logits[part], targets[part], e, weights) for part in (slice(3), slice(3, 6))]
+        torch.testing.assert_close(sum(halves) / 2, loss)
+    torchs = F.cross_entropy(logits, labels, weight=weights, reduction="sum") / 6
+    torch.testing.assert_close(smoothed_cross_entropy(logits, labels, 0.0, weights), torchs)
+
+
+def test_balanced_classes_count_alike():
+    labels = np.array([0] * 6 + [1] * 2 + [3] * 4)
+    weights = balance_classes(labels, 4)
+    assert weights.dtype == np.float32 and weights[2] == 0
+    np.testing.assert_allclose(np.bincount(labels, weights[labels], 4), [4, 4, 0, 4])
+    assert weights[labels].mean() == pytest.approx(1)
+    np.testing.assert_array_equal(balance_classes(np.arange(9) % 3, 3), 1)

@@ -45,3 +45,19 @@ def test_an_unwanted_update_leaves_all_as_it_is_and_the_first_wanted_one_takes_a
         expected = network.state_dict() if is_wanted else before
         assert all(torch.equal(value, expected[name]) for name, value in average.module.state_dict().items())
     assert average.updates == 1
+
+
+def test_a_warm_up_keeps_less_at_first():
+    """TensorFlow's ExponentialMovingAverage with num_updates, in Python's numbers; a skipped update does not count."""
+    network, values = nn.Linear(1, 1, bias=False), [3.0, -1.0, 2.0, 5.0, 0.5] * 5
+    average = MovingAverage(network, 0.7, warms_up=True)
+    expected, count = 0.0, 0
+    for number, value in enumerate(values):
+        nn.init.constant_(network.weight, value)
+        is_wanted = number != 2
+        average.update(torch.tensor(is_wanted))
+        if is_wanted:
+            decay = min(0.7, (1 + count) / (10 + count)) if count else 0
+            expected, count = decay * expected + (1 - decay) * value, count + 1
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert average.updates == count == 24

@@ -16,15 +16,31 @@ import resnest_imagenet
 from conftest import ALONE, CPU
 from resnest_imagenet.evaluation.events import parse_events
 from resnest_imagenet.evaluation.score import Score
-from resnest_imagenet.training.log import Report, RunLog, _keep_events
+from resnest_imagenet.training.history import resume_history
+from resnest_imagenet.training.log import Report, RunLog
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.trackers import _read_ids
 from resnest_imagenet.training.train import prepare
 from run_files import read_events
 
 
+def resume(path, step, epoch):
+    """Return the events that remain before a state, and the files that the dropped ones name."""
+    history = resume_history(path, "top1", SimpleNamespace(step=step, epoch=epoch, best=0.0))
+    remaining = list(history)
+    assert list(history) == remaining  # it can be read again
+    return remaining, history.dropped_files
+
+
+def name_files(events):
+    return [name for event in events for name in event["files"]]
+
+
 def test_of_damaged_files_that_is_kept_which_can_be_read(tmp_path, capsys):
-    events = [{"event": "train", "epoch": 1, "step": step, "loss": 1.5, "time": 0.25} for step in range(1, 7)]
+    events = [
+        {"event": "train", "epoch": 1, "step": step, "loss": 1.5, "files": [f"{step}.csv"], "time": 0.25}
+        for step in range(1, 7)
+    ]
     lines = [json.dumps(event).encode() for event in events]
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
     damaged = [
@@ -36,18 +52,18 @@ def test_of_damaged_files_that_is_kept_which_can_be_read(tmp_path, capsys):
         lines[1][:9] + lines[1],
     ]
     path.write_bytes(b"\n".join([lines[0], lines[0], *damaged, b"", *lines[2:5], lines[5]]))
-    assert _keep_events(path, SimpleNamespace(step=5, epoch=0)) == (events[:5], events[5:])
+    assert resume(path, step=5, epoch=0) == (events[:5], name_files(events[5:]))
     assert path.read_bytes() == b"".join(line + b"\n" for line in lines[:5])
     assert sorted(aside.read_bytes().splitlines()) == sorted(damaged)
     assert capsys.readouterr().err == f"WARNING: {path}: damaged lines moved to {aside.name}: 6\n"
-    assert _keep_events(path, SimpleNamespace(step=2, epoch=0)) == (events[:2], events[2:5])
+    assert resume(path, step=2, epoch=0) == (events[:2], name_files(events[2:5]))
     assert capsys.readouterr().err == ""
 
     # An evaluation is of the epoch that it ends: where that is to be made again, it is dropped.
-    evaluation = {**events[3], "event": "eval", "epoch": 1}
+    evaluation = {**events[3], "event": "eval", "epoch": 1, "files": ["predictions.csv"]}
     write_events(path, [*events[:4], evaluation])
-    assert _keep_events(path, SimpleNamespace(step=4, epoch=1)) == ([*events[:4], evaluation], [])
-    assert _keep_events(path, SimpleNamespace(step=4, epoch=0)) == (events[:4], [evaluation])
+    assert resume(path, step=4, epoch=1) == ([*events[:4], evaluation], name_files([]))
+    assert resume(path, step=4, epoch=0) == (events[:4], name_files([evaluation]))
 
 
 def write_events(path, events):
@@ -57,16 +73,16 @@ def write_events(path, events):
 def test_epochs_are_counted_from_1_in_every_event_and_old_files_are_read_so(tmp_path):
     """Earlier versions counted the epochs of steps from 0. A run that resumes writes its file in today's way."""
     places = [("train", 0, 3), ("skipped", 0, 5), ("train", 0, 6), ("eval", 1, 6), ("train", 1, 9), ("eval", 2, 12)]
-    old = [{"event": kind, "epoch": epoch, "step": step, "time": 0.25} for kind, epoch, step in places]
+    old = [{"event": kind, "epoch": epoch, "step": step, "files": [kind], "time": 0.25} for kind, epoch, step in places]
     today = [event if event["event"] == "eval" else {**event, "epoch": event["epoch"] + 1} for event in old]
     path = tmp_path / "metrics.jsonl"
     write_events(path, old)
     assert parse_events(path) == (today, [])
-    assert _keep_events(path, SimpleNamespace(step=9, epoch=1)) == (today[:5], today[5:])
+    assert resume(path, step=9, epoch=1) == (today[:5], name_files(today[5:]))
     assert read_events(tmp_path) == today[:5]
-    assert _keep_events(path, SimpleNamespace(step=9, epoch=1)) == (today[:5], [])
+    assert resume(path, step=9, epoch=1) == (today[:5], name_files([]))
     # Before the evaluation of an epoch, and where its steps are a run's last.
-    assert _keep_events(path, SimpleNamespace(step=6, epoch=0)) == (today[:3], today[3:5])
+    assert resume(path, step=6, epoch=0) == (today[:3], name_files(today[3:5]))
 
 
 @contextmanager

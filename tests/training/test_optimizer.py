@@ -10,6 +10,7 @@ from conftest import compose_config
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.training.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -86,6 +87,25 @@ def test_a_head_trains_at_its_factor_of_the_rate():
     }
     with pytest.raises(ConfigError, match="train.head_lr_factor=10.0: train.task=classification has no head for it"):
         build_optimizer(model, recipe_of("train.head_lr_factor=10"))
+
+
+@pytest.mark.slow
+def test_the_rate_falls_from_stage_to_stage():
+    """By .5 from fc on; the stages of a segmentation network's backbone alike, and its heads at their own factor."""
+    powers = {"layer4": 1, "layer3": 2, "layer2": 3, "layer1": 4, "bn1": 5, "conv1": 5}
+    with torch.device("meta"):
+        classifier, deeplab = build_model("resnest14"), build_deeplab("resnest14", 5)
+    options = ("train.init_from=x.pt", "train.layer_decay=0.5", "train.head_lr_factor=3")
+    for model, prefix, head in ((classifier, "", ["fc"]), (deeplab, "backbone.", ["head"])):
+        groups = build_optimizer(model, recipe_of(*options), head).param_groups
+        assert len(groups) == 2 * (1 + 1 + 5)
+        rates = {id(p): (group["lr_factor"], group["weight_decay"]) for group in groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            place = name.removeprefix(prefix).partition(".")[0]
+            expected = {"head": 3, "auxiliary": 1, "fc": 3}.get(place) or 0.5 ** powers[place]
+            assert rates[id(parameter)] == (expected, 1e-4 if parameter.ndim > 1 else 0), name
+    with pytest.raises(ConfigError, match=r"train.layer_decay=0.5: a Detector has not the stages stem, layer1, layer2"):
+        build_optimizer(Detector(), recipe_of(*options[:2]))
 
 
 def test_a_factor_of_one_leaves_the_groups_of_earlier_checkpoints():

@@ -16,6 +16,7 @@ from run_files import assert_same_run, list_places, read_events, read_status
 # A step is two batches of 8: of two ranks, or of one that accumulates.
 OPTIONS = ("train.batch_size=8", "train.global_batch=16", "train.mixup_alpha=0.2", "train.dropout=0.2")
 OPTIONS += ("checkpoint.every_steps=4", "checkpoint.keep=9", "log.every_steps=5", "train.ema_decay=0.9")
+OPTIONS += ("train.ema_warmup=true", "train.patience=9")
 PARAMETERS = [name for name, _ in tiny_task.TinyNetwork(0).named_parameters()]
 
 

@@ -16,6 +16,7 @@ from faulty_task import Fault
 from forked import ask_to_stop
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.errors import LoadingError, Stopped, StorageError
+from resnest_imagenet.training import loop
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.control import Control
 from resnest_imagenet.training.train import train
@@ -31,7 +32,8 @@ from run_files import (
 
 # 12 steps in two epochs, of two batches each, with all that draws.
 OPTIONS = ("train.batch_size=8", "train.global_batch=16", "train.ema_decay=0.9", "train.dropout=0.2")
-OPTIONS += ("train.mixup_alpha=0.2", "log.every_steps=5", "checkpoint.every_steps=3", "checkpoint.keep=2")
+OPTIONS += ("train.ema_warmup=true", "train.patience=9", "train.mixup_alpha=0.2")
+OPTIONS += ("log.every_steps=5", "checkpoint.every_steps=3", "checkpoint.keep=2")
 
 
 def interrupt():
@@ -95,7 +97,7 @@ def test_a_checkpoint_names_all_that_the_future_depends_on(tiny_run, tmp_path):
     train(tiny_run("train.epochs=1", "train.warmup_epochs=0", "train.ema_decay=0.9"))
     saved = load_checkpoint(newest_checkpoint(tmp_path / "run"))
     state = {"model", "ema", "ema_updates", "optimizer", "scaler", "step", "epoch", "best", "skipped"}
-    state |= {"loss_sums", "steps_summed", "bad_images", "history"}
+    state |= {"stale", "loss_sums", "steps_summed", "bad_images", "history"}
     assert saved.keys() == state | {"identity", "circumstances", "config", "classes", "task", "metric"}
     assert (saved["task"], saved["metric"], saved["classes"]) == ("tiny", "accuracy", ["even", "odd"])
     assert saved["identity"]["training images"].startswith("103 ")
@@ -292,6 +294,55 @@ def test_not_every_epoch_is_evaluated(tiny_run, inject, tmp_path, capsys, signal
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     best = [load_checkpoint(tmp_path / run / "checkpoints/best.pt")["model"] for run in ("whole", "run")]
     assert_equal(*best)
+
+
+def test_a_run_without_a_better_best_ends_early_and_counts_alike_when_resumed(
+    tiny_run, inject, tmp_path, monkeypatch, capsys, signals
+):
+    """Scores by epoch; an epoch without an evaluation does not count. With more patience it resumes, and ends there."""
+    scores = {2: 50.0, 4: 75.0, 6: 75.0, 8: 20.0, 10: 80.0, 12: 70.0, 14: 70.0, 16: 90.0}
+    real = tiny_task.TinyTask._evaluate
+    epoch = 0
+
+    def evaluate(*args):
+        score = real(*args)
+        score.values["accuracy"] = scores[epoch]
+        return score
+
+    def end_epoch(state, *args):
+        nonlocal epoch
+        epoch = state.epoch + 1
+        return real_end(state, *args)
+
+    real_end = loop.end_epoch
+    monkeypatch.setattr(train_module, "end_epoch", end_epoch)
+    monkeypatch.setattr(tiny_task.TinyTask, "_evaluate", evaluate)
+    options = (*OPTIONS, "train.epochs=16", "eval.every_epochs=2", "train.patience=2", "checkpoint.keep=99")
+    state = train(tiny_run(*options, run="whole"))
+    assert (state.epoch, state.best, state.stale) == (8, 75.0, 2)
+    status = read_status(tmp_path / "whole")
+    assert (status["state"], status["epoch"], status["reason"]) == ("finished", 8, "train.patience=2")
+    printed = capsys.readouterr().out
+    assert "finished          best accuracy 75.00 % after epoch 4 of 8; " in printed
+    assert "ended by          train.patience=2: as many evaluations without a better best\n" in printed
+
+    config = tiny_run(*options)
+    for at in (3, 5, 6):  # after the best, after one that is no better, and in the middle of the evaluations' epochs
+        inject(Fault(at, 3, ask_to_stop))
+        stop(config)
+    inject()
+    train(config)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    capsys.readouterr()
+    assert train(config).epoch == 8
+    assert capsys.readouterr().out.startswith("finished: best accuracy 75.00 %, nothing to do")
+
+    longer = (*options, "train.patience=3")
+    train(tiny_run(*longer, run="longer"))
+    assert read_status(tmp_path / "longer")["epoch"] == 16
+    assert train(tiny_run(*longer)).stale == 0
+    assert_same_run(tmp_path / "longer", tmp_path / "run")
+    assert "reason" not in read_status(tmp_path / "run")
 
 
 def test_losses_of_several_parts_are_logged_by_name_and_resumed_exactly(tiny_run, inject, tmp_path, signals):

@@ -26,7 +26,7 @@ from resnest_imagenet.errors import ConfigError, Stopped
 from resnest_imagenet.training import trackers as trackers_module
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.run_folder import RunFolder
-from resnest_imagenet.training.trackers import open_trackers, require_trackers
+from resnest_imagenet.training.trackers import open_trackers, require_trackers, show_event
 from resnest_imagenet.training.train import train
 from run_files import read_events, without_clock
 
@@ -142,26 +142,55 @@ def test_tensorboards_server_shows_numbers_pictures_and_configuration(shown):
         assert "<pre><code>run_dir: runs/with\nseed: 0\n" in text["text"] and "dropout: 0.2" in text["text"]
 
 
-def test_tensorboard_keeps_the_pictures_that_a_run_resumes_from(tmp_path):
+def event_at(step, *, loss):
+    return {"event": "train", "epoch": 1, "step": step, "loss": loss, "time": 1e9 + step}
+
+
+def read_tensorboard(folder):
+    """Return the values and the pictures' brightest pixels by step, as TensorBoard's reader of Python has them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    pictures = [(image.step, Image.open(io.BytesIO(image.encoded_image_string))) for image in read.Images("picture")]
+    values = [(point.step, point.value) for point in read.Scalars("train/loss")]
+    return values, [(step, np.array(picture).max()) for step, picture in pictures]
+
+
+def test_tensorboard_keeps_what_a_run_resumes_from_and_drops_the_rest(tmp_path):
+    """Its files are cut where they hold all events until there, and written from scratch where they do not."""
     tiny_task.register()
     (tmp_path / "config.yaml").touch()
     config = compose_config("train", TrainConfig, *TINY)
-    for resumes_from in (0, 10, 5):
-        (tracker,) = open_trackers(tmp_path, config, "accuracy", resumes_from, [])
-        for step in (5, 10, 15):
-            if step > resumes_from:
-                tracker.image("picture", step, np.full((2, 3, 3), resumes_from, np.uint8))
-        tracker.close(None)
-        (file,) = (tmp_path / "tensorboard").iterdir()
-        file.write_bytes(file.read_bytes()[:-10])  # as of a process that was killed while it wrote step 15
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder, events, pictures = tmp_path / "tensorboard", [], []
 
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    images = events.Images("picture")
-    assert [(image.step, np.array(Image.open(io.BytesIO(image.encoded_image_string))).max()) for image in images] == [
-        (5, 0), (10, 5)
-    ]  # fmt: skip
+    def run(process, resumes_from):
+        """Return whether the files were written from scratch, after steps 5, 10 and 15 that follow."""
+        nonlocal events, pictures
+        events = [event for event in events if event["step"] <= resumes_from]
+        pictures = [(step, brightest) for step, brightest in pictures if step <= resumes_from]
+        (tracker,) = open_trackers(tmp_path, config, "accuracy", resumes_from, events)
+        for step in range(resumes_from // 5 * 5 + 5, 20, 5):
+            event = event_at(step, loss=float(process))
+            show_event(tracker, event)
+            tracker.image("picture", step, np.full((2, 3, 3), process, np.uint8))
+            events.append(event)
+            pictures.append((step, process))
+        tracker.flush()
+        assert read_tensorboard(folder) == ([(event["step"], event["loss"]) for event in events], pictures)
+        tracker.close(None)
+        newest = max(folder.iterdir())
+        newest.write_bytes(newest.read_bytes()[:-10])  # as of a process that was killed while it wrote step 15
+        return tracker.is_new
+
+    assert run(1, 0) and len(list(folder.iterdir())) == 1
+    assert not run(2, 10) and len(list(folder.iterdir())) == 2
+    assert not run(3, 5) and len(list(folder.iterdir())) == 3
+    events.insert(-1, event_at(12, loss=9.0))  # shown by a process without TensorBoard
+    assert run(4, 12) and len(list(folder.iterdir())) == 1
+    newest = max(folder.iterdir())
+    newest.write_bytes(newest.read_bytes().replace(b"train/loss", b"train/los\xff", 1))  # no text: no event
+    assert run(5, 10) and len(list(folder.iterdir())) == 1
 
 
 def read_wandb(path):

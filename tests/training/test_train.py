@@ -15,7 +15,7 @@ from torch import nn
 from conftest import ALONE, CPU, evaluate_checkpoint, newest_checkpoint
 from faulty_task import Fault
 from forked import ask_to_stop
-from resnest_imagenet import build_model
+from resnest_imagenet import build_model, evaluate
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.data.augment import Augmentation
 from resnest_imagenet.data.demo import write_demo_images
@@ -96,6 +96,8 @@ def test_a_run_leaves_what_it_promises_and_evaluates_to_the_same_number(
     assert not list((run / "checkpoints").glob("*.tmp"))
     (result,) = evaluate_checkpoint(evaluation_of(newest_checkpoint(run), f"loader={loader}", "protocol=full"))
     assert (result.top1, result.top5, result.count) == (evaluations[-1]["top1"], evaluations[-1]["top5"], 40)
+    for name in ("macro_precision", "macro_recall", "macro_f1"):
+        assert getattr(result, name) == evaluations[-1][name]
     best = max(evaluations, key=lambda event: event["top1"])
     (result,) = evaluate_checkpoint(evaluation_of(run / "checkpoints/best.pt", f"loader={loader}", "protocol=full"))
     assert result.top1 == best["top1"] == state.best
@@ -113,7 +115,7 @@ def test_the_same_command_resumes_bit_for_bit(small_run, inject, tmp_path, capsy
     options += ("train.dropblock=0.2", "train.crop=48", "train.mixup_per_sample=true", "train.mixup_partner=permuted")
     options += ("train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1", "train.erasing=0.5")
     options += ("train.cutmix_alpha=1.0", "train.batch_size=8", "train.global_batch=16", "log.every_steps=5")
-    options += ("checkpoint.every_steps=2", "checkpoint.keep=2")
+    options += ("checkpoint.every_steps=2", "checkpoint.keep=2", *write_start(tmp_path), *OF_FINE_TUNING)
     train(small_run(*options, run="whole"))
     config = small_run(*options, run="stopped")
     inject(Fault(0, 1, ask_to_stop))
@@ -130,6 +132,39 @@ def test_the_same_command_resumes_bit_for_bit(small_run, inject, tmp_path, capsy
     assert read_scalars(tmp_path / "whole") == read_scalars(tmp_path / "stopped")
     files = [(tmp_path / run / "predictions.csv").read_bytes() for run in ("whole", "stopped")]
     assert files[0] == files[1]
+    require_frozen_and_normalised(tmp_path / "whole", tmp_path)
+
+
+OF_FINE_TUNING = ("train.freeze=2", "train.layer_decay=0.7", "train.drop_path=0.3", "train.class_weights=balanced")
+OF_FINE_TUNING += ("train.ema_warmup=true", "train.patience=5", "train.flips=both", "train.optimizer=adamw")
+OF_FINE_TUNING += ("train.mean=[0.5,0.4,0.3]", "train.std=[0.3,0.2,0.25]", "train.clip_norm=1.0", "train.lr=0.01")
+
+
+def write_start(folder):
+    """Write the weights of a network of other classes, and return the option that starts a run from them."""
+    source = folder / "start.safetensors"
+    save_checkpoint(build_model("resnest14_half", 7, zero_gamma=False).state_dict(), source)
+    return (f"train.init_from={source}",)
+
+
+def require_frozen_and_normalised(run, folder):
+    """Require that the frozen stages are those of the start, and that readers of best.pt normalise as the run did."""
+    from resnest_imagenet import open_classifier  # late: torchvision
+    from resnest_imagenet.inference.describe import describe_input
+    from resnest_imagenet.weights.load import read_weights
+
+    start, best = load_checkpoint(folder / "start.safetensors"), load_checkpoint(run / "checkpoints/best.pt")
+    for weights in (best["model"], best["ema"]):
+        is_same = {name: torch.equal(weights[name], value) for name, value in start.items() if "fc" not in name}
+        counted = {name for name in is_same if "num_batches" in name}
+        frozen = {name for name in is_same if name.startswith(("conv1", "bn1", "layer1"))} - counted
+        assert {name for name in is_same if is_same[name]} - counted == frozen
+    classifier = open_classifier(run / "checkpoints/best.pt", device="cpu")
+    assert classifier.transform.mean == (127.5, 102.0, 76.5) and classifier.transform.std == (76.5, 51.0, 63.75)
+    card = describe_input(read_weights(run / "checkpoints/best.pt"), "resnest14_half")
+    assert (card.mean, card.std) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.25))
+    (result,) = evaluate(classifier, folder / "images/val", loader="torchvision", workers=0)
+    assert result.top1 == best["best"]
 
 
 def interrupt():
@@ -206,7 +241,7 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
 
         monkeypatch.setattr(place, name, call)
 
-    for name in ("build_model", "TrainTransform", "dropblock_probability"):
+    for name in ("build_model", "TrainTransform", "dropblock_probability", "add_drop_path"):
         spy(classification, name)
     for name in ("draw_mixup", "draw_cutmix", "erase_rectangles", "smoothed_cross_entropy"):
         spy(classification, name)
@@ -216,18 +251,25 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
     options |= {"min_crop_area": 0.6, "antialias": True, "interpolation": "bicubic", "cropping": "erandom"}
     options |= {"policy": "rotation", "jitter": 0.21, "lighting": 0.22, "pixel_shift": 3, "erasing": 0.23}
     options |= {"cutmix_alpha": 0.8, "decay_all": True, "weight_decay": 0.003, "momentum": 0.8}
-    options |= {"head_lr_factor": 7, "clip_norm": 0.9}
+    options |= {"head_lr_factor": 7, "clip_norm": 0.9, "flips": "vertical", "drop_path": 0.24}
+    options |= {"mean": "[0.5,0.4,0.3]", "std": "[0.25,0.2,0.1]", "class_weights": "balanced"}
     spy(nn.utils, "clip_grad_norm_")
     overrides = [f"train.{name}={value}" for name, value in options.items()]
     state = train(small_run(*ONE_EPOCH, "train.nesterov=false", "log.trackers=[]", *overrides))
     assert seen["set_probability"]["probability"] == 0.3
     assert [seen["draw_mixup"][name] for name in ("alpha", "per_sample", "partner")] == [0.7, True, "permuted"]
+    assert seen["add_drop_path"]["probability"] == 0.24
     assert seen["smoothed_cross_entropy"]["smoothing"] == 0.17
+    few, many = 4, 11  # images of disk, and of each other class
+    assert sorted(seen["smoothed_cross_entropy"]["class_weights"].tolist()) == pytest.approx(
+        [103 / 10 / many] * 9 + [103 / 10 / few]
+    )
     assert seen["smoothed_cross_entropy"]["targets"].shape == (16, 10)
     built = seen["build_model"]
     assert (built["dropout"], built["zero_gamma"], built["init"]) == (0.13, False, "fan_out")
     cropping, look = ERandomCrop(40, 0.6), Augmentation("rotation", 0.21, 0.22, 3)
-    assert list(seen["TrainTransform"].values()) == [40, 0, cropping, True, "bicubic", look]
+    flips, mean, std = (0, 0.5), (0.5 * 255, 0.4 * 255, 0.3 * 255), (0.25 * 255, 0.2 * 255, 0.1 * 255)
+    assert list(seen["TrainTransform"].values()) == [40, 0, cropping, True, "bicubic", look, *flips, mean, std]
     assert (seen["draw_cutmix"]["alpha"], seen["draw_cutmix"]["partner"]) == (0.8, "permuted")
     assert seen["erase_rectangles"]["probability"] == 0.23
     assert seen["clip_grad_norm_"]["max_norm"] == 0.9
@@ -276,7 +318,7 @@ def test_a_compiled_run_has_the_plain_keys_and_resumes_bit_for_bit(tiny_run, tmp
 
 
 @pytest.mark.slow
-def test_a_run_is_compiled_once_before_its_first_step(small_run, few_images, graphs, monkeypatch):
+def test_a_run_is_compiled_once_before_its_first_step(small_run, few_images, graphs, tmp_path, monkeypatch):
     compiled = []
 
     def count_graphs(*args):
@@ -286,7 +328,8 @@ def test_a_run_is_compiled_once_before_its_first_step(small_run, few_images, gra
     monkeypatch.setattr(train_module, "train_epoch", count_graphs)
     options = (*ONE_EPOCH, "train.crop=48", "train.batch_size=8", "train.erasing=0.5", "log.trackers=[]")
     options += ("train.global_batch=16", "train.mixup_alpha=0.2", "train.cutmix_alpha=1.0", "train.dropblock=0.2")
-    options += (f"data.root={few_images}",)
+    options += (f"data.root={few_images}", *write_start(tmp_path), "train.freeze=2", "train.drop_path=0.3")
+    options += ("train.class_weights=balanced",)
     train(small_run("train.compile=true", "loader=dali", "train.precision=bf16", *options))
     assert (compiled, graphs.frame_count) == ([1], 1)
 
@@ -345,7 +388,8 @@ class Silent:
 
 def test_trackers_show_the_batch_as_the_network_sees_it(small_run):
     """Sixteen images in a square, erased and mixed; and how classes are confused."""
-    config = small_run("train.cutmix_alpha=1.0", "train.erasing=0.5", "loader=torchvision", "loader.workers=0")
+    options = ("train.mean=[0.5,0.5,0.5]", "train.std=[0.2,0.2,0.2]", "loader=torchvision", "loader.workers=0")
+    config = small_run("train.cutmix_alpha=1.0", "train.erasing=0.5", *options)
     task = open_task(config)
     loader = task.build_loader(task.plan_batches(6, ALONE), ALONE)
     images, labels = next(iter(loader.batches(0)))
@@ -359,7 +403,7 @@ def test_trackers_show_the_batch_as_the_network_sees_it(small_run):
     assert sheet.shape == (4 * 36, 4 * 36, 3) and not torch.equal(seen[0], before)
     from resnest_imagenet.data.loader import to_pixels
 
-    for number, pixels in enumerate(to_pixels(seen[0])):
+    for number, pixels in enumerate(to_pixels(seen[0], (127.5,) * 3, (51.0,) * 3)):
         top, left = number // 4 * 36 + 2, number % 4 * 36 + 2
         assert (sheet[top : top + 32, left : left + 32] == pixels).all()
     score = task.build_evaluation(ALONE)(network, lambda batch, is_everywhere: None)

@@ -16,6 +16,9 @@ from run_files import assert_same_run, read_events
 OLD_NAMES = {"lr": "lr_per_256"}
 NEW = ("task", "steps", "milestones", "poly_power", "reference_batch", "head_lr_factor", "warmup_steps", "warmup_start")
 NEW += ("optimizer", "betas", "eps", "decay_biases", "clip_norm", "clip_value", "deterministic")
+# Those of a later version, of which an identity has all but patience.
+NEWER = ("layer_decay", "ema_warmup", "patience", "flips", "mean", "std", "class_weights", "drop_path", "freeze")
+NEW += NEWER
 
 
 def write_as_before(saved):
@@ -30,7 +33,7 @@ def write_as_before(saved):
             identity[name] = value
     config = {**saved["config"], "train": recipe, "eval": {"crop": saved["config"]["eval"]["crop"]}}
     groups = [{k: v for k, v in group.items() if k != "lr_factor"} for group in saved["optimizer"]["param_groups"]]
-    old = {name: value for name, value in saved.items() if name not in ("task", "metric", "best")}
+    old = {name: value for name, value in saved.items() if name not in ("task", "metric", "best", "stale")}
     return old | {
         "optimizer": {**saved["optimizer"], "param_groups": groups},
         "best_top1": saved["best"],
@@ -49,6 +52,29 @@ OPTIONS = """
     mixup_partner mixup_per_sample momentum nesterov pixel_shift policy precision schedule step_epochs
     step_factor warmup_epochs weight_decay zero_gamma
 """
+
+
+def test_a_checkpoint_without_the_options_of_fine_tuning_resumes_bit_for_bit(tiny_run, tmp_path, capsys):
+    """Whatever the task: TinyTask's recipe has the options of classification."""
+    options = ("train.ema_decay=0.9", "train.dropout=0.2", "checkpoint.every_steps=4", "checkpoint.keep=99")
+    train(tiny_run(*options, run="whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for later in sorted((tmp_path / "run/checkpoints").glob("step-*.pt"))[1:]:
+        later.unlink()
+    saved = load_checkpoint(newest_checkpoint(tmp_path / "run"))
+    del saved["stale"]
+    for name in NEWER:
+        del saved["config"]["train"][name]
+        assert (saved["identity"].pop(f"train.{name}", None) is None) == (
+            name in ("patience", "mean", "std", "class_weights")
+        )
+    save_checkpoint(saved, newest_checkpoint(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="was trained with train.flips=horizontal, not both: choose another"):
+        train(tiny_run(*options, "train.flips=both"))
+    capsys.readouterr()
+    train(tiny_run(*options))
+    assert capsys.readouterr().out.startswith("resuming after step 4, 0 epochs done\n")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_the_card_has_the_accuracy_where_the_checkpoint_knows_it(model, tmp_path
 def test_the_licence_of_timms_weights_is_not_known():
     card = Card("resnet50", describe_default("resnet50"), None)
     for source, licence in (("timm:resnet50.tv_in1k", ""), ("official:resnest50", "license: apache-2.0\n")):
-        assert hub._write_readme(card, source, None).startswith(f"---\n{licence}library_name: timm\n")
+        assert hub._write_readme(card, source, None, False).startswith(f"---\n{licence}library_name: timm\n")
 
 
 def test_what_it_refuses(model, tmp_path):

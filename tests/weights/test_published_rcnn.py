@@ -167,7 +167,7 @@ def with_(key, value):
         ),
         (
             lambda s: {key.replace("res5.0", "res5.1"): value for key, value in s.items()},
-            "a detector on a backbone that is none of this project's networks",
+            "a detector on a backbone that is not one of this project's networks",
         ),
     ],
 )
@@ -230,7 +230,7 @@ def test_a_file_with_other_classes_starts_a_run_of_as_many(tmp_path):
 
     source = write_pickle(tmp_path / "a.pkl", draw_small(classes=2))
     assert start(source, ["cat", "dog"])[2] == "all of it"
-    with pytest.raises(CheckpointError, match=r"a.pkl: it has no names of its 2 classes: start a run from it"):
+    with pytest.raises(CheckpointError, match=r"a.pkl: it does not name its 2 classes: start a run from it"):
         open_detector(source)
 
 

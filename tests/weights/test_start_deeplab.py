@@ -120,6 +120,15 @@ def test_published_weights_start_the_backbone_of_their_network(tmp_path, monkeyp
         start_deeplab(build(), NAME, CLASSES, source)
 
 
+def test_a_backbone_that_expects_other_pixels_is_refused(save):
+    """Scenes and images with objects are normalised by ImageNet's mean and deviation."""
+    run = run_of(build_model(NAME, 10).state_dict(), "classification", ["x"] * 10)
+    run["config"]["train"]["std"] = [0.2, 0.2, 0.3]
+    model = build(seed=1)
+    with pytest.raises(CheckpointError, match=r"trained with train.std=\[0.2, 0.2, 0.3\], which only task=class"):
+        start_deeplab(model, NAME, "abc", save(run))
+
+
 def test_classes_are_put_in_the_runs_order(save):
     state = build().state_dict()
     model = build(seed=1)

@@ -74,13 +74,14 @@ def build_other(size: int) -> nn.Module:
     )
 
 
-def make_batch(batch: int, size: int) -> tuple[Tensor, list[Target]]:
+def make_batch(batch: int, size: int, device: torch.device = CPU) -> tuple[Tensor, list[Target]]:
     """Return random images and boxes of a quarter of their side and more."""
-    corners = torch.rand(batch, OBJECTS, 2) * size / 2
-    boxes = torch.cat((corners, corners + size / 4 * (1 + torch.rand(batch, OBJECTS, 2))), dim=2)
-    labels = torch.randint(CLASSES, (batch, OBJECTS))
+    corners = torch.rand(batch, OBJECTS, 2, device=device) * size / 2
+    sides = size / 4 * (1 + torch.rand(batch, OBJECTS, 2, device=device))
+    boxes = torch.cat((corners, corners + sides), dim=2)
+    labels = torch.randint(CLASSES, (batch, OBJECTS), device=device)
     targets = [Target(k, (size, size), (size, size), boxes[k], labels[k]) for k in range(batch)]
-    return torch.rand(batch, 3, size, size), targets
+    return torch.rand(batch, 3, size, size, device=device), targets
 
 
 def arrange(network: nn.Module, images: Tensor, targets: list[Target], layout: torch.memory_format) -> tuple[Any, Any]:
@@ -107,11 +108,11 @@ def count_kept(network: nn.Module, images: Any, targets: Any) -> float:
     return sum(kept.values()) / 2**20
 
 
-def bench_step(batch: int, size: int) -> tuple[dict[str, Round], dict[str, float]]:
+def bench_step(batch: int, size: int, device: torch.device = CPU) -> tuple[dict[str, Round], dict[str, float]]:
     """A training step with SGD, and the MiB that it keeps."""
-    images, targets = make_batch(batch, size)
-    networks = {"ours": (place(build_rcnn("resnest50", CLASSES, norm="bn"), CPU), torch.channels_last)}
-    networks |= {name: (build_other(size).to(memory_format=layout), layout) for name, layout in OTHERS.items()}
+    images, targets = make_batch(batch, size, device)
+    networks = {"ours": (place(build_rcnn("resnest50", CLASSES, norm="bn"), device), torch.channels_last)}
+    networks |= {name: (build_other(size).to(device, memory_format=layout), layout) for name, layout in OTHERS.items()}
     rounds: dict[str, Round] = {}
     kept: dict[str, float] = {}
     for name, (network, layout) in networks.items():
@@ -123,7 +124,7 @@ def bench_step(batch: int, size: int) -> tuple[dict[str, Round], dict[str, float
             network: nn.Module = network, x: Any = x, wanted: Any = wanted, optimizer: torch.optim.SGD = optimizer
         ) -> float:
             torch.manual_seed(0)
-            with clock(CPU) as seconds:
+            with clock(device) as seconds:
                 optimizer.zero_grad(set_to_none=True)
                 sum(network(x, wanted).values()).backward()
                 optimizer.step()

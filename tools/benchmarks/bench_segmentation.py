@@ -77,20 +77,25 @@ def count_kept(network: nn.Module, images: Tensor, masks: Tensor) -> float:
     return sum(kept.values()) / 2**20
 
 
-def bench_step(batch: int, crop: int, names: Iterable[str]) -> tuple[dict[str, Round], dict[str, float]]:
+def bench_step(
+    batch: int, crop: int, names: Iterable[str], device: torch.device = CPU
+) -> tuple[dict[str, Round], dict[str, float]]:
     """A training step with SGD, and the MiB that it keeps."""
-    images, masks = torch.randn(batch, 3, crop, crop), torch.randint(CLASSES, (batch, crop, crop))
+    images = torch.randn(batch, 3, crop, crop, device=device)
+    masks = torch.randint(CLASSES, (batch, crop, crop), device=device)
     rounds: dict[str, Round] = {}
     kept: dict[str, float] = {}
     for name in names:
         layout = OTHERS.get(name, torch.channels_last)
-        model = build_other().to(memory_format=layout) if name in OTHERS else build_deeplab("resnest50", CLASSES)
-        network = model if name in OTHERS else place(model, CPU)
+        model = (
+            build_other().to(device, memory_format=layout) if name in OTHERS else build_deeplab("resnest50", CLASSES)
+        )
+        network = model if name in OTHERS else place(model, device)
         x = images.contiguous(memory_format=layout)
         optimizer = torch.optim.SGD(network.parameters(), 1e-4, 0.9, weight_decay=1e-4, fused=True)
 
         def step(network: nn.Module = network, x: Tensor = x, optimizer: torch.optim.SGD = optimizer) -> float:
-            with clock(CPU) as seconds:
+            with clock(device) as seconds:
                 optimizer.zero_grad(set_to_none=True)
                 compare(network(x), masks).backward()
                 optimizer.step()

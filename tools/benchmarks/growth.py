@@ -1,6 +1,6 @@
 """How cost grows: a step against batch, crop and depth; starting, saving, evaluating, a second rank.
 
-python tools/benchmarks/growth.py [--device cpu] [--precision fp32] [--rounds 3] [--out docs/growth.json]
+python tools/benchmarks/growth.py [--device cpu] [--precision fp32] [--rounds 3] [--out docs/growth.json] [--only start]
 python tools/benchmarks/growth.py --report docs/growth.json     (the tables for docs/growth.md; draws growth.png beside)
 
 Times are ratios, measured side by side: rounds are interleaved, a figure is the median. Memory is what a forward pass
@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,15 +20,20 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 # First: it decides how OpenMP waits, before torch.
 from bench import Round, clock, count_kept, describe_machine, make_step, measure  # isort: skip
 
 import torch
+from hydra import compose, initialize_config_dir
 
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
+from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.compute import autocast, keep_freed_memory, place
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader
@@ -37,6 +43,9 @@ from resnest_imagenet.distributed import join
 from resnest_imagenet.evaluation.accuracy import measure_accuracy
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.folding import fold_batch_norms
+from resnest_imagenet.training.history import resume_history
+from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.trackers import open_trackers
 
 CURVES = {
     "batch": [("resnest50", batch, 224) for batch in (2, 4, 8, 16, 32, 64)],
@@ -44,6 +53,7 @@ CURVES = {
     "depth": [(f"resnest{depth}", 8, 224) for depth in (14, 26, 50, 101, 200, 269)],
 }
 REFERENCE = "resnest50, 8 images, crop 224"
+STEPS = 5005  # of an epoch of ImageNet at a batch of 256
 CPU = torch.device("cpu")
 TRAIN = [sys.executable, "-m", "resnest_imagenet.commands.train"]
 
@@ -55,6 +65,7 @@ BOUNDS = {  # what decides each cost
     "crop": "The arithmetic decides again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic decides: deeper networks have more of it, and are as fast per multiply-add.",
     "start": "It takes the imports of torch and of its compiler, which the first optimiser loads; then the first step.",
+    "resume": "Python reads the events and TensorBoard's records, one by one; it writes them more slowly.",
     "checkpoint": "torch's serialisation, and the disk, to which the file is flushed. Reading verifies its SHA-256.",
     "evaluation": "The network decides: images are decoded meanwhile, by the same two cores.",
     "ranks": "The arithmetic decides: two ranks with a core each do the work of one process with both, and sum the "
@@ -117,7 +128,7 @@ def measure_start(folder: Path, rounds: int) -> dict[str, list[float]]:
 
     def start() -> float:
         with tempfile.TemporaryDirectory() as run:
-            return run_timed(*TRAIN, *small, f"run_dir={run}", until="epoch 1/270 1/")
+            return run_timed(*TRAIN, *small, f"run_dir={run}", until="epoch 1/270, step 1/")
 
     python = (sys.executable, "-c")
     parts: dict[str, Round] = {
@@ -127,6 +138,37 @@ def measure_start(folder: Path, rounds: int) -> dict[str, list[float]]:
         "resnest-train, to the end of the first step": start,
     }
     return measure(parts, rounds)
+
+
+def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """The log of a run of 270 epochs of 5005 steps, a line each 50, opened to resume in the last epoch."""
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        config = check_config(compose("train", [f"data.root={folder}/data"]), TrainConfig)
+    (folder / "config.yaml").touch()
+    path = folder / "metrics.jsonl"
+    state = cast(TrainingState, SimpleNamespace(step=269 * STEPS + 2500, epoch=269, best=75.0))
+    figures = {"loss": 2.123456789, "lr": 0.123456789, "images_per_s": 1234.56789, "data_wait": 0.0123456789}
+    events = [{"event": "train", "epoch": step // STEPS + 1, "step": step} for step in range(50, 270 * STEPS, 50)]
+    path.write_text("".join(json.dumps({**event, **figures, "time": 1e9}) + "\n" for event in events))
+
+    def resume(is_new: bool) -> float:
+        if is_new:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        with clock(CPU) as seconds:
+            history = resume_history(path, "top1", state)
+            (tracker,) = open_trackers(folder, config, "top1", state.step, history)
+        assert tracker.is_new == is_new
+        tracker.close(None)
+        return seconds[0]
+
+    return measure(
+        {
+            "import torch": lambda: run_timed(sys.executable, "-c", "import torch"),
+            "27,000 events; TensorBoard's files written from scratch": lambda: resume(True),
+            "27,000 events; TensorBoard's files cut": lambda: resume(False),
+        },
+        rounds,
+    )
 
 
 def measure_checkpoint(folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -281,7 +323,7 @@ def report(result: dict) -> str:
             speed, point = _speed(points, key), points[key]
             work = speed * point["multiply_adds"] / points[REFERENCE]["multiply_adds"]
             lines.append(f"| {name} | {batch} | {crop} | {speed:.2f} | {work:.2f} | {point['kept']:.0f} |")
-    for title in ("start", "checkpoint", "evaluation", "ranks"):
+    for title in ("start", "resume", "checkpoint", "evaluation", "ranks"):
         lines += ["", f"## {title.capitalize()}", "", BOUNDS[title], "", "| | time |", "|---|---:|"]
         seconds = result[title]
         lines += [f"| {name} | {value:.2f} |" for name, value in ratios(seconds, next(iter(seconds))).items()]
@@ -294,6 +336,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", help="parts to measure again; --out keeps its others")
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     if args.report:
@@ -301,17 +344,21 @@ def main() -> None:
         draw(result, args.report.with_suffix(".png"))
         print(report(result), end="")
         return
-    result = {"machine": describe_machine(torch.device(args.device)), "precision": args.precision}
+    kept = json.loads(args.out.read_text()) if args.only and args.out and args.out.exists() else {}
+    result = {**kept, "machine": describe_machine(torch.device(args.device)), "precision": args.precision}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_demo_images(folder / "data", 0, train_per_class=16, val_per_class=100)
         for part, work in (
             ("start", lambda: measure_start(folder, args.rounds)),
+            ("resume", lambda: measure_resume(folder, args.rounds)),
             ("checkpoint", lambda: measure_checkpoint(folder, args.rounds)),
             ("ranks", lambda: measure_ranks(folder, args.rounds)),
             ("evaluation", lambda: measure_evaluation(folder, args.rounds)),
             ("curves", lambda: measure_curves(args.rounds, args.device, args.precision)),
         ):
+            if args.only and part not in args.only:
+                continue
             result[part] = work()
             print(part, "measured", flush=True)
             if args.out:

@@ -19,7 +19,7 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from resnest_imagenet.data.augment import POLICIES, Augmentation, Op
-from resnest_imagenet.data.dali import DECODING
+from resnest_imagenet.data.dali_decoding import DECODING
 from resnest_imagenet.data.dali_ops import apply_operations as apply_in_dali
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader

@@ -60,7 +60,7 @@ def compare_resumed(out: Path, *options: str, experiment: str = "demo") -> dict[
     runs = [out / "whole", out / "stopped"]
     command = [sys.executable, "-m", f"{COMMANDS}.train", f"+experiment={experiment}", "train.epochs=3", *options]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_WAIT_POLICY": "PASSIVE"}
-    subprocess.run([*command, f"run_dir={runs[0]}"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    whole_run = subprocess.Popen([*command, f"run_dir={runs[0]}"], env=environment, stdout=subprocess.DEVNULL)
     resume = [*command, f"run_dir={runs[1]}"]
     with subprocess.Popen(resume, env=environment, stdout=subprocess.PIPE, text=True) as stopped:
         assert stopped.stdout
@@ -68,6 +68,8 @@ def compare_resumed(out: Path, *options: str, experiment: str = "demo") -> dict[
             if line.startswith("epoch 2/3"):
                 stopped.terminate()
     subprocess.run(resume, env=environment, check=True, stdout=subprocess.DEVNULL)
+    if whole_run.wait():
+        raise RuntimeError(f"{runs[0]}: exit {whole_run.returncode}")
     whole, resumed = (
         torch.load(max((run / "checkpoints").glob("step-*.pt")), map_location="cpu", weights_only=True)["model"]
         for run in runs

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from resnest_imagenet.commands.synonyms import ADVICE, SYNONYMS, normalise
+from resnest_imagenet.commands.synonyms import ADVICE, SWITCHES, SYNONYMS, normalise
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import list_places, option_names, walk_options
@@ -76,7 +76,9 @@ class Vocabulary:
         """Return what to type for an option, or for a whole option=value; quoted for the shell where it must be."""
         if "=" in option:
             return option
-        value = value or ("true" if option in self._switches else "")
+        value = value or ("true" if option in self._switches or option in SWITCHES else "")
+        if option in SWITCHES and value.lower() in ("true", "false"):
+            value = SWITCHES[option][value.lower() == "false"]
         return shlex.quote(f"{option}={value}") if value else f"{option}=..."
 
     def _has(self, option: str) -> bool:

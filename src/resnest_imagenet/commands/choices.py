@@ -34,7 +34,7 @@ def list_choices(schema: type[Options], group: str, folders: Sequence[Path]) -> 
         group: of `list_groups`.
         folders: conf/, and those of other packages.
     """
-    texts = {file.stem: file.read_text() for folder in folders for file in (folder / group).glob("*.yaml")}
+    texts = _read_texts(group, folders)
     choices: dict[str, list[str]] = {task: [] for task in ["", *RECIPES]}
     for name in sorted(texts, key=_order_naturally):
         text = texts[name]
@@ -42,6 +42,28 @@ def list_choices(schema: type[Options], group: str, folders: Sequence[Path]) -> 
         if task is not None:
             choices.setdefault(task, []).append(name)
     return {task: names for task, names in choices.items() if names}
+
+
+def describe_choices(group: str, folders: Sequence[Path]) -> dict[str, str]:
+    """Return what the choices of a group are, by name: the first sentence of each file; "" where it has no comment.
+
+    Args:
+        group: of `list_groups`.
+        folders: conf/, and those of other packages.
+    """
+    return {name: _find_sentence(text) for name, text in _read_texts(group, folders).items()}
+
+
+def _read_texts(group: str, folders: Sequence[Path]) -> dict[str, str]:
+    return {file.stem: file.read_text() for folder in folders for file in (folder / group).glob("*.yaml")}
+
+
+def _find_sentence(text: str) -> str:
+    """Return the first sentence of the comment that a file begins with."""
+    comment = re.match(r"(?:# @package .*\n)?((?:# .*\n)*)", text)
+    assert comment is not None
+    words = " ".join(line.removeprefix("# ") for line in comment[1].splitlines())
+    return re.split(r"(?<=\.)\s", words, maxsplit=1)[0]
 
 
 def _find_protocols_task(schema: type[Options], text: str) -> str | None:

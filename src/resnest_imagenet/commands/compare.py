@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import CompareConfig
-from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.files import replacing
+from resnest_imagenet.errors import ConfigError, printable
+from resnest_imagenet.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ def run(config: CompareConfig) -> None:
     """Compare and print the tables; images that were skipped raise a DataError after it."""
     comparison = compare_networks(config)
     print(_format(comparison), flush=True)
+    for path in filter(None, (config.csv, config.page)):
+        print(printable(f"wrote {path}"), flush=True)
     report_skipped(list(comparison.skipped))
 
 
@@ -56,11 +58,11 @@ def compare_networks(config: CompareConfig) -> "Comparison | MaskComparison | Ob
 
 
 def _read_networks(config: CompareConfig) -> tuple[list["Weights"], "torch.device"]:
-    """Return the weights, all of one task, and the device, after what can be refused before.
+    """Check the options; return the weights, all of one task, and the device.
 
     Raises:
         ConfigError: the weights are of different tasks.
-        UserError: for what else a user can cause, as one line.
+        UserError: for other errors that a user can cause, as one line.
     """
     from resnest_imagenet.inference.images import prepare_inference
     from resnest_imagenet.weights.detection import DETECTION
@@ -91,7 +93,7 @@ def _compare_classifiers(config: CompareConfig, weights: list["Weights"], device
     from resnest_imagenet.reports.compare_page import render_comparison
 
     protocol = take_own_protocol(config.protocol).list_changes()
-    images = _list_classified_images(config)
+    images = _list_classified_images(config, weights[0])
     names = config.models or [None] * len(weights)
     comparison = compare(
         [
@@ -110,19 +112,24 @@ def _compare_classifiers(config: CompareConfig, weights: list["Weights"], device
 
 
 def _write(path: str | None, encode: Callable[[], str]) -> None:
-    """Write a text into a file, where there is to be one."""
+    """Write a text into a file, if a path is set."""
     if path is not None:
-        with replacing(Path(path)) as file:
+        with write_atomically(Path(path)) as file:
             file.write(encode().encode(errors="surrogateescape"))
 
 
-def _list_classified_images(config: CompareConfig) -> "ImageFolder":
-    from resnest_imagenet.inference.images import list_classified_images, list_part
+def _list_classified_images(config: CompareConfig, weights: "Weights") -> "ImageFolder":
+    """Return the images of a folder, or of a data set; where it has no such part, those of the first network's run."""
+    from resnest_imagenet.data.folder import ImageFolder
+    from resnest_imagenet.data.parts import ClassifiedData
+    from resnest_imagenet.inference.images import list_classified_images, open_own_val
 
     if config.images is not None:
         return list_classified_images(config.images)
     assert config.data.root is not None
-    return list_part(config.data.root, config.data.val_dir, "data.val_dir")
+    images = open_own_val(ClassifiedData("folder", config.data.root, val_dir=config.data.val_dir), weights)
+    assert isinstance(images, ImageFolder)  # a run's list or split has files
+    return images
 
 
 def _compare_segmenters(config: CompareConfig, weights: list["Weights"], device: "torch.device") -> "MaskComparison":
@@ -146,8 +153,8 @@ def _compare_detectors(config: CompareConfig, weights: list["Weights"], device: 
     from resnest_imagenet.inference.detector import open_detector
     from resnest_imagenet.reports.compare_objects_page import render_object_comparison
 
-    given, score = take_box_protocol(config.protocol), SCORE if config.score is None else config.score
-    protocol = {**(given.model_dump() if given else {}), "min_score": score}
+    options, score = take_box_protocol(config.protocol), SCORE if config.score is None else config.score
+    protocol = {**(options.model_dump() if options else {}), "min_score": score}
     detectors = [open_detector(source, protocol=protocol, device=device) for source in weights]
     comparison = compare_objects(detectors, _list_objects(config), score=score, precision=config.precision)
     _write(config.csv, lambda: encode_object_csv(comparison))
@@ -172,18 +179,18 @@ def _list_objects(config: CompareConfig) -> "ImageFolder":
 
 def _refuse_options(config: CompareConfig, task: str) -> None:
     """Raise a ConfigError for the options of classification."""
-    what_they_do = {
+    behaviour = {
         "segmentation": "sees images at their own size, one at a time; protocol=slide or published has windows",
         "detection": "sees images one at a time, at protocol.short_side=... of protocol=coco",
     }
-    given = {
+    settings = {
         "crop": config.crop is not None,
         "models": config.models is not None,
         "loader": config.loader.name != "auto" or config.loader.workers is not None,
     }
-    for name, is_given in given.items():
-        if is_given:
-            raise ConfigError(f"{name} is of classification: {config.ckpt[0]} is of {task}, and {what_they_do[task]}")
+    for name, is_set in settings.items():
+        if is_set:
+            raise ConfigError(f"{name} is of classification: {config.ckpt[0]} is of {task}, and {behaviour[task]}")
 
 
 def _list_scenes(config: CompareConfig, segmenter: "Segmenter") -> "ImageFolder":

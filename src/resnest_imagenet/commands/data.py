@@ -67,14 +67,21 @@ def check(config: CheckDataConfig) -> None:
     """Check a data set, print the table and write the report; faults raise a DataError after both."""
     from resnest_imagenet.data.check import check_images, format_report, write_report
     from resnest_imagenet.data.check_coco import check_coco
+    from resnest_imagenet.data.check_listed import check_csv, check_split
     from resnest_imagenet.data.check_scenes import check_scenes
+    from resnest_imagenet.data.parts import ClassifiedData
     from resnest_imagenet.files import require_writable
 
     if config.out:
         require_writable(Path(config.out), "out")
     data = config.data
+    classified = ClassifiedData.of({name: value for name, value in data.model_dump().items() if value is not None})
     places = (data.root, data.train_dir, data.val_dir, config.workers)
-    if data.kind == "folder":
+    if data.kind == "csv":
+        report = check_csv(classified, data.train_dir, data.val_dir, config.workers)
+    elif data.val_split is not None:
+        report = check_split(classified, config.workers)
+    elif data.kind == "folder":
         report = check_images(*places)
     elif data.kind == "coco":
         report = check_coco(*places, data.train_json, data.val_json)

@@ -19,17 +19,20 @@ from resnest_imagenet.config import (
     Table3Config,
     TrainConfig,
 )
+from resnest_imagenet.data.csv_list import find_csv
 from resnest_imagenet.data.folder import match_paths
 from resnest_imagenet.data.scenes import LAYOUTS, find_folders
 from resnest_imagenet.data.source import find_part, require_root
+from resnest_imagenet.data.validation import find_class_folders
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import RECIPES
 from resnest_imagenet.weights.hub_push import require_token
-from resnest_imagenet.weights.sources import find_weights, is_published
+from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
-_KINDS = ("folder", "webdataset", "coco", *LAYOUTS)  # the project's own; where another's data are, only that one tells
+# This project's own; only another package's source finds its data.
+_KINDS = ("folder", "webdataset", "csv", "coco", *LAYOUTS)
 
 
 def refuse_early(config: Options) -> None:
@@ -48,7 +51,13 @@ def _check_parts(config: TrainConfig) -> None:
     data = config.data
     if data.kind not in _KINDS or config.train.task not in RECIPES:
         return
+    if data.kind == "csv":
+        find_csv(data.root, data.csv)
+        return
     require_root(data.root)
+    if data.val_split is not None:
+        find_class_folders(data.root, data.train_dir, data.val_dir)
+        return
     for option, name in (("data.train_dir", data.train_dir), ("data.val_dir", data.val_dir)):
         if data.kind in LAYOUTS:
             find_folders(data.kind, data.root, name, option)
@@ -65,7 +74,9 @@ def _check_start(config: TrainConfig) -> None:
 
 def _check_root(config: EvalConfig) -> None:
     """Only the weights tell which of its folders are read."""
-    if config.data.kind in _KINDS:
+    if config.data.kind == "csv" and (config.data.csv is not None or Path(config.data.root).is_file()):
+        find_csv(config.data.root, config.data.csv)
+    elif config.data.kind in _KINDS:
         require_root(config.data.root)
 
 
@@ -89,7 +100,9 @@ def _check_checkpoints(
 
 def _check_weights(sources: Sequence[str]) -> None:
     for source in sources:
-        if not is_published(source):
+        if is_published(source):
+            require_known(source)
+        else:
             find_weights(source)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def run(config: EvalConfig) -> None:
     """Evaluate and print the table."""
     from resnest_imagenet.distributed import launched_as
-    from resnest_imagenet.tasks.evaluate_checkpoint import format_results
+    from resnest_imagenet.tasks.evaluate_checkpoint import format_class_results, format_results
     from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
@@ -28,7 +28,8 @@ def run(config: EvalConfig) -> None:
     elif weights.task == DETECTION:
         text = evaluate_objects(config, weights, device)
     else:
-        text = format_results(evaluate_images(config, weights, device))
+        results = evaluate_images(config, weights, device)
+        text = f"{format_results(results)}\n\n{format_class_results(results)}"
     if launched_as().rank == 0:
         print(text)
 
@@ -44,22 +45,36 @@ def read_network(config: EvalConfig) -> tuple["Weights", "torch.device"]:
     name = config.model.name if config.model else None
     outputs = {"out": config.out, "predictions": config.predictions}
     device = prepare_inference([name], config.loader.name, config.device, outputs)
-    return adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION))), device
+    weights = adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION)))
+    require_classifier("tta", config.tta, weights)
+    return weights, device
+
+
+def require_classifier(option: str, value: str | None, weights: "Weights") -> None:
+    """Raise a ConfigError where an option of classification is set for a network of another task."""
+    from resnest_imagenet.weights.load import TASK
+    from resnest_imagenet.weights.segmentation import SEGMENTATION
+
+    if value is not None and weights.task != TASK:
+        hint = (
+            ": protocol.flip=true sees the mirrored scene too"
+            if (option, weights.task) == ("tta", SEGMENTATION)
+            else ""
+        )
+        raise ConfigError(f"{option}={value} is of classification: {weights.source} is of {weights.task}{hint}")
 
 
 def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.device") -> list["CropResult"]:
     """Evaluate on the data set's val folder; write `config.out` and `config.predictions` where they are set."""
-    from resnest_imagenet.data.loader import open_source
-    from resnest_imagenet.data.source import print_notes
+    from resnest_imagenet.data.parts import ClassifiedData
     from resnest_imagenet.distributed import launched_as
     from resnest_imagenet.inference.classifier import open_classifier
+    from resnest_imagenet.inference.images import open_own_val
     from resnest_imagenet.tasks.evaluate_checkpoint import evaluate, write_evaluations, write_results
 
     protocol = take_own_protocol(config.protocol)
     is_main = launched_as().rank == 0
-    images = open_source(config.data.kind, config.data.root, config.data.val_dir, "data.val_dir")
-    if is_main:
-        print_notes(images)
+    images = open_own_val(ClassifiedData.of(config.data.model_dump()), weights)
     name = config.model.name if config.model else None
     classifier = open_classifier(weights, name, crop=config.crop, protocol=protocol.list_changes(), device=device)
     evaluations = evaluate(
@@ -67,6 +82,7 @@ def evaluate_images(config: EvalConfig, weights: "Weights", device: "torch.devic
         images,
         batch_size=config.batch_size,
         precision=config.precision,
+        tta=config.tta,
         compile_network=config.compile,
         loader=config.loader.name,
         workers=config.loader.workers,

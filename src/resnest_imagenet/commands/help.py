@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnest_imagenet.commands.choices import list_choices, list_groups
+from resnest_imagenet.commands.choices import describe_choices, list_choices, list_groups
 from resnest_imagenet.commands.option_list import Section, list_sections
 from resnest_imagenet.options import Options, format_value
 from resnest_imagenet.schemas import choose_schema
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 HELP = frozenset({"-h", "--help"})
 # The widest that lines become, where the descriptions begin, and the longest list of values that is kept in a line.
 _WIDEST, _NARROWEST, _COLUMN, _LONGEST_KIND = 100, 60, 28, 40
+# Groups whose choices are described; the names of experiments and networks are enough.
+_DESCRIBED = ("task", "data", "recipe", "protocol")
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 UNSET = "???"  # OmegaConf's
 
@@ -46,7 +48,10 @@ def format_help(composed: "DictConfig", schema: type[Options]) -> str:
     folders = find_folders(hydra.runtime.config_sources)
     chosen = dict(hydra.runtime.choices)
     groups = {group: list_choices(schema, group, folders) for group in list_groups(schema, chosen)}
-    lines = [_format_group(group, chosen.get(group), choices, width) for group, choices in groups.items()]
+    lines = []
+    for group, choices in groups.items():
+        meanings = describe_choices(group, folders) if group in _DESCRIBED else {}
+        lines.append(_format_group(group, chosen, choices, meanings, width))
     texts = [_fill(hydra.help.template, width), "\n".join(["Choices: group=NAME", *lines]) if lines else ""]
     texts += [_format_section(section, values, width) for section in sections]
     return "\n\n".join(filter(None, texts))
@@ -80,15 +85,32 @@ def _fill(text: str, width: int) -> str:
     )
 
 
-def _format_group(group: str, chosen: Any, choices: Mapping[str, Sequence[str]], width: int) -> str:
-    """Return the choices of a group; with a line for each task where they are of several."""
-    heading = f"+experiment={chosen or 'NAME'}" if group == "experiment" else f"{group}={chosen or 'null'}"
+def _format_group(
+    group: str, chosen: Mapping[str, Any], choices: Mapping[str, Sequence[str]], meanings: Mapping[str, str], width: int
+) -> str:
+    """Return the choices of a group; with a line for each task where they are of several.
+
+    Args:
+        group: its name.
+        chosen: what is chosen, by group. Choices of another task than the chosen one are not described.
+        choices: of `list_choices`.
+        meanings: of the choices, by name; {}: they are not described.
+        width: of the lines.
+    """
+    own = chosen.get(group)
+    heading = f"+experiment={own or 'NAME'}" if group == "experiment" else f"{group}={own or 'null'}"
     if len(choices.keys() - {""}) < 2:
         choices = {"": [name for names in choices.values() for name in names]}
-    texts = [f"{task}: {', '.join(names)}" if task else ", ".join(names) for task, names in choices.items()]
-    if len(texts) == 1 and len(texts[0]) <= width - _COLUMN:
-        return _format_row(heading, texts[0], width)
-    lines = [_wrap(text, width, "      ", "        ") for text in texts]
+    lines = []
+    for task, names in choices.items():
+        if meanings and task in ("", chosen.get("task", task)):
+            lines += [f"      {task}:"] if task else []
+            lines += [_format_row(f"      {name}", meanings[name], width) for name in names]
+        else:
+            text = f"{task}: {', '.join(names)}" if task else ", ".join(names)
+            lines.append(_wrap(text, width, "      ", "        "))
+    if len(lines) == 1 and len(lines[0].strip()) <= width - _COLUMN:
+        return _format_row(heading, lines[0], width)
     return "\n".join([f"  {heading}", *lines])
 
 

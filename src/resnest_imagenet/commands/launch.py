@@ -1,5 +1,6 @@
 """What every command does around its work: compose and check the configuration, and turn errors into lines."""
 
+import itertools
 import os
 import re
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from resnest_imagenet.commands.arguments import Vocabulary, list_files_of_groups, refuse_words
-from resnest_imagenet.commands.help import HELP, drop_flags, format_help
+from resnest_imagenet.commands.help import HELP, drop_flags, format_help, format_typed
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.commands.versions import asks_for_version, format_versions
 from resnest_imagenet.distributed import find_launcher_file, has_joined, launched_as, tell_launcher
@@ -108,7 +109,7 @@ def _run(name: str, schema: type[Config], job: Callable[[Config], float | None])
 
 
 def _check_words(name: str, schema: type[Options]) -> None:
-    """Refuse words that cannot be meant as they stand, and quote for Hydra those that can; exit on an error."""
+    """Refuse words that Hydra cannot read, and quote paths for it; exit on an error."""
     vocabulary = Vocabulary(schema, list_files_of_groups(find_conf(), sys.argv[1:]))
     try:
         refuse_words(sys.argv[1:], vocabulary)
@@ -176,11 +177,11 @@ def check_config(composed: "DictConfig", schema: type[Config]) -> Config:
 def _explain_validation(error: "ValidationError", values: Mapping[Any, Any], schema: type[Options]) -> ConfigError:
     """Turn the first error into a line; an old name before all, of which a missing option may be the consequence."""
     errors = error.errors()
-    options = [_name_option(detail["loc"], values) for detail in errors]
-    renamed = next((option for option in options if _new_name(option)), None)
+    options = [_find_option(detail["loc"], values) for detail in errors]
+    renamed = next((option for option, _ in options if _new_name(option)), None)
     if renamed is not None:
         return _explain_unknown(renamed, schema)
-    first, option = errors[0], options[0]
+    first, (option, value) = errors[0], options[0]
     if first["type"] == "extra_forbidden":
         return _explain_unknown(option, schema)
     if first["type"] == "missing":
@@ -188,21 +189,24 @@ def _explain_validation(error: "ValidationError", values: Mapping[Any, Any], sch
     if first["type"] == "value_error":  # a rule between options, in its own words
         return ConfigError(str(first["ctx"]["error"]))
     form = f": write {option}=[A,B]" if first["type"] in ("list_type", "too_short") else ""
-    return ConfigError(f"{option}={format_value(first['input'])}: {first['msg'].lower()}{form}")
+    reason = first["msg"].lower().replace(" after validation", "")
+    if isinstance(value, list) and value != first["input"]:  # an item of it
+        reason = reason.replace("input", format_value(first["input"]), 1)
+    typed = format_typed(first["input"] if value is None else value)
+    return ConfigError(f"{option}={typed}: {reason}{form}")
 
 
-def _name_option(location: Sequence[int | str], values: Any) -> str:
-    """Return an option's dotted name; with the place in a list only where a list was given, not one value for it."""
-    names = []
-    for part in location:
-        if isinstance(part, int) and not isinstance(values, list):
-            break
-        names.append(str(part))
-        try:
-            values = values[part]
-        except (LookupError, TypeError):
-            values = None
-    return ".".join(names)
+def _find_option(location: Sequence[int | str], values: Any) -> tuple[str, Any]:
+    """Return the dotted name of an option, without the place in its list, and its whole value; None where it has none.
+
+    Args:
+        location: pydantic's, of an error.
+        values: what was composed.
+    """
+    names = list(itertools.takewhile(lambda part: isinstance(part, str), location))
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return ".".join(map(str, names)), values
 
 
 def _explain_unknown(option: str, schema: type[Options]) -> ConfigError:
@@ -224,7 +228,8 @@ def explain_composition(error: Exception, schema: type[Options]) -> ConfigError:
 
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return ConfigError(f"unknown {group} {choice!r}{suggest(choice, error.options)} ({list_names(error.options)})")
+        names = list_names(error.options, like=choice)
+        return ConfigError(f"unknown {group} {choice!r}{suggest(choice, error.options)} ({names})")
     if isinstance(error, OverrideParseException):
         option, equals, value = str(error.override).partition("=")
         quoted = shlex.quote(option + "=" + _quote(value.strip("'\"")))
@@ -245,7 +250,8 @@ def _explain_override(option: str, schema: type[Options]) -> ConfigError:
     if option == "data" and own:  # resnest-data check and shard have no choices of it
         return ConfigError(f"data is no group of this command: set {', '.join(own)}")
     if option in _list_groups():
-        return ConfigError(f"{option} is added, not overridden: write +{option}=...")
+        values = [value for name, _, value in (word.partition("=") for word in sys.argv[1:]) if name == option]
+        return ConfigError(f"{option} is added, not overridden: write +{option}={(values or ['...'])[0]}")
     if option in option_names(schema):  # of a group of which nothing is chosen, or of another task
         part = option.partition(".")[0]
         if part in ("train", "eval"):
@@ -267,36 +273,36 @@ def report_skipped(faults: list[str]) -> None:
 
 
 def _leave(error: UserError | Stopped) -> NoReturn:
-    """Print the line and exit; of ranks that would all say the same, one speaks."""
+    """Print the line and exit; if all ranks have the same error, one of them prints it."""
     try:
         rank, local_rank, world_size = launched_as()
-    except ConfigError:  # which is the error
+    except ConfigError:  # the error is about the launch itself
         rank, local_rank, world_size = 0, 0, 1
-    who = ""
+    prefix = ""
     if isinstance(error, DistributedError):
-        is_said = error.is_said
+        is_reported = error.is_reported
     elif world_size == 1 or not has_joined():
-        is_said = local_rank > 0  # one per node speaks
+        is_reported = local_rank > 0  # the first rank of each node reports
     elif error.is_shared:
-        is_said = rank > 0
+        is_reported = rank > 0
     else:
-        is_said = error.is_said
-        who = f"rank {rank}: "
-    if is_said and not isinstance(error, Stopped) and find_launcher_file():
-        # torchrun ends all ranks as soon as one has left: let it be the one that speaks.
+        is_reported = error.is_reported
+        prefix = f"rank {rank}: "
+    if is_reported and not isinstance(error, Stopped) and find_launcher_file():
+        # torchrun ends all ranks when the first one exits: let that be the rank that reports.
         time.sleep(10)
-    if not is_said:
-        line = printable(f"{Path(sys.argv[0]).stem}: {who}{error}")
+    if not is_reported:
+        line = printable(f"{Path(sys.argv[0]).stem}: {prefix}{error}")
         print(line, file=sys.stderr)
         tell_launcher(line)
     sys.exit(error.exit_code)
 
 
 def _check_sweep(name: str) -> None:
-    """Refuse a sweep that cannot be one."""
+    """Refuse a sweep under torchrun, and one whose jobs share a folder."""
     try:
         if launched_as().world_size > 1:
-            raise ConfigError("--multirun runs its jobs one after another in one process: start it without torchrun")
+            raise ConfigError("--multirun runs one job after another in a single process: start it without torchrun")
     except ConfigError as error:
         _leave(error)
     folders = [word for word in sys.argv[1:] if word.startswith("run_dir=")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from resnest_imagenet.options import Options, as_list, as_path, keep_own
+from resnest_imagenet.options import AUTO, Options, as_list, as_path, keep_auto, keep_own
 from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.schemas import find_part
 
@@ -95,9 +95,10 @@ def list_values(annotation: Any, constraints: Sequence[Any] = ()) -> list[str]:
     """
     functions = [getattr(constraint, "func", None) for constraint in constraints]
     origin, parts = get_origin(annotation), get_args(annotation)
-    if keep_own in functions:
-        others = [constraint for constraint in constraints if getattr(constraint, "func", None) is not keep_own]
-        return ["own", *list_values(annotation, others)]
+    for keep, word in ((keep_own, "own"), (keep_auto, AUTO)):
+        if keep in functions:
+            others = [constraint for constraint in constraints if getattr(constraint, "func", None) is not keep]
+            return [word, *list_values(annotation, others)]
     if origin is Annotated:
         inner = [item for part in parts[1:] for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
         return list_values(parts[0], [*inner, *constraints])

@@ -5,11 +5,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
+from resnest_imagenet.commands.evaluate import (
+    require_classifier,
+    take_box_protocol,
+    take_own_protocol,
+    take_region_protocol,
+)
 from resnest_imagenet.commands.launch import report_skipped, run_command
 from resnest_imagenet.config import PredictConfig
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +24,12 @@ if TYPE_CHECKING:
     from resnest_imagenet.weights.load import Weights
 
 TABLES = (".csv", ".json")  # the suffixes of out for networks of classification and of detection
+FEATURES = ".npz"  # and for features
 
 
 def run(config: PredictConfig) -> None:
     """Predict and print the table; images that were skipped raise a DataError after it."""
-    from resnest_imagenet.inference.predict import format_predictions
+    from resnest_imagenet.inference.predict import format_judgement, format_predictions
     from resnest_imagenet.weights.detection import DETECTION
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
@@ -32,9 +38,12 @@ def run(config: PredictConfig) -> None:
         text, skipped = segment_images(config, weights, images, device)
     elif weights.task == DETECTION:
         text, skipped = detect_objects(config, weights, images, device)
+    elif config.features is not None:
+        text, skipped = extract_vectors(config, weights, images, device)
     else:
         predictions, skipped = predict_images(config, weights, images, device)
-        text = format_predictions(predictions)
+        judgement = format_judgement(predictions)
+        text = format_predictions(predictions) + (f"\n\n{judgement}" if judgement else "")
     print(text, flush=True)
     report_skipped(skipped)
 
@@ -48,12 +57,14 @@ def read_inputs(config: PredictConfig) -> tuple["Weights", "ImageFolder", "torch
     from resnest_imagenet.weights.segmentation import SEGMENTATION
 
     name = config.model.name if config.model else None
-    table = config.out if config.out is not None and Path(config.out).suffix in TABLES else None
+    table = config.out if config.out is not None and Path(config.out).suffix in (*TABLES, FEATURES) else None
     device = prepare_inference([name], config.loader.name, config.device, {"out": table})
     images = list_images(config.images)
     weights = adopt_rcnn(read_weights(config.ckpt, config.weights, (TASK, SEGMENTATION, DETECTION)))
     if config.score is not None and weights.task != DETECTION:
         raise ConfigError(f"score is of detection: {config.ckpt} is of {weights.task}")
+    require_classifier("tta", config.tta, weights)
+    require_classifier("features", config.features, weights)
     return weights, images, device
 
 
@@ -74,13 +85,48 @@ def predict_images(
         config.top,
         batch_size=config.batch_size,
         precision=config.precision,
+        tta=config.tta,
         loader=config.loader.name,
         workers=config.loader.workers,
     )
     if config.out is not None:
-        with replacing(Path(config.out)) as file:
+        with write_atomically(Path(config.out)) as file:
             file.write(encode_predictions(predictions, Path(config.out).suffix).encode(errors="surrogateescape"))
     return predictions, skipped
+
+
+def extract_vectors(
+    config: PredictConfig, weights: "Weights", images: "ImageFolder", device: "torch.device"
+) -> tuple[str, list[str]]:
+    """Write the features of images into `config.out`; return a line about them, and a line per skipped image."""
+    from resnest_imagenet.inference.classifier import open_classifier
+    from resnest_imagenet.inference.features import extract_features, write_features
+
+    assert config.features is not None and config.out is not None
+    name = config.model.name if config.model else None
+    protocol = take_own_protocol(config.protocol).list_changes()
+    classifier = open_classifier(weights, name, crop=config.crop, protocol=protocol, device=device)
+    features = extract_features(
+        classifier,
+        images,
+        config.features,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        loader=config.loader.name,
+        workers=config.loader.workers,
+    )
+    if not features.files:
+        return f"{config.out}: not written, no image can be used", list(features.skipped)
+    description = {
+        "layer": config.features,
+        "model": classifier.name,
+        "ckpt": classifier.source,
+        "protocol": classifier.transform.protocol,
+    }
+    with write_atomically(Path(config.out)) as file:
+        write_features(file, features, description)
+    count, channels = features.vectors.shape
+    return f"{config.out}: {config.features} of {count:,} images, {channels:,} channels", list(features.skipped)
 
 
 def segment_images(

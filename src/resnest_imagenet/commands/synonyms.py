@@ -10,7 +10,9 @@ _WORDS = {
     "data.root images": "data data_dir data_path",
     "data.root": "data_root dataset dataset_path imagenet",
     "data.train_dir": "train train_split",
-    "data.val_dir": "val val_split",
+    "data.val_dir": "val",
+    "data.val_split": "valid_pct val_pct val_percent validation_split val_share test_size",
+    "data.csv": "csv_file label_file labels annotations ann_file",
     "images": "image img url file",
     "images data.root": "input source",
     "loader.workers workers": "j num_workers threads",
@@ -46,6 +48,14 @@ _WORDS = {
     "train.jitter": "color_jitter",
     "train.erasing": "random_erase reprob",
     "train.ema_decay": "ema model_ema model_ema_decay",
+    "train.drop_path": "drop_path_rate stochastic_depth stochastic_depth_prob",
+    # fine-tuning
+    "train.freeze": "freeze_at freeze_layers frozen_stages",
+    "train.layer_decay": "llrd layer_lr_decay",
+    "train.patience": "early_stop early_stopping early_stopping_patience",
+    "train.class_weights": "class_weight",
+    "train.flips=horizontal": "hflip fliplr",
+    "train.flips=vertical": "vflip flipud",
     # the machine
     "train.precision=bf16 precision=bf16": "amp bf16",
     "train.precision=fp16 precision=fp16": "fp16 half",
@@ -73,6 +83,13 @@ _WORDS = {
     "target": "class target_class",
     "layer": "target_layer",
 }
+# Options with a number where other programs have a switch: a usual value of it switched on, and that of it off.
+SWITCHES = {
+    "train.ema_decay": ("0.9999", "null"),
+    "train.label_smoothing": ("0.1", "0"),
+    "train.mixup_alpha": ("0.2", "0"),
+    "train.cutmix_alpha": ("1.0", "0"),
+}
 SYNONYMS = {word: tuple(options.split()) for options, words in _WORDS.items() for word in words.split()}
 # What has no option, and what to do.
 ADVICE: dict[str, str] = {
@@ -86,8 +103,6 @@ ADVICE: dict[str, str] = {
     "nproc_per_node": "it is torchrun's: torchrun --nproc-per-node 8 -m resnest_imagenet.commands.train ...",
     "local_rank": "torchrun tells each process its rank",
     "evaluate": "resnest-eval ckpt=... evaluates",
-    "early_stopping": "a run does not stop early: best.pt keeps the best network",
-    "patience": "a run does not stop early: best.pt keeps the best network",
     "verbose": "there is one amount of output; log.every_steps=... says how often",
 }
 

@@ -1,5 +1,6 @@
 """resnest-table3: the paper's Table 3 beside this project's counted and measured figures."""
 
+import shutil
 import sys
 from typing import Any, cast
 
@@ -11,12 +12,26 @@ from resnest_imagenet.errors import printable
 def run(config: Table3Config) -> None:
     """Print the table."""
     from resnest_imagenet.evaluation.measured import read_measured
+    from resnest_imagenet.reports.aligned import align_tables
     from resnest_imagenet.reports.table3 import build_table, format_table, list_strangers
 
     measured, skipped = read_measured(config.results, load_recipes())
     for line in skipped + list_strangers(measured):
         print(printable(f"resnest-table3: skipped: {line}"), file=sys.stderr)
-    print(format_table(build_table(measured), config.format))
+    form, width = choose_form(config.format)
+    text = format_table(build_table(measured), form)
+    print(align_tables(text, width) if width else text)
+
+
+def choose_form(form: str) -> tuple[str, int]:
+    """Return the form to make of a table, and the width to which it is then aligned; 0: it stays as it is.
+
+    Args:
+        form: of the option.
+    """
+    if form == "text" or (form == "auto" and sys.stdout.isatty()):
+        return "markdown", shutil.get_terminal_size().columns
+    return "markdown" if form == "auto" else form, 0
 
 
 def load_recipes() -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.commands.table3 import load_recipes
+from resnest_imagenet.commands.table3 import choose_form, load_recipes
 from resnest_imagenet.config import TablesConfig
 from resnest_imagenet.errors import printable
 
@@ -26,6 +26,7 @@ def run(config: TablesConfig) -> None:
     from resnest_imagenet.evaluation.events import TOP1
     from resnest_imagenet.evaluation.measured import read_all_measured
     from resnest_imagenet.evaluation.results import BOX_AP, MASK_AP, MIOU
+    from resnest_imagenet.reports.aligned import align_tables
 
     numbers: list[int] = sorted(set(config.table))
     metrics = {3: TOP1, 5: BOX_AP, 6: MASK_AP, 7: MIOU}
@@ -33,7 +34,9 @@ def run(config: TablesConfig) -> None:
     rows, strangers = build_rows(numbers, results)
     for line in skipped + strangers:
         print(printable(f"resnest-tables: skipped: {line}"), file=sys.stderr)
-    print(format_tables(rows, config.format))
+    form, width = choose_form(config.format)
+    text = format_tables(rows, form)
+    print(align_tables(text, width) if width else text)
 
 
 def build_rows(numbers: list[int], results: list[Any]) -> tuple[dict[int, list[dict[str, Any]]], list[str]]:

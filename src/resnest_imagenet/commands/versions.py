@@ -3,8 +3,9 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import resnest_imagenet
+
 PACKAGES = {
-    "resnest-imagenet": "resnest-imagenet",
     "torch": "torch",
     "torchvision": "torchvision",
     "DALI": "nvidia-dali-cuda130",
@@ -20,7 +21,9 @@ def asks_for_version(words: list[str]) -> bool:
 def format_versions() -> str:
     """Return a line with the versions of this project and of what its figures depend on; nothing is imported for it."""
     versions = [f"{title} {_find_version(package)}" for title, package in PACKAGES.items()]
-    return ", ".join([*versions, f"Python {platform.python_version()}"])
+    return ", ".join(
+        [f"resnest-imagenet {resnest_imagenet.__version__}", *versions, f"Python {platform.python_version()}"]
+    )
 
 
 def _find_version(package: str) -> str:

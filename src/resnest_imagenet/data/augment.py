@@ -41,6 +41,30 @@ class Op(enum.IntEnum):
     CUTOUT = 20  # a square of v pixels at (x W, y H), filled with CUTOUT_COLOUR
 
 
+# What a value of each operation means; the others have none.
+_VALUES = {
+    Op.POSTERIZE: "{:.0f} bits",
+    Op.SOLARIZE: "from {:.0f}",
+    Op.SOLARIZE_ADD: "{:.0f}",
+    **dict.fromkeys((Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS), "{:.2f}"),
+    Op.ROTATE: "{:+.0f}°",
+    **dict.fromkeys((Op.SHEAR_X, Op.SHEAR_Y, Op.SHEAR_X_BICUBIC, Op.SHEAR_Y_BICUBIC), "{:+.2f}"),
+    **dict.fromkeys((Op.TRANSLATE_X, Op.TRANSLATE_Y, Op.CUTOUT), "{:.0f} pixels"),
+    **dict.fromkeys((Op.TRANSLATE_X_REL, Op.TRANSLATE_Y_REL), "{:+.2f}"),
+}
+
+
+def describe_operations(operations: np.ndarray) -> list[str]:
+    """Return operations of an `Appearance`, (S, 4), in words, such as "rotate +19°"; the identity is skipped."""
+    words = []
+    for number, value, *_ in operations.tolist():
+        op = Op(int(number))
+        if op != Op.IDENTITY:
+            name = op.name.lower().removesuffix("_bicubic").removesuffix("_rel").replace("_", " ")
+            words.append(f"{name} {_VALUES[op].format(value)}" if op in _VALUES else name)
+    return words
+
+
 # From the released PyTorch code; it is CIFAR-10's mean.
 CUTOUT_COLOUR = (125, 123, 114)
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from resnest_imagenet.data.decoding import OTHER_FORMATS, BadImage
 from resnest_imagenet.data.examine import Examined, Finding, count_cores, examine_files
 from resnest_imagenet.data.folder import tell_by_name
 from resnest_imagenet.data.reading import open_regular
-from resnest_imagenet.data.source import list_folders, require_root, require_separate
+from resnest_imagenet.data.source import list_folders, require_root, require_separate, suggest_split
 from resnest_imagenet.errors import DataError, list_names, printable
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 
 # A fault would stop a training, hide images from it, falsify its result or exhaust its memory; a note would not. Both
 # stand in the order of the printed table.
@@ -137,6 +137,25 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
     findings = [finding for part in parts for finding in part.findings]
     if len(parts) == 2:
         findings += compare_classes(*parts)
+    findings += examine_parts(root, parts, workers, lambda path: _locate(parts, path))
+    return Report(root, parts, tuple(findings))
+
+
+def examine_parts(
+    root: str, parts: Sequence[Part], workers: int | None, locate: Callable[[str], tuple[str, str]]
+) -> list[Finding]:
+    """Decode the images of the parts; return what is wrong or odd with each, and those with the same content.
+
+    Args:
+        root: their paths are below it.
+        parts: of the data set.
+        workers: number of processes; None means one for each core that this process may use.
+        locate: returns the part and the class of an image.
+
+    Raises:
+        DataError: the processes keep dying.
+    """
+    findings: list[Finding] = []
     paths = [path for part in parts for path in part.images]
     originals: dict[bytes, str] = {}
     for result in watch(examine_files(root, paths, workers or count_cores()), root, "images", len(paths)):
@@ -144,8 +163,9 @@ def check_images(root: str, train_dir: str | None, val_dir: str | None, workers:
         if result.sha256:
             original = originals.setdefault(result.sha256, result.path)
             if original != result.path:
-                findings.append(Finding(_relate(parts, original, result.path), result.path, f"the same as {original}"))
-    return Report(root, parts, tuple(findings))
+                kind = _relate(locate(original), locate(result.path))
+                findings.append(Finding(kind, result.path, f"the same as {original}"))
+    return findings
 
 
 def watch(results: Iterable[Examined], root: str, unit: str, total: int) -> Iterator[Examined]:
@@ -267,7 +287,7 @@ def guess_folder(root: str, name: str, option: str) -> str:
     alike = [folder for folder in folders if folder.lower().startswith(os.path.basename(name)[:3].lower())]
     if alike:
         return f"set {option}={alike[0]}"
-    return f"set {option}; there: {list_names(folders, 5) or 'no folders'}"
+    return f"set {option}; there: {list_names(folders, 5) or 'no folders'}{suggest_split(root, folders)}"
 
 
 def compare_classes(train: Part, val: Part) -> list[Finding]:
@@ -282,16 +302,15 @@ def compare_classes(train: Part, val: Part) -> list[Finding]:
     ]
 
 
-def _relate(parts: Sequence[Part], original: str, path: str) -> str:
-    """Return the kind of finding for two files with the same content, by their places <part>/<class>/.../<image>."""
-    (part, name), (other_part, other_name) = (_locate(parts, file) for file in (original, path))
-    if part != other_part:
+def _relate(place: tuple[str, str], other: tuple[str, str]) -> str:
+    """Return the kind of finding for two files with the same content, by part and class of each."""
+    if place[0] != other[0]:
         return "in train and val"
-    return "twice in a class" if name == other_name else "in two classes"
+    return "twice in a class" if place == other else "in two classes"
 
 
 def _locate(parts: Sequence[Part], path: str) -> tuple[str, str]:
-    """Return the part and the class of an image."""
+    """Return the part and the class of an image <part>/<class>/.../<image>."""
     part = next(part.name for part in parts if path.startswith(part.name + "/"))
     return part, path.removeprefix(part + "/").partition("/")[0]
 
@@ -327,7 +346,7 @@ def write_report(report: Report, out: Path) -> None:
         "kinds": dict(sorted(Counter(finding.kind for finding in report.findings).items())),
         "findings": findings,
     }
-    with replacing(out) as file:
+    with write_atomically(out) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 

@@ -1,4 +1,4 @@
-"""resnest-data check of images with objects: the annotations, the images, and whether they belong together."""
+"""resnest-data check of images with objects: judges the annotations and the images, and compares the two."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from resnest_imagenet.data.folder import Listing
 from resnest_imagenet.data.source import require_root
 from resnest_imagenet.errors import DataError
 
-# What turns height to width.
+# The orientations that exchange width and height.
 _QUARTER_TURNS = (
     Image.Transpose.TRANSPOSE,
     Image.Transpose.TRANSVERSE,
@@ -36,15 +36,15 @@ def check_coco(
     train_json: str | None = None,
     val_json: str | None = None,
 ) -> Report:
-    """Judge every annotation of both parts, masks too where pycocotools is installed, and decode every image.
+    """Judge every annotation of both parts and decode every image; judge masks too if pycocotools is installed.
 
     Args:
         root: the data set's folder.
-        train_dir: the images to train on, see `open_coco`; None: there are none.
-        val_dir: those to evaluate on; None: there are none.
-        workers: processes; None takes as many as this process may use cores.
-        train_json: their annotations; None: see `open_coco`.
-        val_json: the same.
+        train_dir: folder of the training images, see `open_coco`; None: skip them.
+        val_dir: folder of the validation images; None: skip them.
+        workers: processes; None: one for each core that this process may use.
+        train_json: annotations of the training images; None: see `open_coco`.
+        val_json: annotations of the validation images; None: the same.
 
     Raises:
         DataError: there is no such folder, or the processes keep dying.
@@ -63,7 +63,7 @@ def check_coco(
                 part.add("in train and val", path, "both annotation files name it")
             parts.append(part)
             expected |= sizes
-    for folder in sorted({part.name for part in parts if part.images}):  # two parts may share one
+    for folder in sorted({part.name for part in parts if part.images}):  # both parts may share a folder
         names = (f"{folder}/{image}" for image in Listing(os.path.join(root, folder)).walk(""))
         part = next(part for part in parts if part.name == folder)
         for path in sorted(set(names) - expected.keys()):
@@ -77,7 +77,7 @@ def check_coco(
 
 
 def judge_upright(path: str, encoded: bytes) -> Examined:
-    """Decode an image, and return what is wrong with it, or odd; its size is that of the image upright."""
+    """Decode an image; return its faults and notes, and its size when it is upright."""
     result = judge_image(path, encoded)
     if result.size and find_turn(encoded) in _QUARTER_TURNS:
         result = replace(result, size=result.size[::-1])
@@ -85,7 +85,7 @@ def judge_upright(path: str, encoded: bytes) -> Examined:
 
 
 def _list_part(root: str, name: PartName, images: str, json: str | None) -> tuple[Part, dict[str, tuple[int, int]]]:
-    """Return a part with its images that are there, and the size (width, height) that each must have, by its path."""
+    """Return a part with its existing images, and the (width, height) that each must have, by path."""
     part = Part(images)
     if not any(os.path.isdir(os.path.join(root, folder)) for folder in (images, FOLDERS.get(images, images))):
         part.add("missing folder", images, guess_folder(root, images, f"data.{name}_dir"))
@@ -108,7 +108,7 @@ def _list_part(root: str, name: PartName, images: str, json: str | None) -> tupl
 
 
 def _compare(part: Part, file: CocoFile, folder: Path, shown: str, is_training: bool) -> dict[str, tuple[int, int]]:
-    """Compare annotations with the files of a folder; return the (width, height) of the images that are there."""
+    """Compare annotations with the files of a folder; return the (width, height) of the existing images, by path."""
     missing = set(find_missing(folder, file.files))
     for name in sorted(missing):
         part.add("missing image", f"{part.name}/{name}", f"an image of {shown}")
@@ -118,7 +118,7 @@ def _compare(part: Part, file: CocoFile, folder: Path, shown: str, is_training: 
     for note in instances.images.notes:
         part.add("skipped objects", shown, note.partition("skipped: ")[2])
     if not is_training and (file.annotation_ids == 0).any():
-        part.add("id 0", shown, "of an annotation: pycocotools takes its match for none; number from 1 on")
+        part.add("id 0", shown, "of an annotation: pycocotools takes a match with it for no match; number from 1 on")
     counts = np.bincount(instances.labels, minlength=len(file.classes)).tolist()
     part.classes = dict(zip(file.classes, counts, strict=True))
     for name in [name for name, count in part.classes.items() if not count]:

@@ -1,8 +1,8 @@
 """COCO's layout: a folder of images for each part, and a JSON file with their objects.
 
-As it is unpacked: `<root>/train2017/*.jpg` with `<root>/annotations/instances_train2017.json`, the same with val2017;
-and any data set in this form. Boxes and masks are used as detectron2 uses them (detectron2/data/datasets/coco.py,
-detection_utils.py): crowds are no objects, boxes end at the image's edge, those without an area are skipped.
+It reads COCO as it is unpacked, `<root>/train2017/*.jpg` with `<root>/annotations/instances_train2017.json` and the
+same with val2017, and any data set in this form. Boxes and masks are treated as in detectron2 (data/datasets/coco.py,
+data/detection_utils.py): crowds are not objects, boxes are clipped to the image, those without an area are skipped.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from resnest_imagenet.data.source import find_part
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.instances import Mask, list_corners
 
-NO_AREA = 1e-5  # pixels: a box that is not wider or higher has no area (detectron2, Boxes.nonempty)
+NO_AREA = 1e-5  # pixels: a box of this width or height or less has no area (detectron2, Boxes.nonempty)
 JSON_FOLDER = "annotations"
 FOLDERS = {"train": "train2017", "val": "val2017"}
 Part = Literal["train", "val"]
@@ -37,13 +37,13 @@ class Instances:
         images: the photographs; `images.classes` are the categories' names in the order of their ids.
         image_ids: int64 (N,), of the JSON file.
         sizes: int64 (N, 2), (height, width) of the images, upright.
-        first: int64 (N + 1,), image n has the objects first[n] to below first[n + 1], in the file's order.
+        first: int64 (N + 1,), image n has the objects first[n]:first[n + 1], in the file's order.
         boxes: float32 (M, 4), x1 y1 x2 y2 in pixels of the image, within it and with an area.
         labels: int64 (M,), 0..K-1.
         masks: of the M objects; None: not read.
         classes: K names.
-        category_ids: int64 (K,), of the JSON file: results are written with them.
-        json: the annotation file, for the evaluation, which also counts crowds.
+        category_ids: int64 (K,), of the JSON file; results are written with them.
+        json: the annotation file; the evaluation reads it again, with crowds.
     """
 
     images: ImageFolder
@@ -62,11 +62,11 @@ class Instances:
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """The format of each image, for `BatchPlan.groups`: 1 where it is wider than high; int8 (N,)."""
+        """The format of each image, int8 (N,), for `BatchPlan.groups`: 1 if it is wider than high."""
         return (self.sizes[:, 1] > self.sizes[:, 0]).astype(np.int8)
 
     def objects(self, index: int) -> tuple[np.ndarray, np.ndarray, list[Mask] | None]:
-        """Return boxes float32 (n, 4), labels int64 (n,) and masks of one image; arrays over the same memory."""
+        """Return boxes float32 (n, 4), labels int64 (n,) and masks of one image; the arrays are views."""
         rows = slice(int(self.first[index]), int(self.first[index + 1]))
         return self.boxes[rows], self.labels[rows], None if self.masks is None else self.masks[rows]
 
@@ -74,7 +74,7 @@ class Instances:
         """Return an image, RGB, upright by its EXIF orientation.
 
         Raises:
-            BadImage: it cannot be used, or has another size than in the JSON file.
+            BadImage: it cannot be used, or its size is not that of the JSON file.
             LoadingError: the storage does not return it.
         """
         picture = decode_upright(self.images.read(index))
@@ -85,7 +85,7 @@ class Instances:
         return picture
 
     def name_fault(self, index: int) -> str | None:
-        """Return one line about why an image cannot be used, or None where it can.
+        """Return why an image cannot be used, in one line; None if it can.
 
         Raises:
             LoadingError: the storage does not return it.
@@ -97,7 +97,7 @@ class Instances:
         return None
 
     def digest(self) -> str:
-        """Return a digest of all objects: a run that resumes must find the same."""
+        """Return a digest of all objects; a run resumes only with the same."""
         sha = hashlib.sha256()
         for values in (self.image_ids, self.sizes, self.first, self.boxes, self.labels, self.category_ids):
             sha.update(np.ascontiguousarray(values).tobytes())
@@ -121,16 +121,16 @@ def open_coco(
 
     Args:
         root: the data set's folder.
-        part: which options name it in an error's line: data.<part>_json and data.<part>_dir.
-        json: the annotation file, below root or anywhere; None: annotations/instances_<images>.json.
-        images: the folder of the images, below root or anywhere; None: train2017 or val2017, which train and val stand
-            for, too, where there are no such folders.
-        masks: whether the masks of the objects are wanted: needs pycocotools.
-        is_training: skip images without objects, otherwise keep every image and require what COCO's evaluation reads;
-            None: of the training part.
+        part: "train" or "val"; an error names the options data.<part>_json and data.<part>_dir.
+        json: the annotation file, below root or elsewhere; None: annotations/instances_<images>.json.
+        images: the folder of the images, below root or elsewhere; None: train2017 or val2017. The names train and val
+            also mean these, if no folder has that name.
+        masks: whether to read the masks of the objects, which needs pycocotools.
+        is_training: skip images without objects; if false, keep every image and require what COCO's evaluation reads;
+            None: true for the training part.
 
     Raises:
-        ConfigError: masks are wanted, and pycocotools is not installed.
+        ConfigError: masks need pycocotools, which is not installed.
         DataError: folders, files or images are missing, or an annotation cannot be used.
     """
     is_training = part == "train" if is_training is None else is_training
@@ -153,7 +153,7 @@ def open_coco(
 
 
 def find_files(root: str, part: Part, json: str | None, images: str | None) -> tuple[Path, Path]:
-    """Return the folder of the images and the annotation file of a part; a DataError names what is there instead.
+    """Return the folder of the images and the annotation file of a part; a DataError lists what is there instead.
 
     Args: see `open_coco`.
     """
@@ -163,14 +163,14 @@ def find_files(root: str, part: Part, json: str | None, images: str | None) -> t
     folder = find_part(root, images, f"data.{part}_dir")
     path = Path(root, json or f"{JSON_FOLDER}/instances_{folder.name}.json")
     if not path.is_file():
-        there = sorted(other.name for other in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        what = f"in {path.parent}: {', '.join(there[:6])}" if there else f"no .json in {path.parent}"
+        others = sorted(other.name for other in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        what = f"in {path.parent}: {', '.join(others[:6])}" if others else f"no .json in {path.parent}"
         raise DataError(f"{path}: no such file ({what}); set data.{part}_json")
     return folder, path
 
 
 def find_missing(folder: Path, files: tuple[str, ...]) -> list[str]:
-    """Return the files that are not in a folder or the folders in it: each of these is listed once."""
+    """Return the files that are not in a folder or its subfolders; each folder is listed once."""
     listings: dict[str, set[str]] = {}
     missing = []
     for file in files:
@@ -186,7 +186,7 @@ def find_missing(folder: Path, files: tuple[str, ...]) -> list[str]:
 
 
 def select_objects(file: CocoFile, folder: Path, is_training: bool) -> Instances:
-    """Return the objects of a file that can be used, with their images.
+    """Return the usable objects of a file, with their images.
 
     Args:
         file: without faults.
@@ -224,16 +224,16 @@ def select_objects(file: CocoFile, folder: Path, is_training: bool) -> Instances
 
 
 def clip_boxes(file: CocoFile) -> tuple[np.ndarray, np.ndarray]:
-    """Return x1 y1 x2 y2 within the image, float64 (M, 4), and whether a box has an area there, bool (M,)."""
+    """Clip boxes to their image: return x1 y1 x2 y2, float64 (M, 4), and which have an area, bool (M,)."""
     if not len(file.sizes):
         return file.boxes, np.zeros(len(file.boxes), bool)
-    limits = np.tile(file.sizes[file.images][:, ::-1], 2)  # of image -1, the last: not used
+    limits = np.tile(file.sizes[file.images][:, ::-1], 2)  # of index -1 those of the last image: unused
     corners = list_corners(file.boxes).clip(0, limits)
     return corners, (corners[:, 2:] - corners[:, :2] > NO_AREA).all(1)
 
 
 def require_separate_images(train: Instances, val: Instances) -> None:
-    """Raise a DataError where an image is in both parts, which may share a folder."""
+    """Raise a DataError if an image is in both parts, which may share a folder."""
     if train.images.root.resolve() != val.images.root.resolve():
         return
     shared = np.intersect1d(train.images.files, val.images.files)
@@ -244,13 +244,13 @@ def require_separate_images(train: Instances, val: Instances) -> None:
 
 
 def describe_skipped(path: Path, skipped: dict[str, int]) -> tuple[str, ...]:
-    """Return a line about how much of a file is skipped, by what it is; () where nothing is."""
+    """Return one line with the number of things skipped in a file, by kind; () if nothing is skipped."""
     parts = [f"{count:,} {what}" for what, count in skipped.items() if count]
     return (f"{path}: skipped: {', '.join(parts)}",) if parts else ()
 
 
 def _describe_faults(faults: tuple[str, ...]) -> str:
-    """Return the first fault, and how many more there are: resnest-data check lists those that are not about masks."""
+    """Return the first fault and the number of others; resnest-data check lists all but those about masks."""
     listed = [fault for fault in faults if not fault.endswith(NO_MASK)]
     if listed:
         return f"{listed[0]}{_count_more(listed)}"

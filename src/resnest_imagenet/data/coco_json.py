@@ -1,8 +1,8 @@
 """The JSON files of COCO's layout: images, annotations and categories, read into arrays.
 
-A file of 490 MB with 860,000 annotations took 28 s of CPU time, with all checks, and 1.0 GB at the peak, of which 520
-MB stay, 150 without masks. `json.load` alone, without any check, takes 27 s and 3.3 GB, orjson 13 s and 4.2 GB. So the
-standard library reads it, and its hook for objects packs each annotation as soon as it is parsed.
+A file of 490 MB with 860,000 annotations took 28 s of CPU time with all checks, and 1.0 GB at the peak, of which 520 MB
+stay, 150 MB without masks. Without any check `json.load` takes 27 s and 3.3 GB, orjson 13 s and 4.2 GB. So the standard
+library parses the file, and an object hook packs each annotation at once.
 """
 
 import json
@@ -24,13 +24,13 @@ from resnest_imagenet.errors import DataError
 
 KEYS = ("images", "annotations", "categories")
 _MOST = 2**63  # of ids
-NO_MASK = "no segmentation, which masks need: train.masks=false trains boxes alone"  # ends a fault's line
-_LONGEST_WORD = 16  # characters of a cut number or word at the end of a file
+NO_MASK = "no segmentation, which masks need: train.masks=false trains boxes alone"  # the end of a fault's line
+_LONGEST_WORD = 16  # most characters of a number or word in which a file was cut off
 
 
 @dataclass(frozen=True, eq=False)
 class CocoFile:
-    """What a JSON file holds: N images and K categories sorted by their ids, M annotations in the file's order.
+    """The content of a JSON file: N images and K categories sorted by their ids, M annotations in the file's order.
 
     Attributes:
         path: of the file.
@@ -40,12 +40,12 @@ class CocoFile:
         category_ids: int64 (K,).
         classes: K names.
         annotation_ids: int64 (M,).
-        images: int64 (M,), the number of each annotation's image; -1: it is not among the images.
-        labels: int64 (M,), the number of its category.
+        images: int64 (M,), the index of each annotation's image; -1: the file does not list it.
+        labels: int64 (M,), the index of its category.
         boxes: float64 (M, 4), x y width height as in the file.
         is_crowd: bool (M,).
         masks: of the M annotations, those of crowds empty; None: not read.
-        faults: lines about what cannot be used; the arrays are without it.
+        faults: a line for each thing that cannot be used; the arrays do not have it.
     """
 
     path: Path
@@ -64,19 +64,19 @@ class CocoFile:
 
 
 class _Row(int):
-    """Stands for an annotation that has been packed: its number."""
+    """Replaces a packed annotation in the parsed list: its row."""
 
     __slots__ = ()
 
 
 class _Fault(str):
-    """Stands for an annotation that cannot be used: why."""
+    """Replaces an unusable annotation in the parsed list: the reason."""
 
     __slots__ = ()
 
 
 class _Annotations:
-    """Packs annotations as the parser meets them."""
+    """Packs annotations while the file is parsed."""
 
     def __init__(self, masks: bool, evaluated: bool, needs_masks: bool) -> None:
         self._masks = MaskPacker() if masks else None
@@ -85,7 +85,7 @@ class _Annotations:
         self._crowds, self._boxes = array("b"), array("d")
 
     def take(self, value: dict[str, Any]) -> Any:
-        """Pack an object that is an annotation; return any other as it is."""
+        """Pack an annotation, and return its row or fault; return any other object unchanged."""
         if "image_id" not in value:
             return value
         if fault := _judge_annotation(value, self._evaluated):
@@ -106,23 +106,23 @@ class _Annotations:
         return _Row(len(self._ids) - 1)
 
     def pack(self, rows: Sequence[int]) -> tuple[np.ndarray, ...]:
-        """Return ids, image ids, category ids, whether they are crowds, and boxes of some rows."""
+        """Return ids, image ids, category ids, crowd flags and boxes of some rows."""
         columns = (self._ids, self._images, self._categories, self._crowds)
         boxes = np.array(self._boxes, np.float64).reshape(-1, 4)
         return (*(np.array(column, np.int64)[rows] for column in columns), boxes[rows])
 
     def pack_masks(self, rows: np.ndarray) -> PackedMasks | None:
-        """Return their masks, where masks are wanted."""
+        """Return the masks of some rows; None if masks are not read."""
         return None if self._masks is None else self._masks.pack().select(rows)
 
 
 def _name(annotation: dict[str, Any]) -> str:
-    """Return how a line about an annotation begins, where it has an id."""
+    """Return the start of a line about an annotation; "" if it has no id."""
     return f"annotation {annotation['id']}: " if type(annotation.get("id")) is int else ""
 
 
 def _judge_annotation(annotation: dict[str, Any], evaluated: bool) -> str | None:
-    """Return a line about what is wrong with an annotation."""
+    """Return what is wrong with an annotation, in one line; None if nothing is."""
     for key in ("id", "image_id", "category_id"):
         value = annotation.get(key)
         if type(value) is not int or not -_MOST <= value < _MOST:
@@ -130,7 +130,7 @@ def _judge_annotation(annotation: dict[str, Any], evaluated: bool) -> str | None
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) for side in box):
         return f"{_name(annotation)}{_describe(annotation, 'bbox', 'four numbers: x, y, width, height')}"
-    if not all(abs(side) < 1e9 for side in box):  # which nan and infinity are not either
+    if not all(abs(side) < 1e9 for side in box):  # false for nan and infinity too
         return f"{_name(annotation)}{_describe(annotation, 'bbox', 'in pixels')}"
     if annotation.get("iscrowd", 0) not in (0, 1):
         return f"{_name(annotation)}{_describe(annotation, 'iscrowd', '0 or 1')}"
@@ -153,12 +153,12 @@ def read_coco(path: Path, masks: bool = False, evaluated: bool = False, needs_ma
 
     Args:
         path: of the file.
-        masks: whether masks are wanted.
-        evaluated: whether what only the evaluation reads must be there.
-        needs_masks: whether an annotation without a segmentation is a fault, where masks are wanted.
+        masks: whether to read the masks.
+        evaluated: whether to require the keys that only the evaluation reads.
+        needs_masks: whether an annotation without a segmentation is a fault if masks are read.
 
     Raises:
-        DataError: it is no such file, or not in COCO's layout.
+        DataError: the file cannot be read, or is not in COCO's layout.
     """
     annotations = _Annotations(masks, evaluated, needs_masks)
     content = _parse(path, annotations)
@@ -201,7 +201,7 @@ def read_coco(path: Path, masks: bool = False, evaluated: bool = False, needs_ma
 
 
 def _parse(path: Path, annotations: _Annotations) -> dict[str, Any]:
-    """Return the outermost object, its annotations packed."""
+    """Parse a file, and return its outermost object; the annotations are packed."""
     try:
         text = _read_text(path)
         content = json.loads(text, object_hook=annotations.take)
@@ -219,7 +219,7 @@ def _parse(path: Path, annotations: _Annotations) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    """Return the text of a file, without its bytes in the memory beside it."""
+    """Return the text of a file; its bytes are mapped, so that memory does not hold both."""
     try:
         with open(open_regular(path), "rb") as file:
             if not os.fstat(file.fileno()).st_size:
@@ -255,13 +255,13 @@ def _judge_image(image: Any) -> str | None:
         return "not an object"
     if type(image.get("id")) is not int or not -_MOST <= image["id"] < _MOST:
         return _describe(image, "id", "a whole number")
-    who = f"image {image['id']}: "
+    label = f"image {image['id']}: "
     name = image.get("file_name")
     if not isinstance(name, str) or not name or "\0" in name:
-        return who + _describe(image, "file_name", "a name")
+        return label + _describe(image, "file_name", "a name")
     for key in ("height", "width"):
         if type(image.get(key)) is not int or not 0 < image[key] <= MAX_SIDE:
-            return who + _describe(image, key, "a number of pixels")
+            return label + _describe(image, key, "a number of pixels")
     return None
 
 
@@ -295,7 +295,7 @@ def _find_duplicates(ids: np.ndarray, what: str, faults: list[str]) -> None:
 
 
 def _look_up(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the place of each value in sorted ids; -1 where it is not there."""
+    """Return the index of each value in sorted ids; -1 for an unknown value."""
     if not len(ids):
         return np.full(len(values), -1)
     places = np.searchsorted(ids, values).clip(max=len(ids) - 1)
@@ -303,7 +303,7 @@ def _look_up(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _judge_masks(file: CocoFile) -> list[str]:
-    """Return lines about run-length codes of another size than their image, and coordinates that are no numbers."""
+    """Return a line for each run-length code whose size is not its image's, and for coordinates of nan or infinity."""
     masks = file.masks
     if masks is None:
         return []
@@ -323,5 +323,5 @@ def _judge_masks(file: CocoFile) -> list[str]:
 
 
 def _contain(ranges: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Say whether each range (R, 2), from and to below, contains one of some sorted numbers."""
+    """Return which half-open ranges (R, 2) contain any of some sorted numbers, bool (R,)."""
     return np.searchsorted(numbers, ranges[:, 0]) < np.searchsorted(numbers, ranges[:, 1])

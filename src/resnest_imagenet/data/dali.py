@@ -9,23 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, cast
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.pipeline import do_not_convert
 from torch import Tensor
 
+from resnest_imagenet.data.dali_decoding import DecodingTrial, Vectors, compute_by_size, decode_window
 from resnest_imagenet.data.dali_ops import apply_operations
+from resnest_imagenet.data.decoders import Decoder, choose_decoder
 from resnest_imagenet.data.decoding import BadImage, decode_by_pillow, is_ordinary
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import (
-    MEAN,
-    STD,
+    Colour,
     ERandomCrop,
     EvalTransform,
     RandomResizedCrop,
@@ -36,40 +35,9 @@ from resnest_imagenet.errors import ConfigError
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
 READING_THREADS = 8  # for shards: they wait for the storage rather than for the processor
-# As Pillow and torchvision decode: EXIF orientation ignored, and on a GPU the same chroma upsampling as on a CPU.
-DECODING: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 Source = Callable[[], tuple]
-Vectors = tuple[Sequence[int], ...]
-Rule = Callable[..., Vectors]  # of height, width and draws
-
-
-@do_not_convert  # an `if` of a rule is Python's: DALI must not turn it into a graph's conditional
-def _by_size(rule: Rule, num_vectors: int, encoded: DataNode, *drawn: DataNode) -> tuple[DataNode, ...]:
-    """Compute vectors of two for each image in Python, from its size, which the graph reads before it decodes.
-
-    Python is called once per batch: a dozen of DALI's own scalar operations would take a tenth of the decoding time.
-    """
-
-    def compute(shapes: list[np.ndarray], *draws: list[np.ndarray]) -> tuple[list[np.ndarray], ...]:
-        lists = ([array.tolist() for array in arrays] for arrays in draws)
-        results = [rule(*shape.tolist()[:2], *draw) for shape, *draw in zip(shapes, *lists, strict=True)]
-        return tuple(map(list, np.array(results, np.int32).swapaxes(0, 1)))
-
-    shapes = fn.peek_image_shape(encoded, adjust_orientation=False)
-    vectors = fn.python_function(shapes, *drawn, function=compute, num_outputs=num_vectors, batch_processing=True)
-    return cast("tuple[DataNode, ...]", vectors)
-
-
-def _decode(encoded: DataNode, window: tuple[DataNode, ...], decoder: str) -> DataNode:
-    """Decode a window (start, shape), which may be the whole image.
-
-    `decoders.image` is not used: it ends the process with a segmentation fault if a header cannot be read. This decoder
-    waits for the window, and so for `peek_image_shape`, which raises an error first. See docs/dali-crash.md.
-    """
-    start, shape = window
-    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], device=decoder, **DECODING)
 
 
 def _split(window: Window) -> Vectors:
@@ -98,77 +66,49 @@ def _find_centre(transform: EvalTransform, height: int, width: int) -> Vectors:
     return start, shape, size, transform.window(*size)[:2]
 
 
-def _normalise(images: DataNode, mirror: DataNode | int = 0, mean: DataNode | list[float] = MEAN) -> DataNode:
+def _normalise(images: DataNode, mean: DataNode | Colour, std: Colour, mirror: DataNode | int = 0) -> DataNode:
     # The channels stay last: permuted to NCHW, that is channels_last.
-    return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=STD, dtype=types.FLOAT, output_layout="HWC")
+    return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC")
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_pipeline(source: Source, transform: TrainTransform, decoder: str) -> tuple[DataNode, DataNode]:
+def _train_pipeline(source: Source, transform: TrainTransform, decoder: Decoder) -> tuple[DataNode, DataNode]:
     before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
-    # Ask for the operations only if there are some: DALI warns about an unused input.
-    num_outputs = 6 if before or after else 5
+    # Ask for the operations and vertical flips only if there are some: DALI warns about an unused input.
+    num_outputs = 5 + bool(before or after) + bool(transform.vertical_flip)
     encoded, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
     if before:
         rule = partial(_find_all_and_window, transform.cropping)
-        *whole, start, shape = _by_size(rule, 4, encoded, draw)
-        images = apply_operations(_decode(encoded, tuple(whole), decoder), drawn[0], before)
+        *whole, start, shape = compute_by_size(rule, 4, encoded, draw)
+        images = apply_operations(decode_window(encoded, tuple(whole), decoder), drawn[0], before)
         images = fn.slice(images, start=start, shape=shape, axes=[0, 1])
     else:
-        images = _decode(encoded, _by_size(partial(_find_window, transform.cropping), 2, encoded, draw), decoder)
+        images = decode_window(
+            encoded, compute_by_size(partial(_find_window, transform.cropping), 2, encoded, draw), decoder
+        )
     resampling = {"interp_type": INTERPOLATIONS[transform.interpolation], "antialias": transform.antialias}
     images = fn.resize(images, size=[transform.crop] * 2, **resampling)
     if after:
         images = apply_operations(images, drawn[0][len(before) :], after)
-    return _normalise(images, mirror, mean), labels
+    if transform.vertical_flip:
+        images = fn.flip(images, horizontal=0, vertical=drawn[-1])
+    return _normalise(images, mean, transform.std, mirror), labels
 
 
 @pipeline_def
-def _eval_pipeline(source: Source, transform: EvalTransform, decoder: str) -> tuple[DataNode, DataNode]:
+def _eval_pipeline(source: Source, transform: EvalTransform, decoder: Decoder) -> tuple[DataNode, DataNode]:
     encoded, labels = fn.external_source(source, num_outputs=2)
     crop = transform.crop
     resampling = {"interp_type": INTERPOLATIONS[transform.resolved_interpolation], "antialias": transform.antialias}
     if transform.order == "crop_resize":
-        images = _decode(encoded, _by_size(partial(_find_square, transform), 2, encoded), decoder)
+        images = decode_window(encoded, compute_by_size(partial(_find_square, transform), 2, encoded), decoder)
         images = fn.resize(images, size=[crop, crop], **resampling)
     else:
-        *window, size, corner = _by_size(partial(_find_centre, transform), 4, encoded)
-        images = _decode(encoded, tuple(window), decoder)
+        *window, size, corner = compute_by_size(partial(_find_centre, transform), 4, encoded)
+        images = decode_window(encoded, tuple(window), decoder)
         images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT), **resampling)
         images = fn.slice(images, start=corner, shape=[crop, crop], axes=[0, 1])
-    return _normalise(images), labels
-
-
-@pipeline_def
-def _decoding_pipeline(decoder: str) -> DataNode:
-    encoded = fn.external_source(name="encoded")
-    return _decode(encoded, _by_size(lambda height, width: ((0, 0), (height, width)), 2, encoded), decoder)
-
-
-class _Trial:
-    """Tries whether DALI decodes an image: the error of a failed pipeline does not name the image."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pipeline: Pipeline | None = None
-
-    def __call__(self, encoded: bytes) -> bool:
-        pipeline = self._pipeline or self._build()
-        self._pipeline = None  # a pipeline that fails cannot be used again
-        try:
-            pipeline.run(encoded=[np.frombuffer(encoded, dtype=np.uint8)])
-        except RuntimeError:
-            return False
-        self._pipeline = pipeline
-        return True
-
-    def _build(self) -> Pipeline:
-        decoder = "mixed" if self._device.type == "cuda" else "cpu"
-        pipeline = _decoding_pipeline(
-            decoder, batch_size=1, num_threads=1, device_id=self._device.index, prefetch_queue_depth=1
-        )
-        pipeline.build()
-        return pipeline
+    return _normalise(images, transform.mean, transform.std), labels
 
 
 def _to_decodable(encoded: bytes, by_pillow: bool = False) -> bytes:
@@ -234,10 +174,13 @@ class _Inputs:
         if isinstance(self.transform, EvalTransform):
             return images, labels
         mirrors, crops = self.transform.draw_crops(self._epoch, indices)
+        horizontal, vertical = mirrors.T
         appearance = self.transform.draw_appearance(self._epoch, indices)
         operations = np.concatenate([appearance.before, appearance.after], axis=1)
         drawn = [operations] if operations.size else []
-        return images, labels, crops, mirrors, np.array(MEAN, np.float32) - appearance.offset, *drawn
+        drawn += [vertical] if self.transform.vertical_flip else []
+        mean = np.array(self.transform.mean, np.float32) - appearance.offset
+        return images, labels, crops, horizontal, mean, *drawn
 
     def read(self, index: int) -> bytes:
         """Return an image in a form that DALI decodes.
@@ -327,7 +270,7 @@ class DaliLoader:
         pipeline = build(
             self._inputs,
             self._inputs.transform,
-            "mixed" if on_gpu else "cpu",
+            choose_decoder(self._device),
             batch_size=self.plan.batch_size,
             num_threads=self._workers,
             device_id=self._device.index if on_gpu else None,
@@ -343,7 +286,8 @@ class DaliLoader:
         """
         inputs = self._inputs
         # On a GPU, try the CPU too: an error of the GPU is not the image's.
-        trials = [_Trial(device) for device in {torch.device("cpu"), self._device}]
+        cpu = torch.device("cpu")
+        trials = [DecodingTrial(choose_decoder(device), device) for device in {cpu, self._device}]
 
         def is_refused(index: int) -> bool:
             try:

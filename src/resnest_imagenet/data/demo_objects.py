@@ -1,7 +1,7 @@
-"""Demo objects: shapes that cover one another, with boxes and masks, in COCO's layout.
+"""Demo objects: overlapping shapes with boxes and masks, in COCO's layout.
 
-The outline alone differs between classes: places, sizes, rotations, colours and textures are drawn alike for every
-class. Boxes and masks are of what can be seen of a shape.
+Classes differ only in their outline: places, sizes, rotations, colours and textures have the same distributions for
+every class. A box or mask covers the visible part of a shape.
 """
 
 import json
@@ -19,11 +19,11 @@ SHAPES = ("disk", "square", "triangle", "star", "cross")
 SIDES = (104, 136)  # of an image, in pixels
 RADII = (16.0, 38.0)  # half of a shape's width
 MOST_SHAPES = 4
-LEAST_VISIBLE = 0.7  # of a shape that others cover
-TRIES = 20  # to find a place for a shape
+LEAST_VISIBLE = 0.7  # visible share of a shape that others cover
+TRIES = 20  # of placing a shape
 CONTRAST = 80  # between a shape and the background, in 0..255, mean over the channels
-# At most, of textures. The classification demo's network, shown about 130 shapes one by one, took four classes apart in
-# 39 % at 20 (chance: 25 %) and in 54, 66 % at 10 and 0; with the sizes above in 65, 68 % at 8 and 4.
+# Largest amplitude of textures. The classification demo's network classified about 130 single shapes of four classes
+# (chance: 25 %): 39 % of them at an amplitude of 20, 54 % at 10, 66 % at 0; with the sizes above 65 % at 8, 68 % at 4.
 TEXTURE = 6.0
 
 
@@ -33,7 +33,7 @@ class DrawnObject:
 
     Attributes:
         label: its number in SHAPES.
-        mask: what can be seen of it, bool (H, W).
+        mask: its visible pixels, bool (H, W).
     """
 
     label: int
@@ -54,7 +54,7 @@ def fill_shape(name: str, x: Coordinates, y: Coordinates) -> Mask:
 
 
 def draw_objects(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
-    """Draw an image, RGB, and what is in it, the hindmost first."""
+    """Draw an image, RGB; return it with its objects, the hindmost first."""
     height, width = rng.integers(SIDES[0], SIDES[1] + 1, size=2).tolist()
     base = rng.uniform(40, 215, 3)
     patches = Image.fromarray((base + rng.uniform(-25, 25, (4, 4, 3))).clip(0, 255).astype(np.uint8))
@@ -76,7 +76,7 @@ def draw_objects(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObjec
 
 
 def draw_texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draw stripes or a checker of little contrast, float64 (H, W, 1)."""
+    """Draw stripes or a checker with low contrast, float64 (H, W, 1)."""
     rows, columns = np.mgrid[:height, :width]
     angle, period = rng.uniform(0, np.pi), rng.uniform(4, 12)
     along = np.sin(2 * np.pi * (columns * np.cos(angle) + rows * np.sin(angle)) / period)
@@ -95,11 +95,11 @@ def _draw_colour(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
 def _place_shape(
     name: str, rng: np.random.Generator, size: tuple[int, int], objects: list[DrawnObject], areas: list[int]
 ) -> np.ndarray | None:
-    """Return the share of each pixel that a shape covers, (H, W), where it hides no other; None: there is no place."""
+    """Place a shape where it hides no other; return the share of each pixel that it covers, (H, W), or None."""
     height, width = size
     for _ in range(TRIES):
         radius, angle = rng.uniform(*RADII), rng.uniform(0, 2 * np.pi)
-        reach = 0.8 * radius  # a little of it may be outside
+        reach = 0.8 * radius  # a small part may be outside the image
         centre_y, centre_x = rng.uniform(reach, height - reach), rng.uniform(reach, width - reach)
         coverage = np.zeros(size)
         window = _find_window(centre_y, radius, height), _find_window(centre_x, radius, width)
@@ -111,7 +111,7 @@ def _place_shape(
 
 
 def _find_window(centre: float, radius: float, side: int) -> slice:
-    """Return the pixels that a shape may touch, in one direction: it lies within 1.5 of its radius."""
+    """Return the pixels that a shape may touch, along one axis: those within 1.5 times its radius."""
     return slice(max(0, int(centre - 1.5 * radius)), min(side, int(centre + 1.5 * radius) + 1))
 
 
@@ -130,7 +130,7 @@ def _cover(
 
 
 def encode_runs(mask: np.ndarray) -> dict[str, Any]:
-    """Return a mask as an uncompressed run-length code: runs of 0 and 1 in turn, column by column, 0 first."""
+    """Encode a mask as an uncompressed run-length code: alternating runs of 0 and 1 by columns, 0 first."""
     values = np.concatenate(([0], mask.T.ravel().astype(np.int8), [1 - mask[-1, -1]]))
     counts = np.diff(np.flatnonzero(np.diff(values)), prepend=0)
     return {"size": list(mask.shape), "counts": counts.tolist()}
@@ -140,10 +140,10 @@ def write_demo_objects(out: Path, seed: int, train_images: int, val_images: int)
     """Write {train2017,val2017}/*.JPEG and annotations/instances_*.json; the same seed writes the same pixels.
 
     Returns:
-        False where `out` holds these images already.
+        False if `out` holds these images already.
 
     Raises:
-        DataError: where `out` holds something else or cannot be written.
+        DataError: `out` holds something else, or cannot be written.
     """
 
     def write(folder: Path) -> None:
@@ -162,7 +162,7 @@ def write_demo_objects(out: Path, seed: int, train_images: int, val_images: int)
                 )
                 content["annotations"] += [_annotate(drawn, number + 1) for drawn in objects]
             for number, annotation in enumerate(content["annotations"]):
-                annotation["id"] = number + 1  # pycocotools takes the id 0 for no match
+                annotation["id"] = number + 1  # pycocotools takes a match with id 0 for no match
             (folder / JSON_FOLDER / f"instances_{FOLDERS[name]}.json").write_text(json.dumps(content))
 
     counts = {"train_images": train_images, "val_images": val_images}

@@ -1,7 +1,7 @@
-"""What is done to an image with objects: it is scaled by its short side and mirrored, its boxes and masks with it.
+"""Transforms an image with its boxes and masks: it is scaled by the short side, then mirrored.
 
-The sizes, the filter and the order are detectron2's (data/transforms/augmentation_impl.py, ResizeShortestEdge and
-RandomFlip): sizes are rounded half up, the bound of the long side comes before that, Pillow's bilinear filter on uint8.
+Sizes, filter and order are detectron2's (data/transforms/augmentation_impl.py, ResizeShortestEdge and RandomFlip): the
+long side is bounded first, then sizes are rounded half up; Pillow's bilinear filter resizes uint8 pixels.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class View:
 
     Attributes:
         height, width: after scaling, in pixels.
-        is_mirrored: whether it is mirrored then, from left to right.
+        is_mirrored: whether it is then mirrored, from left to right.
     """
 
     height: int
@@ -37,10 +37,10 @@ class InstanceTransform:
 
     Attributes:
         seed: the run's.
-        short_sides: in pixels, one of them is drawn for each image: `tuple(range(640, 801))`, or a few; one for
-            evaluation.
-        longest: bound of the long side in pixels; an image that would be longer is scaled to it instead.
-        flip: probability of mirroring; 0 for evaluation.
+        short_sides: in pixels, such as `tuple(range(640, 801))`; one of them is drawn for each image. An evaluation has
+            only one.
+        longest: largest long side in pixels; an image that would be longer is scaled to it instead.
+        flip: probability of mirroring; 0 in an evaluation.
     """
 
     seed: int
@@ -49,7 +49,7 @@ class InstanceTransform:
     flip: float = 0.5
 
     def draw(self, epoch: int, index: int, height: int, width: int) -> View:
-        """Draw for an image of the given size, in an epoch."""
+        """Draw the view of an image of this size in an epoch."""
         size, flip = uniform_rows(self.seed, Purpose.SIZE, epoch, [index], 2)[0].tolist()
         short_side = self.short_sides[int(size * len(self.short_sides))]
         return View(*scale_short_side(height, width, short_side, self.longest), is_mirrored=flip < self.flip)
@@ -72,11 +72,11 @@ class InstanceTransform:
             labels: int64 (n,).
             masks: of the n objects, or None.
             epoch: counted from 0.
-            index: of the image, for the draws.
-            used: of the image that it is; None: the same.
+            index: in the plan; the draws depend on it.
+            used: index of the image that is shown, where a substitute replaces a damaged one; None: `index`.
 
         Returns:
-            The image, uint8 (height, width, 3), and its objects: those of which something is left.
+            The image, uint8 (height, width, 3), and its objects without those that have no area or mask afterwards.
         """
         view = self.draw(epoch, index, picture.height, picture.width)
         original, size = (picture.height, picture.width), (view.height, view.width)
@@ -99,7 +99,7 @@ class InstanceTransform:
 
 
 def scale_short_side(height: int, width: int, short_side: int, longest: int) -> tuple[int, int]:
-    """Return the (height, width) of an image whose short side is given, and whose long side is at most `longest`."""
+    """Return (height, width) of an image scaled to a short side, with its long side at most `longest`."""
     scale = short_side / min(height, width)
     new_height, new_width = (short_side, scale * width) if height < width else (scale * height, short_side)
     if max(new_height, new_width) > longest:

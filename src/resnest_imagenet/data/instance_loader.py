@@ -41,7 +41,7 @@ class InstanceLoader:
 
     `batches` yields images float32 (B, 3, H, W), normalised, channels_last in memory, and B targets with their tensors
     on the device, masks on the host. Each image lies in the top left corner, 0 around it; H and W are the least
-    multiples of STRIDE that hold all. The target of a substitute has the index of the image that it is.
+    multiples of STRIDE that hold all images. The target of a substitute has the substitute's index.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class InstanceLoader:
             device: where the batches are wanted.
             pixels: how they are normalised; see `find_pixels`.
             workers: processes; None: see `choose_workers`.
-            max_errors: how many images that cannot be used may be replaced, see `Substitution`; with 0 the first is a
+            max_errors: how many unusable images may be replaced, see `Substitution`; with 0 the first one raises a
                 DataError.
         """
         self.plan = plan
@@ -79,7 +79,7 @@ class InstanceLoader:
 
 
 def restore_pixels(images: Tensor, pixels: Pixels) -> np.ndarray:
-    """Return normalised images (B, 3, H, W) as they were: uint8 RGB (B, H, W, 3), the mean in the padding."""
+    """Undo the normalisation of images (B, 3, H, W): uint8 RGB (B, H, W, 3), with the mean in the padding."""
     values = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(pixels.std, np.float32)
     values = (values + np.array(pixels.mean, np.float32)).round().clip(0, 255).astype(np.uint8)
     return values[..., ::-1] if pixels.is_bgr else values
@@ -103,7 +103,7 @@ def pad_images(images: list[Tensor], pixels: Pixels, device: torch.device) -> Te
         part = image.to(device, non_blocking=True)
         rows, columns = part.shape[:2]
         values = (part.flip(2) if pixels.is_bgr else part).reshape(rows, columns * 3).float()
-        # By rows, since a CPU is slow on an inner axis of three.
+        # By whole rows: on a CPU an inner axis of 3 is slow.
         values.sub_(mean.repeat(columns)).div_(std.repeat(columns))
         place[:rows, :columns] = values.view(rows, columns, 3)
     return batch.permute(0, 3, 1, 2)

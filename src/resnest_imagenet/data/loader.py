@@ -14,7 +14,7 @@ from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
-from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
+from resnest_imagenet.data.transforms import MEAN, STD, Colour, EvalTransform, TrainTransform
 from resnest_imagenet.data.webdataset import read_shards
 from resnest_imagenet.errors import ConfigError, name_extra, suggest
 
@@ -45,9 +45,9 @@ _KINDS = {"folder": read_image_folder, "webdataset": read_shards}
 extensions.sources.reserve(_KINDS)
 
 
-def to_pixels(images: Tensor) -> np.ndarray:
+def to_pixels(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> np.ndarray:
     """Return a loader's images, normalised (B, 3, H, W), as they were before: uint8 (B, H, W, 3)."""
-    values = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(STD, np.float32) + np.array(MEAN, np.float32)
+    values = images.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(std, np.float32) + np.array(mean, np.float32)
     return values.round().clip(0, 255).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Masks of objects: checked and packed as they are read, then scaled and mirrored with their image.
+"""Masks of objects: checks and packs them when they are read, then scales and mirrors them with their image.
 
 pycocotools encodes and decodes run-length codes; polygons alone need no library.
 """
@@ -25,12 +25,12 @@ class PackedMasks(Sequence[Mask]):
     """The masks of M objects in a few arrays, so that worker processes share the memory of a whole data set.
 
     Attributes:
-        coordinates: float64 (C,), x y x y ... of all polygons; rounded to float32, COCO's hundredths of pixels, which
-            pycocotools rasterises by fifths, would lie on the other side of an edge: 2 pixels a mask.
+        coordinates: float64 (C,), x y x y ... of all polygons. float32 would round COCO's hundredths of pixels, and
+            pycocotools, which rasterises by fifths, would put 2 pixels of a mask on the other side of an edge.
         bounds: int64 (P + 1,), polygon p has coordinates[bounds[p] : bounds[p + 1]].
-        polygons: int64 (M, 2), object m has the polygons from the first number to below the second.
-        codes: all run-length codes, compressed, one behind another.
-        places: int64 (M, 2), where object m's code begins and ends; the same number twice: it has polygons.
+        polygons: int64 (M, 2), object m has the polygons polygons[m, 0] up to, not including, polygons[m, 1].
+        codes: all compressed run-length codes, concatenated.
+        places: int64 (M, 2), begin and end of object m's code; equal if it has polygons.
         sizes: int32 (M, 2), (height, width) of a run-length code; 0 of polygons.
     """
 
@@ -50,7 +50,7 @@ class PackedMasks(Sequence[Mask]):
     def __getitem__(self, index: slice) -> list[Mask]: ...
 
     def __getitem__(self, index: int | slice) -> Mask | list[Mask]:
-        """Return a mask, [] where an object has none."""
+        """Return a mask; [] if the object has none."""
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
         begin, end = self.places[index].tolist()
@@ -65,13 +65,13 @@ class PackedMasks(Sequence[Mask]):
         return (self.polygons[:, 0] == self.polygons[:, 1]) & (self.places[:, 0] == self.places[:, 1])
 
     def select(self, indices: np.ndarray) -> "PackedMasks":
-        """Return the masks of some objects, in the given order, over the same memory."""
+        """Return the masks of some objects, in this order, as views."""
         rows = {name: getattr(self, name)[indices] for name in ("polygons", "places", "sizes")}
         return replace(self, **rows)
 
 
 class MaskPacker:
-    """Takes masks as a JSON file has them, one by one."""
+    """Packs masks in the form of a JSON file, one by one."""
 
     def __init__(self) -> None:
         self._coordinates, self._bounds = array("d"), array("q", [0])
@@ -79,13 +79,13 @@ class MaskPacker:
         self._codes = bytearray()
 
     def add(self, mask: Any) -> None:
-        """Take the mask of one object; None: it has none.
+        """Add the mask of one object; None: it has none.
 
         Polygons of fewer than three points, or of half a point, are skipped, as detectron2 does
         (detectron2/data/datasets/coco.py).
 
         Raises:
-            ValueError: it is no mask; it has not been taken.
+            ValueError: it is not a mask, and was not added.
         """
         num_polygons, num_bytes, size = len(self._bounds) - 1, len(self._codes), (0, 0)
         if isinstance(mask, dict):
@@ -112,7 +112,7 @@ class MaskPacker:
             raise ValueError(f"its segmentation is {what}") from None
 
     def pack(self) -> PackedMasks:
-        """Return all that has been taken."""
+        """Return all masks that were added."""
         return PackedMasks(
             np.frombuffer(self._coordinates, np.float64) if self._coordinates else np.zeros(0),
             np.array(self._bounds, np.int64),
@@ -124,12 +124,12 @@ class MaskPacker:
 
 
 def require_pycocotools() -> None:
-    """Raise a ConfigError where the library of run-length codes is not installed."""
+    """Raise a ConfigError if the library of run-length codes is not installed."""
     import_extra("pycocotools.mask")
 
 
 def _read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
-    """Return a code, compressed, and its (height, width); or raise a ValueError with what is wrong."""
+    """Return a compressed code and its (height, width); raise a ValueError about what is wrong."""
     size, counts = mask.get("size"), mask.get("counts")
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         raise ValueError("the size of its segmentation is not [height, width]")
@@ -152,10 +152,10 @@ def _read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
 
 
 def count_pixels(code: bytes) -> int | None:
-    """Return how many pixels a compressed run-length code is of; None: it is none.
+    """Return the number of pixels of a compressed run-length code; None if it is damaged.
 
-    pycocotools decodes some damaged codes to whatever stood in the memory. A run is a number of 5 bits a character, the
-    lowest first; from the fourth on it is the difference to the last but one (cocoapi, common/maskApi.c).
+    pycocotools decodes some damaged codes to random memory. A run is a number with 5 bits per character, the lowest
+    first; from the fourth run on it is the difference from the last but one (cocoapi, common/maskApi.c).
     """
     values = np.frombuffer(code, np.uint8).astype(np.int64) - _FIRST
     ends = np.flatnonzero(values & _MORE == 0)
@@ -180,11 +180,11 @@ def move_mask(mask: Mask, original: tuple[int, int], size: tuple[int, int], is_m
     Args:
         mask: polygons or a run-length code.
         original: (height, width) of the image.
-        size: (height, width) of the image as it is shown.
-        is_mirrored: whether that is mirrored.
+        size: (height, width) of the scaled image.
+        is_mirrored: whether it is then mirrored.
 
     Returns:
-        None where nothing of a run-length code is left.
+        The moved mask; None if a run-length code has no pixels afterwards.
     """
     (height, width), (new_height, new_width) = original, size
     if isinstance(mask, list):
@@ -196,7 +196,7 @@ def move_mask(mask: Mask, original: tuple[int, int], size: tuple[int, int], is_m
         return [polygon.ravel() for polygon in moved]
     from pycocotools.mask import decode, encode
 
-    # By columns, as codes run: Pillow sees the mask on its side.
+    # By columns, as codes run: Pillow gets the transposed mask.
     pixels = np.array(Image.fromarray(decode(mask).T).resize((new_height, new_width), Image.Resampling.NEAREST))
     if is_mirrored:
         pixels = np.ascontiguousarray(pixels[::-1])

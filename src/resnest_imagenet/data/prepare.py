@@ -22,7 +22,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from resnest_imagenet.errors import ConfigError, DataError, first_line, name_extra
-from resnest_imagenet.files import locked
+from resnest_imagenet.files import file_lock
 
 TRAIN = "ILSVRC2012_img_train.tar"  # holds a tar of images for each class
 VAL = "ILSVRC2012_img_val.tar"
@@ -78,7 +78,7 @@ def prepare_images(archives: Path, out: Path, verify: bool, release: Release = I
         if not _list_missing(out, release) and not work.exists() and not lock.exists():
             return False
         out.mkdir(parents=True, exist_ok=True)
-        with locked(lock):
+        with file_lock(lock):
             parts = _list_missing(out, release)  # another process may have written some meanwhile
             if parts:
                 _require_folders(work, work / "val", work / "train", work / "class")

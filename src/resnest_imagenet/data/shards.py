@@ -22,7 +22,7 @@ from resnest_imagenet.data.source import (
 )
 from resnest_imagenet.data.webdataset import CLASSES, INDEX, scan_shards
 from resnest_imagenet.errors import DataError, LoadingError
-from resnest_imagenet.files import locked
+from resnest_imagenet.files import file_lock
 from resnest_imagenet.randomness import Purpose, stream
 
 
@@ -53,7 +53,7 @@ def write_shards(root: str, parts: dict[str, str], out: Path, images_per_shard: 
     unfinished, moving, lock = (out / name for name in (".unfinished", ".moving", ".shard.lock"))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(lock):
+        with file_lock(lock):
             targets = [out / source.root.name for source in sources]
             shutil.rmtree(unfinished, ignore_errors=True)
             _remove_half_moved(moving, targets)

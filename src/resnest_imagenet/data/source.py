@@ -86,10 +86,7 @@ def find_part(root: str, name: str, option: str) -> Path:
     if not part.is_dir():
         folders = list_folders(root)
         there = list_names(folders, 5) or "no folders"
-        line = f"{part}: no such folder (in {root}: {there}); set {option}"
-        if _are_classes(root, folders):
-            line += f"; are these the classes? resnest-data split data.root={root} out=... makes train and val"
-        raise DataError(line)
+        raise DataError(f"{part}: no such folder (in {root}: {there}); set {option}{suggest_split(root, folders)}")
     return part
 
 
@@ -99,15 +96,19 @@ def require_root(root: str) -> None:
         raise DataError(f"data.root={root}: no such folder")
 
 
-def _are_classes(root: str, folders: Sequence[str]) -> bool:
-    """Return whether the folders look like classes: none is called as a part, and the first ones hold only files."""
+def suggest_split(root: str, folders: Sequence[str]) -> str:
+    """Return "; are these the classes? ..." where the folders look like classes, or "".
+
+    Classes are not called as a part, and the first ones hold only files.
+    """
     if len(folders) < 2 or not _PARTS.isdisjoint(folders):
-        return False
+        return ""
     places = [os.path.join(root, name) for name in folders[:3]]
     try:
-        return all(os.listdir(place) and not list_folders(place) for place in places)
+        are_classes = all(os.listdir(place) and not list_folders(place) for place in places)
     except (OSError, DataError):
-        return False
+        return ""
+    return "; are these the classes? data.val_split=0.2 keeps a fifth of each for validation" if are_classes else ""
 
 
 def list_folders(path: str | Path) -> list[str]:

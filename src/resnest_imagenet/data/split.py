@@ -1,16 +1,14 @@
 """A folder of class folders, split into images to train on and images to evaluate on."""
 
-import hashlib
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from resnest_imagenet.data.demo import write_once
-from resnest_imagenet.data.folder import ImageFolder, read_image_folder
+from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.source import require_root
+from resnest_imagenet.data.validation import choose_val
 from resnest_imagenet.errors import DataError
 
 
@@ -36,11 +34,11 @@ def split_classes(root: Path, out: Path, val_share: float, seed: int) -> bool:
     if root.resolve() in (out.resolve(), *out.resolve().parents):
         raise DataError(f"out={out} is in data.root={root}: choose another folder")
     images = read_image_folder(str(root.parent), root.name, "data.root")
-    parts = choose_parts(images, val_share, seed)
+    is_val = choose_val(images.files, images.labels, images.classes, val_share, seed, images.root)
 
     def write(folder: Path) -> None:
-        for file, part in zip(images.files.tolist(), parts, strict=True):
-            target = folder / part / os.fsdecode(file)
+        for file, chosen in zip(images.files.tolist(), is_val.tolist(), strict=True):
+            target = folder / ("val" if chosen else "train") / os.fsdecode(file)
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(root / os.fsdecode(file), target)
 
@@ -51,23 +49,6 @@ def split_classes(root: Path, out: Path, val_share: float, seed: int) -> bool:
         "images": len(images),
     }
     return write_once(out, settings, write, marker="split.json")
-
-
-def choose_parts(images: ImageFolder, val_share: float, seed: int) -> list[str]:
-    """Return "train" or "val" for each of N images.
-
-    Raises:
-        DataError: a class has less than two.
-    """
-    parts = ["train"] * len(images)
-    for label, name in enumerate(images.classes):
-        members: list[int] = np.flatnonzero(images.labels == label).tolist()
-        if len(members) < 2:
-            raise DataError(f"{images.root / name}: a class with 1 image: it needs two, one of them to evaluate on")
-        members.sort(key=lambda index: hashlib.sha256(f"{seed}/".encode() + bytes(images.files[index])).digest())
-        for index in members[: min(max(1, round(val_share * len(members))), len(members) - 1)]:
-            parts[index] = "val"
-    return parts
 
 
 def _link(file: Path, target: Path) -> None:

@@ -7,16 +7,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from resnest_imagenet.data.decoding import decode
 from resnest_imagenet.data.pillow_ops import apply_operations
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
-from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform, TrainTransform
+from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.data.workers import Samples, WorkerLoader
+from resnest_imagenet.errors import explaining_runtime
+
+with explaining_runtime():
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
 
 
 class _Samples(Samples):
@@ -42,7 +45,7 @@ class _Samples(Samples):
 
 def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int) -> tuple[Tensor, np.ndarray]:
     """Return the crop and its colour offset."""
-    (is_mirrored,), (draw,) = transform.draw_crops(epoch, [index])
+    ((is_mirrored, is_upside_down),), (draw,) = transform.draw_crops(epoch, [index])
     appearance = transform.draw_appearance(epoch, [index])
     image = _apply(appearance.before[0], image)
     height, width = image.shape[-2:]
@@ -51,6 +54,8 @@ def _train_crop(image: Tensor, transform: TrainTransform, epoch: int, index: int
     crop = F.resized_crop(image, *window, [transform.crop] * 2, interpolation, antialias=transform.antialias)
     if is_mirrored:
         crop = F.horizontal_flip(crop)
+    if is_upside_down:
+        crop = F.vertical_flip(crop)
     return _apply(appearance.after[0], crop), appearance.offset[0]
 
 
@@ -89,8 +94,8 @@ class TorchvisionLoader:
         self.substitution = Substitution(images, max_errors)
         self._loader = WorkerLoader(_Samples(images, transform, self.substitution), plan, device, workers)
         self._device = device
-        self._mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
+        self._mean = torch.tensor(transform.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(transform.std, device=device).view(1, 3, 1, 1)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for crops, offsets, labels in self._loader.batches(epoch, start):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from resnest_imagenet.data.augment import NO_AUGMENTATION, Appearance, Augmentation
+from resnest_imagenet.data.augment import NO_AUGMENTATION, Appearance, Augmentation, describe_operations
 from resnest_imagenet.randomness import Purpose, uniform_rows
 
 # Mean and deviation of ImageNet, in 0..255 and RGB order (FAIR's and Gluon's: .485 .456 .406 and .229 .224 .225).
@@ -19,6 +19,7 @@ MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 Window = tuple[int, int, int, int]
+Colour = tuple[float, float, float]
 
 # Long side over short side. Of a longer image, only the middle is resized: a line of pixels would fill the memory.
 LONGEST_RESIZED = 32
@@ -62,6 +63,18 @@ class RandomResizedCrop:
 
 
 RANDOM_RESIZED_CROP = RandomResizedCrop()
+
+
+def to_levels(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
+    """Return mean and deviation of red, green and blue as a transform takes them; None: ImageNet's.
+
+    Args:
+        mean: in 0..1.
+        std: in 0..1.
+    """
+    given = {"mean": mean, "std": std}
+    levels = {name: tuple(value * 255 for value in values) for name, values in given.items() if values is not None}
+    return {"mean": MEAN, "std": STD, **levels}
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class ERandomCrop:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A random crop, a horizontal flip and other variations.
+    """A random crop, flips and other variations.
 
     Attributes:
         crop: side of the output in pixels.
@@ -122,7 +135,10 @@ class TrainTransform:
         antialias: whether the filter widens with the reduction, as Pillow's does and OpenCV's does not.
         interpolation: of the resize.
         augmentation: further variations.
-        flip: probability of a flip.
+        flip: probability of a horizontal flip.
+        vertical_flip: probability of a vertical flip.
+        mean: what is subtracted from red, green and blue, in 0..255.
+        std: what divides them then.
     """
 
     crop: int
@@ -132,15 +148,43 @@ class TrainTransform:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     augmentation: Augmentation = NO_AUGMENTATION
     flip: float = 0.5
+    vertical_flip: float = 0.0
+    mean: Colour = MEAN
+    std: Colour = STD
 
     def draw_crops(self, epoch: int, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Draw for samples of an epoch: int32 (N,), 1 if mirrored, and the draws (N, ...) of `cropping.window`."""
-        u = uniform_rows(self.seed, Purpose.CROP, epoch, indices, 3 + 2 * self.cropping.attempts)
-        return (u[:, 0] < self.flip).astype(np.int32), self.cropping.scale(u[:, 1:])
+        """Draw for samples of an epoch how they are mirrored and cropped.
+
+        Returns:
+            int32 (N, 2), 1 if mirrored horizontally and vertically, and the draws (N, ...) of `cropping.window`.
+        """
+        u = uniform_rows(self.seed, Purpose.CROP, epoch, indices, 4 + 2 * self.cropping.attempts)
+        # The vertical flip was added last: the other draws are those of runs without it.
+        mirrored = u[:, [0, -1]] < (self.flip, self.vertical_flip)
+        return mirrored.astype(np.int32), self.cropping.scale(u[:, 1:-1])
 
     def draw_appearance(self, epoch: int, indices: Sequence[int]) -> Appearance:
         """Draw the other variations of samples of an epoch."""
         return self.augmentation.draw(self.seed, epoch, indices)
+
+    def describe_draws(self, epoch: int, index: int, size: tuple[int, int]) -> tuple[str, str]:
+        """Return how a sample of an epoch is varied, in words: what is done to the image, and to its crop.
+
+        Args:
+            epoch: counted from 0.
+            index: of the sample.
+            size: height and width of the image.
+        """
+        mirrored, crops = self.draw_crops(epoch, [index])
+        appearance = self.draw_appearance(epoch, [index])
+        _, _, height, width = self.cropping.window(*size, crops[0].tolist())
+        flips = [
+            name for name, is_done in zip(("mirrored", "upside down"), mirrored[0].tolist(), strict=True) if is_done
+        ]
+        offset = [f"colour {' '.join(f'{value:+.0f}' for value in appearance.offset[0].tolist())}"]
+        crop = f"crop {100 * height * width / (size[0] * size[1]):.0f} %"
+        after = [crop, *flips, *describe_operations(appearance.after[0]), *(offset if appearance.offset.any() else [])]
+        return ", ".join(describe_operations(appearance.before[0])), ", ".join(after)
 
 
 @dataclass(frozen=True)
@@ -154,6 +198,8 @@ class EvalTransform:
         ratio: crop over the short side, above 0 and up to 1; None: crop / (crop + 32).
         interpolation: "auto": the paper's rule, bicubic above 256 pixels, else bilinear.
         antialias: whether the filter widens with the reduction, as Pillow's does and OpenCV's does not.
+        mean: what is subtracted from red, green and blue, in 0..255.
+        std: what divides them then.
     """
 
     crop: int
@@ -161,11 +207,19 @@ class EvalTransform:
     ratio: float | None = 0.875
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     antialias: bool = True
+    mean: Colour = MEAN
+    std: Colour = STD
 
     @classmethod
-    def of(cls, crop: int, protocol: Iterable[tuple[str, Any]]) -> "EvalTransform":
-        """Return the transform of a protocol, given as pairs of option and value."""
-        return cls(crop, **dict(protocol))
+    def of(
+        cls,
+        crop: int,
+        protocol: Iterable[tuple[str, Any]],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> "EvalTransform":
+        """Return the transform of a protocol, given as pairs of option and value, and of `to_levels(mean, std)`."""
+        return cls(crop, **dict(protocol), **to_levels(mean, std))
 
     @property
     def resolved_ratio(self) -> float:

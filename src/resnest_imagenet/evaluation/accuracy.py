@@ -12,6 +12,7 @@ from resnest_imagenet.data.loader import Loader
 from resnest_imagenet.distributed import Ranks, sum_over_ranks
 from resnest_imagenet.errors import NonFiniteError
 
+TOP = 5  # of top-5; with as many classes, or fewer, every image is among them: such a figure is not shown
 _COLUMNS = 7  # of `_judge`
 
 
@@ -62,6 +63,12 @@ class Evaluation:
     def top5(self) -> float:
         """Top-5 accuracy in percent."""
         return 100 * self.correct5 / self.count
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy, without smoothing; a probability below float32's smallest counts as that."""
+        smallest = float(np.finfo(np.float32).tiny)
+        return float(-np.log(np.maximum(self.true_probability, smallest)).mean())
 
 
 @torch.inference_mode()
@@ -118,7 +125,7 @@ def _judge(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (B, K).
         labels: int64 (B,).
     """
-    best = logits.topk(min(5, logits.shape[1])).indices
+    best = logits.topk(min(TOP, logits.shape[1])).indices
     probabilities = logits.float().softmax(1)
     columns = (
         torch.ones_like(labels),
@@ -132,7 +139,9 @@ def _judge(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([column.float() for column in columns], dim=1)
 
 
-def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision: str, first: int = 0) -> None:
+def require_finite(
+    is_finite: np.ndarray, name: Callable[[int], str], precision: str, first: int = 0, what: str = "logits"
+) -> None:
     """Raise a NonFiniteError unless the logits of all images are finite.
 
     Args:
@@ -140,11 +149,12 @@ def require_finite(is_finite: np.ndarray, name: Callable[[int], str], precision:
         name: returns an image's name, by its index.
         precision: of the logits.
         first: index of the first of the N images.
+        what: must be finite.
     """
     bad = np.flatnonzero(~is_finite)
     if len(bad):
         advice = "; bf16 and fp32 hold larger values" if precision == "fp16" else ""
         raise NonFiniteError(
-            f"{name(first + int(bad[0]))}: its logits are not finite in {precision}, like those of {len(bad)} of "
+            f"{name(first + int(bad[0]))}: its {what} are not finite in {precision}, like those of {len(bad)} of "
             f"{len(is_finite)} images{advice}"
         )

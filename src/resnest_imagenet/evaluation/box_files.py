@@ -42,7 +42,7 @@ class ClassRow:
     Attributes:
         kind: "box" or "mask".
         name: of the class.
-        values: by the name of the column; None where the class has no objects that it could be computed of.
+        values: by column; None if the class has no objects to compute the value from.
     """
 
     kind: str
@@ -60,20 +60,20 @@ class ImageRow(NamedTuple):
 
     @property
     def num_faults(self) -> int:
-        """Objects that are not found, and detections that are wrong."""
+        """Number of objects that were not found, plus detections that are wrong."""
         return self.objects - self.correct + self.wrong
 
 
 @dataclass(frozen=True, eq=False)
 class BoxFiles:
-    """What a run's folder has about its best detector.
+    """The files about the best detector in a run folder.
 
     Attributes:
-        ap: of ap.csv.
+        ap: rows of ap.csv.
         curves: of precision_recall.csv, see `read_curves`.
-        errors: of errors.csv.
-        images: of images.csv.
-        detections: the file in COCO's form.
+        errors: rows of errors.csv.
+        images: rows of images.csv.
+        detections: the path of detections.json.
     """
 
     ap: list[ClassRow]
@@ -84,7 +84,7 @@ class BoxFiles:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What was evaluated: boxes, and masks where there are some."""
+        """What was evaluated: ("box",) or ("box", "mask")."""
         return tuple(dict.fromkeys(row.kind for row in self.ap))
 
     @property
@@ -94,10 +94,10 @@ class BoxFiles:
 
 
 def encode_ap(scores: BoxScores, truth: GroundTruth) -> bytes:
-    """Return the content of ap.csv: a row for boxes, and for masks, of each class.
+    """Return the content of ap.csv: a row for each class, for boxes and for masks.
 
-    The class with its number in the data set, its objects that are no crowds, its detections, and the twelve figures in
-    percent; a cell is empty where there are no such objects.
+    A row has the class and its number in the data set, its objects without crowds, its detections, and the twelve
+    figures in percent. A cell is empty if there are no such objects.
 
     Args:
         scores: of the evaluation.
@@ -115,9 +115,9 @@ def encode_ap(scores: BoxScores, truth: GroundTruth) -> bytes:
 
 
 def encode_curves(scores: BoxScores, truth: GroundTruth) -> bytes:
-    """Return the content of precision_recall.csv: a row for each class with objects, and IoU.
+    """Return the content of precision_recall.csv: a row for each class with objects and each IoU.
 
-    The precision in percent at each of 101 recalls, at IoUs of .50 and .75, and averaged over all ("mean").
+    A row has the precision in percent at 101 recalls. The IoUs are .50, .75 and "mean", the average over all of them.
     """
     rows = [
         (kind.kind, guard(name), "mean" if iou is None else f"{iou:.2f}", *_list_cells(curve))
@@ -130,15 +130,15 @@ def encode_curves(scores: BoxScores, truth: GroundTruth) -> bytes:
 
 
 def encode_errors(table: DetectionTable, truth: GroundTruth, errors: Iterable[DetectionErrors]) -> bytes:
-    """Return the content of errors.csv: of each class its detections by outcome, and its missed objects.
+    """Return the content of errors.csv: the detections of each class by outcome, and its missed objects.
 
-    A last row for boxes, and for masks, has no class: under "correct" the AP50 in percent, and under each kind of error
-    by how many points it would be higher without it.
+    The last row for boxes, and that for masks, has no class. Under "correct" it has the AP50 in percent, and under each
+    kind of error the points that AP50 would gain without it.
 
     Args:
         table: the detections.
         truth: of the set.
-        errors: of `find_errors`, of boxes, and of masks where there are some.
+        errors: of `find_errors`, for boxes, and for masks if they were evaluated.
     """
     rows: list[tuple[Any, ...]] = []
     for of_kind in errors:
@@ -151,7 +151,7 @@ def encode_errors(table: DetectionTable, truth: GroundTruth, errors: Iterable[De
 
 
 def encode_detections(table: DetectionTable, truth: GroundTruth) -> bytes:
-    """Return the content of detections.json: COCO's results with boxes, and masks beside them where there are some."""
+    """Return the content of detections.json: COCO's results with boxes, and with masks if there are any."""
     kinds: tuple[Kind, ...] = ("box",) if table.masks is None else ("box", "mask")
     return encode_results(table, truth, *kinds)
 
@@ -159,8 +159,8 @@ def encode_detections(table: DetectionTable, truth: GroundTruth) -> bytes:
 def encode_images(errors: DetectionErrors, table: DetectionTable, truth: GroundTruth, images: ImageSource) -> bytes:
     """Return the content of images.csv: a row for each image.
 
-    Its file, its objects that are no crowds, and of the detections with a score of at least .5 how many are correct,
-    and how many are wrong.
+    A row has the file, the number of objects without crowds, and the numbers of correct and of wrong detections with a
+    score of at least .5.
 
     Args:
         errors: of `find_errors`.
@@ -173,12 +173,13 @@ def encode_images(errors: DetectionErrors, table: DetectionTable, truth: GroundT
     is_correct = is_shown & (errors.outcomes == int(Outcome.CORRECT))
     selected = (truth.images[~truth.crowds], table.images[is_correct], table.images[is_wrong])
     counts = [np.bincount(numbers, minlength=len(images)).tolist() for numbers in selected]
-    files = [os.path.abspath(images.name(index)) for index in range(len(images))]  # begins with a slash
+    # Absolute paths begin with a slash: no spreadsheet takes them for a formula.
+    files = [os.path.abspath(images.name(index)) for index in range(len(images))]
     return _encode(_IMAGE_COLUMNS, zip(files, *counts, strict=True))
 
 
 def list_files(scores: BoxScores, truth: GroundTruth, images: ImageSource) -> dict[str, Callable[[], bytes]]:
-    """Return the files that describe a detector, by name: each function returns the content.
+    """Return the files that describe a detector: by name, a function that returns the content.
 
     Args:
         scores: of the evaluation.
@@ -204,10 +205,10 @@ FILES = ("ap.csv", "precision_recall.csv", "errors.csv", "images.csv", "detectio
 
 
 def read_box_files(folder: Path) -> BoxFiles | None:
-    """Read the files of `list_files` from a folder; None where one of them is not there.
+    """Read the files of `list_files` from a folder; None if one of them is missing.
 
     Raises:
-        DataError: one is another file, or they are not of one evaluation.
+        DataError: a file has another content, or they are not of the same evaluation.
     """
     paths = ap, curves, errors, images, detections = tuple(folder / name for name in FILES)
     if not all(path.exists() for path in paths):
@@ -224,7 +225,7 @@ def read_ap(path: Path) -> list[ClassRow]:
     """Read what `encode_ap` returned.
 
     Raises:
-        DataError: it is no such file.
+        DataError: the file has another content.
     """
     return _read(path, _AP_COLUMNS)
 
@@ -233,7 +234,7 @@ def read_curves(path: Path) -> dict[tuple[str, str, str], np.ndarray]:
     """Read what `encode_curves` returned: the precision in percent at RECALLS by kind, IoU and class.
 
     Raises:
-        DataError: it is no such file.
+        DataError: the file has another content.
     """
     curves = {}
     for kind, name, iou, *cells in _read_rows(path, _CURVE_COLUMNS):
@@ -245,7 +246,7 @@ def read_images(path: Path) -> list[ImageRow]:
     """Read what `encode_images` returned.
 
     Raises:
-        DataError: it is no such file.
+        DataError: the file has another content.
     """
     rows = []
     for file, *cells in _read_rows(path, _IMAGE_COLUMNS):
@@ -258,7 +259,7 @@ def read_errors(path: Path) -> list[ClassRow]:
     """Read what `encode_errors` returned; the rows without a class have the name ALL_CLASSES.
 
     Raises:
-        DataError: it is no such file.
+        DataError: the file has another content.
     """
     return _read(path, _ERROR_COLUMNS)
 
@@ -292,13 +293,13 @@ def _read_cells(path: Path, cells: Sequence[str]) -> list[Cell]:
 
 
 def _list_cells(values: np.ndarray) -> list[Any]:
-    """Return numbers of six digits, and empty texts for what is NaN."""
+    """Return numbers with six digits, and "" for NaN."""
     return ["" if np.isnan(value) else float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _encode(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     text = io.StringIO()
-    # All names in quotes: a line break of any kind may be in one.
+    # Quote all names: they may contain line breaks.
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(columns)
     writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""Detections to look at: boxes, masks, names and scores, drawn on a picture."""
+"""Draws detections on a picture: boxes, masks, names and scores."""
 
 import colorsys
 from collections.abc import Iterable, Sequence
@@ -9,13 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resnest_imagenet.errors import printable
 
-_GOLDEN = 0.618034  # of a turn between the hues of two classes, so that any few of them differ
+_GOLDEN = 0.618034  # of the colour circle, between the hues of two classes: any few of them differ
 _LIGHT = 140  # luminance from which on letters are black
 _PADDING = 2  # around letters, in pixels
 
 
 def make_box_palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 (num_classes, 3): bright, and those of neighbours far apart."""
+    """Return a colour for each class, uint8 (num_classes, 3): bright, and far from that of the next class."""
     hues = [(0.58 + _GOLDEN * label) % 1 for label in range(num_classes)]
     colours = [
         colorsys.hsv_to_rgb(hue, 0.85 - 0.3 * (n // 13 % 2), 1.0 - 0.25 * (n // 7 % 2)) for n, hue in enumerate(hues)
@@ -33,13 +33,13 @@ def draw_detections(
     masks: Sequence[np.ndarray] | None = None,
     opacity: float = 0.45,
 ) -> np.ndarray:
-    """Return a picture with its detections, or its objects, uint8 (H, W, 3); the first lies on top.
+    """Draw detections, or objects, on a picture, uint8 (H, W, 3); the first one lies on top.
 
     Args:
         picture: uint8 (H, W, 3).
         boxes: (n, 4), x1 y1 x2 y2 in pixels of the picture.
         labels: (n,), class indices.
-        classes: K names; letters that the font lacks are drawn as boxes.
+        classes: K names; letters that the font does not have are drawn as boxes.
         palette: uint8 (K, 3), a colour for each class.
         scores: (n,), 0..1, written beside the names; None: names only.
         masks: n of bool (H, W); None: boxes only.
@@ -56,7 +56,7 @@ def draw_detections(
     outlines = [_round_box(box, width, height) for box in np.asarray(boxes, np.float64).tolist()]
     for row in order:
         pen.rectangle(outlines[row], outline=_colour(palette, labels[row]), width=thickness)
-    # After all boxes, so that no line crosses a name.
+    # Names after all boxes, so that no line crosses a name.
     for row in order:
         text = printable(classes[labels[row]])
         if scores is not None:
@@ -66,7 +66,7 @@ def draw_detections(
 
 
 def _paint_masks(picture: np.ndarray, masks: Iterable[tuple[np.ndarray, np.ndarray]], opacity: float) -> np.ndarray:
-    """Return a picture, uint8 (H, W, 3), under the colours of masks: where several lie over each other, of the last."""
+    """Blend the colours of masks into a picture, uint8 (H, W, 3); where masks overlap, the last one's colour."""
     painted, is_covered = picture.copy(), np.zeros(picture.shape[:2], bool)
     for mask, colour in masks:
         painted[mask] = colour
@@ -93,7 +93,7 @@ def _write(
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
     size: tuple[int, int],
 ) -> None:
-    """Write a name on a ground of its class's colour: above the box, or within it where the picture ends."""
+    """Write a name on its class's colour: above the box, or inside it at the edge of the picture."""
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = int(right - left) + 2 * _PADDING, int(bottom - top) + 2 * _PADDING
     x = max(0, min(box[0], size[0] - width))
@@ -106,8 +106,7 @@ def _write(
 def _choose_font_size(side: int) -> int:
     """Return the height of letters for a picture's short side, in pixels.
 
-    Up to 600 pixels it grows with the picture; large pictures, which are looked at from further away, get larger ones
-    again, but not as fast.
+    It grows with the picture up to a side of 600 pixels. From 1120 pixels on it grows again, more slowly.
     """
     return round(max(10, min(side / 30, 20), side / 56))
 
@@ -118,5 +117,5 @@ def _colour(palette: np.ndarray, label: int) -> tuple[int, ...]:
 
 @cache
 def _load_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Return Pillow's own font: none is looked for on the machine, so that pictures are the same everywhere."""
+    """Return Pillow's own font, not one of the machine, so that pictures are the same everywhere."""
     return ImageFont.load_default(size)

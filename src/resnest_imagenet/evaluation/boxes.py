@@ -1,9 +1,8 @@
 """How well a detector finds the objects of a set: COCO's average precision of boxes and of masks.
 
-Two libraries compute it. hotcoco takes a hundredth of the time of pycocotools, which is the reference, and has the same
-figures: so the first is for each epoch, the second for the figure that is published. Both get the same numbers, with
-images, classes and objects counted from 1, in the order of the data set's own numbers: what the libraries take
-differently, as an object with number 0 or two with the same, is then in neither.
+Two libraries compute it. pycocotools is the reference, for figures that are published. hotcoco gives the same figures
+in a hundredth of the time, so it evaluates each epoch. Both get images, classes and objects numbered from 1, in the
+order of the data set's own numbers: the libraries treat the number 0, and one that occurs twice, in different ways.
 """
 
 import contextlib
@@ -22,10 +21,10 @@ from resnest_imagenet.evaluation.detections import DetectionTable, Kind, detect_
 from resnest_imagenet.evaluation.ground_truth import GroundTruth
 from resnest_imagenet.evaluation.masks import measure_area
 
-IOUS = tuple((50 + 5 * step) / 100 for step in range(10))  # .50 to .95, overlaps that a detection needs
+IOUS = tuple((50 + 5 * step) / 100 for step in range(10))  # .50 to .95: the overlap that a detection needs
 RECALLS = tuple(step / 100 for step in range(101))  # at which precision is read
 AREAS = ("all", "small", "medium", "large")  # to 32 x 32 pixels, to 96 x 96, above
-MOST = (1, 10, 100)  # detections of an image and class
+MOST = (1, 10, 100)  # largest numbers of detections of an image and class
 
 Evaluator = Literal["hotcoco", "pycocotools"]
 
@@ -34,11 +33,11 @@ class Figure(NamedTuple):
     """One of COCO's twelve figures.
 
     Attributes:
-        is_recall: whether it is the highest recall, averaged over IoUs and classes, or the precision, averaged over
-            recalls too.
-        iou: the one that counts; None: the mean over all.
-        area: which objects count.
-        most: detections of an image and class.
+        is_recall: true: the highest recall, averaged over IoUs and classes; false: the precision, averaged over recalls
+            too.
+        iou: at this IoU only; None: the mean over all.
+        area: objects of this size.
+        most: largest number of detections of an image and class.
     """
 
     is_recall: bool
@@ -64,9 +63,9 @@ class AveragePrecision:
 
     Attributes:
         kind: whether boxes or masks were compared.
-        precision: float64 (10, 101, K, 4, 3) by IoU, recall, class, area and most detections, 0..1, and -1 where a
-            class has no objects of such an area: the highest precision at this recall or above.
-        recall: float64 (10, K, 4, 3), the highest recall, likewise.
+        precision: float64 (10, 101, K, 4, 3) by IoU, recall, class, area and number of detections: the highest
+            precision at this recall or above, 0..1; -1 if a class has no objects of this area.
+        recall: float64 (10, K, 4, 3), the highest recall; -1 likewise.
     """
 
     kind: Kind
@@ -74,18 +73,18 @@ class AveragePrecision:
     recall: np.ndarray
 
     def _select(self, figure: Figure) -> np.ndarray:
-        """Return the values that a figure is the mean of: float64 (..., K)."""
+        """Return the values to average for a figure, float64 (..., K)."""
         ious = slice(None) if figure.iou is None else [IOUS.index(figure.iou)]
         values = self.recall if figure.is_recall else self.precision
         return values[ious][..., AREAS.index(figure.area), MOST.index(figure.most)]
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """The twelve figures in percent, by the names of FIGURES; None where no class has such objects."""
+        """The twelve figures in percent, by the names of FIGURES; None if no class has such objects."""
         return {name: _average(self._select(figure)) for name, figure in FIGURES.items()}
 
     def per_class(self, name: str) -> np.ndarray:
-        """Return one of FIGURES for each class in percent, float64 (K,); NaN where it has no such objects."""
+        """Return one of FIGURES for each class in percent, float64 (K,); NaN if a class has no such objects."""
         values = self._select(FIGURES[name])
         columns = values.reshape(-1, values.shape[-1]).T
         return np.array([np.nan if average is None else average for average in map(_average, columns)])
@@ -112,12 +111,12 @@ def _average(values: np.ndarray) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class BoxScores:
-    """What a detector finds in a set, and how well.
+    """A detector's detections in a set, and their average precision.
 
     Attributes:
-        detections: what it finds.
-        boxes: how well its boxes fit.
-        masks: how well its masks do; None: it finds boxes only.
+        detections: of the whole set.
+        boxes: average precision of boxes.
+        masks: average precision of masks; None: it finds boxes only.
     """
 
     detections: DetectionTable
@@ -126,7 +125,7 @@ class BoxScores:
 
     @property
     def kinds(self) -> tuple[AveragePrecision, ...]:
-        """Those of boxes, and of masks where there are some."""
+        """Average precision of boxes, and of masks if there are any."""
         return (self.boxes,) if self.masks is None else (self.boxes, self.masks)
 
     def values(self) -> dict[str, float | None]:
@@ -152,11 +151,11 @@ def measure_boxes(
         network: see `detect_over_ranks`.
         loader: this rank's share of the set.
         ranks: who takes part.
-        truth: of the set, with masks where these are evaluated.
+        truth: of the set, with masks if these are evaluated.
         precision: fp32, bf16 or fp16.
         before_batch: see `detect_over_ranks`.
         name: of an image, by its index.
-        masks: whether the network finds masks, which are evaluated then.
+        masks: whether to evaluate masks, which the network must find.
         evaluator: which library computes the figures.
 
     Raises:
@@ -170,7 +169,7 @@ def measure_boxes(
 def score_detections(
     table: DetectionTable, truth: GroundTruth, *, masks: bool, evaluator: Evaluator = "hotcoco"
 ) -> BoxScores:
-    """Return how well detections fit the objects of their set; see `measure_boxes`."""
+    """Compare detections with the objects of their set; see `measure_boxes`."""
     boxes = average_precision(table, truth, "box", evaluator)
     return BoxScores(table, boxes, average_precision(table, truth, "mask", evaluator) if masks else None)
 
@@ -181,9 +180,9 @@ def average_precision(
     """Return COCO's average precision.
 
     Args:
-        table: the detections, with masks where these are compared.
-        truth: the objects, likewise.
-        kind: whether boxes or masks are compared.
+        table: the detections; with masks if these are compared.
+        truth: the objects; with masks likewise.
+        kind: whether to compare boxes or masks.
         evaluator: which library computes it.
 
     Raises:
@@ -199,16 +198,16 @@ def average_precision(
 
 
 def _rank(numbers: np.ndarray) -> np.ndarray:
-    """Return the place of each number among them, from 1 on."""
+    """Return the rank of each number among all of them, from 1 on."""
     places = np.empty(len(numbers), np.int64)
     places[np.argsort(numbers, kind="stable")] = np.arange(1, len(numbers) + 1)
     return places
 
 
 class _Numbered:
-    """Detections and objects under numbers that count from 1, as columns.
+    """Detections and objects as columns, with images, classes and objects numbered from 1.
 
-    Ties between scores are broken by the order of the images, which is that of the data set's own numbers.
+    Equal scores are ordered by image, in the order of the data set's own numbers.
     """
 
     def __init__(self, table: DetectionTable, truth: GroundTruth, kind: Kind) -> None:
@@ -238,7 +237,7 @@ class _Numbered:
         return [{"size": size, "counts": counts} for size, counts in zip(sizes, codes, strict=True)]
 
     def list_objects(self) -> Iterator[dict[str, Any]]:
-        """Yield the objects as a file has them."""
+        """Yield the objects in the form of an annotation file."""
         truth = self.truth
         numbers = (self.true_ids, self.true_images, self.true_categories, truth.boxes, truth.areas, truth.crowds)
         columns = zip(*(column.tolist() for column in numbers), strict=True)
@@ -250,7 +249,7 @@ class _Numbered:
             yield annotation
 
     def list_results(self) -> Iterator[dict[str, Any]]:
-        """Yield the detections as a file of results has them: boxes, or masks without boxes."""
+        """Yield the detections in the form of a results file: boxes, or masks without boxes."""
         columns = (self.detected_images, self.detected_categories, self.detected_boxes, self.scores)
         for row, values in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
             image, category, box, score = values
@@ -261,7 +260,7 @@ class _Numbered:
 
 
 def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
-    """Return the attributes of an `AveragePrecision`, with the classes in the order of their numbers."""
+    """Return precision and recall as `AveragePrecision` has them; the classes are in the order of their numbers."""
     hotcoco = import_extra("hotcoco")
     truth = numbered.truth
     objects = hotcoco.COCO.from_arrays(
@@ -275,7 +274,7 @@ def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
     columns = (numbered.detected_images, *numbered.detected_boxes.T, numbered.scores, numbered.detected_categories)
     results = objects.load_res(np.stack(columns, axis=1), segmentation=numbered.detected_codes)
     if numbered.detected_codes:
-        # It would take those of the boxes.
+        # hotcoco would take the areas of the boxes.
         areas = [measure_area(code["counts"], code["size"]) for code in numbered.detected_codes]
         results.update_anns(ids=np.arange(1, len(areas) + 1), area=np.array(areas, np.float64))
     evaluation = hotcoco.COCOeval(objects, results, numbered.iou_type)
@@ -287,9 +286,9 @@ def _ask_hotcoco(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ask_pycocotools(numbered: _Numbered) -> tuple[np.ndarray, np.ndarray]:
-    """Return what `_ask_hotcoco` does."""
+    """Return the same as `_ask_hotcoco`."""
     coco, cocoeval = import_extra("pycocotools.coco"), import_extra("pycocotools.cocoeval")
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         objects = coco.COCO()
         objects.dataset = {"images": numbered.images, "categories": numbered.categories}
         objects.dataset["annotations"] = list(numbered.list_objects())

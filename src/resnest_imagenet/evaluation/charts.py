@@ -5,11 +5,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
@@ -21,6 +22,27 @@ _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vPX"
 INK = "#010203"  # replaced by the page's text colour
 NAMED, NUMBERED = 60, 24  # a confusion matrix has names and numbers up to this number of classes
+_LONG_NUMBER = re.compile(r"(?<![\w#.])(-?\d+\.\d\d)\d+")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart: its title, the labels of its axes with their units, and what draws into the axes."""
+
+    title: str
+    x: str
+    y: str
+    paint: Callable[[Axes], object]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its name, its points, and its style, for `Axes.plot`."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: Mapping[str, Any]
 
 
 def style_of(number: int) -> dict[str, Any]:
@@ -32,7 +54,7 @@ def style_of(number: int) -> dict[str, Any]:
 
 def render_chart(
     title: str, x: str, y: str, paint: Callable[[Axes], object], size: tuple[float, float] = (4.4, 3.0)
-) -> str:
+) -> Markup:
     """Draw a chart; return it as a <figure>.
 
     Args:
@@ -45,7 +67,7 @@ def render_chart(
     # Text stays text: small, searchable, in the page's font. The salt makes the ids of each chart unique.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
     parts = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
-    with _drawn(title, x, y, paint, size, style | dict.fromkeys(parts, INK)) as figure:
+    with _drawn([Chart(title, x, y, paint)], size, style | dict.fromkeys(parts, INK)) as figure:
         file = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
@@ -53,34 +75,52 @@ def render_chart(
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # Without a size of its own, the chart takes the page's width.
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = _LONG_NUMBER.sub(r"\1", svg)  # half of its bytes would be digits that no screen can show
     label = escape(f"{title}: {y} against {x}")
-    return f'<figure class="chart">{svg.replace("<svg", f"""<svg role="img" aria-label="{label}" """, 1)}</figure>'
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}" ', 1)
+    return Markup(f'<figure class="chart">{svg}</figure>')  # matplotlib escapes texts
 
 
 def draw_chart(title: str, x: str, y: str, paint: Callable[[Axes], object], size: tuple[float, float]) -> np.ndarray:
     """Draw a chart as `render_chart` does, in black on white; return uint8 (100 * height, 100 * width, 3)."""
-    with _drawn(title, x, y, paint, size, {}) as figure:
+    return draw_charts([Chart(title, x, y, paint)], size)
+
+
+def draw_charts(charts: Sequence[Chart], size: tuple[float, float]) -> np.ndarray:
+    """Draw charts side by side, in black on white; return uint8 (100 * height, 100 * width, 3).
+
+    Args:
+        charts: the left one first.
+        size: of all together, in inches.
+    """
+    with _drawn(charts, size, {}) as figure:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 @contextmanager
-def _drawn(
-    title: str, x: str, y: str, paint: Callable[[Axes], object], size: tuple[float, float], style: dict[Any, Any]
-) -> Iterator[Figure]:
+def _drawn(charts: Sequence[Chart], size: tuple[float, float], style: dict[Any, Any]) -> Iterator[Figure]:
     # Names of files and classes may have a dollar sign: they are not formulas.
     common: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "text.parse_math": False}
     with matplotlib.rc_context({**common, **style}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font lacks a script: each character is drawn as a box
         figure = Figure(figsize=size, layout="constrained", dpi=100)
-        axes = figure.add_subplot(xlabel=x, ylabel=y, title=title)
-        axes.grid(color=matplotlib.rcParams["text.color"], alpha=0.15, linewidth=0.6)
-        axes.set_axisbelow(True)
-        paint(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(framealpha=0).set_in_layout(False)  # long names must not shrink the axes
+        for number, chart in enumerate(charts, 1):
+            axes = figure.add_subplot(1, len(charts), number, xlabel=chart.x, ylabel=chart.y, title=chart.title)
+            axes.grid(color=matplotlib.rcParams["text.color"], alpha=0.15, linewidth=0.6)
+            axes.set_axisbelow(True)
+            chart.paint(axes)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(framealpha=0).set_in_layout(False)  # long names must not shrink the axes
         yield figure
+
+
+def paint_lines(axes: Axes, lines: Sequence[Line]) -> None:
+    """Draw lines; a single one needs no legend."""
+    for line in lines:
+        label = {"label": line.name} if len(lines) > 1 else {}
+        axes.plot(line.x, line.y, **{"linewidth": 1.2, "markersize": 3, **line.style, **label})
 
 
 def paint_confusions(axes: Axes, confusions: np.ndarray, names: Sequence[str], in_percent: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with detections: the kinds of errors, and what each of them costs.
+"""The errors of a detector by kind, and the AP50 that each kind costs.
 
 Source: Bolya et al., TIDE: A General Toolbox for Identifying Object Detection Errors (ECCV 2020), section 2.
 """
@@ -13,21 +13,21 @@ from resnest_imagenet.evaluation.detections import DetectionTable, Kind
 from resnest_imagenet.evaluation.ground_truth import GroundTruth
 from resnest_imagenet.evaluation.masks import import_masks
 
-MATCHING = 0.5  # IoU from which on a detection has found an object
-TOUCHING = 0.1  # IoU up to which a detection has nothing to do with an object
-MOST = 100  # detections of an image and class that count
+MATCHING = 0.5  # lowest IoU at which a detection finds an object
+TOUCHING = 0.1  # highest IoU at which a detection and an object have nothing to do with each other
+MOST = 100  # largest number of detections of an image and class
 
 
 class Outcome(IntEnum):
-    """What became of a detection, in the order in which it is asked."""
+    """The result of a detection; the first one that applies counts."""
 
-    CORRECT = 0  # the first of its class that has found its object
-    IGNORED = 1  # it has found a crowd, or there are more certain ones enough
-    LOCALISATION = 2  # near an object of its class, but not near enough
-    CLASS = 3  # it has found an object of another class
-    DUPLICATE = 4  # its object was found already, with a higher score
-    BACKGROUND = 5  # there is nothing
-    BOTH = 6  # near an object of another class, but not near enough
+    CORRECT = 0  # the first of its class to find its object
+    IGNORED = 1  # it finds a crowd, or MOST detections of its class have higher scores
+    LOCALISATION = 2  # overlaps an object of its class, but not enough
+    CLASS = 3  # finds an object of another class
+    DUPLICATE = 4  # its object was found with a higher score
+    BACKGROUND = 5  # overlaps no object
+    BOTH = 6  # overlaps an object of another class, but not enough
 
 
 ERRORS = tuple(outcome for outcome in Outcome if outcome > Outcome.IGNORED)
@@ -36,18 +36,19 @@ MISSED = "missed"
 
 @dataclass(frozen=True, eq=False)
 class DetectionErrors:
-    """The outcomes of D detections, and what became of G objects, at an IoU of .5.
+    """The outcomes of D detections and of G objects, at an IoU of .5.
 
     Attributes:
         kind: whether boxes or masks were compared.
         outcomes: (D,) int64, of `Outcome`.
-        objects: (D,) int64, the object that a detection has found, or is the nearest of; -1 where there is none.
-        is_found: (G,) bool, whether a detection is correct for the object.
-        is_missed: (G,) bool: no crowd, not found, and no error of localisation or of class is about it.
-        ap50: in percent, as it is.
-        gains: how much higher it would be in percent points without the errors of one kind, by name. Of the detections
-            with a wrong place or class, the most certain of an object that is not found gets the right one; the others
-            are removed, as all of the other kinds are. Missed objects do not count, nor classes that have no others.
+        objects: (D,) int64, the object that a detection finds or overlaps most; -1: none.
+        is_found: (G,) bool, whether a detection of the object is correct.
+        is_missed: (G,) bool: not a crowd, not found, and without an error of localisation or class.
+        ap50: in percent.
+        gains: by kind of error, the points that AP50 would gain without it. Detections with a wrong place or class: for
+            each object that is not found, the most certain of them is corrected and the others are removed. Detections
+            of the other kinds are all removed. Missed objects are removed from the truth, and classes that then have
+            none from the mean.
     """
 
     kind: Kind
@@ -59,7 +60,7 @@ class DetectionErrors:
     gains: dict[str, float]
 
     def count(self, table: DetectionTable, truth: GroundTruth) -> dict[str, np.ndarray]:
-        """Return how many detections of each class have each outcome but IGNORED, and the missed objects, by name."""
+        """Count the detections of each class by outcome, without IGNORED, and the missed objects, by name."""
         num_classes = len(truth.classes)
         names = [Outcome.CORRECT, *ERRORS]
         counts = {
@@ -69,12 +70,12 @@ class DetectionErrors:
 
 
 def find_errors(table: DetectionTable, truth: GroundTruth, kind: Kind) -> DetectionErrors:
-    """Return what is wrong with detections.
+    """Return the errors of detections.
 
     Args:
-        table: the detections, with masks where these are compared.
-        truth: the objects, likewise.
-        kind: whether boxes or masks are compared.
+        table: the detections; with masks if these are compared.
+        truth: the objects; with masks likewise.
+        kind: whether to compare boxes or masks.
 
     Raises:
         ConfigError: pycocotools is not installed.
@@ -96,7 +97,7 @@ def find_errors(table: DetectionTable, truth: GroundTruth, kind: Kind) -> Detect
 
 
 def _list_images(table: DetectionTable, truth: GroundTruth) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the detections and the objects of each image that has detections, by their numbers."""
+    """Yield the rows of the detections and of the objects of each image that has detections."""
     order = np.argsort(truth.images, kind="stable")
     images = np.arange(len(truth.image_ids) + 1)
     detections, objects = np.searchsorted(table.images, images), np.searchsorted(truth.images[order], images)
@@ -108,7 +109,7 @@ def _list_images(table: DetectionTable, truth: GroundTruth) -> Iterator[tuple[np
 def _measure_overlaps(
     table: DetectionTable, truth: GroundTruth, kind: Kind, detections: np.ndarray, objects: np.ndarray
 ) -> np.ndarray:
-    """Return IoUs float64 (n, m), of crowds the share of the detection that lies in them."""
+    """Return the IoUs of n detections with m objects, float64 (n, m); for crowds the share of the detection in them."""
     if len(objects) == 0:
         return np.zeros((len(detections), 0))
     crowds = truth.crowds[objects].astype(np.uint8)
@@ -126,7 +127,7 @@ def _measure_overlaps(
 def _judge(
     overlaps: np.ndarray, labels: np.ndarray, true_labels: np.ndarray, crowds: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outcome of each of n detections in an image, and its object by its place, or -1.
+    """Return the outcome of each of n detections in an image, and the place of its object, or -1.
 
     Args:
         overlaps: (n, m), see `_measure_overlaps`.
@@ -146,7 +147,7 @@ def _judge(
     same = np.where(is_same & ~crowds, overlaps, 0)
     other = np.where(~is_same & ~crowds, overlaps, 0)
     for outcome, values, chosen in (
-        # The last that applies is the outcome.
+        # The last one that applies counts.
         (Outcome.BOTH, other, other.max(1) > TOUCHING),
         (Outcome.DUPLICATE, same, same.max(1) >= MATCHING),
         (Outcome.CLASS, other, other.max(1) >= MATCHING),
@@ -159,11 +160,11 @@ def _judge(
 
 
 def _find_surplus(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Return which detections are more than count, of the same class in an image: bool (n,).
+    """Return the detections beyond the best `MOST` of their class in an image, bool (n,).
 
     Args:
         labels: (n,).
-        order: (n,), the numbers of the detections, the most certain first.
+        order: (n,), the places of the detections, the most certain first.
     """
     surplus = np.zeros(len(labels), bool)
     if len(labels) > MOST:
@@ -180,7 +181,7 @@ def _match(
     outcomes: np.ndarray,
     places: np.ndarray,
 ) -> None:
-    """Find the detections that are correct or have found a crowd, by COCO's rule, the most certain first."""
+    """Set the outcomes of detections that are correct or find a crowd, by COCO's rule, the most certain first."""
     fits = np.where(is_same, overlaps, 0)
     fits[fits < MATCHING] = 0
     has_match = set(np.flatnonzero((fits > 0).any(axis=1)).tolist())
@@ -188,7 +189,7 @@ def _match(
         for is_crowd in (False, True):
             values = np.where(crowds == is_crowd, fits[row], 0)
             if values.any():
-                # The last of several that overlap alike, as COCO's tool takes.
+                # Of several with the same overlap the last one, as in COCO's tool.
                 place = len(values) - 1 - int(values[::-1].argmax())
                 outcomes[row], places[row] = (Outcome.IGNORED if is_crowd else Outcome.CORRECT), place
                 if not is_crowd:
@@ -204,14 +205,14 @@ def _weigh(
     is_found: np.ndarray,
     is_missed: np.ndarray,
 ) -> tuple[float, dict[str, float]]:
-    """Return AP50, and what it would gain without each kind of error; see `DetectionErrors`."""
+    """Return AP50, and its gain without each kind of error; see `DetectionErrors`."""
     counts = truth.count_objects()
-    # Ties are broken by the data set's own numbers of the images, and in an image by the order of the detections.
+    # Equal scores are ordered by the file's image numbers, and in an image by the order of the detections.
     order = np.lexsort((truth.image_ids[table.images], -table.scores))
     order = order[outcomes[order] != Outcome.IGNORED]
     is_correct = outcomes == Outcome.CORRECT
     ap50 = _average_precision(table.labels[order], is_correct[order], counts)
-    # An object that is not found gets the most certain of the detections whose place or class is wrong.
+    # The most certain detection with a wrong place or class of each object that is not found.
     is_close = np.isin(outcomes, (Outcome.LOCALISATION, Outcome.CLASS))
     rows = order[is_close[order] & ~is_found[objects[order]]]
     _, first = np.unique(objects[rows], return_index=True)

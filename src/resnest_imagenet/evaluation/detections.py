@@ -1,4 +1,4 @@
-"""What a detector finds in the images of a set, over any number of ranks, and as a file in COCO's form."""
+"""Runs a detector over a set, on any number of ranks, and writes and reads its detections in COCO's form."""
 
 import itertools
 import json
@@ -25,13 +25,13 @@ Kind = Literal["box", "mask"]
 
 @dataclass(frozen=True, eq=False)
 class DetectionTable:
-    """D detections in the images of a set, in the order of the images, and within one as the network has them.
+    """D detections in the images of a set, in the order of the images, and in an image in the network's order.
 
     Attributes:
-        images: (D,) int64, the image of each, by its index in the set.
-        boxes: (D, 4) float64, x y width height in pixels of the image as it was, upright.
+        images: (D,) int64, the image of each detection, by its index in the set.
+        boxes: (D, 4) float64, x y width height in pixels of the original image, upright.
         scores: (D,) float64, 0..1.
-        labels: (D,) int64, its class, 0..K-1.
+        labels: (D,) int64, the class of each, 0..K-1.
         masks: D compressed run-length codes of whole images; None: boxes only.
     """
 
@@ -50,7 +50,7 @@ class DetectionTable:
         return list_corners(self.boxes)
 
     def select(self, rows: np.ndarray) -> "DetectionTable":
-        """Return some of the detections, by their numbers int64 (n,), which ascend, or by a mask bool (D,)."""
+        """Return some of the detections, by ascending rows int64 (n,), or by a mask bool (D,)."""
         rows = np.arange(len(self))[rows]
         masks = None if self.masks is None else tuple(self.masks[row] for row in rows.tolist())
         return DetectionTable(self.images[rows], self.boxes[rows], self.scores[rows], self.labels[rows], masks)
@@ -61,14 +61,14 @@ class DetectionTable:
 
 
 def bring_back(detections: Detections, size: Size, original: Size) -> Detections:
-    """Return detections in pixels of the image as it was, on the host: clipped to it, those without an area dropped.
+    """Return detections in pixels of the original image, on the host, clipped to it, without those that have no area.
 
     Source: detectron2, modeling/postprocessing.py (detector_postprocess).
 
     Args:
         detections: in one image.
-        size: (height, width) of the image as the network was shown it, in pixels.
-        original: the same, as it was.
+        size: (height, width) of the image that the network saw, in pixels.
+        original: (height, width) of the original image.
     """
     detections = detections.to(torch.device("cpu"))
     (height, width), (original_height, original_width) = size, original
@@ -81,13 +81,13 @@ def bring_back(detections: Detections, size: Size, original: Size) -> Detections
 
 
 def is_finite(detections: Detections) -> bool:
-    """Return whether all numbers of detections are finite."""
+    """Return whether all values of detections are finite."""
     tensors = (detections.boxes, detections.scores, detections.masks)
     return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
 
 class _Collector:
-    """The detections of one rank."""
+    """Collects the detections of one rank."""
 
     def __init__(self, num_images: int) -> None:
         self._parts: list[tuple[int, Detections]] = []
@@ -107,7 +107,7 @@ class _Collector:
         self._parts.append((image, Detections(kept.boxes, kept.scores, kept.labels)))
 
     def gather(self, ranks: Ranks, name: Callable[[int], str], precision: str) -> DetectionTable:
-        """Return those of all ranks, in the order of the images."""
+        """Return the detections of all ranks, in the order of the images."""
         seen, is_finite = sum_over_ranks(self._seen.to(ranks.device)).T.cpu().numpy()
         if not (seen == 1).all():
             raise RuntimeError(f"evaluated {int(seen.sum())} images of {len(seen)}")
@@ -120,7 +120,7 @@ class _Collector:
             codes = list(itertools.chain.from_iterable(_unpack_masks(share[4]) for share in shares))
             masks = tuple(codes[row] for row in order.tolist())
         images, corners, scores, labels = (column[order] for column in columns)
-        # In float64, where the differences of float32 have their last digits, as has what is read from a file.
+        # float64 keeps every digit of the differences of float32, and a file that is read back has the same values.
         boxes = corners.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
         return DetectionTable(images, boxes, scores.astype(np.float64), labels, masks)
@@ -134,7 +134,7 @@ class _Collector:
         return images, *(torch.cat(column).numpy() for column in columns)
 
     def _pack_masks(self) -> tuple[bytes, np.ndarray] | None:
-        """Return all codes in one, which pickles at once, and the length of each; None where there are no masks."""
+        """Return all codes as one string, which pickles fast, and their lengths; None if there are no masks."""
         if not self._has_masks:
             return None
         return b"".join(self._masks), np.array([len(code) for code in self._masks], np.int64)
@@ -159,8 +159,8 @@ def detect_over_ranks(
     """Find the objects in the images of a set, over all ranks; every rank returns the same.
 
     Args:
-        network: maps images (B, 3, H, W) and the (height, width) of each within the padded batch to a `Detections` of
-            each; left in evaluation mode.
+        network: maps images (B, 3, H, W) and their (height, width) without padding to a list of `Detections`; it stays
+            in evaluation mode.
         loader: this rank's share of the set: images and a `Target` of each.
         ranks: who takes part.
         precision: fp32, bf16 or fp16.
@@ -168,8 +168,8 @@ def detect_over_ranks(
         name: of an image, by its index.
 
     Raises:
-        NonFiniteError: on all ranks, after the last batch: what is found in an image has a NaN or is infinite.
-        RuntimeError: where the ranks together did not see each image once.
+        NonFiniteError: on all ranks, after the last batch: detections of an image have NaN or infinity.
+        RuntimeError: the ranks together did not see each image once.
         ConfigError: the network finds masks, and pycocotools is not installed.
     """
     network.eval()
@@ -189,11 +189,11 @@ def detect_over_ranks(
 def encode_results(table: DetectionTable, truth: GroundTruth, *kinds: Kind) -> bytes:
     """Return the content of a file in the form of COCO's results, with the data set's own numbers.
 
-    It has the numbers that were evaluated, to the last digit. Servers take a file of boxes, and one of masks: where a
-    file has both, COCO's evaluation of masks takes the areas of the boxes for those of the objects.
+    It has every digit of the values that were evaluated. Evaluation servers take one file of boxes and one of masks: if
+    a file has both, COCO's evaluation of masks uses the areas of the boxes.
 
     Args:
-        table: the detections, with masks where these are wanted.
+        table: the detections; with masks if `kinds` has "mask".
         truth: of the set.
         kinds: "box", "mask", or both.
     """
@@ -215,16 +215,16 @@ def encode_results(table: DetectionTable, truth: GroundTruth, *kinds: Kind) -> b
 
 
 def read_results(path: Path, truth: GroundTruth) -> DetectionTable:
-    """Read boxes, or masks, of a file in the form of COCO's results, in the order of the images.
+    """Read boxes or masks from a file in the form of COCO's results, in the order of the images.
 
-    Where the file has masks alone, the boxes are those around them.
+    If the file has masks only, the boxes are those around the masks.
 
     Args:
         path: of the file.
-        truth: of the set that they are of.
+        truth: of the same set.
 
     Raises:
-        DataError: it is no such file, or of another set.
+        DataError: the file has another content, or belongs to another set.
         ConfigError: it has masks, and pycocotools is not installed.
     """
     index_of = {number: index for index, number in enumerate(truth.image_ids.tolist())}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,37 +65,47 @@ def require_numbers(event: Event, names: Iterable[str]) -> None:
 
 
 def parse_events(path: Path) -> tuple[list[Event], list[bytes]]:
-    """Read all events that can be read; epochs are counted from 1, as in the files of this version.
+    """Read all events that can be read, as `scan_events` does.
 
     Returns:
-        The events, and the damaged lines. An event at the end of a damaged line, as after a write that was cut off, is
-        one of the events. A last line that is cut off is neither: a killed run may leave one.
+        The events, and the damaged lines.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    events: list[Event] = []
+    damaged: list[bytes] = []
+    for item in scan_events(path):
+        damaged.append(item) if isinstance(item, bytes) else events.append(item)
+    return events, damaged
+
+
+def scan_events(path: Path) -> Iterator[Event | bytes]:
+    """Yield the events of a file and its damaged lines, in their order; the file may be larger than the memory.
+
+    An event at the end of a damaged line, as after a write that was cut off, follows that line. A last line that is cut
+    off is skipped: a killed run may leave one. Epochs are counted from 1: earlier versions counted those of steps
+    from 0, as the first of them shows.
 
     Raises:
         OSError: the file cannot be read.
     """
     if not path.is_file():  # reading a pipe would wait forever
-        return [], []
-    events, damaged = [], []
-    *lines, last = path.read_bytes().split(b"\n")
-    for line in filter(None, lines):
-        event = _parse(line)
-        if event is None:
-            damaged.append(line)
-            event = _parse(line[line.rfind(_START) :])
-        events.append(event)
-    events.append(_parse(last))
-    return _count_from_one([event for event in events if event is not None]), damaged
-
-
-def _count_from_one(events: list[Event]) -> list[Event]:
-    """Return the events of a file with their epochs counted from 1: earlier versions counted those of steps from 0."""
-    numbers = ("epoch", "step")  # an event without them is damaged
-    of_steps = [e for e in events if e["event"] != "eval" and all(type(e.get(name)) is int for name in numbers)]
-    if any(event["epoch"] == 0 for event in of_steps):
-        for event in of_steps:
-            event["epoch"] += 1
-    return events
+        return
+    first_epoch: int | None = None  # of the events of steps
+    with path.open("rb") as file:
+        for line in file:
+            content = line.rstrip(b"\n")
+            event = _parse(content)
+            if event is None and content and line.endswith(b"\n"):
+                yield content
+                event = _parse(content[content.rfind(_START) :])
+            if event is None:
+                continue
+            if event["event"] != "eval" and all(type(event.get(name)) is int for name in ("epoch", "step")):
+                first_epoch = event["epoch"] if first_epoch is None else first_epoch
+                event["epoch"] += first_epoch == 0
+            yield event
 
 
 def _parse(line: bytes) -> Event | None:
@@ -104,3 +114,23 @@ def _parse(line: bytes) -> Event | None:
     except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def count_steps_per_epoch(steps: Sequence[Event], evaluations: Sequence[Event]) -> float:
+    """Return an epoch's steps: of the last report of the first epoch, or else by the first evaluation.
+
+    It is 1 without either: a chart then has steps, not epochs. A run's last epoch may be shorter, and the first
+    evaluation may come after it.
+    """
+    first_epoch = [event["step"] for event in steps if event.get("epoch") == 1]
+    if first_epoch and (evaluations or len(first_epoch) < len(steps)):  # the first epoch has ended
+        return max(first_epoch)
+    return next((event["step"] / event["epoch"] for event in evaluations), 1)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in its two largest units: "3 h 5 min", "5 min 7 s", "7 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,4 +1,4 @@
-"""The objects that a detector should find in the images of a set, from a file in COCO's form."""
+"""The ground truth of an evaluation: the objects in the images of a set, from a file in COCO's form."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,16 @@ class GroundTruth:
     """The G objects in the N images of a set, with K classes.
 
     Attributes:
-        image_ids: (N,) int64, the data set's own numbers of the images, in the order of the set.
+        image_ids: (N,) int64, numbers of the images in the file, in the order of the set.
         sizes: (N, 2) int64, (height, width) of each image in pixels.
-        category_ids: (K,) int64, the data set's own numbers of the classes, in the order of the labels.
+        category_ids: (K,) int64, numbers of the classes in the file, in the order of the labels.
         classes: K names.
         images: (G,) int64, the image of each object, by its index in the set.
         labels: (G,) int64, its class, 0..K-1.
-        boxes: (G, 4) float64, x y width height in pixels, as the file has them.
-        areas: (G,) float64, in pixels: it decides which objects are small, medium and large.
-        crowds: (G,) bool: several objects in one; finding it neither counts nor is an error.
-        masks: G compressed run-length codes of whole images; None: none were read.
+        boxes: (G, 4) float64, x y width height in pixels, as in the file.
+        areas: (G,) float64, in pixels: they decide which objects are small, medium and large.
+        crowds: (G,) bool: several objects in one annotation; a detection of it is neither correct nor an error.
+        masks: G compressed run-length codes of whole images; None: not read.
     """
 
     image_ids: np.ndarray
@@ -53,16 +53,16 @@ class GroundTruth:
         return height, width
 
     def count_objects(self) -> np.ndarray:
-        """Return the objects of each class that are no crowd, int64 (K,)."""
+        """Return the number of objects of each class, without crowds, int64 (K,)."""
         return np.bincount(self.labels[~self.crowds], minlength=len(self.classes))
 
 
 def open_ground_truth(instances: Instances, *, masks: bool) -> GroundTruth:
-    """Read the objects that count in an evaluation, crowds too; see `read_ground_truth`.
+    """Read the objects and crowds of an evaluation; see `read_ground_truth`.
 
     Args:
-        instances: the set, of `open_coco`.
-        masks: whether the masks are read too.
+        instances: of `open_coco`.
+        masks: whether to read the masks too.
     """
     numbers = (instances.image_ids, instances.sizes, instances.category_ids)
     return read_ground_truth(instances.json, *numbers, instances.classes, masks=masks)
@@ -79,21 +79,20 @@ def read_ground_truth(
 ) -> GroundTruth:
     """Read the objects of some images from a file in COCO's form.
 
-    As with COCO's own evaluation, crowds, objects without an area and those outside of the image are read, and objects
-    of other images and categories are not. Where the file has no "iscrowd" it is 0, and where it has no "area" it is
-    that of the mask, or of the box.
+    As in COCO's own evaluation, crowds, objects without an area and objects outside of the image are read; objects of
+    other images and categories are not. A missing "iscrowd" is 0, a missing "area" is that of the mask, or of the box.
 
     Args:
         path: of the file.
         image_ids: (N,) int64, see `GroundTruth`.
-        sizes: (N, 2) int64, (height, width) of each image as the file has them.
+        sizes: (N, 2) int64, (height, width) of each image, as in the file.
         category_ids: (K,) int64.
         classes: K names.
-        masks: whether the masks are read too.
+        masks: whether to read the masks too.
 
     Raises:
-        DataError: the file cannot be read, an object has no box, or no mask of its image's size, or none of the objects
-            counts.
+        DataError: the file cannot be read; an object has no box, or no mask of its image's size; or there are only
+            crowds.
         ConfigError: pycocotools is not installed.
     """
     sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
@@ -108,7 +107,7 @@ def read_ground_truth(
         raise DataError(f"{path}: it has no list of annotations")
     for number, annotation in enumerate(annotations, start=1):
         if annotation is not None:  # not packed
-            raise DataError(f"{path}: annotation {number} is no object with an image_id")
+            raise DataError(f"{path}: annotation {number} is not an object with an image_id")
     table = np.array(packer.rows, np.float64).reshape(-1, 8)
     truth = GroundTruth(
         *(image_ids, sizes, category_ids, tuple(classes)),
@@ -116,16 +115,16 @@ def read_ground_truth(
         crowds=table[:, 7].astype(bool),
     )
     if truth.crowds.all():
-        raise DataError(f"{path}: no objects in the {len(image_ids)} images, so that there is nothing to evaluate")
+        raise DataError(f"{path}: no objects in the {len(image_ids)} images: there is nothing to evaluate")
     return replace(truth, masks=tuple(packer.codes)) if masks else truth
 
 
 class _Packer:
-    """Takes what is needed of each annotation as it is parsed: as dictionaries they fill seven times the file's size.
+    """Packs each annotation while the file is parsed: as dictionaries they take seven times the size of the file.
 
     Attributes:
-        rows: image, class, x, y, width, height, area and whether it is a crowd, of each object.
-        codes: its mask, where masks are read.
+        rows: of each object: image, class, x, y, width, height, area, and 1 for a crowd.
+        codes: the mask of each object; [] if masks are not read.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class _Packer:
         self.codes: list[bytes] = []
 
     def take(self, value: dict[str, Any]) -> dict[str, Any] | None:
-        """Pack an object that is an annotation, and return None; return any other as it is."""
+        """Pack an annotation and return None; return any other object unchanged."""
         if "image_id" not in value:
             return value
         self._count += 1
@@ -179,28 +178,28 @@ def _read_area(annotation: Mapping[str, Any], box: Sequence[float], code: bytes 
     if area is None:
         return box[2] * box[3] if code is None else measure_area(code, size)
     if not _is_number(area):
-        raise ValueError("its area is no number")
+        raise ValueError("its area is not a number")
     return area
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < float("inf")  # which NaN is not
+    return isinstance(value, int | float) and abs(value) < float("inf")  # false for NaN too
 
 
 def _encode(segmentation: Any, size: Size) -> bytes:
-    """Return a mask of any of COCO's three forms as a compressed run-length code.
+    """Encode a mask in any of COCO's three forms as a compressed run-length code.
 
     Source: pycocotools, coco.py (annToRLE).
 
     Raises:
-        ValueError: it is none of them, or not of the image's size.
+        ValueError: it has another form, or another size than the image.
     """
     mask = import_masks()
     if isinstance(segmentation, list) and segmentation:
         try:
             return mask.merge(mask.frPyObjects(segmentation, *size))["counts"]
         except Exception as error:  # it raises plain ones
-            raise ValueError("its segmentation has a polygon that is no list of x and y") from error
+            raise ValueError("its segmentation has a polygon that is not a list of x and y") from error
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise ValueError("it has no segmentation")
     if segmentation["size"] != list(size):
@@ -210,8 +209,8 @@ def _encode(segmentation: Any, size: Size) -> bytes:
         try:
             return mask.frPyObjects(segmentation, *size)["counts"]
         except (TypeError, OverflowError, ValueError) as error:
-            raise ValueError("its run-length code has other things than lengths") from error
+            raise ValueError("its run-length code has an entry that is not a length") from error
     code = counts.encode("ascii", "replace") if isinstance(counts, str) else b""
     if count_pixels(code) != size[0] * size[1]:
-        raise ValueError("its run-length code is damaged, or its number of pixels is not the image's")
+        raise ValueError("its run-length code is damaged, or does not have as many pixels as the image")
     return code

@@ -1,4 +1,4 @@
-"""Masks of objects: from the cells of a box to the pixels of an image, and as COCO's run-length codes."""
+"""Masks of objects: converts the cells of a box to pixels of an image, and to COCO's run-length codes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ THRESHOLD = 0.5  # of the probability that a pixel belongs to an object
 
 
 class Patch(NamedTuple):
-    """The part of a mask that has all of its pixels.
+    """A rectangle of an image that contains a mask.
 
     Attributes:
         pixels: bool (h, w).
-        top, left: where it begins, in pixels of the image.
+        top, left: its corner, in pixels of the image.
     """
 
     pixels: np.ndarray
@@ -30,8 +30,8 @@ class Patch(NamedTuple):
 def paste_mask(probabilities: Tensor, box: Sequence[float], size: tuple[int, int]) -> Patch:
     """Return the pixels of an image that belong to an object.
 
-    The centre of a pixel takes the probability that is interpolated between the centres of the four next cells; beyond
-    the box it is 0. Only the pixels around the box are computed: a mask has no others.
+    The probability at the centre of a pixel is interpolated between the centres of the four nearest cells; outside of
+    the box it is 0. Only the pixels around the box are computed, because a mask has no others.
 
     Source: detectron2, layers/mask_ops.py (paste_masks_in_image, _do_paste_mask).
 
@@ -52,7 +52,7 @@ def paste_mask(probabilities: Tensor, box: Sequence[float], size: tuple[int, int
 
 
 def _cover(low: float, high: float, length: int) -> range:
-    """Return the pixels of a side that a box from `low` to `high` touches, with one more at each end."""
+    """Return the pixels along an axis that a box from `low` to `high` touches, and one more at each end."""
     start = min(max(int(low) - 1, 0), length)
     return range(start, max(start, min(int(high) + 2, length)))
 
@@ -72,8 +72,8 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> 
 def encode_patch(patch: Patch, size: tuple[int, int]) -> RunLengths:
     """Return the mask of an image as a compressed run-length code: {"size": [height, width], "counts": bytes}.
 
-    The code runs down the columns. That of the whole image is computed from the patch alone, which takes a quarter of
-    the time that the encoder needs for all pixels of a picture of COCO's size.
+    The code runs down the columns. It is computed from the patch alone: for pictures of COCO's size that takes a
+    quarter of the time of the encoder, which reads all pixels.
 
     Args:
         patch: the pixels of the mask, within the image.
@@ -82,9 +82,9 @@ def encode_patch(patch: Patch, size: tuple[int, int]) -> RunLengths:
     height, width = size
     padded = np.zeros((patch.pixels.shape[1], patch.pixels.shape[0] + 2), np.int8)
     padded[:, 1:-1] = patch.pixels.T
-    columns, rows = np.nonzero(np.diff(padded, axis=1))  # where runs begin and end, in turn
+    columns, rows = np.nonzero(np.diff(padded, axis=1))  # alternating begins and ends of runs
     edges = (columns + patch.left) * height + rows + patch.top
-    # A run that ends at the lower border, where the next one begins at the upper border, is the same run.
+    # A run that ends at the lower border continues in one that begins at the upper border of the next column.
     meets = np.flatnonzero(edges[1:] == edges[:-1])
     edges = np.delete(edges, np.concatenate([meets, meets + 1]))
     counts = np.diff(edges, prepend=0, append=height * width).tolist()
@@ -115,10 +115,10 @@ def decode_mask(counts: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def measure_area(counts: bytes, size: tuple[int, int]) -> int:
-    """Return the pixels of a mask that belong to its object; see `decode_mask`."""
+    """Return the number of pixels of a mask; see `decode_mask`."""
     return int(import_masks().area({"size": list(size), "counts": counts}))
 
 
 def import_masks() -> Any:
-    """Return pycocotools.mask; a ConfigError where it is not installed."""
+    """Return pycocotools.mask; raise a ConfigError if it is not installed."""
     return import_extra("pycocotools.mask")

@@ -169,7 +169,8 @@ def _list_measured(content: _AnyResults, recipe: str, source: str) -> Iterator[R
     if isinstance(content, Results):
         for of_crop in content.results:
             top1, count, protocol = of_crop.top1, of_crop.count, of_crop.protocol
-            yield Measured(model, of_crop.crop, top1, count, content.num_classes, recipe, protocol, source)
+            num_classes, tta = content.num_classes, of_crop.tta
+            yield Measured(model, of_crop.crop, top1, count, num_classes, recipe, protocol, source, tta)
         return
     for regions in content.results:
         figures = regions.miou, regions.pixel_accuracy, regions.count, len(regions.iou)

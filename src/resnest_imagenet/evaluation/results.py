@@ -11,6 +11,22 @@ MIOU = "miou"  # the metric of segmentation
 BOX_AP, MASK_AP = "box_ap", "mask_ap"  # the metrics of detection without and with masks
 
 
+class ClassResult(Options):
+    """The figures of one class, see `evaluation.mistakes.ClassFigures`.
+
+    Attributes:
+        precision, recall, f1: percent; None for a class without images.
+        images: number of images of the class.
+        predicted: number of images predicted as the class.
+    """
+
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    images: int
+    predicted: int
+
+
 class CropResult(Options):
     """Accuracy under one protocol.
 
@@ -19,6 +35,10 @@ class CropResult(Options):
         top1, top5: percent.
         correct1, correct5, count: the numbers of images from which they are computed.
         protocol: how the images were resized and cropped.
+        macro_precision, macro_recall, macro_f1: means of the classes with images, in percent; macro_recall is the
+            balanced accuracy. None in files of earlier versions.
+        classes: the figures of each of the network's classes; None in files of earlier versions.
+        tta: the test-time augmentation, "flip", or None.
     """
 
     crop: int
@@ -28,6 +48,11 @@ class CropResult(Options):
     correct5: int
     count: int
     protocol: str
+    macro_precision: float | None = None
+    macro_recall: float | None = None
+    macro_f1: float | None = None
+    classes: dict[str, ClassResult] | None = None
+    tta: str | None = None
 
 
 class Results(Options):
@@ -147,6 +172,7 @@ class Measured:
         recipe: the recipe of the weights, or their source.
         protocol: how the images were resized and cropped.
         source: the file with this figure.
+        tta: the test-time augmentation, or None. Accuracies with one do not stand beside the paper's.
     """
 
     model: str
@@ -157,6 +183,7 @@ class Measured:
     recipe: str
     protocol: str
     source: str
+    tta: str | None = None
 
 
 @dataclass(frozen=True)

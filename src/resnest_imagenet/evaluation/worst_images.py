@@ -1,4 +1,4 @@
-"""The images in which a detector errs most, with their objects and what it has found."""
+"""Finds the images with the most errors of a detector, with their objects and detections."""
 
 import os
 from collections import Counter
@@ -27,7 +27,7 @@ class NamedBoxes:
     Attributes:
         boxes: float64 (n, 4), x1 y1 x2 y2 in pixels of the image.
         labels: int64 (n,).
-        notes: n texts, what is wrong with each; "" where nothing is.
+        notes: n texts: what is wrong with each; "" if nothing is.
         scores: float64 (n,); None: of objects.
         masks: n of bool (H, W); None: boxes only.
     """
@@ -45,9 +45,9 @@ class WorstImage:
 
     Attributes:
         row: its line of images.csv.
-        pixels: uint8 (H, W, 3), upright; None where there is a fault.
-        truth: its objects, with crowds; the same.
-        detections: with a score of at least `SHOWN`, the most certain first; the same.
+        pixels: uint8 (H, W, 3), upright; None if there is a fault.
+        truth: its objects, with crowds; None likewise.
+        detections: with a score of at least `SHOWN`, the most certain first; None likewise.
         wrong: how many of these are wrong, by the kind of error.
         fault: why it cannot be shown, in one line; "" otherwise.
     """
@@ -62,7 +62,7 @@ class WorstImage:
 
 @dataclass(frozen=True, eq=False)
 class WorstImages:
-    """The images with the most faults, the most first.
+    """The images with the most errors, the worst first.
 
     Attributes:
         images: of the evaluation.
@@ -74,7 +74,7 @@ class WorstImages:
 
 
 def rank_images(rows: Sequence[ImageRow], count: int = COUNT) -> list[ImageRow]:
-    """Return the images with the most objects that are not found and detections that are wrong, the most first."""
+    """Return the images with the most missed objects and wrong detections, the worst first."""
     return sorted(filter(lambda row: row.num_faults > 0, rows), key=lambda row: -row.num_faults)[:count]
 
 
@@ -93,6 +93,13 @@ def find_worst_images(
     Raises:
         UserError: the data set cannot be read, or is another one than that of the evaluation.
     """
+    return view_rows(files, rank_images(files.images, count), root, json, images)
+
+
+def view_rows(
+    files: BoxFiles, rows: Sequence[ImageRow], root: str, json: str | None = None, images: str | None = None
+) -> WorstImages:
+    """Read some images of an evaluation as `find_worst_images` does; `rows` are theirs."""
     masks = files.has_masks
     instances = open_coco(root, "val", json, images, masks=masks)
     truth = open_ground_truth(instances, masks=masks)
@@ -100,7 +107,6 @@ def find_worst_images(
         raise DataError(f"{instances.json}: its classes are not those of the evaluation")
     table = read_results(files.detections, truth)
     places = {os.path.abspath(instances.images.name(index)): index for index in range(len(instances))}
-    rows = rank_images(files.images, count)
     chosen = [places[row.file] for row in rows if row.file in places]
     table = table.select(np.isin(table.images, chosen))
     errors = find_errors(table, truth, "box")

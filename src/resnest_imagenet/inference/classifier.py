@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.data.loader import Loader
+from resnest_imagenet.data.loader import Loader, build_loader
+from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.distributed import choose_device, launched_as
 from resnest_imagenet.evaluation.accuracy import require_finite
-from resnest_imagenet.inference.options import check_arguments, take_network
+from resnest_imagenet.evaluation.operators import choose_for_inference
+from resnest_imagenet.inference.options import Arguments, check_arguments, take_network
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.imagenet_classes import class_words
 from resnest_imagenet.models.zoo import count_outputs, usual_crop
@@ -111,7 +114,7 @@ def choose_transforms(
         crops: in pixels; None: only the weights' own.
         protocol: changes to the weights' own protocol, by the names of `EvalTransform`.
     """
-    own = EvalTransform.of(weights.crop or usual_crop(name), weights.protocol or ())
+    own = EvalTransform.of(weights.crop or usual_crop(name), weights.protocol or (), weights.mean, weights.std)
     transforms = [replace(own, crop=crop, **protocol) for crop in crops or [own.crop]]
     trained = (weights.training or {}).get("crop")
     other_crops = [str(crop) for crop in crops or () if weights.crop is not None and crop not in (own.crop, trained)]
@@ -146,6 +149,27 @@ def find_outputs(names: Sequence[str], classes: Sequence[str]) -> list[list[int]
 
 def _simplify(words: str) -> str:
     return words.lower().replace("_", " ").replace("-", " ").strip()
+
+
+def load_in_order(
+    classifiers: Sequence[Classifier], images: ImageSource, arguments: Arguments, needs_gradients: bool = False
+) -> Loader:
+    """Return the loader of images, in order, for classifiers of the same transform and device.
+
+    The operators of the device are chosen here, before any of them computes.
+
+    Args:
+        classifiers: at least one.
+        images: that can be decoded.
+        arguments: batch_size, precision, loader and workers of the caller.
+        needs_gradients: whether the caller computes gradients of the logits.
+    """
+    transform, device = classifiers[0].transform, classifiers[0].device
+    for classifier in classifiers:
+        size = (arguments.batch_size, transform.crop, transform.crop)
+        choose_for_inference(classifier.module, size, arguments.precision, images, arguments.loader, needs_gradients)
+    plan = plan_evaluation(len(images), arguments.batch_size, 0, 1)
+    return build_loader(arguments.loader, images, plan, transform, device, arguments.workers)
 
 
 @torch.inference_mode()

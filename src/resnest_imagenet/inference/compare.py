@@ -10,17 +10,17 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, device
 from tqdm import tqdm
 
 from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import ImageFolder
-from resnest_imagenet.data.loader import build_loader
-from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.source import ImageSource
+from resnest_imagenet.data.transforms import EvalTransform
 from resnest_imagenet.errors import ConfigError, DataError, printable
+from resnest_imagenet.evaluation.accuracy import TOP
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, take_classifier
+from resnest_imagenet.inference.classifier import Classifier, compute_probabilities, load_in_order, take_classifier
 from resnest_imagenet.inference.images import list_classified_images
 from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.inference.options import check_arguments
@@ -29,6 +29,9 @@ from resnest_imagenet.models.imagenet_classes import class_words, short_class_na
 
 if TYPE_CHECKING:
     from resnest_imagenet.inference.detector import Detector  # it imports torchvision
+
+
+CHANCE = 0.05  # a difference that chance makes more often than this is none
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Comparison:
         is_right: (M, N) bool, whether the true class is the likeliest.
         protocols: how each network sees an image.
         skipped: a line for each image that cannot be used; these are not among the N.
+        has_top5: whether a network has more than five classes; with fewer, every image is among the five likeliest.
     """
 
     names: tuple[str, ...]
@@ -56,6 +60,7 @@ class Comparison:
     is_right: np.ndarray
     protocols: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    has_top5: bool = True
 
     @property
     def disagreements(self) -> np.ndarray:
@@ -99,17 +104,15 @@ def compare(
     if not len(usable):
         raise DataError(skipped[0])
     judgements = [_Judgement(classifier, usable) for classifier in classifiers]
-    plan = plan_evaluation(len(usable), arguments.batch_size, 0, 1)
     # Networks with the same transform share the decoded images.
-    groups: dict[tuple[object, object], list[_Judgement]] = {}
+    groups: dict[tuple[EvalTransform, device], list[_Judgement]] = {}
     for judgement in judgements:
         classifier = judgement.classifier
         groups.setdefault((classifier.transform, classifier.device), []).append(judgement)
     with tqdm(total=len(usable) * len(groups), unit="image", disable=None, dynamic_ncols=True, leave=False) as progress:
         for group in groups.values():
             alike = [judgement.classifier for judgement in group]
-            transform, device = alike[0].transform, alike[0].device
-            batches = build_loader(arguments.loader, usable, plan, transform, device, arguments.workers)
+            batches = load_in_order(alike, usable, arguments)
             for batch in compute_probabilities(alike, batches, precision, usable.name):
                 for judgement, probabilities in zip(group, batch, strict=True):
                     judgement.add(probabilities)
@@ -124,6 +127,7 @@ def compare(
         np.stack([judgement.is_right for judgement in judgements]),
         tuple(classifier.transform.protocol for classifier in classifiers),
         tuple(skipped),
+        any(len(classifier.classes) > TOP for classifier in classifiers),
     )
 
 
@@ -145,7 +149,7 @@ class _Judgement:
         part = slice(self._done, self._done + len(probabilities))
         self._done = part.stop
         truth = self._labels[part]
-        best = probabilities.topk(min(5, probabilities.shape[1])).indices.numpy()
+        best = probabilities.topk(min(TOP, probabilities.shape[1])).indices.numpy()
         self.probabilities[part] = probabilities.numpy()[np.arange(len(truth)), truth]
         self.predicted[part] = [self._described[index] for index in best[:, 0]]
         self.in_top5[part] = (best == truth[:, None]).any(1)
@@ -187,7 +191,8 @@ def format_comparison(comparison: Comparison) -> str:
     lines.append(line("total", str(count), [f"{p:.2f}  {count - p:.2f}" for p in totals]))
     lines.append(line("average", "", [f"{p / count:.4f}  {1 - p / count:.4f}" for p in totals]))
     lines.append(line("top-1 %", "", [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)]))
-    lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
+    if comparison.has_top5:
+        lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
     return "\n".join([*lines, *map(printable, (*describe_protocols(comparison), *describe_pairs(comparison)))])
 
 
@@ -196,6 +201,19 @@ def describe_protocols(comparison: Comparison) -> list[str]:
     if len(set(comparison.protocols)) == 1:
         return [comparison.protocols[0]]
     return [f"{name}: {protocol}" for name, protocol in zip(comparison.names, comparison.protocols, strict=True)]
+
+
+def describe_verdict(comparison: Comparison) -> str:
+    """Return what came of the comparison in a sentence: each network's top-1, and whether two of them differ."""
+    names, top1 = comparison.names, 100 * comparison.is_right.mean(1)
+    figures = [f"{name} {value:.2f} %" for name, value in zip(names, top1, strict=True)]
+    text = f"{' against '.join(figures)} of {comparison.is_right.shape[1]:,} images"
+    if len(names) != 2:
+        return text
+    first, second = comparison.is_right
+    p = mcnemar_p(int((first & ~second).sum()), int((second & ~first).sum()))
+    text += ", p < 0.001" if p < 0.001 else f", p = {p:.2g}"
+    return text if p < CHANCE else f"{text}: no difference that these images show"
 
 
 def describe_pairs(comparison: Comparison) -> list[str]:

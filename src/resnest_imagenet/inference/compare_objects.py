@@ -1,4 +1,4 @@
-"""Several detectors on the same images: where the objects that they find differ."""
+"""Compares the objects that several detectors find in the same images."""
 
 import csv
 import io
@@ -20,30 +20,30 @@ from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 
-MATCHING = 0.5  # IoU of the boxes from which on two detections of a class are of the same object
+MATCHING = 0.5  # lowest IoU of the boxes at which two detections of a class match
 
 
 @dataclass(frozen=True, eq=False)
 class ObjectComparison:
-    """What M detectors find in N images.
+    """The detections of M networks in N images.
 
-    Two detections match where they are of the same class and their boxes overlap with an IoU of .5 or more; each
-    matches one of another network at most, those of the highest IoU first.
+    Two detections match if they have the same class and their boxes have an IoU of .5 or more. Each matches at most one
+    detection of another network; pairs with the highest IoU match first.
 
     Attributes:
         names: of the networks, all different.
         images: the N images.
         classes: K names, in the order of the class indices, the same for all networks.
-        score: that all detections are above.
-        objects: for each image what each network finds, without the picture.
-        shared: for each image and network bool (n,): whether a detection matches one of every other network.
-        differing: (N,) float64, over all pairs of networks the share of the detections that do not match; 0 where
-            nothing is found.
-        num_detections: (M, K) int64, of each network and class in all images.
-        agreement: (K,) float64, over all pairs of networks the detections of a class that match, in percent; NaN where
-            it is not found.
-        skipped: a line for each image that cannot be used; it is none of the N.
-        protocols: how each network sees an image.
+        score: all detections have a higher one.
+        objects: the detections of each network in each image, without its pixels.
+        shared: for each image and network, bool (n,): whether a detection matches one of every other network.
+        differing: (N,) float64, the share of the detections that do not match, over all pairs of networks; 0 if nothing
+            is found.
+        num_detections: (M, K) int64, by network and class, in all images.
+        agreement: (K,) float64, the share of a class's detections that match, in percent, over all pairs of networks;
+            NaN if the class is not found.
+        skipped: a line for each image that cannot be used; the N do not include it.
+        protocols: how images are shown to each network, in words.
     """
 
     names: tuple[str, ...]
@@ -79,25 +79,25 @@ def compare_objects(
     Args:
         networks: two or more, each of `open_detector`, or a source that it takes; their classes are the same.
         images: files, folders or patterns such as "photos/**/*.jpg", one or several.
-        score: that detections are above, 0 to below 1; see `detect`.
+        score: detections have a higher one, 0 to below 1; see `detect`.
         precision: fp32, bf16 or fp16.
 
     Raises:
         DataError: no image can be used.
-        ConfigError: less than two networks, or their classes differ.
-        UserError: for what else a user can cause, as one line.
+        ConfigError: fewer than two networks, or their classes differ.
+        UserError: for other errors that a user can cause, as one line.
     """
-    asked = check_arguments(score=score, precision=precision)
+    arguments = check_arguments(score=score, precision=precision)
     if isinstance(networks, str | PathLike | Detector) or len(networks) < 2:
         raise ConfigError("networks: give two networks or more")
     listed = list_images(images)
-    detectors = [open_above(network, asked.score) for network in networks]
+    detectors = [open_above(network, arguments.score) for network in networks]
     require_same_classes(detectors)
     usable, skipped = split_unreadable(listed)
     if not len(usable):
         raise DataError(skipped[0])
     count = _Count(len(detectors), len(detectors[0].classes))
-    detected = [DetectedImages(detector, usable, (), asked.score, asked.precision) for detector in detectors]
+    detected = [DetectedImages(detector, usable, (), arguments.score, arguments.precision) for detector in detectors]
     rows = tqdm(
         zip(*detected, strict=True), total=len(usable), unit="image", disable=None, dynamic_ncols=True, leave=False
     )
@@ -107,7 +107,7 @@ def compare_objects(
         distinguish(detectors),
         usable,
         detectors[0].classes,
-        asked.score,
+        arguments.score,
         tuple(count.objects),
         tuple(count.shared),
         np.array(count.differing),
@@ -119,7 +119,7 @@ def compare_objects(
 
 
 class _Count:
-    """What is counted image by image; the attributes are those of `ObjectComparison`."""
+    """Counts image by image; the attributes are those of `ObjectComparison`."""
 
     def __init__(self, num_networks: int, num_classes: int) -> None:
         self.objects: list[tuple[DetectedImage, ...]] = []
@@ -129,7 +129,7 @@ class _Count:
         self._matched = np.zeros(num_classes, np.int64)  # pairs of detections
 
     def add(self, row: Sequence[DetectedImage]) -> None:
-        """Take what each network finds in the next image."""
+        """Add the next image, with the detections of each network."""
         shared = [np.ones(len(image), bool) for image in row]
         num_matched = 0
         for first, second in itertools.combinations(range(len(row)), 2):
@@ -141,11 +141,11 @@ class _Count:
             num_matched += len(pairs)
             self._matched += np.bincount(row[first].labels[pairs[:, 0]], minlength=len(self._matched))
         self.num_detections += np.stack([np.bincount(image.labels, minlength=len(self._matched)) for image in row])
-        # Each detection is in a pair with each other network.
+        # Each detection can match one of each other network.
         total = (len(row) - 1) * sum(map(len, row))
         self.differing.append(1 - 2 * num_matched / total if total else 0.0)
         self.shared.append(tuple(shared))
-        # Pictures of a folder are gigabytes.
+        # Drop the pixels: those of a whole folder are gigabytes.
         nothing = np.zeros((0, 0, 3), np.uint8)
         self.objects.append(tuple(replace(image, pixels=nothing) for image in row))
 
@@ -156,7 +156,7 @@ class _Count:
 
 
 def match_detections(first: DetectedImage, second: DetectedImage) -> np.ndarray:
-    """Return the pairs of detections of two networks that match, int64 (p, 2): those of the highest IoU first."""
+    """Return the matching pairs of detections of two networks, int64 (p, 2), the highest IoU first."""
     overlaps = measure_ious(first.boxes, second.boxes)
     overlaps[first.labels[:, None] != second.labels] = 0
     rows, columns = np.nonzero(overlaps >= MATCHING)
@@ -171,7 +171,7 @@ def match_detections(first: DetectedImage, second: DetectedImage) -> np.ndarray:
 
 
 def measure_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the IoU of each box (n, 4) with each of others (m, 4), x1 y1 x2 y2, float64 (n, m)."""
+    """Return the IoU of each of n boxes (n, 4) with each of m boxes (m, 4), x1 y1 x2 y2: float64 (n, m)."""
     low = np.maximum(first[:, None, :2], second[:, :2])
     high = np.minimum(first[:, None, 2:], second[:, 2:])
     common = (high - low).clip(0).prod(2)
@@ -180,7 +180,7 @@ def measure_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def format_objects_compared(comparison: ObjectComparison) -> str:
-    """Return tables for people: the classes by their agreement, and the images that differ most."""
+    """Return tables for people: the classes by agreement, and the images whose detections differ most."""
     names = tuple(map(printable, comparison.names))
     widths = [max(len(name), 10) for name in names]
     heads = "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
@@ -200,13 +200,13 @@ def format_objects_compared(comparison: ObjectComparison) -> str:
 
 
 def list_classes_by_agreement(comparison: ObjectComparison) -> list[int]:
-    """Return the class indices that are found, the highest agreement first."""
+    """Return the indices of the classes that were found, the highest agreement first."""
     order = np.argsort(-comparison.agreement, kind="stable")
     return [label for label in order.tolist() if comparison.num_detections[:, label].any()]
 
 
 def describe_objects(comparison: ObjectComparison) -> str:
-    """Return a line about how much the detections differ."""
+    """Return one line: how much the detections differ."""
     differing = comparison.differing
     return (
         f"{100 * differing.mean():.2f} % of the detections above {comparison.score:g} do not match (same class, IoU "
@@ -215,7 +215,7 @@ def describe_objects(comparison: ObjectComparison) -> str:
 
 
 def encode_object_csv(comparison: ObjectComparison) -> str:
-    """Return a row for each image: the share of its detections that differs; how many each network has, and alone."""
+    """Return a CSV row for each image: the share of detections that differ, and each network's numbers of them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     heads = [f"{name} {what}" for name in comparison.names for what in ("detections", "without a match")]

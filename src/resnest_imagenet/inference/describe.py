@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from resnest_imagenet.data.transforms import MEAN, STD, EvalTransform
+from resnest_imagenet.data.transforms import MEAN, STD, Colour, EvalTransform
 from resnest_imagenet.inference.classifier import choose_transforms
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.inference.segmenter import read_protocol
@@ -32,7 +32,7 @@ def describe_input(
 
 def describe_transform(transform: EvalTransform) -> ImageInput:
     """Return in other programs' words what a transform makes of an image."""
-    mean, std = _scale_normalisation()
+    mean, std = _scale_normalisation(transform.mean, transform.std)
     return ImageInput(
         transform.crop,
         transform.resolved_ratio,
@@ -71,7 +71,7 @@ def describe_scene_input(weights: Weights, crop: int) -> dict[str, str]:
     )
 
 
-def _scale_normalisation() -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _scale_normalisation(mean: Colour = MEAN, std: Colour = STD) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of red, green and blue in 0..1."""
-    mean, std = (tuple(round(value / 255, 3) for value in values) for values in (MEAN, STD))
-    return mean, std
+    scaled = [tuple(round(value / 255, 6) for value in values) for values in (mean, std)]
+    return scaled[0], scaled[1]

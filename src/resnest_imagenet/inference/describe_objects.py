@@ -1,4 +1,4 @@
-"""How images become a detector's input, as another program needs it."""
+"""Describes a detector's input and output for other programs."""
 
 from resnest_imagenet.inference.detector import read_protocol
 from resnest_imagenet.models.zoo import find_pixels
@@ -9,11 +9,11 @@ from resnest_imagenet.weights.load import Weights
 
 
 def describe_object_input(weights: Weights, protocol: BoxProtocolOptions | None = None) -> dict[str, str]:
-    """Return what another program needs to use a detector, as texts: numbers and lists in JSON.
+    """Return what another program must do to use a detector, as texts: numbers and lists are in JSON.
 
     Args:
         weights: of a run's checkpoint.
-        protocol: how it is to see images; None: its run's.
+        protocol: how to show it images; None: its run's.
 
     Raises:
         CheckpointError: its configuration has no protocol.

@@ -1,4 +1,4 @@
-"""The objects in single images."""
+"""Finds the objects in images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,18 +19,19 @@ from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.evaluation.accuracy import require_finite
 from resnest_imagenet.evaluation.detections import bring_back, is_finite
 from resnest_imagenet.evaluation.masks import decode_mask, encode_masks
+from resnest_imagenet.evaluation.operators import choose_for_inference
 from resnest_imagenet.inference.detector import Detector, open_detector, take_detector
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.instances import Detections
 from resnest_imagenet.models.zoo import find_pixels
 
-SCORE = 0.5  # that objects are above, unless another one is given
+SCORE = 0.5  # objects have a higher one, unless another threshold is given
 
 
 @dataclass(frozen=True, eq=False)
 class _DecodedMasks(Sequence[np.ndarray]):
-    """The pixels of masks, by their run-length codes."""
+    """Masks as pixels, decoded from their run-length codes on access."""
 
     codes: tuple[bytes, ...]
     size: tuple[int, int]
@@ -51,15 +52,15 @@ class _DecodedMasks(Sequence[np.ndarray]):
 
 @dataclass(frozen=True, eq=False)
 class DetectedImage:
-    """What a network finds in one image: n objects, the most certain first.
+    """The n objects that a network finds in one image, the most certain first.
 
     Attributes:
-        file: the image's.
+        file: of the image.
         pixels: of the image, upright by its EXIF orientation, uint8 (H, W, 3).
         boxes: float64 (n, 4), x1 y1 x2 y2 in pixels of the image.
         scores: float64 (n,), 0..1, descending.
         labels: int64 (n,), class indices.
-        masks: n compressed run-length codes of the whole image, as pycocotools has them; None: boxes only.
+        masks: n compressed run-length codes of the whole image, in pycocotools' form; None: boxes only.
     """
 
     file: str
@@ -80,19 +81,19 @@ class DetectedImage:
 
     @property
     def decoded_masks(self) -> Sequence[np.ndarray] | None:
-        """The n masks, bool (H, W), each decoded when it is asked for: many take more memory than the image."""
+        """The n masks, bool (H, W), decoded one by one on access: together they may take more memory than the image."""
         return None if self.masks is None else _DecodedMasks(self.masks, self.size)
 
 
 @dataclass(frozen=True)
 class DetectedImages:
-    """What a network finds in N images, in order; each is computed when it is reached.
+    """The objects that a network finds in N images, in order; the iteration computes them one by one.
 
     Attributes:
         detector: the network.
         images: the N images.
-        skipped: a line for each image that cannot be used; it is none of the N.
-        score: that all objects are above.
+        skipped: a line for each image that cannot be used; the N do not include it.
+        score: all objects have a higher one.
         precision: fp32, bf16 or fp16.
     """
 
@@ -114,13 +115,13 @@ class DetectedImages:
         for index, file in enumerate(self.files):
             try:
                 picture = decode_upright(self.images.read(index))
-            except BadImage as error:  # it has changed since it was looked at
+            except BadImage as error:  # the file has changed since it was checked
                 raise DataError(f"{file}: {error}") from error
             yield self._describe(file, picture, self._find(file, picture))
 
     @torch.inference_mode()
     def _find(self, file: str, picture: Image.Image) -> Detections:
-        """Return what is found in an image, in its own pixels."""
+        """Return the detections in an image, in its own pixels."""
         detector, protocol = self.detector, self.detector.protocol
         original = (picture.height, picture.width)
         size = scale_short_side(*original, protocol.short_side, protocol.longest)
@@ -150,28 +151,30 @@ def detect(
     Args:
         network: of `open_detector`, or a source that it takes.
         images: files, folders or patterns such as "photos/**/*.jpg", one or several.
-        score: objects have a higher one, 0 to below 1. A network that is named is opened with it in place of the
-            protocol's `min_score`; one that is opened finds nothing below its own.
+        score: objects have a higher one, 0 to below 1. A network given as a source is opened with this `min_score`; one
+            that is open already finds nothing below its own.
         precision: fp32, bf16 or fp16.
 
     Returns:
-        The images with their objects, to be iterated over, and a line for each image that was skipped.
+        The images with their objects, to iterate over, and a line for each image that was skipped.
 
     Raises:
-        UserError: for what a user can cause, as one line; for what is wrong with an image when it is reached.
+        UserError: for what a user can cause, as one line; for a fault of an image when the iteration reaches it.
     """
-    asked = check_arguments(score=score, precision=precision)
+    arguments = check_arguments(score=score, precision=precision)
     listed = list_images(images)
-    detector = open_above(network, asked.score)
+    detector = open_above(network, arguments.score)
     usable, skipped = split_unreadable(listed)
-    return DetectedImages(detector, usable, tuple(skipped), asked.score, asked.precision)
+    size = (detector.protocol.short_side, detector.protocol.longest)
+    choose_for_inference(detector.module, (1, *size), arguments.precision)
+    return DetectedImages(detector, usable, tuple(skipped), arguments.score, arguments.precision)
 
 
 def open_above(network: Detector | str | PathLike[str], score: float) -> Detector:
-    """Return a detector that finds all objects above a score; one that is named is opened for it.
+    """Return a detector that finds all objects above a score; a source is opened with that score.
 
     Raises:
-        ConfigError: it was opened with a higher `min_score`.
+        ConfigError: the detector was opened with a higher `min_score`.
         UserError: see `open_detector`.
     """
     if isinstance(network, str | PathLike):
@@ -192,7 +195,7 @@ def format_objects(image: DetectedImage, classes: Sequence[str], top: int) -> st
     Args:
         image: of `DetectedImages`.
         classes: names, in the order of the indices.
-        top: the largest number of objects; a line has the number of the others.
+        top: largest number of objects; a last line counts the others.
     """
     names = [printable(classes[label]) for label in image.labels[:top].tolist()]
     width = max(map(len, names), default=0)

@@ -1,4 +1,4 @@
-"""Trained networks that find objects."""
+"""Opens trained detectors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ from resnest_imagenet.weights.published_rcnn import adopt_rcnn
 
 @dataclass(frozen=True)
 class Detector:
-    """A network that is not trained any further.
+    """A trained detector, for evaluation and prediction.
 
     Attributes:
-        weights: what is known of them; the tensors themselves are the module's.
+        weights: their description; the module has the tensors.
         name: of the backbone.
         classes: of its outputs, in order.
-        protocol: how it sees images, and which of its detections count.
-        module: maps normalised images (B, 3, H, W) and the sizes within to `Detections`.
+        protocol: how images are shown to it, and which of its detections count.
+        module: maps normalised images (B, 3, H, W) and their sizes without padding to `Detections`.
     """
 
     weights: Weights
@@ -40,17 +40,17 @@ class Detector:
 
     @property
     def source(self) -> str:
-        """Where its weights are from, as the user gave it."""
+        """The source of its weights, as the user gave it."""
         return self.weights.source
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its parameters."""
         return next(self.module.parameters()).device
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """The numbers of the classes in files of COCO's form: the data set's own, or 1 to K."""
+        """The numbers of the classes in files in COCO's form: the data set's own, or 1 to K."""
         return tuple(self.weights.category_ids or range(1, len(self.classes) + 1))
 
     @property
@@ -70,42 +70,43 @@ def open_detector(
     protocol: BoxProtocolOptions | Mapping[str, Any] | None = None,
     device: str | torch.device = "auto",
 ) -> Detector:
-    """Read a network to evaluate or predict with.
+    """Open a detector for evaluation or prediction.
 
     Args:
-        source: a checkpoint of a run of this task, a file of another program's detector (`adopt_rcnn`), or what
-            `read_weights` has made of it.
-        choice: "model", "ema" (the moving average), or "auto": the moving average where there is one.
-        protocol: how it is to see images, or what is not its run's of short_side, longest, min_score, nms and
-            detections; None: as in its run's evaluation after each epoch, or as published detectors are tested.
-        device: where it computes: "auto", "cpu", "cuda", "cuda:1", "mps", or torch's own.
+        source: a checkpoint of a run of detection, a file of another program's detector (`adopt_rcnn`), or the result
+            of `read_weights` for one.
+        choice: "model", "ema" (the moving average), or "auto": the moving average if there is one.
+        protocol: how to show it images; a mapping has those of short_side, longest, min_score, nms and detections that
+            differ from its run. None: as in its run's evaluation after each epoch, or as published detectors are
+            tested.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device.
 
     Returns:
-        The network, in evaluation mode; its parameters need no gradients.
+        The detector, in evaluation mode, without gradients.
 
     Raises:
         UserError: the weights cannot be read or do not fit, the protocol is not valid, or there is no such device.
     """
-    place_on = choose_device(device)
+    chosen = choose_device(device)
     weights = source if isinstance(source, Weights) else read_weights(source, choice, (DETECTION,))
     weights = adopt_rcnn(weights)
-    shown = read_protocol(weights, protocol)
-    module = restore_rcnn(weights, shown.model_dump()).eval().requires_grad_(False)
-    place(module, place_on)
+    options = read_protocol(weights, protocol)
+    module = restore_rcnn(weights, options.model_dump()).eval().requires_grad_(False)
+    place(module, chosen)
     assert weights.model and weights.classes
     described = replace(weights, tensors={})
-    return Detector(described, weights.model, tuple(weights.classes), shown, module)
+    return Detector(described, weights.model, tuple(weights.classes), options, module)
 
 
 def take_detector(network: Detector | str | PathLike[str]) -> Detector:
-    """Return the network that a library function was given; see `take_network`."""
+    """Return the detector that a library function was called with, opened; see `take_network`."""
     return take_network(network, Detector, open_detector)
 
 
 def read_protocol(
     weights: Weights, protocol: BoxProtocolOptions | Mapping[str, Any] | None = None
 ) -> BoxProtocolOptions:
-    """Return how a run's network sees images, and which of its detections count.
+    """Return how images are shown to a run's detector, and which of its detections count.
 
     Args:
         weights: of the run's checkpoint.

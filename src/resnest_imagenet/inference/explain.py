@@ -1,10 +1,11 @@
 """Explains a classifier's decision: where in an image it finds a class, and how its blocks weight their splits."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 from resnest_imagenet.compute import autocast
 from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.folder import ImageFolder
-from resnest_imagenet.data.loader import Loader, build_loader, to_pixels
-from resnest_imagenet.data.plan import plan_evaluation
+from resnest_imagenet.data.loader import Loader, to_pixels
 from resnest_imagenet.errors import ConfigError, name_extra, suggest
 from resnest_imagenet.evaluation.accuracy import require_finite
-from resnest_imagenet.inference.classifier import Classifier, find_outputs, take_classifier
+from resnest_imagenet.inference.classifier import Classifier, find_outputs, load_in_order, take_classifier
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.models.imagenet_classes import class_words, short_class_names
 from resnest_imagenet.models.split_attention import SplitAttention
 from resnest_imagenet.models.zoo import find_head
+
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+PLACES = 7  # of a map's side, at least, as layer4 has at 224 pixels
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,10 @@ class Explanations:
 
     def __iter__(self) -> Iterator[Explanation]:
         if len(self.images):
-            plan = plan_evaluation(len(self.images), self.batch_size, 0, 1)
-            transform, device = self.classifier.transform, self.classifier.device
-            yield from self._explain(build_loader(self.loader, self.images, plan, transform, device, self.workers))
+            arguments = check_arguments(
+                batch_size=self.batch_size, precision=self.precision, loader=self.loader, workers=self.workers
+            )
+            yield from self._explain(load_in_order([self.classifier], self.images, arguments, needs_gradients=True))
 
     def _explain(self, loader: Loader) -> Iterator[Explanation]:
         names = short_class_names(self.classifier.classes)
@@ -111,7 +115,8 @@ class Explanations:
             chosen = self._choose_classes(probabilities)
             # Maps are computed in float32 at any precision: fp16 would lose small gradients.
             evidence = torch.stack([map_evidence(model, self.layer, batch, classes) for classes in chosen.T], 1)
-            maps_of_batch, pixels = evidence.cpu().numpy(), to_pixels(batch)
+            transform = self.classifier.transform
+            maps_of_batch, pixels = evidence.cpu().numpy(), to_pixels(batch, transform.mean, transform.std)
             weights = {block: values.cpu().numpy() for block, values in attention.items()}
             for row, classes in enumerate(chosen.tolist()):
                 maps = tuple(
@@ -134,7 +139,7 @@ def explain(
     images: Images,
     top: int = 1,
     target: str | int | None = None,
-    layer: str = "layer4",
+    layer: str | None = None,
     *,
     batch_size: int = 16,
     precision: str = "fp32",
@@ -148,7 +153,8 @@ def explain(
         images: files, folders or patterns such as "photos/**/*.jpg", one or several.
         top: number of the likeliest classes to map.
         target: the class to map instead, as `find_class` takes it.
-        layer: "layer1" to "layer4", or another module with maps: earlier layers give finer maps, but rougher evidence.
+        layer: "layer1" to "layer4", or another module with maps: earlier layers give finer maps, but rougher evidence;
+            None: of `choose_layer`.
         batch_size: images at a time.
         precision: of the probabilities and the attention, fp32, bf16 or fp16; the maps are fp32.
         loader: decodes the images: "auto", "dali" or "torchvision".
@@ -164,6 +170,8 @@ def explain(
     arguments = check_arguments(top=top, batch_size=batch_size, precision=precision, loader=loader, workers=workers)
     listed = list_images(images)
     classifier = take_classifier(network)
+    if layer is None:
+        layer = choose_layer(classifier)
     if layer not in dict(classifier.module.named_modules()):
         raise ConfigError(f"layer={layer}: {classifier.name} has no layer of that name")
     if layer in ("", find_head(classifier.name)):
@@ -182,6 +190,26 @@ def explain(
         arguments.loader,
         arguments.workers,
     )
+
+
+def choose_layer(classifier: Classifier) -> str:
+    """Return the deepest layer whose maps have at least 7 x 7 places at the classifier's crop; layer1 if none has.
+
+    A map of 2 x 2 places, as of layer4 at 56 pixels, is a wash of colour that shows nothing.
+    """
+    model, crop, device = classifier.module, classifier.transform.crop, classifier.device
+    modules, sizes = dict(model.named_modules()), dict[str, int]()
+    if not modules.keys() >= set(LAYERS):
+        return LAYERS[-1]
+
+    def measure(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, inputs, output: sizes.update({name: min(output.shape[-2:])})
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for name in LAYERS:
+            hooks.callback(modules[name].register_forward_hook(measure(name)).remove)
+        model(torch.zeros(1, 3, crop, crop, device=device))
+    return next((name for name in reversed(LAYERS) if sizes[name] >= PLACES), LAYERS[0])
 
 
 def require_captum() -> None:

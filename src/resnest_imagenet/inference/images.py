@@ -1,7 +1,9 @@
 """Lists the images for inference, and checks what can be checked before any is read."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
+from os.path import isdir, lexists
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,11 +12,13 @@ import torch
 from resnest_imagenet.compute import keep_freed_memory
 from resnest_imagenet.data.folder import ImageFolder, find_images, read_image_folder
 from resnest_imagenet.data.loader import choose_loader
-from resnest_imagenet.data.source import print_notes
+from resnest_imagenet.data.parts import ClassifiedData
+from resnest_imagenet.data.source import ImageSource, print_notes
 from resnest_imagenet.distributed import choose_device, launched_as
-from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.errors import ConfigError, DataError, printable
 from resnest_imagenet.files import require_writable
 from resnest_imagenet.models.zoo import require_model
+from resnest_imagenet.weights.load import Weights
 
 Images: TypeAlias = ImageFolder | str | PathLike[str] | Sequence[str | PathLike[str]]
 
@@ -47,6 +51,10 @@ def list_classified_images(folder: str | PathLike[str]) -> ImageFolder:
         raise ConfigError(
             f"images is a {type(folder).__name__}: give the path of a folder that has one folder per true class"
         )
+    if not lexists(folder):
+        raise DataError(f"images={fspath(folder)}: no such file or folder")
+    if not isdir(folder):
+        raise DataError(f"images={fspath(folder)}: not a folder: give one that has one folder per true class")
     path = Path(folder).absolute()
     return list_part(str(path.parent), path.name, "images")
 
@@ -57,6 +65,24 @@ def list_part(root: str, name: str, option: str) -> ImageFolder:
     if launched_as().rank == 0:
         print_notes(listed)
     return listed
+
+
+def open_own_val(data: ClassifiedData, weights: Weights) -> ImageSource:
+    """List the images of validation of a data set, where it names none those of the weights' run.
+
+    On rank 0, notes on stderr name skipped files, and the options that are the run's.
+
+    Raises:
+        DataError: there are none.
+    """
+    own = data.adopt((weights.run or {}).get("data"))
+    images = own.open_val()
+    if launched_as().rank == 0:
+        print_notes(images)
+        if own != data:
+            line = f"{weights.source}: as in its run, {len(images):,} images of {own.root} by {own.describe_split()}"
+            print(printable(line), file=sys.stderr)
+    return images
 
 
 def prepare_inference(

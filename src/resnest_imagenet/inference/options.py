@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from resnest_imagenet.config import OwnProtocolOptions
 from resnest_imagenet.errors import ConfigError, suggest
-from resnest_imagenet.options import Crop, Fraction, Options, Positive, Precision
+from resnest_imagenet.options import Crop, Fraction, Layer, Options, Positive, Precision, Tta
 
 
 def _as_integer(value: Any) -> Any:
@@ -40,6 +40,8 @@ class Arguments(Options):
     batch_size: Annotated[Positive, _INTEGER] = 1
     score: Fraction = 0.5
     precision: Precision = "fp32"
+    tta: Tta = None
+    layer: Layer = "layer4"
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     workers: Annotated[int, Field(ge=0), _INTEGER] | None = None
 

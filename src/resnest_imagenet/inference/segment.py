@@ -13,10 +13,11 @@ from resnest_imagenet.data.examine import split_unreadable
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.errors import DataError, printable
 from resnest_imagenet.evaluation.accuracy import require_finite
+from resnest_imagenet.evaluation.operators import choose_for_inference
 from resnest_imagenet.evaluation.regions import RegionProtocol, score_pixels
 from resnest_imagenet.inference.images import Images, list_images
 from resnest_imagenet.inference.options import check_arguments
-from resnest_imagenet.inference.segmenter import Segmenter, take_segmenter
+from resnest_imagenet.inference.segmenter import USUAL_SIDE, Segmenter, take_segmenter
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def segment(network: Segmenter | str | PathLike[str], images: Images, *, precisi
     listed = list_images(images)
     segmenter = take_segmenter(network)
     usable, skipped = split_unreadable(listed)
+    side = segmenter.protocol.crop or USUAL_SIDE
+    choose_for_inference(segmenter.module, (1, side, side), precision)
     return SegmentedImages(segmenter, usable, tuple(skipped), arguments.precision)
 
 

@@ -21,6 +21,8 @@ from resnest_imagenet.recipe import RegionProtocolOptions
 from resnest_imagenet.weights.load import Weights, read_weights
 from resnest_imagenet.weights.segmentation import SEGMENTATION, restore_deeplab
 
+USUAL_SIDE = 512  # of a scene whose protocol gives no crop, in pixels
+
 
 @dataclass(frozen=True)
 class Segmenter:

@@ -1,4 +1,4 @@
-"""Boxes of a detector: which of them are trained, how they are pooled, what a head makes of them."""
+"""Boxes of a detector: their sampling for training, the pooling of their features, the head that refines them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Samples:
     Attributes:
         boxes: (n, 4), x1 y1 x2 y2 in pixels.
         labels: int64 (n,), BACKGROUND or class + 1.
-        matched: int64 (n,), the target's object that each overlaps most; of no meaning for the background.
+        matched: int64 (n,), the target's object that each box overlaps most; meaningless for the background.
     """
 
     boxes: Tensor
@@ -36,7 +36,7 @@ class Samples:
 
 
 def label_boxes(boxes: Tensor, target: Target, min_iou: float) -> Samples:
-    """Give each box the class of the object that it overlaps most, or the background's where that is too little."""
+    """Label each box with the class of the object that it overlaps most, or BACKGROUND below an IoU of `min_iou`."""
     if not len(boxes) or not len(target):
         nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
         return Samples(boxes, nothing, nothing)
@@ -53,8 +53,8 @@ def sample_boxes(
     Args:
         proposals: (n, 4) of each image.
         targets: of the images.
-        min_iou: from here on a box is a positive.
-        sampler: torchvision's, which draws from torch's own generator.
+        min_iou: lowest IoU of a positive box.
+        sampler: torchvision's; it uses torch's global generator.
     """
     samples = []
     for boxes, target in zip(proposals, targets, strict=True):
@@ -70,7 +70,7 @@ def pool_boxes(
 ) -> Tensor:
     """Pool the features within boxes (RoIAlign, arXiv 1703.06870), each from the level of its size (arXiv 1612.03144).
 
-    torchvision's MultiScaleRoIAlign has aligned=False alone and guesses the strides from the first batch it sees.
+    torchvision's MultiScaleRoIAlign supports aligned=False only, and infers the strides from the first batch.
 
     Args:
         levels: (B, C, H / stride, W / stride) each.
@@ -80,11 +80,11 @@ def pool_boxes(
         options: aligned, sampling and canonical_size.
 
     Returns:
-        (boxes of all images, C, side, side), in channels_last where the levels are.
+        (boxes of all images, C, side, side), channels_last if the levels are.
     """
     first, last = (int(stride).bit_length() - 1 for stride in (strides[0], strides[-1]))
     level_of = LevelMapper(first, last, options.canonical_size)(list(boxes))
-    numbers = [torch.full_like(of_image[:, :1], number) for number, of_image in enumerate(boxes)]
+    numbers = [torch.full_like(image_boxes[:, :1], number) for number, image_boxes in enumerate(boxes)]
     rois = torch.cat((torch.cat(numbers), torch.cat(list(boxes))), dim=1)
     is_last = levels[0].is_contiguous(memory_format=torch.channels_last)
     pooled = torch.empty(
@@ -95,7 +95,7 @@ def pool_boxes(
     ).zero_()
     for number, (level, stride) in enumerate(zip(map(widen, levels), strides, strict=True)):
         place = (level_of == number).nonzero().flatten()
-        # Also where there are none: the level gets a gradient. index_copy would keep a copy for the backward pass.
+        # A level without boxes too, so that it gets a gradient. index_copy would keep a copy for the backward pass.
         pooled[place] = ops.roi_align(
             level, rois[place].to(level.dtype), side, 1 / stride, options.sampling, options.aligned
         )
@@ -103,25 +103,25 @@ def pool_boxes(
 
 
 class _ContiguousReLU(nn.ReLU):
-    """Returns what is flattened as a view: as a copy it would be kept for the backward pass beside this output."""
+    """Makes its output contiguous, so that flattening it is a view: a copy would be kept for the backward pass too."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.contiguous()
         if y.requires_grad and not x.is_contiguous():
-            # The norm before adds in the order of its gradient's layout: that of its output.
+            # The norm before this layer sums in its gradient's memory layout, which must be that of its output.
             y.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
         return super().forward(y)
 
 
 class BoxHead(nn.Module):
-    """One stage of boxes: a class and a better box for each.
+    """One stage of boxes: classifies each box and refines it.
 
     pooled features (n, C, 7, 7)
       -> body: 3x3 convolutions (norm, ReLU), fully connected layers (ReLU)      (n, box_width)
       -> classify                                                               (n, 1 + num_classes)
       -> regress: differences dx, dy, dw, dh                                    (n, 4) or (n, 4 num_classes)
 
-    The background has no differences. First weights are detectron2's (modeling/roi_heads/box_head.py, fast_rcnn.py):
+    The background has no differences. Initial weights are detectron2's (modeling/roi_heads/box_head.py, fast_rcnn.py):
     convolutions N(0, 2 / fan out), fully connected layers uniform (Xavier), classify N(0, .01), regress N(0, .001).
 
     Args:
@@ -157,7 +157,7 @@ class BoxHead(nn.Module):
         return widen(self.classify(x)), widen(self.regress(x)).unflatten(1, (-1, 4))
 
     def decode(self, differences: Tensor, boxes: Tensor) -> Tensor:
-        """Return the better boxes (n, ., 4) of boxes (n, 4)."""
+        """Apply differences to boxes (n, 4); return the refined boxes (n, ., 4)."""
         return self._coder.decode_single(differences.flatten(1), boxes).unflatten(1, (-1, 4))
 
     def compute_losses(
@@ -166,28 +166,28 @@ class BoxHead(nn.Module):
         """Return the losses of classes and boxes.
 
         Cross entropy, the mean over all boxes, and L1 (or smooth L1), the positives' sum over the number of all boxes.
-        Both are 0, with a gradient of 0, where there are no boxes: other ranks wait for that gradient.
+        Without boxes both are 0 with a gradient of 0, because other ranks wait for that gradient.
         """
-        labels = torch.cat([of_image.labels for of_image in samples])
+        labels = torch.cat([image_samples.labels for image_samples in samples])
         divisor = max(len(labels), 1)
         class_loss = F.cross_entropy(logits, labels, reduction="sum") / divisor
-        wanted = torch.cat(
+        expected = torch.cat(
             [
                 self._coder.encode_single(
-                    target.boxes[of_image.matched[of_image.labels > 0]].to(of_image.boxes.dtype),
-                    of_image.boxes[of_image.labels > 0],
+                    target.boxes[image_samples.matched[image_samples.labels > 0]].to(image_samples.boxes.dtype),
+                    image_samples.boxes[image_samples.labels > 0],
                 )
-                for of_image, target in zip(samples, targets, strict=True)
+                for image_samples, target in zip(samples, targets, strict=True)
             ]
         )
         positive = (labels > 0).nonzero().flatten()
         column = torch.zeros_like(positive) if differences.shape[1] == 1 else labels[positive] - 1
-        box_loss = F.smooth_l1_loss(differences[positive, column], wanted, beta=self._beta, reduction="sum")
+        box_loss = F.smooth_l1_loss(differences[positive, column], expected, beta=self._beta, reduction="sum")
         return class_loss, box_loss / divisor
 
 
 def select_detections(boxes: Tensor, probabilities: Tensor, size: tuple[int, int], options: RCNNOptions) -> Detections:
-    """Choose the detections of an image: score, then non-maximum suppression within each class, then the best.
+    """Choose the detections of an image: by score, by non-maximum suppression within each class, then the best ones.
 
     Args:
         boxes: (n, num_classes, 4) or (n, 1, 4).
@@ -196,7 +196,7 @@ def select_detections(boxes: Tensor, probabilities: Tensor, size: tuple[int, int
         options: min_score, nms and detections.
 
     Returns:
-        The detections, or `no_numbers` where a number is not finite: comparisons would drop it without a word.
+        The detections, or `no_numbers` if a value is not finite: comparisons with NaN would silently drop it.
     """
     if not (probabilities.isfinite().all() and boxes.isfinite().all()):
         return no_numbers(boxes)
@@ -212,6 +212,6 @@ def select_detections(boxes: Tensor, probabilities: Tensor, size: tuple[int, int
 
 
 def no_numbers(like: Tensor) -> Detections:
-    """Return what stands for the detections of an image whose numbers are not finite: one, whose score is NaN."""
+    """Return the mark of an image whose values are not finite: one detection with a score of NaN."""
     score, label = like.new_full((1,), torch.nan), torch.zeros(1, dtype=torch.int64, device=like.device)
-    return Detections(like.new_zeros(1, 4), score, label)  # the box is a number: masks are pooled in it
+    return Detections(like.new_zeros(1, 4), score, label)  # the box is finite: a mask is pooled in it

@@ -1,4 +1,4 @@
-"""COCO's classes, for published detectors: their files have no names."""
+"""The names of COCO's classes, for published detectors, whose files have no names."""
 
 import functools
 

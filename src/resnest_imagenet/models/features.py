@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         if not 0 <= freeze_at <= len(STAGES):
             raise ConfigError(f"freeze_at is 0 to {len(STAGES)}, not {freeze_at}")
         if norm not in get_args(Norm):
-            raise ConfigError(f"norm is {', '.join(get_args(Norm))}, not {norm}")
+            raise ConfigError(f"norm={norm}: {', '.join(get_args(Norm))} are valid")
         stages = list(STAGES)
         self._stages = stages[: 1 + max(stages.index(name) for name in out_features)]
         self._freeze_at, self._norm = freeze_at, norm

@@ -22,9 +22,10 @@ from resnest_imagenet.models.splits import Splits, Statistics
 Gate = Callable[[Tensor], Tensor]
 
 
-def _choose_splits(y: Tensor) -> type[Splits]:
+def choose_splits(device: torch.device, dtype: torch.dtype) -> type[Splits]:
     """Return the Triton kernels where they can run; on Linux, torch installs Triton."""
-    if not y.is_cuda or y.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not find_spec("triton"):
+    is_written_for = device.type == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not is_written_for or not find_spec("triton"):
         return Splits
     from resnest_imagenet.models.triton_splits import TritonSplits
 
@@ -43,7 +44,7 @@ class _Attend(torch.autograd.Function):
         gate: Gate,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        splits = _choose_splits(y)(y, weight, bias, statistics, radix)
+        splits = choose_splits(y.device, y.dtype)(y, weight, bias, statistics, radix)
         splits.rectify()
         # The gate has a graph of its own, of some kilobytes: torch computes its gradients, whatever it consists of.
         with torch.enable_grad():
@@ -62,7 +63,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *of_rectified: None) -> tuple[Tensor | None, ...]:
         y, weight, bias = ctx.saved_tensors
-        splits = _choose_splits(y)(y, weight, bias, ctx.statistics, ctx.radix)
+        splits = choose_splits(y.device, y.dtype)(y, weight, bias, ctx.statistics, ctx.radix)
         pooled, weights, parameters = ctx.gate
         trained = [p for p in parameters if p.requires_grad]
         # The gate's graph is kept: a caller that keeps the outer graph for a second pass needs this one too.
@@ -96,7 +97,7 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
     else:
         y = bn(y)
     if not torch.is_grad_enabled():
-        splits = _choose_splits(y)(y, weight, bias, statistics, radix)
+        splits = choose_splits(y.device, y.dtype)(y, weight, bias, statistics, radix)
         splits.rectify()
         return splits.sum_weighted(gate(splits.pool()))
     return _Attend.apply(y, weight, bias, statistics, radix, gate, *parameters)[0]

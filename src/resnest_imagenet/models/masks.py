@@ -1,4 +1,4 @@
-"""Masks of a detector: the head of Mask R-CNN (arXiv 1703.06870), and what it is trained on."""
+"""Masks of a detector: the head of Mask R-CNN (arXiv 1703.06870), its loss and its training targets."""
 
 from collections.abc import Sequence
 
@@ -19,14 +19,14 @@ MASK_SIDE = 28  # of its mask
 
 
 class MaskHead(nn.Module):
-    """A mask of each class within a box.
+    """Predicts a mask of each class within a box.
 
     pooled features (n, C, 14, 14)
       -> body: 3x3 convolutions (norm, ReLU)              (n, C, 14, 14)
       -> predictor: 2x2 transposed convolution, ReLU      (n, C, 28, 28)
                     1x1 convolution                       (n, num_classes, 28, 28)
 
-    First weights are detectron2's (modeling/roi_heads/mask_head.py): N(0, 2 / fan out), and N(0, .001) for the last.
+    Initial weights are detectron2's (modeling/roi_heads/mask_head.py): N(0, 2 / fan out), and N(0, .001) for the last.
 
     Args:
         num_classes: of the data set.
@@ -48,29 +48,30 @@ class MaskHead(nn.Module):
         return widen(self.predictor(self.body(pooled)))
 
 
-def compute_mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean binary cross entropy of each box's own class; 0, with a gradient of 0, where there are no boxes.
+def compute_mask_loss(logits: Tensor, labels: Tensor, expected: Tensor) -> Tensor:
+    """Return the mean binary cross entropy of each box's own class; without boxes 0, with a gradient of 0.
 
     Args:
         logits: (n, num_classes, 28, 28).
         labels: int64 (n,), class indices.
-        wanted: (n, 28, 28), 0 or 1.
+        expected: (n, 28, 28), 0 or 1.
     """
     own = logits[torch.arange(len(labels), device=labels.device), labels]
-    total = F.binary_cross_entropy_with_logits(own, wanted.to(own.dtype), reduction="sum")
+    total = F.binary_cross_entropy_with_logits(own, expected.to(own.dtype), reduction="sum")
     return total / max(own.numel(), 1)
 
 
 def rasterise_masks(masks: Sequence[Mask], matched: Sequence[int], boxes: Tensor, side: int = MASK_SIDE) -> Tensor:
-    """Draw the part of an object's mask that lies within a box, for each box.
+    """Rasterise, for each box, the part of its object's mask that lies within it.
 
-    Polygons are moved and scaled so that the box is the picture, and filled by pycocotools, as detectron2 does
-    (structures/masks.py, PolygonMasks.crop_and_resize). Run lengths are pooled as a picture and cut at one half (its
-    BitMasks). torchvision pools pictures alone, without the cut: other targets at the rim, and four times the work.
+    Polygons are moved and scaled so that the box fills the result; pycocotools rasterises them, as in detectron2
+    (structures/masks.py, PolygonMasks.crop_and_resize). Run lengths are decoded, pooled by RoIAlign and thresholded at
+    one half (its BitMasks). torchvision pools all masks, without the threshold: its targets differ at the edge, and it
+    takes four times as long.
 
     Args:
         masks: of the objects of one image, in its pixels.
-        matched: the object of each box.
+        matched: the object of each box, by its place in `masks`.
         boxes: (n, 4) on the host, x1 y1 x2 y2 in pixels.
         side: of the result.
 
@@ -93,16 +94,16 @@ def rasterise_masks(masks: Sequence[Mask], matched: Sequence[int], boxes: Tensor
 
 
 def _fill_polygons(polygons: Sequence[np.ndarray], box: np.ndarray, side: int) -> np.ndarray:
-    """Return bool (side, side): what lies within any of the polygons."""
+    """Return the union of polygons within a box, bool (side, side)."""
     coco = import_extra("pycocotools.mask")
-    scale = side / np.maximum(box[2:] - box[:2], 0.1)  # a box of no width is drawn as one of a tenth of a pixel
+    scale = side / np.maximum(box[2:] - box[:2], 0.1)  # an empty box counts as a tenth of a pixel wide
     moved = [((np.asarray(polygon).reshape(-1, 2) - box[:2]) * scale).flatten() for polygon in polygons]
     codes = coco.frPyObjects(moved, side, side)
     return coco.decode(coco.merge(codes)).astype(bool)
 
 
 def _cut_run_lengths(mask: RunLengths, boxes: Tensor, side: int) -> Tensor:
-    """Return bool (n, side, side): where the mask covers half of a cell or more."""
+    """Return which cells of each box the mask covers by half or more, bool (n, side, side)."""
     coco = import_extra("pycocotools.mask")
     picture = torch.from_numpy(coco.decode(mask)).to(boxes.dtype)[None, None]
     rois = F.pad(boxes, (1, 0))

@@ -14,11 +14,11 @@ from resnest_imagenet.models.rcnn_options import RCNNOptions
 
 
 class Anchors(nn.Module):
-    """The boxes around each cell of the levels that proposals are relative to.
+    """The boxes around each cell of the levels; proposals are differences from them.
 
-    torchvision's AnchorGenerator rounds them (46 x 22 in place of 45.25 x 22.63 for size 32), divides the sides of
-    image and level for the strides (at 800 pixels the last level has 13 cells, and 61 in place of 64), and has the
-    features' precision, in which bfloat16 has no odd numbers above 256.
+    torchvision's AnchorGenerator differs in three ways. It rounds the corners (46 x 22 instead of 45.25 x 22.63 for
+    size 32). It computes a stride from the sides of image and level (at 800 pixels the last level has 13 cells, which
+    gives 61 instead of 64). It uses the precision of the features, and bfloat16 has no odd numbers above 256.
 
     Args:
         sizes: square roots of the anchors' area in pixels, one for each level.
@@ -35,7 +35,7 @@ class Anchors(nn.Module):
         self.cells = [_list_corners(size, ratios, is_rounded) for size in sizes]
 
     def num_anchors_per_location(self) -> list[int]:
-        """Return how many anchors a cell of each level has; torchvision's name."""
+        """Return the number of anchors per cell, for each level; the name is torchvision's."""
         return [len(self.ratios)] * len(self.strides)
 
     def forward(self, images: ImageList, levels: list[Tensor]) -> list[Tensor]:
@@ -62,7 +62,7 @@ def _list_corners(size: float, ratios: Sequence[float], is_rounded: bool) -> lis
 
 
 class ProposalHead(RPNHead):
-    """Torchvision's head; its outputs are float32 or more, since boxes need more digits than bfloat16 has."""
+    """Torchvision's head with outputs in float32 or wider: bfloat16 is too coarse for boxes."""
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Map levels (B, C, H, W) to objectness (B, ratios, H, W) and differences (B, 4 ratios, H, W) of each."""
@@ -73,8 +73,8 @@ class ProposalHead(RPNHead):
 class ProposalNetwork(RegionProposalNetwork):
     """Torchvision's region proposal network, with the losses of detectron2 (modeling/proposal_generator/rpn.py).
 
-    Both losses are sums over the sampled anchors, divided by rpn_samples for each image. torchvision divides by the
-    number that were sampled, the same where there are enough anchors, and has 1 / 9 for rpn_beta.
+    Both losses are sums over the sampled anchors, divided by rpn_samples times the number of images. torchvision
+    divides by the number of anchors that it sampled, which is the same if there are enough, and has rpn_beta=1/9.
     """
 
     def __init__(self, strides: Sequence[int], options: RCNNOptions) -> None:
@@ -107,7 +107,7 @@ class ProposalNetwork(RegionProposalNetwork):
             images: (B, 3, H, W), padded.
             levels: (B, C, H / stride, W / stride) each.
             sizes: (height, width) of each image without its padding, in pixels.
-            targets: of training.
+            targets: of the images, in training.
 
         Returns:
             Boxes (n, 4) of each image, within its size, the best first; losses "objectness" and "rpn_boxes".
@@ -121,7 +121,7 @@ class ProposalNetwork(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses of objectness and boxes; arguments as torchvision calls them."""
+        """Return the losses of objectness and boxes; the arguments have torchvision's names."""
         positive, negative = (torch.cat(of_images).bool() for of_images in self.fg_bg_sampler(labels))
         sampled, divisor = positive | negative, self._samples * len(labels)
         objectness_loss = F.binary_cross_entropy_with_logits(
@@ -134,5 +134,5 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 def widen(values: Tensor) -> Tensor:
-    """Return values as float32, or as they are if they have more digits."""
+    """Return values in float32, or unchanged if their type is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,6 +1,6 @@
 """Detectors of the paper's Tables 5 and 6: Faster, Cascade and Mask R-CNN on a backbone of the zoo.
 
-torchvision's parts, put together as in the authors' configurations; where the two differ stands in `RCNNOptions`.
+They are built from torchvision's parts by the authors' configurations; `RCNNOptions` lists where the two differ.
 """
 
 import itertools
@@ -27,7 +27,7 @@ LEVELS = tuple(STAGES)[1:]  # of the backbone: strides 4 to 32
 
 
 class RCNN(nn.Module):
-    """Boxes with classes, and masks if wanted.
+    """A detector: boxes with classes, and optionally masks.
 
     images (B, 3, H, W), padded at the right and at the bottom to a multiple of 32
       -> backbone       layer1 to layer4, (B, ., H/4, W/4) to (B, ., H/32, W/32)
@@ -35,12 +35,12 @@ class RCNN(nn.Module):
       -> rpn            proposals, boxes of each image
       -> roi_heads      boxes, classes and masks, from the first 4 levels
 
-    torch's own generator chooses the anchors and proposals that a step is trained on.
+    The anchors and proposals that a step is trained on are sampled by torch's global generator.
 
     Args:
-        backbone: whose features are layer1 to layer4.
-        num_classes: of the data set; the background is none of them.
-        options: see there.
+        backbone: with the features layer1 to layer4.
+        num_classes: of the data set, without the background.
+        options: see `RCNNOptions`.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, options: RCNNOptions) -> None:
@@ -65,7 +65,7 @@ class RCNN(nn.Module):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """The losses of a training step, by name, always all of them."""
+        """The names of the losses of a training step; each step has all of them."""
         return ("objectness", "rpn_boxes", *self.roi_heads.loss_names)
 
     def forward(
@@ -79,8 +79,8 @@ class RCNN(nn.Module):
                 in pixels.
 
         Returns:
-            In training scalars by `loss_names`, to be added up; in evaluation boxes in pixels of the images, and one
-            detection whose score is NaN for an image whose features or outputs are not finite.
+            In training scalars by `loss_names`, whose sum is the loss. In evaluation the detections, with boxes in
+            pixels of the images; one detection with a score of NaN if features or outputs of an image are not finite.
         """
         levels = self.pyramid(images)
         pooled = levels[: len(self.backbone.names)]
@@ -91,9 +91,9 @@ class RCNN(nn.Module):
         sizes = cast(Sequence[tuple[int, int]], instances)
         proposals, _ = self.rpn.propose(images, levels, sizes)
         detections = self.roi_heads(pooled, proposals, sizes)
-        # What is not finite loses all comparisons, and would look like an image without objects.
+        # NaN fails every comparison, so the image would look like one without objects.
         outputs = self.rpn.head(levels) if min(map(len, proposals)) == 0 else ([], [])
-        # By their bounds, which NaN passes through: isfinite() of all of them takes four passes over the memory.
+        # Minimum and maximum keep NaN. isfinite() of every value would take four passes over the memory.
         bounds = [bound(x, (1, 2, 3)) for x in itertools.chain(levels, *outputs) for bound in (torch.amin, torch.amax)]
         are_finite = torch.stack(bounds).isfinite().all(0)
         return [
@@ -107,7 +107,7 @@ class RCNN(nn.Module):
         return list(self.fpn(features).values())
 
     def train(self, mode: bool = True) -> "RCNN":
-        """Set training or evaluation mode; what is frozen stays in evaluation mode."""
+        """Set training or evaluation mode; frozen norms stay in evaluation mode."""
         super().train(mode)
         for module in self._list_frozen():
             module.eval()
@@ -119,7 +119,7 @@ class RCNN(nn.Module):
 
 
 def _synchronise(part: nn.Module) -> Any:
-    """Return a part of a detector with synchronised batch norms, which may have no boxes on some of the ranks."""
+    """Return a part of a detector with synchronised batch norms; some ranks may have no boxes for them."""
     part = nn.SyncBatchNorm.convert_sync_batchnorm(part)
     for module in part.modules():
         if isinstance(module, nn.SyncBatchNorm):
@@ -128,10 +128,10 @@ def _synchronise(part: nn.Module) -> Any:
 
 
 def _widen_nothing(norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Let a norm without boxes have its input in float32, as all its statistics are.
+    """Give a norm its input in float32 if it is empty.
 
-    torch gives the other ranks statistics of the input's own precision where the input is empty: in bf16 and fp16 their
-    bytes are half as many as the others wait for.
+    The statistics that ranks exchange are float32. For an empty input torch sends them in the input's own precision: in
+    bf16 and fp16 that is half of the bytes that the other ranks expect.
     """
     (x,) = inputs
     return (x if x.numel() else widen(x),)
@@ -142,8 +142,8 @@ def build_rcnn(name: str, num_classes: int, **options: Any) -> RCNN:
 
     Args:
         name: of the backbone, one of `list_models()`.
-        num_classes: of the data set; the background is none of them.
-        options: of `RCNNOptions`, whose defaults are the paper's.
+        num_classes: of the data set, without the background.
+        options: of `RCNNOptions`; the defaults are the paper's.
 
     Raises:
         ConfigError: see `build_model` and `RCNNOptions`.

@@ -1,4 +1,4 @@
-"""A detector as a graph: the detections of one image in tensors alone, for exporters."""
+"""A detector as a graph for exporters: it finds the objects of one image by operations on tensors only."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ from resnest_imagenet.models.roi_heads import RoIHeads
 
 
 class RCNNGraph(nn.Module):
-    """The detections of `RCNN` in evaluation, of one image, whose size is a tensor too.
+    """Computes what `RCNN` computes in evaluation, for one image whose size is a tensor too.
 
-    An exporter follows operations on tensors. It does not follow Python's numbers of boxes, with which `RCNN` cuts its
-    batches, and torchvision's rule that chooses between two ways of computing the same suppression.
+    An exporter traces operations on tensors. It cannot trace `RCNN`, which splits its batches by numbers of boxes in
+    Python, nor torchvision's choice between two ways to compute the same suppression.
 
     Args:
         network: in evaluation mode; its parts are used as they are.
@@ -33,8 +33,8 @@ class RCNNGraph(nn.Module):
             size: int64 (2,), its height and width without the padding, in pixels.
 
         Returns:
-            Boxes (n, 4), x1 y1 x2 y2 in pixels; scores (n,); labels int64 (n,); and masks (n, 28, 28), the probability
-            of each cell of a box to belong to its object, where the network finds them.
+            Boxes (n, 4), x1 y1 x2 y2 in pixels; scores (n,); labels int64 (n,); and, if the network finds masks, masks
+            (n, 28, 28): the probability that a cell of the box belongs to the object.
         """
         heads = self.network.roi_heads
         assert isinstance(heads, RoIHeads)
@@ -58,7 +58,7 @@ class RCNNGraph(nn.Module):
         for logits, differences, of_level in zip(*rpn.head(levels), anchors, strict=True):
             certainty = logits.permute(0, 2, 3, 1).flatten()
             shifts = differences.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).reshape(-1, 4)
-            # As many as there may be, whatever the level has: what is none has the score -inf.
+            # Always as many as the limit; those beyond the end of the level have the score -inf.
             values, best = _rank(certainty, rpn.pre_nms_top_n())
             decoded = _clip(rpn.box_coder.decode_single(shifts[best], of_level[best]), borders)
             is_proposal = (values > -torch.inf) & _are_large(decoded, rpn.min_size)
@@ -70,7 +70,7 @@ class RCNNGraph(nn.Module):
 
     @staticmethod
     def _refine(heads: RoIHeads, levels: list[Tensor], boxes: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
-        """Return better boxes (n, ., 4) of the proposals (n, 4), and the probabilities of their classes."""
+        """Return the refined boxes (n, ., 4) of the proposals (n, 4), and the probabilities of their classes."""
         probabilities = []
         refined = boxes[:, None]
         for head in heads.box_heads:
@@ -94,7 +94,7 @@ class RCNNGraph(nn.Module):
         boxes = _clip(boxes[rows, torch.zeros_like(labels) if boxes.shape[1] == 1 else labels], borders)
         large = _are_large(boxes, MIN_SIDE).nonzero().flatten()
         boxes, scores, labels = boxes[large], scores[large], labels[large]
-        # Classes lie side by side, so that none suppresses another.
+        # Shift each class to its own place, so that classes do not suppress each other.
         apart = boxes + (labels * (borders.max() + 1))[:, None]
         kept = ops.nms(apart, scores, options.nms)
         kept = kept[find_best(scores[kept], options.detections)]
@@ -102,20 +102,20 @@ class RCNNGraph(nn.Module):
 
 
 def find_best(scores: Tensor, count: int) -> Tensor:
-    """Return the places of the `count` highest scores (n,), the highest first; of all that are not -inf at most."""
+    """Return the places of the `count` highest scores (n,), the highest first; those of -inf are dropped."""
     values, places = _rank(scores, count)
     return places[(values > -torch.inf).nonzero().flatten()]
 
 
 def _rank(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` highest of scores (n,), the highest first, and their places; -inf and 0 beyond the last."""
-    # An exporter does not follow a minimum of n and a number.
+    """Return the `count` highest of scores (n,), the highest first, and their places; beyond the last -inf and 0."""
+    # An exporter cannot trace min(n, count).
     values, places = torch.cat((scores, scores.new_full((count,), -torch.inf))).topk(count)
     return values, torch.where(values > -torch.inf, places, 0)
 
 
 def _append_one(boxes: Tensor) -> Tensor:
-    """Return boxes (n, 4) with one more: exporters and runtimes do not take convolutions of nothing."""
+    """Return boxes (n, 4) with an empty one added: exporters and runtimes refuse a convolution without input."""
     return F.pad(boxes, (0, 0, 0, 1))
 
 
@@ -124,5 +124,5 @@ def _clip(boxes: Tensor, borders: Tensor) -> Tensor:
 
 
 def _are_large(boxes: Tensor, min_side: float) -> Tensor:
-    """Return bool (n,): which boxes (n, 4) have this width and height or more; NaN is not large."""
+    """Return which boxes (n, 4) are at least this wide and high, bool (n,); boxes with NaN are not."""
     return (boxes[:, 2:] - boxes[:, :2] >= min_side).all(1)

@@ -1,4 +1,4 @@
-"""The settings of a detector: those of the paper's Tables 5 and 6, each an option."""
+"""The options of a detector; the defaults are those of the paper's Tables 5 and 6."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from resnest_imagenet.models.features import Norm
 
 BoxWeights = tuple[float, float, float, float]
 
-# Per stage: the IoU from which a box is a positive, and the weights of its four differences (dx, dy, dw, dh).
+# By stage: the lowest IoU of a positive box, and the weights of its four differences (dx, dy, dw, dh).
 PLAIN_STAGES: tuple[tuple[float, BoxWeights], ...] = ((0.5, (10.0, 10.0, 5.0, 5.0)),)
 CASCADE_STAGES: tuple[tuple[float, BoxWeights], ...] = (
     *PLAIN_STAGES,
@@ -28,43 +28,43 @@ class RCNNOptions:
     differ, their value is given in brackets.
 
     Attributes:
-        cascade: three stages of boxes, as Cascade R-CNN (arXiv 1712.00726), in place of one.
-        masks: a mask for each box, as Mask R-CNN (arXiv 1703.06870).
+        cascade: three box stages, as in Cascade R-CNN (arXiv 1712.00726), instead of one.
+        masks: a mask for each box, as in Mask R-CNN (arXiv 1703.06870).
         norm: of backbone and heads: "sync" (statistics over all ranks; torch computes these on accelerators only),
-            "bn" (each rank's own) or "frozen" (statistics, weights and biases stay as they are) [frozen].
-        head_norm: of feature pyramid, box heads and mask head; None: as `norm`; "none": without, and then their
-            convolutions have biases [none].
-        freeze_at: the first so many of the backbone's stages are not trained: 2 are stem and layer1.
-        checkpoint_activations: training computes the activations of the backbone's blocks again in the backward pass,
-            in place of keeping them.
+            "bn" (each rank's own) or "frozen" (statistics, weights and biases do not change) [frozen].
+        head_norm: of feature pyramid, box heads and mask head; None: as `norm`; "none": no norms, and convolutions with
+            biases [none].
+        freeze_at: number of the backbone's first stages that are not trained; 2: stem and layer1.
+        checkpoint_activations: in training, recompute the activations of the backbone's blocks in the backward pass
+            instead of keeping them.
         zero_gamma: see `build_model`.
-        channels: of the feature pyramid and of all convolutions behind it.
+        channels: of the feature pyramid and of the heads' convolutions.
         anchor_sizes: square root of the anchors' area in pixels, one for each level of the pyramid (stride 4 to 64).
-        anchor_ratios: their heights over their widths.
-        anchors_rounded: whether the anchors' corners are whole numbers [True].
+        anchor_ratios: heights over widths of the anchors.
+        anchors_rounded: whether the anchors' corners are rounded to whole pixels [True].
         rpn_convs: 3x3 convolutions of the proposals' head.
-        rpn_ious: an anchor whose best IoU is below the first is a negative, from the second on a positive.
+        rpn_ious: an anchor is a negative if its best IoU is below the first, a positive from the second on.
         rpn_samples: anchors of an image that the losses are computed on.
-        rpn_positive: at most this part of them are positives.
-        rpn_beta: boxes of proposals: below this difference their loss is a square; 0 is an L1 loss [1 / 9].
-        candidates: boxes of each level before the non-maximum suppression, in training and in evaluation.
-        proposals: boxes of an image after it, in training and in evaluation; None: (1000, 1000), and in training of a
-            cascade 2000.
-        rpn_nms: IoU from which a proposal is dropped for a better one of its level.
-        aligned: whether pooled pixels have their centres at half pixels [False].
-        sampling: samples along a side of each pooled cell; 0: as many as there are pixels [2].
+        rpn_positive: largest share of positives among them.
+        rpn_beta: smooth L1 loss of proposals: it is quadratic below this difference; 0: an L1 loss [1 / 9].
+        candidates: boxes of each level before non-maximum suppression, in training and in evaluation.
+        proposals: boxes of an image after it, in training and in evaluation; None: (1000, 1000), of a cascade
+            (2000, 1000).
+        rpn_nms: IoU from which non-maximum suppression drops the weaker of two proposals of a level.
+        aligned: whether pixels have their centres at half coordinates in pooling [False].
+        sampling: samples along a side of each pooled cell; 0: as many as pixels [2].
         canonical_size: side in pixels of a box that is pooled from the level of stride 16.
-        samples: boxes of an image that the losses are computed on, ground truth among them.
-        positive: at most this part of them are positives.
-        stages: IoU and weights of each stage of boxes; None: those of Faster R-CNN or Cascade R-CNN.
-        class_agnostic: one box for all classes; None: in a cascade, where it must be so.
+        samples: boxes of an image that the losses are computed on, ground truth included.
+        positive: largest share of positives among them.
+        stages: IoU and weights of each box stage; None: those of Faster R-CNN or Cascade R-CNN.
+        class_agnostic: one box for all classes; None: true in a cascade, which needs it, and false otherwise.
         box_convs, box_fcs, box_width: 3x3 convolutions of a box head, its fully connected layers and their width
             [0, 2, 1024].
-        box_beta: as rpn_beta, of the stages' boxes [1 / 9].
+        box_beta: as rpn_beta, for the box stages [1 / 9].
         mask_convs: 3x3 convolutions of the mask head.
-        min_score: detections have a higher score.
-        nms: IoU from which a detection is dropped for a better one of its class.
-        detections: at most so many of an image.
+        min_score: detections have a higher score than this.
+        nms: IoU from which non-maximum suppression drops the weaker of two detections of a class.
+        detections: largest number of detections of an image.
 
     Raises:
         ConfigError: for values that do not fit together.
@@ -107,37 +107,37 @@ class RCNNOptions:
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
-            raise ConfigError(f"norm is {', '.join(get_args(Norm))}, not {self.norm}")
+            raise ConfigError(f"norm={self.norm}: {', '.join(get_args(Norm))} are valid")
         if self.head_norm not in (None, "none", *get_args(Norm)):
-            raise ConfigError(f"head_norm is {', '.join(get_args(Norm))} or none, not {self.head_norm}")
+            raise ConfigError(f"head_norm={self.head_norm}: {', '.join(get_args(Norm))} and none are valid")
         if len(self.anchor_sizes) != 5 or not self.anchor_ratios:
-            raise ConfigError("anchor_sizes has a size for each of the 5 levels, and anchor_ratios a ratio or more")
+            raise ConfigError("give anchor_sizes a size for each of the 5 levels, and anchor_ratios one ratio or more")
         if self.box_fcs < 1:
-            raise ConfigError(f"box_fcs={self.box_fcs}: a box head ends in 1 fully connected layer or more")
+            raise ConfigError(f"box_fcs={self.box_fcs}: a box head needs 1 fully connected layer or more")
         if self.max_positives < 1:
             raise ConfigError(
-                f"samples={self.samples}: none would be a positive: set {math.ceil(1 / self.positive)} or more"
+                f"samples={self.samples} leaves no place for a positive: set {math.ceil(1 / self.positive)} or more"
             )
         if self.stages == ():
-            raise ConfigError("stages is empty: a detector has 1 or more")
+            raise ConfigError("stages is empty: give 1 or more")
         if self.stages and len(self.stages) > 1 and not self.cascade:
-            raise ConfigError(f"{len(self.stages)} stages are a cascade's: set cascade")
+            raise ConfigError(f"{len(self.stages)} stages need cascade=True")
         if self.cascade and self.class_agnostic is False:
             raise ConfigError("a cascade refines one box for all classes: class_agnostic must not be false")
 
     @property
     def all_stages(self) -> tuple[tuple[float, BoxWeights], ...]:
-        """IoU and weights of each stage of boxes."""
+        """IoU and weights of each box stage."""
         return self.stages or (CASCADE_STAGES if self.cascade else PLAIN_STAGES)
 
     @property
     def has_one_box(self) -> bool:
-        """Whether a box head gives one box for all classes."""
+        """Whether a box head predicts one box for all classes."""
         return self.cascade if self.class_agnostic is None else self.class_agnostic
 
     @property
     def num_proposals(self) -> tuple[int, int]:
-        """Proposals of an image, in training and in evaluation."""
+        """Number of proposals of an image, in training and in evaluation."""
         return self.proposals or ((2000, 1000) if self.cascade else (1000, 1000))
 
     @property
@@ -147,7 +147,7 @@ class RCNNOptions:
 
     @property
     def max_positives(self) -> int:
-        """The most boxes of an image that are positives: as many masks are trained."""
+        """Largest number of positive boxes of an image; each of them trains a mask."""
         return math.floor(self.samples * self.positive)
 
 

@@ -1,4 +1,4 @@
-"""The heads behind the proposals: boxes in one stage, and masks."""
+"""The heads that classify and refine proposals: one box stage, and masks."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -21,11 +21,11 @@ from resnest_imagenet.models.rcnn_options import RCNNOptions
 
 
 class RoIHeads(nn.Module):
-    """Boxes and classes, and masks of the boxes (detectron2, modeling/roi_heads/roi_heads.py, StandardROIHeads).
+    """Classifies and refines boxes, and finds masks (detectron2, modeling/roi_heads/roi_heads.py, StandardROIHeads).
 
     Args:
         num_classes: of the data set.
-        strides: of the levels that are pooled, in pixels.
+        strides: of the pooled levels, in pixels.
         options: of the detector.
         norm_layer: of the heads' convolutions.
     """
@@ -43,17 +43,17 @@ class RoIHeads(nn.Module):
 
     @property
     def box_heads(self) -> list[BoxHead]:
-        """The stages of boxes."""
+        """The box stages."""
         return cast(list[BoxHead], list(self.stages))
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """The losses of a training step, by name."""
+        """The names of the losses of a training step."""
         return (*self.box_loss_names, "masks") if self.options.masks else self.box_loss_names
 
     @property
     def box_loss_names(self) -> tuple[str, ...]:
-        """The losses of the stages of boxes, classes and boxes of each."""
+        """The names of the box losses: classes and boxes of each stage."""
         return ("classes", "boxes")
 
     def forward(
@@ -72,7 +72,7 @@ class RoIHeads(nn.Module):
     def compute_losses(
         self, levels: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Target]
     ) -> dict[str, Tensor]:
-        """Return the losses by name; all parameters have a gradient, wherever there is nothing to learn from.
+        """Return the losses by name; every parameter gets a gradient, even if an image has no boxes.
 
         Args:
             levels: (B, C, H / stride, W / stride) each.
@@ -89,9 +89,9 @@ class RoIHeads(nn.Module):
     def compute_box_losses(
         self, levels: Sequence[Tensor], samples: list[Samples], targets: Sequence[Target]
     ) -> list[Tensor]:
-        """Return the losses of the stages of boxes, classes and boxes of each."""
+        """Return the losses of the box stages: classes and boxes of each."""
         (head,) = self.box_heads
-        logits, differences = head(self.pool(levels, [of_image.boxes for of_image in samples]))
+        logits, differences = head(self.pool(levels, [image_samples.boxes for image_samples in samples]))
         return list(head.compute_losses(logits, differences, samples, targets))
 
     def detect_boxes(
@@ -106,8 +106,8 @@ class RoIHeads(nn.Module):
     def select(
         self, boxes: Tensor, probabilities: Tensor, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Return the detections of each image among the boxes of all."""
-        counts = [len(of_image) for of_image in proposals]
+        """Split the boxes of all images, and return the detections of each; see `select_detections`."""
+        counts = [len(image_boxes) for image_boxes in proposals]
         parts = zip(boxes.split(counts), probabilities.split(counts), sizes, strict=True)
         return [select_detections(*part, self.options) for part in parts]
 
@@ -118,27 +118,27 @@ class RoIHeads(nn.Module):
     def _compute_mask_loss(
         self, head: MaskHead, levels: Sequence[Tensor], samples: Sequence[Samples], targets: Sequence[Target]
     ) -> Tensor:
-        """Return the loss of the masks of the positives."""
-        chosen = [(of_image.labels > 0).nonzero().flatten() for of_image in samples]
-        boxes = [of_image.boxes[places] for of_image, places in zip(samples, chosen, strict=True)]
+        """Return the mask loss of the positive boxes."""
+        chosen = [(image_samples.labels > 0).nonzero().flatten() for image_samples in samples]
+        boxes = [image_samples.boxes[places] for image_samples, places in zip(samples, chosen, strict=True)]
         logits = head(self.pool(levels, boxes, POOLED_SIDE))
-        labels = torch.cat([of_image.labels[places] for of_image, places in zip(samples, chosen, strict=True)]) - 1
+        labels = torch.cat([part.labels[places] for part, places in zip(samples, chosen, strict=True)]) - 1
         drawn = []
-        for target, of_image, places, within in zip(targets, samples, chosen, boxes, strict=True):
+        for target, image_samples, places, within in zip(targets, samples, chosen, boxes, strict=True):
             assert target.masks is not None, "a mask head is trained on targets with masks"
-            # The host draws them: it waits for the boxes here.
-            drawn.append(rasterise_masks(target.masks, of_image.matched[places].tolist(), within.cpu()))
+            # The masks are rasterised on the host, which waits for the boxes here.
+            drawn.append(rasterise_masks(target.masks, image_samples.matched[places].tolist(), within.cpu()))
         return compute_mask_loss(logits, labels, torch.cat(drawn).to(logits.device, non_blocking=True))
 
     def _add_masks(
         self, head: MaskHead, levels: Sequence[Tensor], detections: Sequence[Detections]
     ) -> list[Detections]:
-        """Return detections with the masks of their boxes."""
-        logits = head(self.pool(levels, [of_image.boxes for of_image in detections], POOLED_SIDE))
-        labels = torch.cat([of_image.labels for of_image in detections])
+        """Return the detections with masks."""
+        logits = head(self.pool(levels, [image_detections.boxes for image_detections in detections], POOLED_SIDE))
+        labels = torch.cat([image_detections.labels for image_detections in detections])
         masks = logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()
-        parts = masks.split([len(of_image) for of_image in detections])
+        parts = masks.split([len(image_detections) for image_detections in detections])
         return [
-            Detections(of_image.boxes, of_image.scores, of_image.labels, part)
-            for of_image, part in zip(detections, parts, strict=True)
+            Detections(image_detections.boxes, image_detections.scores, image_detections.labels, part)
+            for image_detections, part in zip(detections, parts, strict=True)
         ]

@@ -17,7 +17,7 @@ from resnest_imagenet.errors import ConfigError, UserError, explain_runtime, nam
 from resnest_imagenet.evaluation.box_pictures import make_box_palette
 from resnest_imagenet.evaluation.overlays import overlay_mask
 from resnest_imagenet.inference.classifier import Classifier
-from resnest_imagenet.inference.explain import Explanations
+from resnest_imagenet.inference.explain import Explanations, choose_layer
 from resnest_imagenet.inference.images import list_images
 from resnest_imagenet.inference.segment import SegmentedImages
 from resnest_imagenet.inference.segmenter import Segmenter
@@ -68,7 +68,7 @@ def require_app() -> None:
         raise ConfigError(f"resnest-app needs {name_extra('app')}")
 
 
-def plan_classifier(classifier: Classifier, top: int, layer: str, precision: str) -> Page:
+def plan_classifier(classifier: Classifier, top: int, layer: str | None, precision: str) -> Page:
     """Return a page with the likeliest classes of an image, their maps, and the attention of the splits.
 
     Args:
@@ -77,12 +77,13 @@ def plan_classifier(classifier: Classifier, top: int, layer: str, precision: str
         layer: of the maps, see `inference.explain.explain`.
         precision: fp32, bf16 or fp16.
     """
+    chosen = choose_layer(classifier) if layer is None else layer
 
     def ask(images: ImageFolder) -> Answer:
         # Decoded in this process: one that is forked from a server's thread may hang.
         options: dict[str, Any] = {"batch_size": 1, "precision": precision, "loader": "torchvision", "workers": 0}
-        (explanation,) = Explanations(classifier, images, (), top, None, layer, **options)
-        figures = [draw_maps(explanation, layer)] + [draw_attention(explanation)] * bool(explanation.attention)
+        (explanation,) = Explanations(classifier, images, (), top, None, chosen, **options)
+        figures = [draw_maps(explanation, chosen)] + [draw_attention(explanation)] * bool(explanation.attention)
         pictures = tuple(Image.open(io.BytesIO(encode_png(figure))) for figure in figures)
         return Answer({class_map.name: class_map.probability for class_map in explanation.maps}, pictures)
 

@@ -1,11 +1,11 @@
-"""What a report has about detection: AP by class and by size, precision and recall, errors, and the worst images."""
+"""A report's sections about detection: AP by class and size, precision and recall, errors, the worst images."""
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from resnest_imagenet.errors import ConfigError, UserError
@@ -17,17 +17,24 @@ from resnest_imagenet.evaluation.detection_errors import MATCHING, MISSED, TOUCH
 from resnest_imagenet.evaluation.worst_images import NamedBoxes, WorstImage, WorstImages, find_worst_images
 from resnest_imagenet.models.cost import count_rcnn
 from resnest_imagenet.models.zoo import list_models
-from resnest_imagenet.reports.page import embed_image, render_table
+from resnest_imagenet.reports.page import (
+    FIGURE_SPACE,
+    LONG,
+    arrange,
+    render_bar,
+    render_figure,
+    render_lines,
+    render_table,
+    render_views,
+)
 from resnest_imagenet.reports.runs import Run
 from resnest_imagenet.weights.detection import DETECTION, read_options
 
-LONG = 30  # classes from which their tables scroll
-CURVES = 7  # classes that have curves of their own
-SIDE = 480  # the longer one of a picture, in pixels
-ENLARGED = 4  # times at most, so that names can be read
-FIGURE_SPACE = "\u2007"  # as wide as a digit
+CURVES = 7  # largest number of classes with their own curves
+SIDE = 480  # long side of a picture, in pixels
+ENLARGED = 4  # largest enlargement of a picture, which makes names readable
 _CORRECT = Outcome.CORRECT.name.lower()
-# The figures of a run that are shown, as they are named there; of a class all but the first.
+# The figures of a run that are shown, with their headings; a class has all but the first.
 _SHOWN = {
     "ap": "AP",
     "ap50": "AP50",
@@ -38,7 +45,7 @@ _SHOWN = {
     "ar100": "AR100",
 }
 _KINDS = {"box": "Boxes", "mask": "Masks"}
-# What each kind of error is. Source: Bolya et al., TIDE (ECCV 2020).
+# The meaning of each kind of error. Source: Bolya et al., TIDE (ECCV 2020).
 _MEANINGS = {
     "background": f"no object has an IoU above {TOUCHING:g} with it",
     "localisation": f"an object of its class has an IoU of {TOUCHING:g} to {MATCHING:g} with it",
@@ -50,12 +57,12 @@ _MEANINGS = {
 
 
 def is_detector(run: Run) -> bool:
-    """Return whether a run is one of detection."""
+    """Return whether a run trains a detector."""
     return run.config.get("train.task") == DETECTION
 
 
 def view_images(run: Run) -> WorstImages | str | None:
-    """Read the pictures of a run's report: its worst images, or a line about why there are none; None of other tasks.
+    """Read the worst images of a run, or return in one line why there are none; None for another task.
 
     Args:
         run: of `read_run`.
@@ -72,9 +79,9 @@ def view_images(run: Run) -> WorstImages | str | None:
 
 
 def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
-    """Return a detector's parameters, its multiply-adds and for which size; None where the folder lacks one of them.
+    """Return a detector's parameters, its multiply-adds and their image size; None if the configuration is incomplete.
 
-    They are of an image of the evaluation's largest size, with 1000 proposals and 100 masks.
+    The multiply-adds are those of an image of the evaluation's largest size, with 1000 proposals and 100 masks.
     """
     config = run.config
     if run.model not in list_models():
@@ -93,8 +100,8 @@ def count_cost_of_detector(run: Run) -> tuple[int, int, str] | None:
     return sum(stage.parameters for stage in stages), multiply_adds, f"{height}x{width}"
 
 
-def render_precision(runs: Sequence[Run]) -> str:
-    """Return a table of COCO's figures of each run's best evaluation; "" where no run has any."""
+def render_precision(runs: Sequence[Run]) -> Markup:
+    """Return a table of COCO's figures in the best evaluation of each run; "" if no run has any."""
     rows: list[tuple[object, ...]] = []
     for run in filter(is_detector, runs):
         if not run.evaluations:
@@ -108,16 +115,16 @@ def render_precision(runs: Sequence[Run]) -> str:
                 ]
                 rows.append((run.name, kind, *figures, best.get("count", ""), best.get("protocol", "")))
     head = ["run", "of", *_SHOWN.values(), "images", "protocol"]
-    return render_table(head, rows) if rows else ""
+    return render_table(head, rows, "ends-in-text") if rows else Markup()
 
 
 def _has_objects(files: BoxFiles | None, kind: str, name: str) -> bool:
-    """Return whether the set has objects that a figure is of; True without files: a run's log has 0 in both cases."""
+    """Return whether the set has objects for a figure; true without files, since a run's log has 0 in both cases."""
     return files is None or any(row.values[name] is not None for row in files.ap if row.kind == kind)
 
 
-def render_boxes(files: BoxFiles, worst: WorstImages | str | None) -> str:
-    """Return where a detector errs: classes, sizes, kinds of errors, and images.
+def render_boxes(files: BoxFiles, worst: WorstImages | str | None) -> Markup:
+    """Return the sections about a detector's errors: by class, size and kind, and the worst images.
 
     Args:
         files: about the best detector.
@@ -126,41 +133,35 @@ def render_boxes(files: BoxFiles, worst: WorstImages | str | None) -> str:
     parts = []
     for kind in files.kinds:
         rows = [row for row in files.ap if row.kind == kind]
-        parts.append(
-            f"<h3>{_KINDS.get(kind, kind)}: AP by class and size of the object, %</h3>{_render_classes(rows)}"
-            f'<div class="charts">{"".join(_draw_curves(files, kind, rows))}{_draw_gains(files, kind)}</div>'
-            f"<h3>{_KINDS.get(kind, kind)}: kinds of errors</h3>{_render_errors(files, kind)}"
-        )
+        title = _KINDS.get(kind, kind)
+        parts += [
+            Markup("<h3>{}: AP by class and size of the object, %</h3>{}").format(title, _render_classes(rows)),
+            arrange([*_draw_curves(files, kind, rows), _draw_gains(files, kind)]),
+            Markup("<h3>{}: kinds of errors</h3>{}").format(title, _render_errors(files, kind)),
+        ]
     if worst is not None:
-        parts.append(f"<h3>The worst images</h3>{_render_worst(files, worst)}")
-    return "".join(parts)
+        parts.append(Markup("<h3>The worst images</h3>{}").format(_render_worst(files, worst)))
+    return Markup().join(parts)
 
 
 def _format(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, int | float) else ""
 
 
-def _render_classes(rows: Sequence[ClassRow]) -> str:
-    """Return a bar for the AP of each class, the highest first, beside the other figures and its objects."""
+def _render_classes(rows: Sequence[ClassRow]) -> Markup:
+    """Return a table with a bar for the AP of each class, the highest first, its other figures and its objects."""
     lines = []
     for row in sorted(rows, key=lambda row: -1.0 if row.values["ap"] is None else row.values["ap"], reverse=True):
         ap = row.values["ap"]
-        bar = (
-            "absent"
-            if ap is None
-            else f'<meter value="{ap:.4f}" max="100"></meter> {f"{ap:.2f}".rjust(5, FIGURE_SPACE)}'
-        )
+        bar = "absent" if ap is None else render_bar(ap / 100, f"{ap:.2f}".rjust(5, FIGURE_SPACE))
         figures = (row.values[name] for name in _SHOWN if name != "ap")
-        cells = [bar, *map(_format, figures), *(f"{row.values[name] or 0:,.0f}" for name in ("objects", "detections"))]
-        lines.append(f"<tr><td>{escape(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    heads = ("class", *_SHOWN.values(), "objects", "detections")
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    style = "wide tall" if len(lines) > LONG else "wide"
-    return f'<div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        counts = (f"{row.values[name] or 0:,.0f}" for name in ("objects", "detections"))
+        lines.append((row.name, bar, *map(_format, figures), *counts))
+    return render_table(("class", *_SHOWN.values(), "objects", "detections"), lines, is_long=len(lines) > LONG)
 
 
-def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterator[str]:
-    """Yield the precision at each recall, averaged over the classes, and of the classes with the most objects."""
+def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterator[Markup]:
+    """Yield charts of precision against recall: averaged over the classes, and for the classes with most objects."""
     names = [row.name for row in rows if (kind, "0.50", row.name) in files.curves]
     means = {
         "IoU .50": "0.50",
@@ -180,18 +181,18 @@ def _draw_curves(files: BoxFiles, kind: str, rows: Sequence[ClassRow]) -> Iterat
     yield _draw_lines(f"{title}: {which}, IoU .50", {name: files.curves[kind, "0.50", name] for name in largest})
 
 
-def _draw_lines(title: str, curves: dict[str, np.ndarray]) -> str:
+def _draw_lines(title: str, curves: dict[str, np.ndarray]) -> Markup:
     recalls = 100 * np.array(RECALLS)
     return render_chart(title, "recall, %", "precision, %", lambda axes: paint_percentages(axes, recalls, curves))
 
 
 def _list_gains(files: BoxFiles, kind: str) -> ClassRow:
-    """Return the AP50 of all classes, and how much each kind of error costs of it."""
+    """Return the row with the AP50 of all classes, and the points that each kind of error costs."""
     (row,) = [row for row in files.errors if (row.kind, row.name) == (kind, ALL_CLASSES)]
     return row
 
 
-def _draw_gains(files: BoxFiles, kind: str) -> str:
+def _draw_gains(files: BoxFiles, kind: str) -> Markup:
     gains = _list_gains(files, kind)
     costs = {name: gains.values[name] or 0 for name in _MEANINGS}
     title = f"{_KINDS.get(kind, kind)}: what each kind of error costs"
@@ -199,8 +200,8 @@ def _draw_gains(files: BoxFiles, kind: str) -> str:
     return render_chart(title, of_all, "", lambda axes: paint_bars(axes, costs))
 
 
-def _render_errors(files: BoxFiles, kind: str) -> str:
-    """Return how often each kind of error occurs and what it costs, and a table of them by class."""
+def _render_errors(files: BoxFiles, kind: str) -> Markup:
+    """Return a table with the number and the cost of each kind of error, and a table of errors by class."""
     rows = [row for row in files.errors if row.kind == kind and row.name != ALL_CLASSES]
     gains = _list_gains(files, kind)
     totals = {name: sum(row.values[name] or 0 for row in rows) for name in (_CORRECT, *_MEANINGS)}
@@ -218,16 +219,17 @@ def _render_errors(files: BoxFiles, kind: str) -> str:
     names = (_CORRECT, *_MEANINGS)
     by_class = [(row.name, *(f"{row.values[name] or 0:,.0f}" for name in names)) for row in rows]
     table = render_table(["class", *names], by_class)
-    return (
-        f"<p>At an IoU of {MATCHING:g}, of all detections that count. Points of AP50: how much higher it would be "
-        f"without this kind alone.</p>{render_table(head, of_all, 'ends-in-text')}"
-        f'<details><summary>by class</summary><div class="tall">{table}</div></details>'
+    text = (
+        f"At an IoU of {MATCHING:g}, of all detections that count. Points of AP50: how much higher it would be without "
+        "this kind alone."
     )
+    details = Markup('<details><summary>by class</summary><div class="tall">{}</div></details>').format(table)
+    return Markup("<p>{}</p>{}{}").format(text, render_table(head, of_all, "ends-in-text"), details)
 
 
-def _render_worst(files: BoxFiles, worst: WorstImages | str) -> str:
+def _render_worst(files: BoxFiles, worst: WorstImages | str) -> Markup:
     if isinstance(worst, str):
-        return f"<p>No pictures: {escape(worst)}</p>"
+        return Markup("<p>No pictures: {}</p>").format(worst)
     imperfect = sum(row.num_faults > 0 for row in files.images)
     text = (
         f"{len(worst.images)} of {imperfect:,} that are not all right, those with the most objects that are not found "
@@ -235,29 +237,26 @@ def _render_worst(files: BoxFiles, worst: WorstImages | str) -> str:
         "them in its evaluation."
     )
     palette = make_box_palette(len(worst.classes))
-    figures = "".join(_render_image(image, worst.classes, palette) for image in worst.images)
-    return f"<p>{escape(text)}</p>{figures}"
+    figures = Markup().join(_render_image(image, worst.classes, palette) for image in worst.images)
+    return Markup("<p>{}</p>{}").format(text, figures)
 
 
-def _render_image(image: WorstImage, classes: Sequence[str], palette: np.ndarray) -> str:
+def _render_image(image: WorstImage, classes: Sequence[str], palette: np.ndarray) -> Markup:
     row = image.row
     title = f"{Path(row.file).name}: {row.correct} of {row.objects} objects found, wrong detections: {row.wrong}"
     kinds = ", ".join(f"{count} {name}" for name, count in image.wrong)
-    caption = f"<div class=right>{escape(title)}</div>"
+    caption = render_lines([title], "right")
     if image.pixels is None or image.truth is None or image.detections is None:
-        return f"<figure><figcaption>{caption}(no picture: {escape(image.fault)})</figcaption></figure>"
-    views = "".join(
-        _render_view(name, image.pixels, boxes, classes, palette)
+        return render_figure(Markup(), [caption, f"(no picture: {image.fault})"])
+    views = [
+        (name, _draw_view(image.pixels, boxes, classes, palette))
         for name, boxes in (("truth", image.truth), ("found", image.detections))
-    )
-    return (
-        f'<figure class="strip"><div class="views">{views}</div>'
-        f"<figcaption>{caption}<div>{escape(kinds)}</div></figcaption></figure>"
-    )
+    ]
+    return render_views(views, [caption, render_lines([kinds])])
 
 
-def _render_view(title: str, pixels: np.ndarray, boxes: NamedBoxes, classes: Sequence[str], palette: np.ndarray) -> str:
-    """Return a picture with objects or detections, each with its name and what is wrong with it."""
+def _draw_view(pixels: np.ndarray, boxes: NamedBoxes, classes: Sequence[str], palette: np.ndarray) -> Image.Image:
+    """Return a picture with objects or detections; each has its name, and its kind of error if it is wrong."""
     height, width = pixels.shape[:2]
     scale = min(ENLARGED, SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -266,7 +265,7 @@ def _render_view(title: str, pixels: np.ndarray, boxes: NamedBoxes, classes: Seq
     names = [classes[label] for label in boxes.labels.tolist()]
     titles = [f"{name} ({note})" if note else name for name, note in zip(names, boxes.notes, strict=True)]
     scales = np.array([size[0] / width, size[1] / height] * 2)
-    # A name and a colour of its own for each, so that a name can have a note.
+    # Each box gets its own entry in names and colours, so that a name can have a note.
     numbers = np.arange(len(titles))
     drawn = draw_detections(picture, boxes.boxes * scales, numbers, titles, palette[boxes.labels], boxes.scores, masks)
-    return f"<div><div>{escape(title)}</div>{embed_image(Image.fromarray(drawn), title)}</div>"
+    return Image.fromarray(drawn)

@@ -1,10 +1,10 @@
 """A comparison of detectors as a page for a browser."""
 
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from resnest_imagenet.data.decoding import BadImage, decode_upright
@@ -17,17 +17,17 @@ from resnest_imagenet.inference.compare_objects import (
     list_classes_by_agreement,
 )
 from resnest_imagenet.inference.detect import DetectedImage
-from resnest_imagenet.reports.page import embed_image, render_page, render_table
+from resnest_imagenet.reports.page import LONG, render_figure, render_lines, render_page, render_table, render_views
 
 PICTURES = 24  # at most
-SIDE = 480  # the longer one of each picture, in pixels, at most
-_SHARED = (150, 150, 150)  # of what all networks find
+SIDE = 480  # longest side of each picture, in pixels
+_SHARED = (150, 150, 150)  # colour of detections that all networks have
 
 
 def render_object_comparison(comparison: ObjectComparison) -> str:
     """Return the HTML: the classes by their agreement, and the images whose detections differ most, side by side."""
     shown = comparison.order[:PICTURES].tolist()
-    strips = "".join(_render_image(comparison, index) for index in shown)
+    strips = Markup().join(_render_image(comparison, index) for index in shown)
     protocols = "; ".join(
         f"{name}: {protocol}" for name, protocol in zip(comparison.names, comparison.protocols, strict=True)
     )
@@ -35,15 +35,13 @@ def render_object_comparison(comparison: ObjectComparison) -> str:
         f"{len(shown)} of {len(comparison.order):,}, the largest shares of detections that do not match first. "
         "What all networks find is grey."
     )
-    body = f"""<p>{escape(describe_objects(comparison))}. {escape(protocols)}.</p>
-{_render_classes(comparison)}
-<h2>Where they differ</h2>
-<p>{number if shown else "Nowhere: all detections match."}</p>
-{strips}"""
-    return render_page(" against ".join(comparison.names), body)
+    head = Markup("<p class=verdict>{}.</p><p>{}.</p>").format(describe_objects(comparison), protocols)
+    text = Markup("<p>{}</p>").format(number if shown else "Nowhere: all detections match.")
+    sections = {"Classes": _render_classes(comparison), "Where they differ": text + strips}
+    return render_page(" against ".join(comparison.names), head, sections)
 
 
-def _render_classes(comparison: ObjectComparison) -> str:
+def _render_classes(comparison: ObjectComparison) -> Markup:
     rows = [
         (comparison.classes[label], f"{comparison.agreement[label]:.2f}", *comparison.num_detections[:, label].tolist())
         for label in list_classes_by_agreement(comparison)
@@ -53,30 +51,30 @@ def _render_classes(comparison: ObjectComparison) -> str:
         f"Agreement: the detections that match one of another network, of the same class and with an IoU of "
         f"{MATCHING:g} or more, of all detections; over all pairs of networks."
     )
-    return f"<p>{text}</p>\n{render_table(head, rows)}"
+    return Markup("<p>{}</p>{}").format(text, render_table(head, rows, is_long=len(rows) > LONG))
 
 
-def _render_image(comparison: ObjectComparison, index: int) -> str:
+def _render_image(comparison: ObjectComparison, index: int) -> Markup:
     file, alone = comparison.images.name(index), comparison.num_alone[index].tolist()
     counts = zip(comparison.names, comparison.objects[index], alone, strict=True)
     text = "; ".join(f"{name}: {len(image)} detections, {count} without a match" for name, image, count in counts)
     share = f"{100 * comparison.differing[index]:.1f} % of the detections do not match"
-    caption = f"<div class=right>{escape(Path(file).name)}: {share}</div><div>{escape(text)}</div>"
+    caption = [render_lines([f"{Path(file).name}: {share}"], "right"), render_lines([text])]
     try:
         picture = decode_upright(comparison.images.read(index))
-    except (BadImage, UserError) as error:  # it has changed since it was looked at
-        return f"<figure><figcaption>{caption}(no picture: {escape(str(error))})</figcaption></figure>"
+    except (BadImage, UserError) as error:  # the file has changed since it was checked
+        return render_figure(Markup(), [*caption, f"(no picture: {error})"])
     parts = zip(comparison.names, comparison.objects[index], comparison.shared[index], strict=True)
-    views = [_render_view("image", np.asarray(picture))]
+    views = [("image", _shrink(np.asarray(picture)))]
     views += [
-        _render_view(name, _draw(np.asarray(picture), image, is_shared, comparison.classes))
+        (name, _shrink(_draw(np.asarray(picture), image, is_shared, comparison.classes)))
         for name, image, is_shared in parts
     ]
-    return f'<figure class="strip"><div class="views">{"".join(views)}</div><figcaption>{caption}</figcaption></figure>'
+    return render_views(views, caption)
 
 
 def _draw(pixels: np.ndarray, image: DetectedImage, is_shared: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
-    """Draw the detections of one network: those that all have in grey, below the others."""
+    """Draw the detections of one network; those that all networks have are grey, and below the others."""
     order = np.argsort(is_shared, kind="stable")
     masks = None if image.masks is None else tuple(image.masks[row] for row in order.tolist())
     shown = replace(image, pixels=pixels, masks=masks)
@@ -86,7 +84,7 @@ def _draw(pixels: np.ndarray, image: DetectedImage, is_shared: np.ndarray, class
     return draw_detections(pixels, *columns, shown.decoded_masks)
 
 
-def _render_view(title: str, pixels: np.ndarray) -> str:
+def _shrink(pixels: np.ndarray) -> Image.Image:
     picture = Image.fromarray(pixels)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return f"<div><div>{escape(title)}</div>{embed_image(picture, title)}</div>"
+    return picture

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,13 +17,16 @@ from matplotlib.patches import Patch
 from tqdm import tqdm
 
 from resnest_imagenet.evaluation.cells import guard
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.inference.explain import ClassMap, Explanation, Explanations
+from resnest_imagenet.reports.page import render, render_page
 
 # Colours of the splits: Okabe and Ito's, which colour-blind people can tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 HEAT = "inferno"  # its lightness rises, so colour-blind people can read it
 WIDEST = 8  # blocks side by side
+OPACITY = 0.45  # of a map where the evidence is largest
+PAGE = "index.html"
 # Names of files and classes may have dollar signs: they are not formulas.
 PLAIN: dict[str, Any] = {"parse_math": False}
 
@@ -38,6 +42,7 @@ def write_pictures(out: Path, explanations: Explanations) -> list[str]:
         StorageError: a file cannot be written.
     """
     model, files = explanations.classifier.name, explanations.files
+    rows: list[dict[str, str]] = []  # of the page
     progress = tqdm(explanations, unit="image", disable=None, dynamic_ncols=True, leave=False)
     by_image: list[dict[str, np.ndarray]] = []  # 30 KB per image of a ResNeSt-50
     for name, explanation in zip(name_pictures(files), progress, strict=True):
@@ -45,9 +50,11 @@ def write_pictures(out: Path, explanations: Explanations) -> list[str]:
         if explanation.attention:
             _write(out / "attention" / name, encode_png(draw_attention(explanation)))
         by_image.append(explanation.attention)
+        rows.append(_describe(explanation, name))
+    _write(out / PAGE, _render_page(explanations, rows).encode(errors="surrogateescape"))
     lines = [f"pictures in {out}/maps: {len(files)}"]
     if not by_image[0]:
-        return [*lines, f"{model} has no split attention to draw"]
+        return [*lines, f"{model} has no split attention to draw", f"a page of them: {out}/{PAGE}"]
     attention = {block: np.stack([of_image[block] for of_image in by_image]) for block in by_image[0]}
     _write(out / "attention.csv", encode_csv(files, attention).encode(errors="surrogateescape"))
     _write(out / "attention.png", encode_png(draw_summary(model, attention)))
@@ -55,7 +62,31 @@ def write_pictures(out: Path, explanations: Explanations) -> list[str]:
         *lines,
         f"pictures in {out}/attention: {len(files)}",
         f"over all images: {out}/attention.png and {out}/attention.csv",
+        f"a page of them: {out}/{PAGE}",
     ]
+
+
+def _describe(explanation: Explanation, name: str) -> dict[str, str]:
+    """Return what the page has about an image; `name` is that of its pictures."""
+    classes = ", ".join(f"{class_map.name} {100 * class_map.probability:.1f} %" for class_map in explanation.maps)
+    attention = _link(f"attention/{name}") if explanation.attention else ""
+    return {"file": explanation.file, "classes": classes, "map": _link(f"maps/{name}"), "attention": attention}
+
+
+def _link(path: str) -> str:
+    return quote(path.encode(errors="surrogateescape"))
+
+
+def _render_page(explanations: Explanations, images: Sequence[dict[str, str]]) -> str:
+    classifier, layer = explanations.classifier, explanations.layer
+    text = (
+        f"{len(images):,} images as {classifier.name} sees them, and where it finds a class: Grad-CAM of {layer}. Each "
+        "map has its own scale: it shows where the evidence is, and the probability how much there is."
+    )
+    summary = "attention.png" if any(image["attention"] for image in images) else ""
+    return render_page(
+        f"{classifier.name}: explanations", render("explain.html", text=text, summary=summary, images=images)
+    )
 
 
 def name_pictures(files: Sequence[str]) -> list[str]:
@@ -82,9 +113,9 @@ def encode_csv(files: Sequence[str], attention: dict[str, np.ndarray]) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with storing(path):
+    with naming_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(content)
 
 
@@ -130,7 +161,7 @@ def _draw_map(panel: Axes, pixels: np.ndarray, class_map: ClassMap) -> None:
     edges = (-0.5, width - 0.5, height - 0.5, -0.5)
     panel.imshow(pixels.mean(2), cmap="gray", vmin=0, vmax=255)
     evidence, most = class_map.evidence, float(class_map.evidence.max())
-    panel.imshow(evidence, HEAT, vmin=0, vmax=most or 1, alpha=0.6, interpolation="bilinear", extent=edges)
+    panel.imshow(evidence, HEAT, vmin=0, vmax=most or 1, alpha=OPACITY, interpolation="bilinear", extent=edges)
     title = f"{_printable(class_map.name)}\n{100 * class_map.probability:.2f} %"
     panel.set_title(title if most else f"{title}, zero everywhere", fontsize=9, **PLAIN)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from resnest_imagenet.evaluation.overlays import encode_index_png, overlay_mask, paint_mask
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.inference.segment import SegmentedImage
 from resnest_imagenet.reports.picture_files import encode_png, name_pictures
 
@@ -32,10 +32,10 @@ def write_mask(stem: Path, image: SegmentedImage, palette: np.ndarray) -> None:
         encode_png(paint_mask(image.mask, palette)),
         encode_png(overlay_mask(image.pixels, image.mask, palette)),
     )
-    with storing(stem):
+    with naming_storage_errors(stem):
         stem.parent.mkdir(parents=True, exist_ok=True)
     for end, content in zip(ENDS, contents, strict=True):
-        with replacing(Path(f"{stem}{end}")) as file:
+        with write_atomically(Path(f"{stem}{end}")) as file:
             file.write(content)
 
 

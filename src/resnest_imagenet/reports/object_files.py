@@ -1,4 +1,4 @@
-"""Objects in images as files: a picture of each, COCO's results, or a table."""
+"""Writes the objects in images: a picture of each image, COCO's results, or a table."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ import numpy as np
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.evaluation.masks import measure_area
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.inference.detect import DetectedImage, DetectedImages
 from resnest_imagenet.reports.picture_files import describe_older, encode_png, name_pictures, shorten_paths
 
@@ -24,10 +24,10 @@ _COLUMNS = ("file", "rank", "label", "score", "x1", "y1", "x2", "y2", "mask_pixe
 
 
 def open_files(out: Path, detected: DetectedImages) -> AbstractContextManager[Writer]:
-    """Return a context with what writes the objects of the next image.
+    """Return a context with a function that writes the objects of the next image.
 
     Args:
-        out: a file for a name that ends in .json or .csv, which is there at the end of the context; otherwise a folder.
+        out: a file if its name ends in .json or .csv, complete at the end of the context; otherwise a folder.
         detected: the images that will be written.
 
     Raises:
@@ -44,9 +44,9 @@ def _open_pictures(folder: Path, detected: DetectedImages) -> Iterator[Writer]:
 
     def write(image: DetectedImage) -> None:
         path = folder / f"{next(names)}.png"
-        with storing(path):
+        with naming_storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with write_atomically(path) as file:
             file.write(encode_png(draw_objects(image, classes, palette)))
 
     yield write
@@ -65,16 +65,16 @@ def draw_objects(image: DetectedImage, classes: Sequence[str], palette: np.ndarr
 
 
 def describe_written(out: Path, detected: DetectedImages) -> str:
-    """Return the end of a line about what `open_files` has written.
+    """Return the end of the line about the files that `open_files` has written.
 
-    That is what the numbers in COCO's results are, or how many pictures of before are left in the folder.
+    It explains the numbers in COCO's results, or counts older pictures in the folder.
     """
     if out.suffix == ".csv":
         return ""
     if out.suffix != ".json":
         return describe_older(out, name_pictures(detected.files, [".png"]), [".png"])
     _, are_names = number_images(detected.files)
-    image_id = "the number that a file's name is" if are_names else "a count of the images from 1"
+    image_id = "the number in the file's name" if are_names else "a count of the images from 1"
     category_id = (
         "a count of the classes from 1" if detected.detector.weights.category_ids is None else "the data set's"
     )
@@ -82,9 +82,9 @@ def describe_written(out: Path, detected: DetectedImages) -> str:
 
 
 def number_images(files: Sequence[str]) -> tuple[list[int], bool]:
-    """Return an image_id of each file, and whether it is the number that its name is, as COCO's are.
+    """Return an image_id for each file, and whether these are the numbers in the names, as in COCO.
 
-    Where not all names are numbers, and different ones, all files get their places, from 1 on.
+    Unless all names are different numbers, the files are numbered from 1 on.
 
     Args:
         files: paths.
@@ -99,7 +99,7 @@ def number_images(files: Sequence[str]) -> tuple[list[int], bool]:
 def _open_results(path: Path, detected: DetectedImages) -> Iterator[Writer]:
     image_ids, _ = number_images(detected.files)
     names = iter(zip(image_ids, shorten_paths(detected.files), strict=True))
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         separator = b"["
 
         def write(image: DetectedImage) -> None:
@@ -119,7 +119,7 @@ def list_results(image: DetectedImage, image_id: int, name: str, detected: Detec
         image: with its objects.
         image_id: of the image.
         name: of the image.
-        detected: that it is of.
+        detected: the images that include it.
     """
     detector, (height, width) = detected.detector, image.size
     for row, (label, score) in enumerate(zip(image.labels.tolist(), image.scores.tolist(), strict=True)):
@@ -134,7 +134,7 @@ def list_results(image: DetectedImage, image_id: int, name: str, detected: Detec
 
 @contextmanager
 def _open_table(path: Path, detected: DetectedImages) -> Iterator[Writer]:
-    with replacing(path) as file:
+    with write_atomically(path) as file:
 
         def write(image: DetectedImage) -> None:
             file.write(_encode_rows(list_rows(image, detected.detector.classes)))
@@ -144,7 +144,7 @@ def _open_table(path: Path, detected: DetectedImages) -> Iterator[Writer]:
 
 
 def list_rows(image: DetectedImage, classes: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield a row for each object: pixels of the box to hundredths, and how many the mask has.
+    """Yield a row for each object: its box in pixels, to hundredths, and the number of pixels of its mask.
 
     Args:
         image: with its objects.

@@ -2,80 +2,100 @@
 
 import base64
 import io
-from collections.abc import Iterable
-from html import escape
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from resnest_imagenet.data.torchvision import decode
 
 SIDE = 224  # of a picture, in pixels
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --line: #d8d8d8; --muted: #5f5f5f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececec; --paper: #16181c; --line: #3a3d44; --muted: #a5a8ae; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; padding: 1rem;
-  max-width: 76rem; }
-h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child, .text td, .text th, .ends-in-text :is(th, td):last-child { text-align: left; }
-meter { width: 6rem; height: .8rem; vertical-align: middle; }
-.charts { display: grid; gap: 1rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
-.charts.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 32rem), 1fr)); }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
-figure { margin: 0; min-width: 0; }
-figure img, figure svg { width: 100%; height: auto; display: block; }
-summary { cursor: pointer; }
-figure img { border: 1px solid var(--line); }
-figcaption { font-size: .85rem; color: var(--muted); overflow-wrap: anywhere; }
-pre { overflow-x: auto; font-size: .85rem; }
-.right { color: var(--ink); font-weight: 600; }
-.tall { max-height: 40rem; overflow-y: auto; }
-.views { display: grid; gap: .25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
-.strip { margin-bottom: 1.5rem; }
-.legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; list-style: none; }
-.legend i { display: inline-block; width: 1em; height: 1em; margin-right: .4em; vertical-align: -.1em;
-  border: 1px solid var(--line); }
-"""
+LONG = 30  # rows from which a table of classes scrolls
+FIGURE_SPACE = "\u2007"  # as wide as a digit
 
 
-def render_page(title: str, body: str) -> str:
-    """Return a whole page.
+def render(template: str, **values: object) -> Markup:
+    """Return a template of this folder with its values, as HTML: texts are escaped, `Markup` is HTML already."""
+    return Markup(_open_templates().get_template(template).render(values))
+
+
+@cache
+def _open_templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("resnest_imagenet.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render_page(title: str, head: Markup, sections: Mapping[str, Markup] | None = None) -> str:
+    """Return a whole page: what comes first, a list of the sections, and the sections.
 
     Args:
-        title: text.
-        body: HTML.
+        title: of the page.
+        head: below the title.
+        sections: by their titles; empty ones are not shown.
     """
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-{body}
-</body></html>
-"""
+    shown = [{"title": name, "body": body} for name, body in (sections or {}).items() if body]
+    return str(render("page.html", title=title, head=head, sections=shown))
 
 
-def render_table(head: Iterable[str], rows: Iterable[Iterable[object]], style: str = "") -> str:
-    """Return a table of texts and numbers; it scrolls sideways if it is too wide.
+def render_table(
+    head: Iterable[object], rows: Iterable[Iterable[object]], style: str = "", is_long: bool = False
+) -> Markup:
+    """Return a table of texts, numbers and HTML; on a narrow screen each row becomes lines of a title and a value.
 
     Args:
         head: titles of the columns.
         rows: each has a value for each column.
         style: "text" aligns all columns to the left, "ends-in-text" the first and the last one.
+        is_long: whether the table scrolls in a frame of its own.
     """
-    heads = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="wide"><table class="{style}"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
+    titles = list(map(str, head))
+    frame = "wide tall" if is_long else "wide"
+    return render("table.html", head=titles, rows=rows, style=style, frame=frame, titles=map(_quote_in_css, titles))
 
 
-def render_picture(encoded: bytes, truth: str, caption: Iterable[str]) -> str:
+def _quote_in_css(text: str) -> str:
+    """Return a string of CSS."""
+    return '"' + re.sub(r"[^\w %.,-]", lambda match: f"\\{ord(match[0]):x} ", text, flags=re.ASCII) + '"'
+
+
+def render_bar(share: float, text: str) -> Markup:
+    """Return a bar before a number.
+
+    Args:
+        share: 0 to 1.
+        text: the number.
+    """
+    return Markup('<meter value="{:.4f}"></meter> {}').format(share, text)
+
+
+def arrange(parts: Iterable[Markup], size: str = "") -> Markup:
+    """Return figures and tables side by side.
+
+    Args:
+        parts: HTML.
+        size: of each: "", "large" or "whole".
+    """
+    return Markup('<div class="charts {}">{}</div>').format(size, Markup().join(parts))
+
+
+def render_lines(lines: Iterable[str | Markup], style: str = "") -> Markup:
+    """Return texts, each on a line of its own."""
+    return Markup().join(Markup("<div{}>{}</div>").format(_style(style), line) for line in lines)
+
+
+def _style(name: str) -> Markup:
+    return Markup(" class={}").format(name) if name else Markup()
+
+
+def render_picture(encoded: bytes, truth: str, caption: Iterable[Markup]) -> Markup:
     """Return an image, cut to a square, above some lines.
 
     Args:
@@ -84,11 +104,29 @@ def render_picture(encoded: bytes, truth: str, caption: Iterable[str]) -> str:
         caption: HTML, one item for each line.
     """
     picture = Image.fromarray(decode(encoded).permute(1, 2, 0).numpy())
-    image = embed_image(ImageOps.fit(picture, (SIDE, SIDE)), truth)
-    return f"<figure>{image}<figcaption>{''.join(caption)}</figcaption></figure>"
+    return render_figure(embed_image(ImageOps.fit(picture, (SIDE, SIDE)), truth), caption)
 
 
-def embed_image(picture: Image.Image, text: str) -> str:
+def render_figure(content: Markup, caption: Iterable[str | Markup]) -> Markup:
+    """Return a figure above its lines."""
+    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(content, Markup().join(caption))
+
+
+def render_views(views: Sequence[tuple[str, Image.Image]], caption: Iterable[str | Markup]) -> Markup:
+    """Return pictures side by side, each under its title, above some lines.
+
+    Args:
+        views: titles and RGB pictures.
+        caption: HTML, one item for each line.
+    """
+    parts = Markup().join(
+        Markup("<div><div>{}</div>{}</div>").format(title, embed_image(picture, title)) for title, picture in views
+    )
+    html = '<figure class="strip"><div class="views">{}</div><figcaption>{}</figcaption></figure>'
+    return Markup(html).format(parts, Markup().join(caption))
+
+
+def embed_image(picture: Image.Image, text: str) -> Markup:
     """Return an <img> that includes the data of its picture.
 
     Args:
@@ -98,4 +136,4 @@ def embed_image(picture: Image.Image, text: str) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(text)}" src="data:image/jpeg;base64,{data}">'
+    return Markup('<img alt="{}" src="data:image/jpeg;base64,{}">').format(text, data)

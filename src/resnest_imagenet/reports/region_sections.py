@@ -1,11 +1,11 @@
 """The sections of a report about segmentation: IoU by class, confusions, and the worst scenes."""
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
+from markupsafe import Markup
 
 from resnest_imagenet.data.scenes import VOID
 from resnest_imagenet.errors import UserError
@@ -15,13 +15,12 @@ from resnest_imagenet.evaluation.region_files import NamedRegions
 from resnest_imagenet.inference.worst_scenes import WorstScene, WorstScenes, find_worst_scenes
 from resnest_imagenet.models.cost import count_deeplab
 from resnest_imagenet.models.zoo import list_models
-from resnest_imagenet.reports.page import render_table
+from resnest_imagenet.reports.page import LONG, arrange, render_bar, render_figure, render_lines, render_table
 from resnest_imagenet.reports.runs import Run
 from resnest_imagenet.reports.scene_strips import render_legend, render_strip
 
 PAIRS = 20  # of confused classes
 PAIRS_OF_SCENE = 3
-LONG = 30  # a table with more classes scrolls
 
 
 def view_scenes(run: Run, device: torch.device) -> list[WorstScenes | str]:
@@ -57,7 +56,7 @@ def count_cost_of_run(run: Run, crop: int) -> tuple[int, int] | None:
     return sum(stage.parameters for stage in stages), sum(stage.multiply_adds for stage in stages)
 
 
-def render_scores(runs: Sequence[Run]) -> str:
+def render_scores(runs: Sequence[Run]) -> Markup:
     """Return a table of the means over classes and pixels; "" if no run has any."""
     rows = [
         (
@@ -73,10 +72,10 @@ def render_scores(runs: Sequence[Run]) -> str:
         for regions in (evaluation.regions,)
     ]
     head = ["run", "mIoU %", "of present classes %", "pixels right %", "scenes", "classes", "present", "protocol"]
-    return render_table(head, rows) if rows else ""
+    return render_table(head, rows, "ends-in-text") if rows else Markup()
 
 
-def render_regions(evaluation: NamedRegions, worst: WorstScenes | str | None) -> str:
+def render_regions(evaluation: NamedRegions, worst: WorstScenes | str | None) -> Markup:
     """Return the section on a network's mistakes: classes, pairs of classes, and scenes.
 
     Args:
@@ -86,37 +85,34 @@ def render_regions(evaluation: NamedRegions, worst: WorstScenes | str | None) ->
     regions, classes = evaluation.regions, evaluation.classes
     labelled = int(regions.matrix.sum())
     text = f"{evaluation.protocol}; {labelled - int(regions.correct.sum()):,} of {labelled:,} labelled pixels wrong."
-    parts = [
-        _render_matrix(regions.matrix, classes),
-        f"<div><h3>Most confused</h3>{_render_pairs(regions.matrix, classes)}</div>",
-    ]
+    html = Markup("<p>{}</p><h3>IoU by class</h3>{}").format(text, _render_classes(evaluation))
+    pairs = Markup("<div><h3>Most confused</h3>{}</div>").format(_render_pairs(regions.matrix, classes))
+    html += arrange([_render_matrix(regions.matrix, classes), pairs], "large")
     return (
-        f"<p>{escape(text)}</p><h3>IoU by class</h3>{_render_classes(evaluation)}"
-        + f'<div class="charts large">{"".join(parts)}</div>'
-        + ("" if worst is None else f"<h3>The worst scenes</h3>{_render_worst(evaluation, worst)}")
+        html if worst is None else html + Markup("<h3>The worst scenes</h3>{}").format(_render_worst(evaluation, worst))
     )
 
 
-def _render_classes(evaluation: NamedRegions) -> str:
+def _render_classes(evaluation: NamedRegions) -> Markup:
     """Return a bar for the IoU of each class, the highest first, and a bar for its pixels in the ground truth."""
     regions = evaluation.regions
     pixels = regions.matrix.sum(1)
     shares = pixels / max(int(pixels.sum()), 1)
     largest = max(float(shares.max(initial=0)), 1e-9)
-    rows = []
-    for label in np.lexsort((-regions.iou, ~regions.is_present)).tolist():
-        bar = f'<meter value="{regions.iou[label]:.4f}" max="100"></meter> {regions.iou[label]:.2f}'
-        rows.append(
-            f"<tr><td>{escape(evaluation.classes[label])}</td><td>{bar if pixels[label] else 'absent'}</td>"
-            f'<td><meter value="{shares[label]:.6f}" max="{largest:.6f}"></meter> {100 * shares[label]:.2f}</td>'
-            f"<td>{pixels[label]:,}</td></tr>"
+    rows = [
+        (
+            evaluation.classes[label],
+            render_bar(regions.iou[label] / 100, f"{regions.iou[label]:.2f}") if pixels[label] else "absent",
+            render_bar(shares[label] / largest, f"{100 * shares[label]:.2f}"),
+            f"{pixels[label]:,}",
         )
-    style = "wide tall" if len(rows) > LONG else "wide"
-    return f"""<div class="{style}"><table><thead><tr><th>class</th><th>IoU %</th><th>true pixels, %</th>
-<th>true pixels</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>"""
+        for label in np.lexsort((-regions.iou, ~regions.is_present)).tolist()
+    ]
+    head = ("class", "IoU %", "true pixels, %", "true pixels")
+    return render_table(head, rows, is_long=len(rows) > LONG)
 
 
-def _render_matrix(matrix: np.ndarray, classes: Sequence[str]) -> str:
+def _render_matrix(matrix: np.ndarray, classes: Sequence[str]) -> Markup:
     return render_chart(
         "Confusion matrix, % of the true pixels",
         "predicted",
@@ -126,7 +122,7 @@ def _render_matrix(matrix: np.ndarray, classes: Sequence[str]) -> str:
     )
 
 
-def _render_pairs(matrix: np.ndarray, classes: Sequence[str]) -> str:
+def _render_pairs(matrix: np.ndarray, classes: Sequence[str]) -> Markup:
     of_class, total = matrix.sum(1), max(int(matrix.sum()), 1)
     rows = [
         (
@@ -141,34 +137,35 @@ def _render_pairs(matrix: np.ndarray, classes: Sequence[str]) -> str:
     return render_table(["true", "predicted", "pixels", "% of true", "% of all"], rows)
 
 
-def _render_worst(evaluation: NamedRegions, worst: WorstScenes | str) -> str:
+def _render_worst(evaluation: NamedRegions, worst: WorstScenes | str) -> Markup:
     if isinstance(worst, str):
-        return f"<p>No pictures: {escape(worst)}</p>"
+        return Markup("<p>No pictures: {}</p>").format(worst)
     labels = {VOID for scene in worst.scenes if scene.truth is not None and (scene.truth == VOID).any()}
     for scene in worst.scenes:
         if scene.image is not None and scene.truth is not None:
             labels |= set(np.unique(scene.image.mask).tolist()) | set(np.unique(scene.truth).tolist())
-    strips = "".join(_render_scenes(evaluation.classes, worst))
+    strips = Markup().join(_render_scenes(evaluation.classes, worst))
     imperfect = int((evaluation.regions.correct < evaluation.regions.labelled).sum())
     text = (
         f"{len(worst.scenes)} of {imperfect:,} scenes with wrong pixels, the lowest share of right pixels first. The "
         f"predictions were made for this page, in fp32: {worst.protocol}."
     )
-    return f"<p>{escape(text)}</p>{render_legend(evaluation.classes, worst.palette, labels)}{strips}"
+    return Markup("<p>{}</p>{}{}").format(text, render_legend(evaluation.classes, worst.palette, labels), strips)
 
 
-def _render_scenes(classes: Sequence[str], worst: WorstScenes) -> Iterator[str]:
+def _render_scenes(classes: Sequence[str], worst: WorstScenes) -> Iterator[Markup]:
     for scene in worst.scenes:
-        title = f"<div class=right>{escape(Path(scene.file).name)}: {scene.accuracy:.1f} % of the pixels right</div>"
+        title = render_lines([f"{Path(scene.file).name}: {scene.accuracy:.1f} % of the pixels right"], "right")
         if scene.image is None or scene.truth is None:
-            yield f"<figure><figcaption>{title}(no picture: {escape(scene.fault)})</figcaption></figure>"
+            yield render_figure(Markup(), [title, f"(no picture: {scene.fault})"])
             continue
         masks = [("truth", scene.truth), ("prediction", scene.image.mask)]
-        yield render_strip(scene.image.pixels, masks, worst.palette, [title, *_describe_confusions(scene, classes)])
+        caption = [title, render_lines([_describe_confusions(scene, classes)])]
+        yield render_strip(scene.image.pixels, masks, worst.palette, caption)
 
 
-def _describe_confusions(scene: WorstScene, classes: Sequence[str]) -> list[str]:
-    """Return a line about the largest confusions in the picture of a scene, HTML."""
+def _describe_confusions(scene: WorstScene, classes: Sequence[str]) -> str:
+    """Return a line about the largest confusions in the picture of a scene."""
     assert scene.image is not None and scene.truth is not None
     is_labelled = scene.truth != VOID
     cells = scene.truth[is_labelled].astype(np.int64) * len(classes) + scene.image.mask[is_labelled]
@@ -178,4 +175,4 @@ def _describe_confusions(scene: WorstScene, classes: Sequence[str]) -> list[str]
         f"{classes[true]} taken for {classes[predicted]}: {100 * count / total:.1f} %"
         for true, predicted, count in rank_confusions(matrix, PAIRS_OF_SCENE)
     ]
-    return [f"<div>{escape('; '.join(pairs))}{' of the pixels' if pairs else ''}</div>"]
+    return f"{'; '.join(pairs)}{' of the pixels' if pairs else ''}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.box_files import BoxFiles, read_box_files
-from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events
+from resnest_imagenet.evaluation.events import TOP1, count_steps_per_epoch, name_metric, read_events
 from resnest_imagenet.evaluation.measured import has_accuracy, list_results, read_measured, read_values
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
@@ -15,6 +15,7 @@ from resnest_imagenet.evaluation.results import Measured
 from resnest_imagenet.files import read_matching, require_file, require_folder
 from resnest_imagenet.options import flatten
 
+EVENTS = "metrics.jsonl"
 # The numbers that a report needs from each event; from an evaluation also the value of its metric.
 _KEYS = {"train": ("step", "loss", "lr", "images_per_s", "data_wait"), "eval": ("step", "epoch")}
 
@@ -59,15 +60,14 @@ class Run:
         return name_metric(self.evaluations[-1] if self.evaluations else self.status)
 
     @property
-    def steps_per_epoch(self) -> float:
-        """By the last report of the first epoch, or else by the first evaluation; 1 without either: steps, not epochs.
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation of the best network; None without any."""
+        return max(self.evaluations, key=lambda event: event[self.metric], default=None)
 
-        A run's last epoch may be shorter, and the first evaluation may come after it.
-        """
-        first_epoch = [event["step"] for event in self.steps if event.get("epoch") == 1]
-        if first_epoch and (self.evaluations or len(first_epoch) < len(self.steps)):  # the first epoch has ended
-            return max(first_epoch)
-        return next((event["step"] / event["epoch"] for event in self.evaluations), 1)
+    @property
+    def steps_per_epoch(self) -> float:
+        """See `count_steps_per_epoch`."""
+        return count_steps_per_epoch(self.steps, self.evaluations)
 
 
 def find_runs(patterns: Sequence[str], recipes: dict[str, dict[str, Any]]) -> tuple[list[Run], list[str]]:
@@ -96,7 +96,7 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
         ConfigError: it is not such a folder, or a file in it cannot be read.
     """
     require_folder(folder, "runs")
-    metrics, predictions = folder / "metrics.jsonl", folder / "predictions.csv"
+    metrics, predictions = folder / EVENTS, folder / "predictions.csv"
     events = read_events(metrics, _KEYS) if metrics.exists() else []
     config = flatten(_read(folder / "config.yaml"))
     if not isinstance(config.get("model.name", ""), str):
@@ -129,6 +129,23 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     if not has_reported:
         raise ConfigError(f"runs={folder}: neither a run folder nor one with results of resnest-eval")
     return run
+
+
+def list_figures(run: Run) -> list[tuple[str, Measured]]:
+    """Return the accuracies of a classifier, each with the network that has it: the best one, or a file's.
+
+    The best network's is that of its own evaluation; then come those of resnest-eval.
+    """
+    best, files = run.best, [result for result in run.measured if Path(result.source).name != EVENTS]
+    figures = [(Path(result.source).name + (f", tta={result.tta}" if result.tta else ""), result) for result in files]
+    if best is None or not has_accuracy(best) or type(best["count"]) is not int:
+        return figures
+    recipe = next((result.recipe for result in run.measured), str(run.config.get("train.recipe", "")))
+    num_classes = run.config.get("model.num_classes") or 0
+    own = Measured(
+        run.model or "", best["crop"], best[TOP1], best["count"], num_classes, recipe, str(best["protocol"]), run.name
+    )
+    return [(f"best, epoch {best['epoch']}", own), *figures]
 
 
 def list_differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:

@@ -52,9 +52,11 @@ def build_table(measured: list[Measured]) -> list[dict[str, Any]]:
     """Return the rows: the paper's figures, those counted now, and those measured here.
 
     Keys: row, model, parameters_paper and parameters (millions), gflops_paper and gflops (multiply-adds in billions at
-    224), top1_paper ({crop: percent}), measured (list of `Measured` as dictionaries).
+    224), top1_paper ({crop: percent}), measured (list of `Measured` as dictionaries, without those that have a
+    test-time augmentation: the paper's have none).
     """
     rows = []
+    comparable = [result for result in measured if result.tta is None]
     for row in PAPER:
         parameters, multiply_adds = count_cost(row.model, 224)
         rows.append(
@@ -66,16 +68,20 @@ def build_table(measured: list[Measured]) -> list[dict[str, Any]]:
                 "gflops_paper": row.gflops,
                 "gflops": multiply_adds / 1e9,
                 "top1_paper": row.top1,
-                "measured": [asdict(result) for result in measured if result.model == row.model],
+                "measured": [asdict(result) for result in comparable if result.model == row.model],
             }
         )
     return rows
 
 
 def list_strangers(measured: list[Measured]) -> list[str]:
-    """Return a line for each result that has no row."""
+    """Return a line for each result that has no row, or cannot stand in it."""
     models = {row.model for row in PAPER}
-    return [f"{result.source}: {result.model} has no row" for result in measured if result.model not in models]
+    strangers = [f"{result.source}: {result.model} has no row" for result in measured if result.model not in models]
+    averaged = [result for result in measured if result.model in models and result.tta is not None]
+    return strangers + [
+        f"{result.source}: tta={result.tta}, the paper's accuracies have no such augmentation" for result in averaged
+    ]
 
 
 def format_table(rows: list[dict[str, Any]], form: str) -> str:

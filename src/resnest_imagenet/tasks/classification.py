@@ -1,5 +1,6 @@
 """Images to classes, as in the paper's Table 3."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,34 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.config import DataOptions, TrainConfig
+from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.augment import Augmentation
-from resnest_imagenet.data.loader import Loader, build_loader, choose_loader, open_source
+from resnest_imagenet.data.loader import Loader, build_loader, choose_loader
+from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
-from resnest_imagenet.data.source import (
-    ImageSource,
-    describe_counts,
-    print_notes,
-    require_same_classes,
-    require_separate,
-)
-from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
+from resnest_imagenet.data.shared_images import describe_shared
+from resnest_imagenet.data.source import ImageSource, describe_counts, print_notes
+from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform, to_levels
 from resnest_imagenet.distributed import Ranks, launched_as
-from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.evaluation.accuracy import Evaluation, measure_accuracy
+from resnest_imagenet.errors import ConfigError, printable
+from resnest_imagenet.evaluation.accuracy import TOP, Evaluation, measure_accuracy
+from resnest_imagenet.evaluation.mistakes import count_confusions, measure_classes
 from resnest_imagenet.evaluation.predictions import encode_predictions
 from resnest_imagenet.evaluation.score import Score
 from resnest_imagenet.inference.labels import name_outputs
 from resnest_imagenet.models.batch import require_batch
 from resnest_imagenet.models.cost import count_cost, count_kept
+from resnest_imagenet.models.drop_path import add_drop_path
 from resnest_imagenet.models.dropblock import DropBlock
 from resnest_imagenet.models.folding import fold_batch_norms
+from resnest_imagenet.models.stages import freeze_stages, keep_in_evaluation
 from resnest_imagenet.models.zoo import build_model, find_head, require_model
+from resnest_imagenet.options import format_value
 from resnest_imagenet.randomness import Draws, Purpose
 from resnest_imagenet.recipe import ClassificationEvalOptions, ClassificationRecipe
 from resnest_imagenet.tasks.digests import describe_images
 from resnest_imagenet.tasks.mixing import (
     Mixing,
+    balance_classes,
     draw_cutmix,
     draw_mixup,
     erase_rectangles,
@@ -46,7 +48,7 @@ from resnest_imagenet.tasks.mixing import (
 )
 from resnest_imagenet.tasks.pictures import draw_confusions, draw_samples
 from resnest_imagenet.tasks.task import Evaluate, Pause
-from resnest_imagenet.weights.load import read_weights, start_from
+from resnest_imagenet.weights.load import Weights, read_weights, start_from
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), normalised; labels int64 (B,)
 
@@ -60,18 +62,28 @@ class Classification:
     metric: str = "top1"
 
     def __init__(self, config: TrainConfig) -> None:
-        self._recipe = cast(ClassificationRecipe, config.train)
+        self.config = config
         require_model(config.model.name)
         require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
         self._loader = choose_loader(config.loader.name)
-        self.train_set, self.val_set = _open_data(config.data)
+        self._data = ClassifiedData.of(config.data.model_dump())
+        self.train_set, self.val_set = self._data.open_parts()
         if launched_as().rank == 0:
             print_notes(self.train_set, self.val_set)
+            if shared := describe_shared(self.train_set, self.val_set):
+                print(f"WARNING: {printable(shared)}", file=sys.stderr, flush=True)
         self.config = _fix_num_classes(config, self.train_set)
         self.classes = self.train_set.classes
         self.head: tuple[str, ...] = (find_head(config.model.name),)
-        self._transform = EvalTransform.of(cast(ClassificationEvalOptions, config.eval).crop, config.protocol)
+        recipe, crop = self._recipe, cast(ClassificationEvalOptions, config.eval).crop
+        self._transform = EvalTransform.of(crop, config.protocol, recipe.mean, recipe.std)
         self._dropblock: DropBlock | None = None
+        self._frozen: list[nn.Module] = []
+        self._class_weights: Tensor | None = None
+
+    @property
+    def _recipe(self) -> ClassificationRecipe:
+        return cast(ClassificationRecipe, self.config.train)
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
         """See `Task`; it includes the protocol, because best accuracies are comparable only under the same protocol."""
@@ -80,6 +92,8 @@ class Classification:
             "model.name": config.model.name,
             "model.num_classes": config.model.num_classes,
             "data.shuffle_shards": config.data.shuffle_shards,
+            "data.val_split": self._data.val_split,
+            "data.split_seed": None if self._data.val_split is None else self._data.split_seed,
             "evaluation": self._transform.protocol,
             "classes": list(self.classes),
             **describe_images({"training": self.train_set, "val": self.val_set}, config.data.digest, ranks, tick),
@@ -109,7 +123,13 @@ class Classification:
         if is_new and recipe.init_from is not None:
             self._start_from(model, recipe.init_from)
         model = place(model, device)
+        self._frozen = freeze_stages(model, recipe.freeze)
         self._dropblock = DropBlock(model) if recipe.dropblock > 0 else None
+        if recipe.drop_path > 0:
+            add_drop_path(model, recipe.drop_path)
+        if recipe.class_weights == "balanced":
+            weights = balance_classes(self.train_set.labels, len(self.classes))
+            self._class_weights = torch.from_numpy(weights).to(device)
         return model
 
     def _start_from(self, model: nn.Module, source: str) -> None:
@@ -119,7 +139,15 @@ class Classification:
         same_classes = start_from(model, self.config.model.name, classes, weights)
         if launched_as().rank == 0:
             head = "its classifier too" if same_classes else f"with a new classifier of {len(classes)} classes"
-            print(f"starting from {source}, {head}", flush=True)
+            print(f"starting from {source}, {head}{self._compare_pixels(weights)}", flush=True)
+
+    def _compare_pixels(self, weights: Weights) -> str:
+        """Return a warning if the weights were trained with another normalisation; else ""."""
+        before, now = (to_levels(other.mean, other.std) for other in (weights, self._recipe))
+        if before == now:
+            return ""
+        values = " ".join(f"train.{name}={format_value(getattr(weights, name))}" for name in before)
+        return f"; WARNING: it was trained with {values}"
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
         """See `Task`."""
@@ -158,9 +186,21 @@ class Classification:
     def _describe_accuracy(self, evaluation: Evaluation) -> Score:
         top1, top5, count, protocol = evaluation.top1, evaluation.top5, evaluation.count, self._transform.protocol
         title = f"top-1 {top1:.2f} % of {count} images"
+        figures = measure_classes(count_confusions(evaluation, len(self.classes)))
+        top5_text = f", top-5 {top5:.2f} %" if len(self.classes) > TOP else ""
         return Score(
-            values={"top1": top1, "top5": top5, "count": count, "crop": self._transform.crop, "protocol": protocol},
-            text=f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count} images ({protocol})",
+            values={
+                "top1": top1,
+                "top5": top5,
+                "loss": evaluation.loss,
+                "macro_precision": figures.macro_precision,
+                "macro_recall": figures.macro_recall,
+                "macro_f1": figures.macro_f1,
+                "count": count,
+                "crop": self._transform.crop,
+                "protocol": protocol,
+            },
+            text=f"top-1 {top1:.2f} %{top5_text} of {count} images ({protocol})",
             pictures={"confusions": partial(draw_confusions, evaluation, self.classes, title)},
             files={"predictions.csv": partial(encode_predictions, self.val_set, [(protocol, evaluation)])},
         )
@@ -168,13 +208,14 @@ class Classification:
     def loss(self, network: nn.Module, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Mix a batch, run the network under autocast, and return the cross entropy against smoothed targets."""
         recipe, (images, labels) = self._recipe, batch
+        keep_in_evaluation(self._frozen)
         if self._dropblock:
             self._dropblock.set_probability(dropblock_probability(recipe, draws.epoch))
         images, mixing = erase_and_mix(images, recipe, draws)
         with autocast(images.device, recipe.precision):
             logits = network(images)
         targets = labels if mixing is None else mixing.mix_targets(one_hot(labels, logits.shape[1]))
-        return {"cross_entropy": smoothed_cross_entropy(logits, targets, recipe.label_smoothing)}
+        return {"cross_entropy": smoothed_cross_entropy(logits, targets, recipe.label_smoothing, self._class_weights)}
 
     def blank_batch(self, device: torch.device) -> Batch:
         """See `Task`; channels_last like the loaders' batches: otherwise a network would be compiled again."""
@@ -186,7 +227,8 @@ class Classification:
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
         """See `Task`; the images stay on the device until they are drawn."""
         images, _ = erase_and_mix(batch[0].clone(), self._recipe, draws)
-        return partial(draw_samples, images[:NUM_SHOWN].clone())
+        transform = self._transform
+        return partial(draw_samples, images[:NUM_SHOWN].clone(), transform.mean, transform.std)
 
     def describe(self, counts_cost: bool) -> dict[str, str]:
         """See `Task`; multiply-adds are for 1000 classes."""
@@ -194,21 +236,20 @@ class Classification:
         if counts_cost:
             cost = f", {count_cost(name, crop)[1] / 1e9:.2f} GFLOPs at {crop} with 1000 classes"
         train, val, root = len(self.train_set), len(self.val_set), self.config.data.root
+        split = self._data.describe_split()
+        chosen = f" by {split}" if split else ""
         return {
             "network": f"{name}, {len(self.classes)} classes{cost}",
-            "data": f"{train:,} training and {val:,} val images in {root}, read by {self._loader}",
-            "images per class": describe_counts(self.train_set.labels, self.classes),
+            "data": f"{train:,} training and {val:,} val images in {root}{chosen}, read by {self._loader}",
+            "images per class": describe_counts(self.train_set.labels, self.classes) + self._describe_weights(),
             "evaluation": self._transform.protocol,
         }
 
-
-def _open_data(data: DataOptions) -> tuple[ImageSource, ImageSource]:
-    """List the images of both parts."""
-    train_set = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
-    val_set = open_source(data.kind, data.root, data.val_dir, "data.val_dir")
-    require_separate(train_set.root, val_set.root)
-    require_same_classes(train_set, val_set)
-    return train_set, val_set
+    def _describe_weights(self) -> str:
+        if self._recipe.class_weights is None:
+            return ""
+        weights = balance_classes(self.train_set.labels, len(self.classes))
+        return f"; images count {weights.max():.3g} times in the smallest class to {weights.min():.3g} in the largest"
 
 
 def _fix_num_classes(config: TrainConfig, train_set: ImageSource) -> TrainConfig:
@@ -236,6 +277,9 @@ def build_train_transform(recipe: ClassificationRecipe, seed: int) -> TrainTrans
         antialias=recipe.antialias,
         interpolation=recipe.interpolation,
         augmentation=augmentation,
+        flip=0.5 if recipe.flips in ("horizontal", "both") else 0.0,
+        vertical_flip=0.5 if recipe.flips in ("vertical", "both") else 0.0,
+        **to_levels(recipe.mean, recipe.std),
     )
 
 

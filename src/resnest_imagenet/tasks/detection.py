@@ -1,4 +1,4 @@
-"""Images to the boxes and masks of their objects, as in the paper's Tables 5 and 6."""
+"""The task of detection: boxes and masks of objects, as in the paper's Tables 5 and 6."""
 
 import itertools
 import math
@@ -42,8 +42,8 @@ from resnest_imagenet.weights.detection import read_options, start_rcnn
 Batch = tuple[Tensor, list[Target]]  # images (B, 3, H, W), normalised and padded; the objects of each
 
 NUM_SHOWN = 4  # images of a batch
-# More than any network keeps of a pixel of its input, resnest269 7,900, and of a sampled box for each convolution of
-# its heads, a cascade's 220,000: both with 256 channels in the pyramid.
+# Upper bounds with 256 channels in the pyramid. A network keeps at most 7,900 bytes of a pixel of its input
+# (resnest269), and 220,000 bytes of a sampled box for each convolution of its heads (a cascade).
 _BYTES_PER_PIXEL, _BYTES_PER_CONV = 12_000, 250_000
 
 
@@ -51,7 +51,8 @@ class Detection:
     """Implements `tasks.task.Task`."""
 
     def __init__(self, config: TrainConfig) -> None:
-        recipe = self._recipe = cast(DetectionRecipe, config.train)
+        self.config = config
+        recipe = self._recipe
         self._protocol = cast(BoxProtocolOptions, config.protocol)
         require_model(config.model.name)
         data = config.data
@@ -70,18 +71,24 @@ class Detection:
         self.classes, self.category_ids = self._train.classes, self._train.category_ids
         self._truth = open_ground_truth(self._val, masks=recipe.masks)
         if config.model.num_classes not in (None, len(self.classes)):
-            there = f"{self._train.json} has {len(self.classes)} categories"
-            raise ConfigError(f"model.num_classes={config.model.num_classes}, but {there}: set model.num_classes=null")
+            categories = f"{self._train.json} has {len(self.classes)} categories"
+            raise ConfigError(
+                f"model.num_classes={config.model.num_classes}, but {categories}: set model.num_classes=null"
+            )
         network = config.model.model_copy(update={"num_classes": len(self.classes)})
         self.config = config.model_copy(update={"model": network})
         self.metric = "mask_ap" if recipe.masks else "box_ap"
         self.head: tuple[str, ...] = ("fpn", "rpn", "roi_heads")
         self._options = read_options(recipe.model_dump(), self._protocol.model_dump())
         with torch.device("meta"):
-            self._build(can_synchronise=False)  # the options fit together
+            self._build(can_synchronise=False)  # refuses options that do not fit together
         require_batch(
             config.model.name, recipe.batch_size, min(recipe.short_sides), build=lambda: self._build().backbone
         )
+
+    @property
+    def _recipe(self) -> DetectionRecipe:
+        return cast(DetectionRecipe, self.config.train)
 
     def _build(self, *, can_synchronise: bool = True) -> RCNN:
         own = {name: "bn" for name in ("norm", "head_norm") if self._options[name] == "sync" and not can_synchronise}
@@ -119,7 +126,7 @@ class Detection:
             return count_kept_rcnn(name, num_classes, self._largest, recipe.batch_size, **self._options)
 
     def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
-        """See `Task`; batch norms are synchronised where ranks are several and the device has that."""
+        """See `Task`; batch norms are synchronised over several ranks on a device that supports it."""
         recipe = self._recipe
         torch.manual_seed(self.config.seed)
         launch = launched_as()
@@ -138,7 +145,7 @@ class Detection:
         return place(model, device)
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
-        """See `Task`; a batch has images of portrait or of landscape format."""
+        """See `Task`; a batch has portrait images only, or landscape images only."""
         return BatchPlan(
             num_samples=len(self._train),
             batch_size=self._recipe.batch_size,
@@ -159,7 +166,7 @@ class Detection:
         return InstanceLoader(self._train, plan, transform, ranks.device, pixels, workers, max_errors)
 
     def build_evaluation(self, ranks: Ranks) -> Evaluate:
-        """See `Task`; with `precise_batches` the network's norms get their statistics before, see `models.precise`."""
+        """See `Task`; `precise_batches` first computes the statistics of the norms again, see `models.precise`."""
         recipe, workers = self._recipe, self.config.loader.workers
         loader = build_val_loader(self._val, self._protocol, self.config.model.name, ranks, workers)
         precise = self._build_precise(ranks) if recipe.precise_batches else None
@@ -180,9 +187,10 @@ class Detection:
         return evaluate
 
     def _build_precise(self, ranks: Ranks) -> Callable[[nn.Module, Pause], None]:
-        """Return what computes the norms' statistics over the first batches of the first epoch, and of those after it.
+        """Return a function that computes the norms' statistics over the first batches of training, from epoch 0 on.
 
-        Always the same ones: so the statistics are a function of the weights, and an evaluation can be made again.
+        The batches are always the same, so the statistics are a function of the weights, and an evaluation can be
+        repeated.
 
         Raises:
             DataError: there is no batch for each rank.
@@ -191,8 +199,8 @@ class Detection:
         per_epoch = len(self._train) // (recipe.batch_size * world_size) * world_size
         if not per_epoch:
             raise DataError(
-                f"{len(self._train)} training images are no batch of {recipe.batch_size} for each of {world_size} "
-                "ranks, which train.precise_batches needs: lower train.batch_size"
+                f"{len(self._train)} training images are less than a batch of {recipe.batch_size} for each of "
+                f"{world_size} ranks, which train.precise_batches needs: lower train.batch_size"
             )
         loader = self.build_loader(self.plan_batches(per_epoch, ranks), ranks)
 
@@ -200,7 +208,7 @@ class Detection:
             def run(numbered: tuple[int, Batch]) -> None:
                 number, batch = numbered
                 pause(number, True)
-                # Seeded for each batch, as in training: a loader that begins an epoch draws from torch's generator too.
+                # Seed each batch, as in training: a loader that begins an epoch draws from torch's generator too.
                 draws = Draws(self.config.seed, 0, number * world_size + ranks.rank)
                 draws.seed_torch()
                 self.loss(model, batch, draws)
@@ -232,9 +240,9 @@ class Detection:
             return network(images, targets)
 
     def blank_batch(self, device: torch.device) -> Batch:
-        """See `Task`: of the largest images, with one object each; channels_last like the loader's batches.
+        """See `Task`: the largest images, with one object each; channels_last like the loader's batches.
 
-        Without objects the mask head would have no boxes on any rank: torch's SyncBatchNorm is not made for that in
+        Without objects the mask head would have no boxes on any rank, which torch's SyncBatchNorm does not support in
         half precision.
         """
         recipe, size = self._recipe, self._largest
@@ -247,7 +255,7 @@ class Detection:
         return images, [target] * recipe.batch_size
 
     def show(self, batch: Batch, draws: Draws) -> Callable[[], np.ndarray]:
-        """See `Task`: each image with its objects."""
+        """See `Task`: the images with their objects."""
         images, targets = batch[0][:NUM_SHOWN].clone(), batch[1][:NUM_SHOWN]
         pixels, classes = find_pixels(self.config.model.name), self.classes
         palette = make_box_palette(len(classes))
@@ -279,7 +287,7 @@ class Detection:
 
 
 def build_instance_transform(recipe: DetectionRecipe, seed: int) -> InstanceTransform:
-    """Return what training does to an image with objects."""
+    """Return the transform of training images."""
     sides = recipe.short_sides
     if recipe.side_sampling == "range":
         sides = list(range(sides[0], sides[1] + 1))
@@ -289,16 +297,16 @@ def build_instance_transform(recipe: DetectionRecipe, seed: int) -> InstanceTran
 def build_val_loader(
     instances: Instances, protocol: BoxProtocolOptions, name: str, ranks: Ranks, workers: int | None
 ) -> InstanceLoader:
-    """Build what yields each image of an evaluation once, over all ranks, one a batch: so none has others' padding.
+    """Build the loader of an evaluation: each image once over all ranks, one per batch, so without another's padding.
 
     Args:
         instances: of `open_coco`.
         protocol: how images are shown.
-        name: of the backbone, which decides how pixels are normalised.
+        name: of the backbone; it decides how pixels are normalised.
         ranks: who takes part.
         workers: processes of the loader; None: this process's cores, at most 8.
     """
     plan = plan_evaluation(len(instances), 1, ranks.rank, ranks.world_size)
     transform = InstanceTransform(0, (protocol.short_side,), protocol.longest, flip=0)
-    unmasked = replace(instances, masks=None)  # an evaluation has its masks from the ground truth
+    unmasked = replace(instances, masks=None)  # the ground truth has the masks of an evaluation
     return InstanceLoader(unmasked, plan, transform, ranks.device, find_pixels(name), workers)

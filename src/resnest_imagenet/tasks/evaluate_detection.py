@@ -1,4 +1,4 @@
-"""How well a trained network finds the objects of a data set."""
+"""Evaluates a trained detector on a data set."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.boxes import FIGURES, BoxScores, score_detections
 from resnest_imagenet.evaluation.detections import detect_over_ranks, encode_results
 from resnest_imagenet.evaluation.ground_truth import GroundTruth, open_ground_truth
-from resnest_imagenet.files import replacing
+from resnest_imagenet.evaluation.operators import choose_attention
+from resnest_imagenet.files import write_atomically
 from resnest_imagenet.inference.detector import Detector
 from resnest_imagenet.inference.options import check_arguments
 from resnest_imagenet.supervision import EVALUATING, supervise
@@ -22,44 +23,46 @@ from resnest_imagenet.tasks.detection import build_val_loader
 def evaluate_detector(
     detector: Detector, instances: Instances, *, precision: str = "fp32", workers: int | None = None
 ) -> tuple[BoxScores, GroundTruth]:
-    """Evaluate a network by its protocol, each image once; under torchrun the ranks share the images.
+    """Evaluate a detector by its protocol, each image once; under torchrun the ranks share the images.
 
-    The figures are pycocotools', the reference.
+    pycocotools, the reference, computes the figures.
 
     Args:
         detector: of `open_detector`.
-        instances: of `open_coco`, with every image, and with masks where the network finds some.
+        instances: of `open_coco` with every image, and with masks if the detector finds masks.
         precision: fp32, bf16 or fp16.
         workers: processes of the loader; None: this process's cores, at most 8.
 
     Returns:
-        The detections with COCO's figures, and the objects that they were compared with.
+        The detections with COCO's figures, and the ground truth.
 
     Raises:
-        DataError: an image cannot be used, or the classes are not the network's.
-        UserError: for what else a user can cause, as one line.
+        DataError: an image cannot be used, or the classes are not the detector's.
+        UserError: for other errors that a user can cause, as one line.
     """
-    asked = check_arguments(precision=precision, workers=workers)
+    arguments = check_arguments(precision=precision, workers=workers)
     if detector.classes != instances.classes:
         raise DataError(
-            f"{instances.json}: its {len(instances.classes)} classes are not the {len(detector.classes)} of "
-            f"{detector.source}, in the same order: set data.val_json to a file that has these"
+            f"{instances.json}: its {len(instances.classes)} classes are not the {len(detector.classes)} classes of "
+            f"{detector.source} in the same order: set data.val_json to a file that has these"
         )
     truth = open_ground_truth(instances, masks=detector.finds_masks)
     with distributed.join(detector.device) as ranks, supervise(ranks) as watch:
-        loader = build_val_loader(instances, detector.protocol, detector.name, ranks, asked.workers)
+        size = (detector.protocol.short_side, detector.protocol.longest)
+        choose_attention(detector.module, (1, *size), precision, ranks)
+        loader = build_val_loader(instances, detector.protocol, detector.name, ranks, arguments.workers)
 
         def before_batch(batch: int, is_everywhere: bool) -> None:
             watch.at(0, batch, EVALUATING)
 
         name: Callable[[int], str] = instances.images.name
         table = detect_over_ranks(detector.module, loader, ranks, precision, before_batch, name)
-    # Minutes, in which nothing is reported: no longer under supervision, which would take a rank for hanging.
+    # Outside of supervision, which would take a rank for hanging: COCO's tool takes minutes without a report.
     return score_detections(table, truth, masks=detector.finds_masks, evaluator="pycocotools"), truth
 
 
 def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: GroundTruth) -> None:
-    """Write the figures of a network as JSON, in percent; AP of each class by its name.
+    """Write the figures of a detector as JSON, in percent; the AP of each class is by name.
 
     Raises:
         StorageError: the file cannot be written.
@@ -89,21 +92,21 @@ def write_scores(path: Path, detector: Detector, scores: BoxScores, truth: Groun
             }
         ],
     }
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(json.dumps(results, indent=2).encode() + b"\n")
 
 
 def write_detections(path: Path, scores: BoxScores, truth: GroundTruth) -> None:
-    """Write the boxes in the form of COCO's results, and masks into a file beside it, NAME_masks.json.
+    """Write the boxes in the form of COCO's results, and the masks into a second file beside it, NAME_masks.json.
 
-    Two files, since COCO's evaluation of masks takes the area of a box for the mask's where a result has both.
+    If a result has both, COCO's evaluation of masks uses the area of the box.
 
     Raises:
         StorageError: a file cannot be written.
     """
     for kind in scores.kinds:
         place = path if kind.kind == "box" else path.with_stem(f"{path.stem}_masks")
-        with replacing(place) as file:
+        with write_atomically(place) as file:
             file.write(encode_results(scores.detections, truth, kind.kind))
 
 

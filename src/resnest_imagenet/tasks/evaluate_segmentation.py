@@ -9,12 +9,13 @@ from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.scene_loader import SceneLoader
 from resnest_imagenet.data.scenes import Scenes
 from resnest_imagenet.errors import DataError
+from resnest_imagenet.evaluation.operators import choose_attention
 from resnest_imagenet.evaluation.region_files import encode_scenes
 from resnest_imagenet.evaluation.regions import Regions, measure_regions
 from resnest_imagenet.evaluation.results import RegionResult, RegionResults
-from resnest_imagenet.files import replacing
+from resnest_imagenet.files import write_atomically
 from resnest_imagenet.inference.options import check_arguments
-from resnest_imagenet.inference.segmenter import Segmenter
+from resnest_imagenet.inference.segmenter import USUAL_SIDE, Segmenter
 from resnest_imagenet.supervision import EVALUATING, supervise
 
 
@@ -43,6 +44,9 @@ def evaluate_segmenter(
     with distributed.join(segmenter.device) as ranks, supervise(ranks) as watch:
         plan = plan_evaluation(len(scenes), 1, ranks.rank, ranks.world_size)
         loader = SceneLoader(scenes, plan, None, ranks.device, arguments.workers)
+
+        side = segmenter.protocol.crop or USUAL_SIDE
+        choose_attention(segmenter.module, (1, side, side), precision, ranks)
 
         def before_batch(batch: int, is_everywhere: bool) -> None:
             watch.at(0, batch, EVALUATING)
@@ -83,7 +87,7 @@ def write_regions(path: Path, segmenter: Segmenter, data: str, regions: Regions)
         training=weights.training,
         results=[result],
     )
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(results.model_dump_json(indent=2).encode() + b"\n")
 
 
@@ -93,7 +97,7 @@ def write_scenes(path: Path, segmenter: Segmenter, scenes: Scenes, regions: Regi
     Raises:
         StorageError: the file cannot be written.
     """
-    with replacing(path) as file:
+    with write_atomically(path) as file:
         file.write(encode_scenes(scenes.images, [(segmenter.protocol.text, regions)]))
 
 

@@ -131,12 +131,35 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
 
 
-def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+def smoothed_cross_entropy(
+    logits: Tensor, targets: Tensor, smoothing: float, class_weights: Tensor | None = None
+) -> Tensor:
     """Return the mean over the batch of the cross entropy against smoothed targets (Szegedy et al. 2016, section 7).
 
     Args:
         logits: (B, K).
         targets: labels (B,), or class probabilities (B, K).
         smoothing: e: a target t becomes t (1 - e) + e / K.
+        class_weights: float32 (K,): a target's share of a class counts so often, before it is smoothed. The sum is over
+            B as without weights, so that batches and ranks add up.
     """
-    return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+    shares = targets if targets.ndim > 1 else one_hot(targets, logits.shape[1])
+    weighted = shares * class_weights
+    smoothed = weighted * (1 - smoothing) + weighted.mean(1, keepdim=True) * smoothing
+    return F.cross_entropy(logits.float(), smoothed)
+
+
+def balance_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return a weight for each class, the inverse of its number of images: all classes count alike, float32 (K,).
+
+    The mean over the images is 1. A class without images has weight 0.
+
+    Args:
+        labels: int64 (N,), of the training set.
+        num_classes: K.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    weights = len(labels) / (max((counts > 0).sum(), 1) * np.maximum(counts, 1))
+    return np.where(counts > 0, weights, 0).astype(np.float32)

@@ -1,23 +1,25 @@
-"""Draws the pictures of a run for its trackers."""
+"""Draws the pictures of a run for its trackers, and texts on pictures."""
 
 import math
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 from torch import Tensor
 
 from resnest_imagenet.data.loader import to_pixels
+from resnest_imagenet.data.transforms import MEAN, STD, Colour
+from resnest_imagenet.errors import printable
 from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.mistakes import count_confusions
 
 MARGIN = 2  # pixels around each image
 
 
-def draw_samples(images: Tensor) -> np.ndarray:
+def draw_samples(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> np.ndarray:
     """Draw normalised images, (N, 3, S, S), as they were before the normalisation: uint8 (H, W, 3)."""
-    return tile(list(to_pixels(images)))
+    return tile(list(to_pixels(images, mean, std)))
 
 
 def tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -64,3 +66,11 @@ def draw_matrix(confusions: np.ndarray, names: Sequence[str], title: str, in_per
     paint = partial(paint_confusions, confusions=confusions, names=names, in_percent=in_percent)
     side = 7 if len(confusions) <= 100 else 13.5  # in inches of 100 pixels: each of 1000 classes has a pixel
     return draw_chart(title, "predicted", "true", paint, (side, 0.9 * side))
+
+
+def shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Return a text that is at most so many pixels wide."""
+    text = " ".join(printable(text).split())
+    while font.getlength(text) > width and len(text) > 1:
+        text = f"{text[:-2].rstrip()}…"
+    return text

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from resnest_imagenet import distributed
 from resnest_imagenet.config import PreviewDataConfig
 from resnest_imagenet.data.coco import open_coco
 from resnest_imagenet.data.instance_loader import InstanceLoader, restore_pixels
-from resnest_imagenet.data.loader import build_loader, choose_loader, open_source, to_pixels
+from resnest_imagenet.data.loader import build_loader, choose_loader, to_pixels
+from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.scene_loader import SceneLoader
 from resnest_imagenet.data.scenes import open_scenes
@@ -20,15 +21,19 @@ from resnest_imagenet.data.torchvision import decode
 from resnest_imagenet.errors import ConfigError, DataError
 from resnest_imagenet.evaluation.box_pictures import draw_detections, make_box_palette
 from resnest_imagenet.evaluation.overlays import overlay_mask
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
+from resnest_imagenet.models.imagenet_classes import short_class_names
 from resnest_imagenet.models.zoo import find_pixels
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe, SegmentationRecipe
 from resnest_imagenet.tasks.classification import build_train_transform
 from resnest_imagenet.tasks.detection import build_instance_transform
+from resnest_imagenet.tasks.pictures import shorten
 from resnest_imagenet.tasks.segmentation import build_scene_transform
 
 MARGIN = 4  # pixels between the pictures
-CAPTION = 14  # pixels above each row
+CAPTION = 18  # pixels above each row
+LINE, FONT = 15, 12  # pixels of a line of words below a picture, and of its letters
+SMALLEST = 160  # side of a small crop, at least, after it was enlarged
 LARGEST = 400  # side in pixels of an image with objects, on the sheet
 
 
@@ -50,13 +55,22 @@ class _Preview:
         names: of the rows.
         originals: a picture for each row, of any size.
         epochs: returns each row's image as the network sees it in an epoch, uint8 (H, W, 3), at most `side`.
-        side: of the sheet's cells in pixels.
+        side: of the images in pixels.
+        enlarge: whole number by which the images of small crops are enlarged.
+        words: returns for each row what was drawn for its image in an epoch, in lines; None: nothing is said.
     """
 
     names: list[str]
     originals: list[Image.Image]
     epochs: Callable[[int], Sequence[np.ndarray]]
     side: int
+    enlarge: int = 1
+    words: Callable[[int], Sequence[Sequence[str]]] | None = None
+
+    @property
+    def cell(self) -> int:
+        """Side of the sheet's cells in pixels."""
+        return self.side * self.enlarge
 
 
 def write_preview(config: PreviewDataConfig) -> int:
@@ -78,8 +92,8 @@ def write_preview(config: PreviewDataConfig) -> int:
         preview = _preview_objects(config, recipe)
     else:
         raise ConfigError(f"train.task={recipe.task}: resnest-data preview does not draw this task")
-    sheet = _draw_sheet(preview, preview.side, config.epochs)
-    with replacing(out) as file:
+    sheet = _draw_sheet(preview, config.epochs)
+    with write_atomically(out) as file:
         sheet.save(file, format="PNG")
     return len(preview.names)
 
@@ -87,7 +101,7 @@ def write_preview(config: PreviewDataConfig) -> int:
 def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> _Preview:
     data = config.data
     choose_loader(config.loader.name)
-    source = open_source(data.kind, data.root, data.train_dir, "data.train_dir")
+    source = ClassifiedData.of(data.model_dump()).open_train()
     print_notes(source)
     samples = _choose_samples(len(source), config.images)
     unreadable = name_unreadable(source, samples)
@@ -99,10 +113,24 @@ def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> 
 
     def draw_epoch(epoch: int) -> Sequence[np.ndarray]:
         ((images, _),) = loader.batches(epoch)
-        return list(to_pixels(images))
+        return list(to_pixels(images, transform.mean, transform.std))
 
     originals = [Image.fromarray(decode(source.read(sample)).permute(1, 2, 0).numpy()) for sample in samples]
-    return _Preview([source.name(sample) for sample in samples], originals, draw_epoch, recipe.crop)
+    titles = short_class_names(source.classes)
+    names = [f"{titles[source.labels[sample]]}: {Path(source.name(sample)).name}" for sample in samples]
+
+    def describe_epoch(epoch: int) -> list[tuple[str, str]]:
+        pairs = zip(samples, originals, strict=True)
+        return [
+            transform.describe_draws(epoch, sample, (original.height, original.width)) for sample, original in pairs
+        ]
+
+    return _Preview(names, originals, draw_epoch, recipe.crop, _choose_factor(recipe.crop), describe_epoch)
+
+
+def _choose_factor(side: int) -> int:
+    """Return the whole number by which a small crop is enlarged."""
+    return max(1, -(-SMALLEST // side))
 
 
 def _preview_scenes(config: PreviewDataConfig, recipe: SegmentationRecipe) -> _Preview:
@@ -127,7 +155,8 @@ def _preview_scenes(config: PreviewDataConfig, recipe: SegmentationRecipe) -> _P
 
     originals = [draw(np.asarray(picture), mask) for picture, mask in map(scenes.read, samples)]
     names = [scenes.images.name(sample) for sample in samples]
-    return _Preview(names, [Image.fromarray(original) for original in originals], draw_epoch, recipe.crop)
+    pictures = [Image.fromarray(original) for original in originals]
+    return _Preview(names, pictures, draw_epoch, recipe.crop, _choose_factor(recipe.crop))
 
 
 def _preview_objects(config: PreviewDataConfig, recipe: DetectionRecipe) -> _Preview:
@@ -169,14 +198,23 @@ def _choose_samples(num_samples: int, num_rows: int) -> tuple[int, ...]:
     return tuple(np.unique(np.linspace(0, num_samples - 1, num_rows).round().astype(int)).tolist())
 
 
-def _draw_sheet(preview: _Preview, crop: int, num_epochs: int) -> Image.Image:
-    step = crop + MARGIN
-    rows = [number * (step + CAPTION) for number in range(len(preview.names))]
-    sheet = Image.new("RGB", (step * (1 + num_epochs) + MARGIN, (step + CAPTION) * len(rows)), "white")
-    for top, name, original in zip(rows, preview.names, preview.originals, strict=True):
-        ImageDraw.Draw(sheet).text((MARGIN, top), name[-step * num_epochs // 6 :], "black")
-        sheet.paste(ImageOps.contain(original, (crop, crop)), (MARGIN, top + CAPTION))
+def _draw_sheet(preview: _Preview, num_epochs: int) -> Image.Image:
+    side, font = preview.cell, ImageFont.load_default(FONT)
+    step, below = side + MARGIN, 2 * LINE if preview.words else 0
+    height = CAPTION + step + below
+    tops = [number * height + CAPTION for number in range(len(preview.names))]
+    sheet = Image.new("RGB", (step * (1 + num_epochs) + MARGIN, height * len(tops)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for top, name, original in zip(tops, preview.names, preview.originals, strict=True):
+        pen.text((MARGIN, top - CAPTION + 1), shorten(name, sheet.width - 2 * MARGIN, font), "black", font)
+        sheet.paste(ImageOps.contain(original, (side, side)), (MARGIN, top))
     for epoch in range(num_epochs):
-        for top, picture in zip(rows, preview.epochs(epoch), strict=True):
-            sheet.paste(Image.fromarray(picture), (MARGIN + step * (1 + epoch), top + CAPTION))
+        left = MARGIN + step * (1 + epoch)
+        for top, picture in zip(tops, preview.epochs(epoch), strict=True):
+            cell = Image.fromarray(picture)
+            size = cell.width * preview.enlarge, cell.height * preview.enlarge
+            sheet.paste(cell.resize(size, Image.Resampling.NEAREST), (left, top))
+        for top, lines in zip(tops, preview.words(epoch) if preview.words else (), strict=bool(preview.words)):
+            for number, text in enumerate(filter(None, lines)):
+                pen.text((left, top + side + number * LINE), shorten(text, side, font), "black", font)
     return sheet

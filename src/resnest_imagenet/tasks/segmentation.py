@@ -48,7 +48,8 @@ class Segmentation:
     metric: str = "miou"
 
     def __init__(self, config: TrainConfig) -> None:
-        recipe = self._recipe = cast(SegmentationRecipe, config.train)
+        self.config = config
+        recipe = self._recipe
         require_model(config.model.name)
         data = config.data
         self._train, self._val = (
@@ -66,6 +67,10 @@ class Segmentation:
         self.head: tuple[str, ...] = ("head", "auxiliary") if recipe.auxiliary_weight else ("head",)
         require_batch(config.model.name, recipe.batch_size, recipe.crop, build=self._build)
         self._protocol = choose_protocol(cast(RegionProtocolOptions, config.protocol), recipe.crop, recipe.base)
+
+    @property
+    def _recipe(self) -> SegmentationRecipe:
+        return cast(SegmentationRecipe, self.config.train)
 
     @property
     def _options(self) -> dict[str, Any]:

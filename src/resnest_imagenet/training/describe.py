@@ -13,6 +13,7 @@ from resnest_imagenet.compute import name_device
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks, count_local_ranks
 from resnest_imagenet.errors import printable
+from resnest_imagenet.evaluation.events import format_seconds
 from resnest_imagenet.options import format_value
 from resnest_imagenet.recipe import Recipe
 from resnest_imagenet.schemas import RECIPES
@@ -25,8 +26,11 @@ from resnest_imagenet.training.state import TrainingState
 _LABEL = 18  # columns of a line's subject
 # Options of recipes that change what is learnt; those that are 0, false or null do nothing.
 _SHOWN: tuple[str, ...] = ("optimizer", "momentum", "nesterov", "betas", "weight_decay", "clip_norm", "clip_value")
-_SHOWN += ("head_lr_factor", "ema_decay", "policy", "jitter", "lighting", "erasing", "label_smoothing", "mixup_alpha")
-_SHOWN += ("cutmix_alpha", "dropout", "dropblock", "norm", "freeze_at", "auxiliary_weight", "precision", "compile")
+_SHOWN += ("head_lr_factor", "layer_decay", "ema_decay", "ema_warmup", "patience", "policy", "flips")
+_SHOWN += ("jitter", "lighting", "erasing", "mean", "std", "class_weights", "label_smoothing", "mixup_alpha")
+_SHOWN += ("cutmix_alpha", "dropout", "dropblock", "drop_path", "norm", "freeze", "freeze_at", "auxiliary_weight")
+_SHOWN += ("precision", "compile")
+_USUAL = {"head_lr_factor": 1, "layer_decay": 1, "flips": "horizontal"}  # these do nothing, or what is usual
 
 
 def describe_plan(
@@ -86,17 +90,11 @@ def describe_result(task: Task, state: TrainingState, best_epoch: int | None, se
     if task.config.train.task in RECIPES:
         commands.append(f"resnest-predict ckpt={shlex.quote(str(best))} images={_choose_picture(task)}")
     lines = {"finished": f"best {describe_best(task.metric, state.best)}{after}; {took}", "best network": str(best)}
+    if state.has_stalled:
+        lines["ended by"] = f"train.patience={state.patience}: as many evaluations without a better best"
     # Not broken at a terminal's width: commands are copied.
     shown = [f"{'next' if number == 0 else '':<{_LABEL}}{command}" for number, command in enumerate(commands)]
     return "\n".join([format_lines(lines), *map(printable, shown)])
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a time in its two largest units: "3 h 5 min", "5 min 7 s", "7 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_bytes(number: int) -> str:
@@ -139,12 +137,10 @@ def _count(number: int, unit: str, units: str = "") -> str:
 def _describe_recipe(recipe: Recipe) -> str:
     values = {name: getattr(recipe, name, None) for name in _SHOWN}
     others = {"momentum": "sgd", "nesterov": "sgd", "betas": "adamw lamb"}  # the optimizers that have them
-    if recipe.head_lr_factor == 1:
-        del values["head_lr_factor"]
     shown = [
         f"{name}={format_value(value)}".replace(" ", "")
         for name, value in values.items()
-        if value and recipe.optimizer in others.get(name, recipe.optimizer)
+        if value and value != _USUAL.get(name) and recipe.optimizer in others.get(name, recipe.optimizer)
     ]
     start = [] if recipe.init_from is None else [f"init_from={recipe.init_from}"]
     return f"{recipe.recipe}: {', '.join(shown + start)}"

@@ -82,7 +82,7 @@ def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.de
             return f"from scratch in {run.path}"
         task.build_model(True, torch.device("cpu"))  # reads the weights, and refuses those that do not fit
         return f"from scratch in {run.path}, with the weights of {config.train.init_from}"
-    if is_over(run, saved, plan):
+    if is_over(run, saved, plan, config.train.patience):
         return f"finished: best {describe_best(task.metric, saved['best'])}, nothing to do"
     option, before = read_length(read_identity(saved))
     is_extended = before != identity[option]

@@ -16,13 +16,14 @@ from resnest_imagenet.training.schedule import StepPlan
 # Entries for each part of the data; if one differs, those after it differ too.
 _OF_IMAGES = ("images", "labels", "sizes", "content", "objects")
 # Options of a recipe that may change: the batch per rank (with the number of ranks) as long as the global batch stays,
-# and options that do not affect the result.
+# and options that do not affect the result. With more patience, a run that has ended early resumes.
 _MAY_CHANGE = (
     "recipe",
     "batch_size",
     "global_batch",
     "compile",
     "max_skipped_steps",
+    "patience",
     "checkpoint_activations",
     "deterministic",
 )

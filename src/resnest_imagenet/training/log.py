@@ -1,7 +1,6 @@
 """The reports of a run: a progress bar or plain lines, metrics.jsonl, and what the trackers show."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,13 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from resnest_imagenet.distributed import Ranks
-from resnest_imagenet.evaluation.events import Event, parse_events
 from resnest_imagenet.evaluation.score import Score, title_metric
-from resnest_imagenet.files import DAMAGED, make_way, replacing, storing, synchronise_file
+from resnest_imagenet.files import make_way, naming_storage_errors, synchronise_file, write_atomically
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.describe import describe_plan, describe_result, format_lines
 from resnest_imagenet.training.health import Verdict
+from resnest_imagenet.training.history import resume_history
 from resnest_imagenet.training.losses import TOTAL
+from resnest_imagenet.training.pictures import write_pictures
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.trackers import Tracker, open_trackers, show_event
@@ -74,7 +74,7 @@ class RunLog:
         self._task = task
         self._metric = task.metric
         self._every_steps = task.config.log.every_steps
-        self._is_main = ranks.is_main
+        self._is_main, self._device = ranks.is_main, ranks.device
         self._bar = tqdm(disable=True)
         self._seconds_per_step = 0.0
         self._loss: float | None = None
@@ -86,12 +86,12 @@ class RunLog:
         self._samples: tuple[int, Callable[[], np.ndarray]] | None = None
         if ranks.is_main:
             print(format_lines(describe_plan(task, plan, state, ranks)), flush=True)
-            with storing(folder / "metrics.jsonl"):
-                events, dropped = _keep_events(folder / "metrics.jsonl", state)
+            with naming_storage_errors(folder / "metrics.jsonl"):
+                history = resume_history(folder / "metrics.jsonl", task.metric, state)
                 self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - until __exit__
-            self._read_figures(events, state)
-            _remove_files(folder, dropped)
-            self._trackers = open_trackers(folder, task.config, task.metric, state.step, events)
+            self._loss, self._value, self._best_epoch = history.loss, history.value, history.best_epoch
+            _remove_files(folder, history.dropped_files)
+            self._trackers = open_trackers(folder, task.config, task.metric, state.step, history)
             for tracker in self._trackers:
                 ending.push(partial(_close, tracker))
         self.wants_samples = bool(self._trackers)
@@ -105,7 +105,7 @@ class RunLog:
         """Flush and close the files."""
         self._bar.close()
         if self._is_main:
-            with storing(self._folder / "metrics.jsonl"):
+            with naming_storage_errors(self._folder / "metrics.jsonl"):
                 self._metrics.close()
 
     def is_due(self, state: TrainingState) -> bool:
@@ -180,7 +180,7 @@ class RunLog:
             self.synchronise()  # a file belongs to the last evaluation that names it, so that line comes first
         for name, encode in score.files.items() if is_best else ():
             make_way(self._folder / name)
-            with replacing(self._folder / name) as file:
+            with write_atomically(self._folder / name) as file:
                 file.write(encode())
         for name, draw in score.pictures.items() if self._trackers else ():
             self._show(f"eval/{name}", state.step, draw())
@@ -200,23 +200,28 @@ class RunLog:
             print(f"step {verdict.step} was not applied: loss or gradient not finite {place}", flush=True)
 
     def result(self, state: TrainingState) -> None:
-        """Show the result of the finished run."""
+        """Show the result of the finished run, and draw it."""
         if self._is_main:
             seconds = time.monotonic() - self._started
             print(describe_result(self._task, state, self._best_epoch, seconds, self._first_step), flush=True)
+            paths = write_pictures(self._task.config, self._device) if self._task.config.log.pictures else []
+            if paths:
+                print(format_lines({"pictures": ", ".join(map(str, paths))}), flush=True)
 
     def synchronise(self) -> None:
-        """Write metrics.jsonl to the disk: the next checkpoint relies on it."""
+        """Write metrics.jsonl to the disk, and what TensorBoard waits to write: the next checkpoint relies on it."""
         if self._is_main:
-            with storing(self._folder / "metrics.jsonl"):
+            with naming_storage_errors(self._folder / "metrics.jsonl"):
                 synchronise_file(self._metrics.fileno(), self._folder / "metrics.jsonl")
+            for tracker in self._trackers:
+                tracker.flush()
 
     def _write(self, event: str, when: TrainingState | Verdict, values: dict[str, Any]) -> None:
         assert not values.keys() & {"event", "epoch", "step", "time"}, f"names of the event's own: {sorted(values)}"
         # The state counts an epoch only after its evaluation.
         epoch = when.epoch if event == "eval" else when.epoch + 1
         line = {"event": event, "epoch": epoch, "step": when.step, **values, "time": time.time()}
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             self._metrics.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
             show_event(tracker, line)
@@ -224,14 +229,6 @@ class RunLog:
     def _show(self, name: str, step: int, pixels: np.ndarray) -> None:
         for tracker in self._trackers:
             tracker.image(name, step, pixels)
-
-    def _read_figures(self, events: list[Event], state: TrainingState) -> None:
-        """Read the figures of a resumed run from its events."""
-        losses = (event.get("loss") for event in reversed(events) if event["event"] == "train")
-        self._loss = next((loss for loss in losses if isinstance(loss, float)), None)
-        values = [(event.get(self._metric), event["epoch"]) for event in events if event["event"] == "eval"]
-        self._value = next((value for value, _ in reversed(values) if isinstance(value, float)), None)
-        self._best_epoch = next((epoch for value, epoch in values if value == state.best), None)
 
     def _describe_figures(self) -> str:
         """Return the loss, and the metric of the last evaluation."""
@@ -258,46 +255,8 @@ def _close(
     tracker.close(error)
 
 
-def _remove_files(folder: Path, dropped: list[Event]) -> None:
+def _remove_files(folder: Path, names: list[str]) -> None:
     """Remove files about networks that no checkpoint has; a run that resumes writes them again."""
-    for event in dropped:
-        names = event.get("files")
-        for name in names if isinstance(names, list) else ():
-            if isinstance(name, str) and Path(name).name == name:  # metrics.jsonl may be damaged
-                (folder / name).unlink(missing_ok=True)
-
-
-def _keep_events(path: Path, state: TrainingState) -> tuple[list[Event], list[Event]]:
-    """Drop the events after a state, which the run will write again; move damaged lines to a file of their own.
-
-    A last line that is cut off is dropped too: it was written after the last checkpoint.
-
-    Returns:
-        The remaining events, and the dropped ones.
-    """
-    events, damaged = parse_events(path)
-    damaged += [json.dumps(event).encode() for event in events if not _is_whole(event)]
-    if damaged:
-        aside = path.with_name(path.name + DAMAGED)
-        with open(aside, "ab") as file:
-            file.writelines(line + b"\n" for line in damaged)
-        print(f"WARNING: {path}: damaged lines moved to {aside.name}: {len(damaged)}", file=sys.stderr, flush=True)
-    whole = list(filter(_is_whole, events))
-    remaining = {json.dumps(event) + "\n": event for event in whole if _is_before(event, state)}
-    with replacing(path) as file:
-        file.writelines(line.encode() for line in remaining)
-    return list(remaining.values()), [event for event in whole if not _is_before(event, state)]
-
-
-def _is_whole(event: Event) -> bool:
-    """Return whether an event has epoch, step and time, and trackers can show them."""
-    counts, when = (event.get("epoch"), event.get("step")), event.get("time")
-    is_timed = isinstance(when, int | float) and 0 <= when < 1e11
-    return is_timed and all(type(count) is int and count >= 0 for count in counts)
-
-
-def _is_before(event: Event, state: TrainingState) -> bool:
-    """Return whether an event is from before a state; after an evaluation, a state has the same step as before it."""
-    if event["event"] == "eval":
-        return (event["step"], event["epoch"]) <= (state.step, state.epoch)
-    return event["step"] <= state.step
+    for name in names:
+        if isinstance(name, str) and Path(name).name == name:  # metrics.jsonl may be damaged
+            (folder / name).unlink(missing_ok=True)

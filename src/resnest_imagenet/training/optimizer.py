@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from resnest_imagenet.errors import ConfigError
+from resnest_imagenet.models.features import STAGES
+from resnest_imagenet.models.stages import find_stage
 from resnest_imagenet.recipe import Recipe
 
 
 def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) -> list[dict]:
-    """Split parameters into those with weight decay and those without; the head has two groups of its own.
+    """Split parameters into those with weight decay and those without, for each factor on the learning rate.
 
     Convolution and fc weights decay; with `decay_biases` their biases too (detectron2: all but norms), with `decay_all`
     all parameters (torchvision). Weights are exactly the parameters of more than one dimension (section 4.2 of the
@@ -18,21 +20,26 @@ def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ())
 
     Args:
         model: parameters that are not trained are in no group.
-        recipe: weight decay, and `head_lr_factor`; if it is 1, the head is in the groups of the rest.
+        recipe: weight decay, `head_lr_factor`, and `layer_decay`, the factor from a stage to the one before it; what is
+            in no stage has the factor 1. Where both are 1, there are two groups.
         head: names of the modules of the head.
 
     Returns:
         Groups with "params", "weight_decay" and "lr_factor".
 
     Raises:
-        ConfigError: the factor is for a model without a head, or no parameter is trained.
+        ConfigError: a factor is for a model without a head or without stages, or no parameter is trained.
     """
     require_head(recipe, head)
     biases = {id(bias) for bias in _find_biases(model)} if recipe.decay_biases else set()
-    factors = {id(p): recipe.head_lr_factor for name in head for p in model.get_submodule(name).parameters()}
+    factors = {id(p): factor for p, factor in _find_stage_factors(model, recipe)}
+    factors |= {id(p): recipe.head_lr_factor for name in head for p in model.get_submodule(name).parameters()}
     # The number of groups is fixed; without a factor they are those of earlier versions' checkpoints.
+    of_stages = () if recipe.layer_decay == 1 else [recipe.layer_decay**depth for depth in range(1, 1 + len(STAGES))]
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {
-        (factor, decays): [] for factor in dict.fromkeys((1.0, recipe.head_lr_factor)) for decays in (True, False)
+        (factor, decays): []
+        for factor in dict.fromkeys((1.0, recipe.head_lr_factor, *of_stages))
+        for decays in (True, False)
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -45,6 +52,20 @@ def group_parameters(model: nn.Module, recipe: Recipe, head: Sequence[str] = ())
         {"params": parameters, "weight_decay": decay[decays], "lr_factor": factor}
         for (factor, decays), parameters in groups.items()
     ]
+
+
+def _find_stage_factors(model: nn.Module, recipe: Recipe) -> Iterator[tuple[nn.Parameter, float]]:
+    """Yield the parameters of the stages with the factor that `layer_decay` gives them."""
+    if recipe.layer_decay == 1:
+        return
+    stages = {name: stage for name, _ in model.named_parameters() if (stage := find_stage(name)) is not None}
+    if set(stages.values()) != set(range(len(STAGES))):
+        raise ConfigError(
+            f"train.layer_decay={recipe.layer_decay}: a {type(model).__name__} has not the stages "
+            f"{', '.join(STAGES)}: set train.layer_decay=1"
+        )
+    for name, stage in stages.items():
+        yield model.get_parameter(name), recipe.layer_decay ** (len(STAGES) - stage)
 
 
 def require_head(recipe: Recipe, head: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,15 +29,16 @@ from resnest_imagenet.errors import (
     explain_runtime,
 )
 from resnest_imagenet.evaluation.events import parse_events
+from resnest_imagenet.evaluation.operators import Choice
 from resnest_imagenet.files import (
     DAMAGED,
     make_way,
     move_damaged,
-    owned,
+    naming_storage_errors,
+    record_lock,
     remove_temporary,
-    replacing,
-    storing,
     synchronise,
+    write_atomically,
 )
 
 _FILES = (
@@ -54,11 +55,13 @@ class RunFolder:
     """The files of one run. Only rank 0 writes; on other ranks, methods that write do nothing.
 
     config.yaml        the resolved configuration
-    environment.json   versions, devices, git commit, command
+    environment.json   versions, devices, git commit, command, operators that were tried on the device
     status.json        {"state": "running" | "finished" | "stopped" | "failed", "saved_step": ..., "exit_code": ...}
     failed_start.json  how the last start ended, if it ended before it was clear that it belongs to this folder's run
     metrics.jsonl      one JSON object per logged event (written by `RunLog`)
     predictions.csv    the best network's prediction for each image of the evaluation (a task's `Score.files`)
+    results.png        the curves of a finished run (`log.pictures`)
+    val.png            validation images with its best network's predictions
     tensorboard/       the same as event files, with pictures
     wandb/             the same for W&B, if log.trackers has it
     trackers.json      the run's names in W&B and MLflow
@@ -101,7 +104,7 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(owned(self.path / "lock", f"process {os.getpid()} on {platform.node()}"))
+                stack.enter_context(record_lock(self.path / "lock", f"process {os.getpid()} on {platform.node()}"))
                 self._finish_moving()
             except OSError as error:
                 raise ConfigError(f"run_dir={self.path}: cannot be written ({error.strerror})") from error
@@ -114,17 +117,20 @@ class RunFolder:
                     self.write_end(error)
                 raise
 
-    def begin(self, config: dict[str, Any], ranks: Ranks, saved_step: int | None) -> None:
+    def begin(
+        self, config: dict[str, Any], ranks: Ranks, saved_step: int | None, choices: Mapping[str, Choice] | None = None
+    ) -> None:
         """Write the run's description, when it is clear that the folder holds no other run: all files are now its own.
 
         Args:
             config: the resolved configuration.
             ranks: the ranks of the run.
             saved_step: of the checkpoint from which it resumes; None: from scratch.
+            choices: of operators that were tried on this device, by their names in environment.json.
         """
         if not self._is_main:
             return
-        with storing(self.path):
+        with naming_storage_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             remove_temporary(self.checkpoints, ("best.pt", "step-*.pt"))
             remove_temporary(self.path, ("*",))
@@ -134,9 +140,10 @@ class RunFolder:
             make_way(self.path / name)
         self._saved_step = saved_step
         self._own_status()
-        with replacing(self.path / "config.yaml") as file:
+        with write_atomically(self.path / "config.yaml") as file:
             file.write(_to_yaml(config).encode())
-        self._write_json("environment.json", describe_environment(ranks))
+        tried = {name: choice.describe() for name, choice in (choices or {}).items()}
+        self._write_json("environment.json", describe_environment(ranks) | tried)
 
     def write_end(self, error: BaseException) -> None:
         """Write how the run ended: to status.json, or to failed_start.json if it has not begun."""
@@ -165,7 +172,7 @@ class RunFolder:
 
     def _own_status(self) -> None:
         self._owns_status = True
-        with storing(self.path):
+        with naming_storage_errors(self.path):
             (self.path / "failed_start.json").unlink(missing_ok=True)
         self.write_status("running")
 
@@ -181,7 +188,7 @@ class RunFolder:
         status.json decides whether there was a checkpoint; without it, best.pt and the events do.
         """
         remains = ["checkpoints/best.pt"] if (self.checkpoints / "best.pt").exists() else []
-        with storing(self.path / "metrics.jsonl"):
+        with naming_storage_errors(self.path / "metrics.jsonl"):
             events, damaged = parse_events(self.path / "metrics.jsonl")
         if not (remains or events or damaged):
             return None
@@ -209,7 +216,7 @@ class RunFolder:
             save_checkpoint(content, self.checkpoints / "best.pt")
         newest = self.checkpoints / f"step-{content['step']:09d}.pt"
         save_checkpoint(content, newest)
-        with storing(self.checkpoints):
+        with naming_storage_errors(self.checkpoints):
             for old in self.list_checkpoints()[self._keep :]:
                 old.unlink()
         self._saved_step = content["step"]
@@ -243,7 +250,7 @@ class RunFolder:
         """
         folders = (self.path / f"earlier-{number}" for number in itertools.count(1))
         aside = next(folder for folder in folders if not folder.exists())
-        with storing(aside):
+        with naming_storage_errors(aside):
             aside.with_name(aside.name + _MOVING).mkdir()
             self._finish_moving()
         self._damaged.clear()  # they were moved too
@@ -266,7 +273,7 @@ class RunFolder:
             synchronise(self.path)
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        with replacing(self.path / name) as file:
+        with write_atomically(self.path / name) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 

@@ -21,7 +21,7 @@ from resnest_imagenet.training.identity import (
 )
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.schedule import StepPlan
-from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.state import TrainingState, has_stalled
 from resnest_imagenet.training.upgrade import upgrade_checkpoint
 
 LENGTHS = ("train.epochs", "train.steps")  # the options of which a run has one
@@ -133,7 +133,7 @@ class Saver:
             same_ranks = len(lists) == self.ranks.world_size
             bad = lists[self.ranks.rank] if same_ranks else itertools.chain.from_iterable(lists)
             loader.substitution.bad.update(bad)
-            is_finished = is_over(self.run, saved, self.plan)
+            is_finished = is_over(self.run, saved, self.plan, state.patience)
             changes = self._describe_changes(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
@@ -232,9 +232,10 @@ def read_length(identity: dict[str, Any]) -> tuple[str, int]:
     return LENGTHS[0], 0
 
 
-def is_over(run: RunFolder, saved: dict[str, Any], plan: StepPlan) -> bool:
+def is_over(run: RunFolder, saved: dict[str, Any], plan: StepPlan, patience: int | None) -> bool:
     """Return whether the run of a checkpoint has finished, by its counters and by its status."""
     is_done = saved["epoch"] >= plan.epochs and saved["step"] >= plan.total_steps
+    is_done |= has_stalled(saved.get("stale", 0), patience)
     return is_done and run.read_status().get("state") == "finished"
 
 

@@ -24,6 +24,8 @@ class TrainingState:
         step: optimiser steps done.
         epoch: epochs done, with their evaluation.
         best: highest value of the task's metric in an evaluation so far, in percent; -1 before the first.
+        patience: `stale` at which the run ends, or None.
+        stale: evaluations in a row, the newest ones, without a better best.
         skipped: steps that were not applied because a loss or gradient was not finite, among the verdicts read so far.
         losses: of this rank's steps since the last report.
         history: for each time the run was extended {"epochs" or "steps": its length before, "until_step": the step of
@@ -42,10 +44,14 @@ class TrainingState:
         self.model = model
         self.optimizer = build_optimizer(model, recipe, head)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self.ema = None if recipe.ema_decay is None else MovingAverage(model, recipe.ema_decay)
+        self.ema = None
+        if recipe.ema_decay is not None:
+            self.ema = MovingAverage(model, recipe.ema_decay, recipe.ema_warmup)
         self.step = 0
         self.epoch = 0
         self.best = -1.0
+        self.patience = recipe.patience
+        self.stale = 0
         self.skipped = 0
         self.losses = LossMeter(device)
         self.history: list[dict[str, int]] = []
@@ -55,6 +61,11 @@ class TrainingState:
         """The network that is evaluated: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the run ends here, because its last evaluations were no better."""
+        return has_stalled(self.stale, self.patience)
+
     def end_epoch(self, value: float | None) -> bool:
         """Count an epoch, and return whether its evaluation is the best so far.
 
@@ -62,8 +73,11 @@ class TrainingState:
             value: of the task's metric; None: the epoch was not evaluated.
         """
         self.epoch += 1
-        is_best = value is not None and value > self.best
-        self.best = max(self.best, self.best if value is None else value)
+        if value is None:
+            return False
+        is_best = value > self.best
+        self.best = max(self.best, value)
+        self.stale = 0 if is_best else self.stale + 1
         return is_best
 
     def describe_progress(self) -> dict[str, int | float]:
@@ -79,6 +93,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **self.describe_progress(),
+            "stale": self.stale,
             "skipped": self.skipped,
             **self.losses.state_dict(ranks),
             "history": self.history,
@@ -96,6 +111,12 @@ class TrainingState:
         self.step = state["step"]
         self.epoch = state["epoch"]
         self.best = state["best"]
+        self.stale = state.get("stale", 0)  # checkpoints of earlier versions lack it
         self.skipped = state["skipped"]
         self.losses.load_state_dict(state, ranks)
         self.history = list(state["history"])
+
+
+def has_stalled(stale: int, patience: int | None) -> bool:
+    """Return whether so many evaluations without a better best end a run."""
+    return patience is not None and stale >= patience

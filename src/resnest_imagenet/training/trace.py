@@ -128,7 +128,9 @@ class Trace:
                 suspects.write_text("".join(f"{name}\n" for name in names))
             line += f"; its images: {', '.join(names[:3])}, ... ({len(names)}, all in {suspects})"
             if not train_set.shard_sizes:
-                line += f"; to look for a bad one: resnest-data check data.root={train_set.root.parent}"
+                has_folders = train_set.root != val_set.root  # not of a list, or a split
+                where = f"data.root={train_set.root.parent}" if has_folders else "with the run's options of data"
+                line += f"; to look for a bad one: resnest-data check {where}"
         print(printable(line), file=sys.stderr, flush=True)
 
 

@@ -6,11 +6,11 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,8 +18,9 @@ from PIL import Image
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import ConfigError, Stopped, first_line, name_extra
 from resnest_imagenet.evaluation.events import Event
-from resnest_imagenet.files import move_damaged, replacing, storing
+from resnest_imagenet.files import move_damaged, naming_storage_errors, write_atomically
 from resnest_imagenet.options import flatten
+from resnest_imagenet.training.event_files import cut_event_files, read_pictures
 
 # For what is still to be sent: at the end of a run, and where it was stopped, as before a preemption, or failed.
 SECONDS_TO_FINISH, SECONDS_TO_STOP = 60, 10
@@ -41,6 +42,9 @@ class Tracker(Protocol):
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
         """Take a picture, uint8 (H, W, 3)."""
 
+    def flush(self) -> None:
+        """Write to the disk what waits for it: a checkpoint follows."""
+
     def close(self, error: BaseException | None) -> None:
         """End; `error` is what ended the run, None where it is finished."""
 
@@ -54,7 +58,7 @@ def require_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"log.trackers has {name}: it is not installed: add {name_extra(name)}")
 
 
-def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, events: list[Event]) -> list[Tracker]:
+def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, events: Iterable[Event]) -> list[Tracker]:
     """Open what `config.log.trackers` names; what fails to open is skipped, with a line.
 
     Args:
@@ -62,7 +66,7 @@ def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, eve
         config: of the run.
         metric: that chooses its best network.
         step: it resumes from.
-        events: before that; a tracker that is new gets them.
+        events: before that, which can be read several times; a tracker that is new gets them.
 
     Raises:
         StorageError: TensorBoard's files cannot be written.
@@ -70,7 +74,7 @@ def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, eve
     trackers: list[Tracker] = []
     for name in dict.fromkeys(config.log.trackers):
         if name == "tensorboard":
-            trackers.append(TensorBoard(folder, config, metric, step))
+            trackers.append(TensorBoard(folder, config, metric, step, events))
             continue
         opens: Callable[[Path, TrainConfig], Tracker] = WandB if name == "wandb" else MLflow
         try:
@@ -86,50 +90,57 @@ def open_trackers(folder: Path, config: TrainConfig, metric: str, step: int, eve
 
 def show_event(tracker: Tracker, event: Event) -> None:
     """Pass the real numbers of an event to a tracker."""
-    values = {name: value for name, value in event.items() if isinstance(value, float) and name != "time"}
+    values = _list_values(event)
     tracker.scalars(event["step"], {f"{event['event']}/{name}": value for name, value in values.items()}, event["time"])
+
+
+def _list_values(event: Event) -> dict[str, float]:
+    return {name: value for name, value in event.items() if isinstance(value, float) and name != "time"}
 
 
 class TensorBoard:
     """Event files with the values of metrics.jsonl, and pictures.
 
-    A run that resumes writes them from scratch: they may lack what a killed process had not written yet, and may hold
-    steps after the last checkpoint.
+    A run that resumes cuts its files after the last checkpoint, and writes to a new one. Where they lack values, as
+    after a crash of the machine, they are written from scratch.
     """
 
-    is_new = True
-
-    def __init__(self, folder: Path, config: TrainConfig, metric: str, step: int) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, metric: str, step: int, events: Iterable[Event]) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self._folder = folder / "tensorboard"
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             old = sorted(self._folder.glob("events.out.tfevents.*"))
-            self._writer = SummaryWriter(str(self._folder), purge_step=0)
+            self.is_new = not cut_event_files(old, step, sum(len(_list_values(event)) for event in events))
+            self._writer = SummaryWriter(str(self._folder), purge_step=0 if self.is_new else None)
             files = self._writer._get_file_writer()
-            for picture in _read_pictures(old, step):  # nothing else has them
+            for picture in read_pictures(old, step) if self.is_new else ():  # nothing else has them
                 files.add_event(picture, walltime=picture.wall_time)
             self._writer.add_text("config", f"```yaml\n{_read_config(folder)}```")
             # The third summary would mark the run as finished.
             for summary in hparams(_name_options(config), {f"eval/{metric}": 0.0})[:2]:
                 files.add_summary(summary)
             self._writer.flush()
-            for file in old:
+            for file in old if self.is_new else ():
                 file.unlink()
 
     def scalars(self, step: int, values: dict[str, float], when: float) -> None:
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step, when)
 
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             self._writer.add_image(name, pixels, step, dataformats="HWC")
             self._writer.flush()
 
+    def flush(self) -> None:
+        with naming_storage_errors(self._folder):
+            self._writer.flush()
+
     def close(self, error: BaseException | None) -> None:
-        with storing(self._folder):
+        with naming_storage_errors(self._folder):
             self._writer.close()
 
 
@@ -169,6 +180,9 @@ class WandB:
 
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
         self._run.log({name: self._to_image(pixels), "step": step})
+
+    def flush(self) -> None:
+        """Do nothing: W&B writes by itself."""
 
     def close(self, error: BaseException | None) -> None:
         self._run.finish(exit_code=0 if error is None else getattr(error, "exit_code", 1))
@@ -218,6 +232,9 @@ class MLflow:
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
         self._client.log_image(self._run_id, pixels, key=name, step=step)
 
+    def flush(self) -> None:
+        """Do nothing: no call waits for a later one."""
+
     def close(self, error: BaseException | None) -> None:
         ended = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
         self._client.set_terminated(self._run_id, "FINISHED" if error is None else ended)
@@ -242,6 +259,9 @@ class _InBackground:
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
         if self._calls.qsize() < MAX_WAITING:  # pictures are large
             self._calls.put(partial(self._tracker.image, name, step, pixels))
+
+    def flush(self) -> None:
+        """Do nothing: the thread writes, and no checkpoint waits for it."""
 
     def close(self, error: BaseException | None) -> None:
         self._calls.put(partial(self._tracker.close, error))
@@ -294,13 +314,5 @@ def _read_ids(folder: Path) -> dict[str, str]:
 
 def _keep_id(folder: Path, tracker: str, run_id: str) -> None:
     ids = {**_read_ids(folder), tracker: run_id}
-    with replacing(folder / "trackers.json") as file:
+    with write_atomically(folder / "trackers.json") as file:
         file.write(json.dumps(ids).encode() + b"\n")
-
-
-def _read_pictures(files: list[Path], step: int) -> list[Any]:
-    """Return TensorBoard's events up to a step that have a picture, as they were written."""
-    from tensorboard.backend.event_processing import event_file_loader  # type: ignore[import-untyped]
-
-    events = (event for file in files for event in event_file_loader.LegacyEventFileLoader(str(file)).Load())
-    return [e for e in events if e.step <= step and any(value.HasField("image") for value in e.summary.value)]

@@ -9,12 +9,12 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.supervision import STARTING, supervise
 from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.batch_size import agree_on_batch, is_auto, open_fitting
 from resnest_imagenet.training.control import Control
 from resnest_imagenet.training.determinism import fix_workspace, fixing_kernels
 from resnest_imagenet.training.health import Health
 from resnest_imagenet.training.log import RunLog
 from resnest_imagenet.training.loop import end_epoch, train_epoch
-from resnest_imagenet.training.memory import require_memory
 from resnest_imagenet.training.optimizer import require_head
 from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.saving import Saver
@@ -23,7 +23,7 @@ from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.stopping import StopRequest
 from resnest_imagenet.training.trace import Trace
 from resnest_imagenet.training.trackers import require_trackers
-from resnest_imagenet.training.wrapping import wrap
+from resnest_imagenet.training.wrapping import choose_operators, wrap
 
 
 def train(config: TrainConfig) -> TrainingState:
@@ -37,6 +37,7 @@ def train(config: TrainConfig) -> TrainingState:
     run = RunFolder(config.run_dir, config.checkpoint.keep, is_main)
     with StopRequest(speaks=is_main) as request, run.opened(), ExitStack() as stack:
         # 1. What can be refused before the ranks meet: options, then data.
+        chooses_batch = is_auto(config)
         task, plan, device = prepare(config)
         config, recipe = task.config, task.config.train
         stack.enter_context(fixing_kernels(recipe.deterministic))
@@ -44,6 +45,9 @@ def train(config: TrainConfig) -> TrainingState:
         trackers = stack.enter_context(ExitStack())
         trace = stack.enter_context(Trace(run.path))
         ranks = stack.enter_context(distributed.join(device, config.timeout_seconds))
+        if chooses_batch:
+            task, plan = agree_on_batch(task, plan, ranks)
+            config = task.config
         batches = task.plan_batches(plan.steps_per_epoch * plan.accumulation * ranks.world_size, ranks)
         trace.begin(batches)
         request.before_leaving = trace.close
@@ -55,12 +59,14 @@ def train(config: TrainConfig) -> TrainingState:
         # 4. The network, the same on every rank, and all that changes with it: new, or from the newest checkpoint.
         saver = Saver.of(run, ranks, task, plan, tick=lambda: watch.then(STARTING))
         saved = saver.find(config.checkpoint.on_mismatch)
-        state = TrainingState(task.build_model(saved is None, device), recipe, task.head)
+        model = task.build_model(saved is None, device)
+        choices = choose_operators(model, task, ranks, saver, saved)
+        state = TrainingState(model, recipe, task.head)
         if saved is not None:
             if saver.restore(state, loader, saved):
                 return state
             del saved  # as large as the state
-        run.begin(config.model_dump(), ranks, state.step or None)
+        run.begin(config.model_dump(), ranks, state.step or None, choices)
         trace.report_last_attempt(task.train_set, task.val_set)
         log = stack.enter_context(RunLog(run.path, plan, task, state, ranks, trackers))
         network = wrap(state.model, task, ranks)
@@ -70,10 +76,11 @@ def train(config: TrainConfig) -> TrainingState:
             request.wait_for_step()
             state.epoch = plan.find_epoch(state.step, state.epoch)
             with control.saving_before_leaving(state, loader):
-                while state.epoch < plan.epochs:
+                while state.epoch < plan.epochs and not state.has_stalled:
                     train_epoch(state, network, task, loader, plan, control)
                     end_epoch(state, task, loader, plan, evaluate, control)
-        run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric)
+        ending = {"reason": f"train.patience={recipe.patience}"} if state.epoch < plan.epochs else {}
+        run.write_status("finished", exit_code=0, **state.describe_progress(), metric=task.metric, **ending)
         log.result(state)
     return state
 
@@ -86,11 +93,11 @@ def prepare(config: TrainConfig) -> tuple[Task, StepPlan, torch.device]:
     """
     world_size = distributed.launched_as().world_size
     require_trackers(config.log.trackers)
-    count_accumulation(config.train, world_size)
+    if not is_auto(config):
+        count_accumulation(config.train, world_size)
     if config.train.deterministic:
         fix_workspace()
     device = distributed.choose_device(config.device)
-    task = open_task(config)
+    task = open_fitting(open_task, config, device)
     require_head(config.train, task.head)
-    require_memory(task, device)
-    return task, plan_steps(len(task.train_set), config.train, world_size), device
+    return task, plan_steps(len(task.train_set), task.config.train, world_size), device

@@ -11,8 +11,11 @@ def upgrade_checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
     identity, circumstances = saved.get("identity"), saved.get("circumstances")
     if isinstance(circumstances, dict):
         saved = {**saved, "circumstances": {"train.deterministic": False, **circumstances}}
-    if "task" in saved or not isinstance(identity, dict):
+    if not isinstance(identity, dict):
         return saved
+    if "task" in saved:
+        complete = upgrade_identity(identity)
+        return saved if complete == identity else {**saved, "identity": complete}
     return {
         "history": [],
         **saved,

@@ -1,4 +1,4 @@
-"""Wraps a network for training: distributed, compiled, warmed up."""
+"""Prepares a network for training: its operators chosen, then distributed, compiled, warmed up."""
 
 import inspect
 import time
@@ -9,10 +9,61 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnest_imagenet import distributed
-from resnest_imagenet.compute import keep_freed_memory
+from resnest_imagenet.compute import keep_freed_memory, name_device
 from resnest_imagenet.distributed import Ranks
+from resnest_imagenet.evaluation.operators import Choice, choose_attention, choose_gpu_decoder
+from resnest_imagenet.models.proving import needs_proof
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.saving import Saver
+
+_ON_CPU = "dali, decoding on the CPU"  # the entry "loader" of a checkpoint's circumstances
+
+
+def choose_operators(
+    model: nn.Module, task: Task, ranks: Ranks, saver: Saver, saved: dict[str, Any] | None
+) -> dict[str, Choice]:
+    """Choose the operators of this device that must prove themselves, before a run computes; all ranks take part.
+
+    A resumed run keeps what it has used so far on such a device, unless that fails now. The choices become
+    circumstances of its checkpoints, so that `Saver.restore` reports a change. Times could differ between two runs that
+    are otherwise the same: with `train.deterministic` nothing is timed.
+
+    Args:
+        model: of the task, new, on its device.
+        task: of the run.
+        ranks: the ranks of the run.
+        saver: of the run.
+        saved: the checkpoint from which the run resumes; None for a new run.
+
+    Returns:
+        The choices by the names of environment.json; none on a CPU.
+    """
+    recipe, option = task.config.train, task.config.model.split_attention
+    before = (saved or {}).get("circumstances", {})
+    if before.get("device") != name_device(ranks.device):
+        before = {}
+    choices: dict[str, Choice | None] = {}
+    if option != "auto" or needs_proof(model, ranks.device):
+        batch, _, height, width = task.blank_batch(torch.device("meta"))[0].shape
+        kept = before.get("model.split_attention")
+        choices["split_attention"] = choose_attention(
+            *(model, (batch, height, width), recipe.precision, ranks, option),
+            kept="reference" if kept == "reference" else kept and "fused",
+            trains=True,
+            is_timed=not recipe.deterministic,
+        )
+    if recipe.task == "classification":  # DALI decodes for this task alone
+        decoded_on_cpu = before.get("loader") == _ON_CPU
+        choices["decoder"] = choose_gpu_decoder(task.train_set, task.config.loader.name, ranks, decoded_on_cpu)
+    chosen = {name: choice for name, choice in choices.items() if choice is not None}
+    for name, used, circumstance in (
+        ("split_attention", "reference", ("model.split_attention", "reference")),
+        ("decoder", "cpu", ("loader", _ON_CPU)),
+    ):
+        if name in chosen and chosen[name].used == used:
+            saver.circumstances.update([circumstance])
+    return chosen
 
 
 def wrap(model: nn.Module, task: Task, ranks: Ranks) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Weights into a detector: a trained one's, or those of a network of the zoo into its backbone."""
+"""Loads weights into a detector: those of another detector, or of a classification network into its backbone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -11,7 +11,14 @@ from torch import Tensor
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.models.rcnn import RCNN, build_rcnn
 from resnest_imagenet.models.rcnn_options import RCNNOptions, title_detector
-from resnest_imagenet.weights.load import TASK, Weights, describe_other_task, match_tensors, read_weights
+from resnest_imagenet.weights.load import (
+    TASK,
+    Weights,
+    describe_other_task,
+    match_tensors,
+    read_weights,
+    require_usual_pixels,
+)
 from resnest_imagenet.weights.published_rcnn import DETECTION, adopt_rcnn
 
 _BACKBONE = "backbone."
@@ -20,7 +27,7 @@ PUBLISHED_PROTOCOL = {"short_side": 800, "longest": 1333, "min_score": 0.05, "nm
 
 
 def read_options(recipe: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run has of the options of `build_rcnn`.
+    """Return the options of `build_rcnn` that a run has.
 
     Args:
         recipe: the values of its recipe.
@@ -35,12 +42,12 @@ def read_options(recipe: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict
 def start_rcnn(
     model: RCNN, name: str, classes: Sequence[str], source: str | PathLike[str], choice: str = "auto"
 ) -> str:
-    """Load the weights that a source has into a new detector; return which, in words.
+    """Load the weights of a source into a new detector; return in words which parts were loaded.
 
-    The backbone's come from any weights of a classification network, from the checkpoint of a run of detection, and
-    from a file of another program's detector (`adopt_rcnn`). Of a detector the other parts come with them (pyramid,
-    proposals, each stage of boxes, masks), each where it has the same layers; rows of classes where the classes are
-    the same, in any order. A file that does not name its classes has those of the data set where it has as many.
+    The source is a classification network, whose weights go into the backbone; or a detector: the checkpoint of a run,
+    or a file of another program (`adopt_rcnn`). Of a detector each other part is loaded too (pyramid, proposals, each
+    box stage, masks) if it has the same layers. Rows of classes are loaded if the classes are the same, in any order. A
+    file that does not name its classes is taken to have those of the data set if their number is equal.
 
     Args:
         model: to be changed.
@@ -50,7 +57,7 @@ def start_rcnn(
         choice: "model", "ema" or "auto".
 
     Raises:
-        UserError: the weights cannot be read, or are not all of this network's backbone.
+        UserError: the weights cannot be read, or do not have all of this network's backbone.
     """
     weights = adopt_rcnn(recognise_own(read_weights(source, choice, (TASK, DETECTION))))
     if weights.task != DETECTION:
@@ -72,19 +79,19 @@ def start_rcnn(
 
 
 def _list_fitting(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of those parts behind the backbone that have the same layers, whatever their classes are."""
+    """Return the tensors of the parts after the backbone that have the same layers; their classes may differ."""
     fitting: dict[str, Tensor] = {}
     for part in {_name_part(key) for key in own} - {"backbone"}:
         ours = {key: value.shape for key, value in own.items() if _name_part(key) == part}
-        given = {key: value for key, value in tensors.items() if _name_part(key) == part}
+        loaded = {key: value for key, value in tensors.items() if _name_part(key) == part}
         layers = {key: shape for key, shape in ours.items() if not _is_of_classes(key)}
-        if layers == {key: value.shape for key, value in given.items() if not _is_of_classes(key)}:
-            fitting |= {key: value for key, value in given.items() if key in ours}
+        if layers == {key: value.shape for key, value in loaded.items() if not _is_of_classes(key)}:
+            fitting |= {key: value for key, value in loaded.items() if key in ours}
     return fitting
 
 
 def _name_part(key: str) -> str:
-    """Return the part of a detector that a tensor is of: backbone, fpn, rpn, roi_heads.masks or roi_heads.stages.K."""
+    """Return the part of a detector that has a tensor: backbone, fpn, rpn, roi_heads.masks or roi_heads.stages.K."""
     parts = key.split(".")
     return ".".join(parts[: {"roi_heads": 3 if parts[1] == "stages" else 2}.get(parts[0], 1)])
 
@@ -95,7 +102,7 @@ def _is_of_classes(key: str) -> bool:
 
 
 def _find_rows(weights: Weights, classes: Sequence[str]) -> Tensor | None:
-    """Return which of the weights' classes each class is, or None where they are not the same."""
+    """Return the place of each class among the classes of the weights; None if these are not the same."""
     num_classes = len(weights.tensors.get("roi_heads.stages.0.classify.bias", ())) - 1
     if weights.classes is None:
         return torch.arange(num_classes) if num_classes == len(classes) else None
@@ -105,7 +112,7 @@ def _find_rows(weights: Weights, classes: Sequence[str]) -> Tensor | None:
 
 
 def _order_classes(key: str, tensor: Tensor, rows: Tensor) -> Tensor:
-    """Return a tensor whose rows are classes with these in another order."""
+    """Return a tensor with its rows, which are classes, in this order."""
     if ".classify." in key:
         return tensor[torch.cat((torch.zeros(1, dtype=torch.int64), 1 + rows))]
     if ".regress." in key:  # four rows for each class, or for all of them
@@ -114,7 +121,7 @@ def _order_classes(key: str, tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def recognise_own(weights: Weights) -> Weights:
-    """Return the weights; bare ones with the names of `RCNN`, a file of resnest-export, as those of a detector."""
+    """Return the weights; bare weights with the names of `RCNN`, as resnest-export writes them, become a detector's."""
     is_own = weights.run is None and {"fpn.inner_blocks.0.0.weight", "roi_heads.stages.0.classify.bias"} <= set(
         weights.tensors
     )
@@ -122,7 +129,7 @@ def recognise_own(weights: Weights) -> Weights:
 
 
 def name_rcnn(weights: Weights) -> str:
-    """Return what a detector is called: "Mask R-CNN on resnest50"."""
+    """Return the name of a detector: "Mask R-CNN on resnest50"."""
     recipe = weights.training or weights.rcnn_options or {}
     return f"{title_detector(bool(recipe.get('cascade')), bool(recipe.get('masks')))} on {weights.model}"
 
@@ -135,19 +142,19 @@ def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) ->
         protocol: how its detections are chosen, some options of `BoxProtocolOptions`; None: as in its run.
 
     Raises:
-        CheckpointError: not those of a run of detection, or they do not fit its configuration.
+        CheckpointError: the weights are not those of a detector, or do not fit their configuration.
     """
     weights = adopt_rcnn(weights)
     if weights.rcnn_options is not None:
         return _restore_published(weights, weights.rcnn_options, {**PUBLISHED_PROTOCOL, **(protocol or {})})
-    # Bare weights are read as a classification's: nothing in them names their task.
+    # Bare weights do not name their task, so they are read as those of a classification network.
     if weights.run is None or weights.training is None or weights.classes is None or weights.model is None:
         raise CheckpointError(f"{weights.source}: not the checkpoint of a run: start one from it, train.init_from=...")
     if weights.task != DETECTION:
         raise CheckpointError(describe_other_task(weights.source, weights.task, (DETECTION,)))
     try:
         options = read_options(weights.training, {**weights.run["protocol"], **(protocol or {})})
-        # Statistics over all ranks are a matter of training: in evaluation "bn" is the same.
+        # Only training needs statistics over all ranks; in evaluation "bn" is the same.
         norms = {name: "bn" for name in ("norm", "head_norm") if options[name] == "sync"}
         model = build_rcnn(weights.model, len(weights.classes), **{**options, **norms})
     except (KeyError, TypeError) as error:
@@ -162,7 +169,7 @@ def _restore_published(weights: Weights, options: Mapping[str, Any], protocol: M
     num_classes = len(weights.tensors["roi_heads.stages.0.classify.bias"]) - 1
     if weights.classes is None:
         raise CheckpointError(
-            f"{weights.source}: it has no names of its {num_classes} classes: start a run from it, train.init_from=..."
+            f"{weights.source}: it does not name its {num_classes} classes: start a run from it, train.init_from=..."
         )
     model = build_rcnn(weights.model, num_classes, norm="bn", **options, **read_options({}, protocol))
     model.load_state_dict(weights.tensors)
@@ -180,7 +187,8 @@ def _require_equal_shapes(own: Mapping[str, Tensor], weights: Weights) -> None:
 
 
 def _load_backbone(model: RCNN, name: str, weights: Weights) -> None:
-    """Load the backbone's weights, those of a classification network or a detector's."""
+    """Load the backbone's weights, from a classification network or a detector."""
+    require_usual_pixels(weights)
     tensors = weights.tensors
     if weights.task == DETECTION:
         tensors = {key.removeprefix(_BACKBONE): tensors[key] for key in tensors if key.startswith(_BACKBONE)}

@@ -148,7 +148,9 @@ def describe_weights(weights: Weights, name: str) -> str:
     classes, numbers = weights.classes or [], [str(output) for output in range(len(weights.classes or []))]
     if classes != numbers and set(classes) == set(numbers):
         words += f" with its outputs for the classes {', '.join(classes[:8])}, ..."
-    return words
+    of_its_own = {"mean": weights.mean, "std": weights.std}
+    pixels = [f"{name} {values}" for name, values in of_its_own.items() if values is not None]
+    return f"{words} for pixels of {' and '.join(pixels)}" if pixels else words
 
 
 def describe_deeplab(weights: Weights) -> str:

@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError, name_extra
-from resnest_imagenet.files import replacing, storing
+from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.weights.card import DescribeInput, DescribeScenes, open_network
 from resnest_imagenet.weights.export import (
@@ -214,10 +214,10 @@ def write_contents(file: Path, contents: tuple[bytes, ...], agreement: str) -> s
     """
     paths = [file, file.with_suffix(".bin")][: len(contents)]
     if len(paths) > 1:  # without the graph nothing reads the weights, so old and new are never mixed
-        with storing(file):
+        with naming_storage_errors(file):
             file.unlink(missing_ok=True)
     for path, content in reversed([*zip(paths, contents, strict=True)]):
-        with replacing(path) as opened:
+        with write_atomically(path) as opened:
             opened.write(content)
     digests = " and ".join(digest(path) for path in paths)
     return f"{sum(map(len, contents)) / 1e6:.1f} MB, {agreement}, SHA-256 {digests}"

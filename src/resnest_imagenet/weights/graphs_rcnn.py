@@ -38,7 +38,7 @@ from resnest_imagenet.weights.openvino import encode_openvino, load_openvino
 
 LEAST = 3 * STRIDE  # of a side of any size
 BOX_TOLERANCE = 1e-4  # of the image's longer side, for the difference of a box's corner
-UNMATCHED = 0.01  # of the detections at most: where a number decides, its last digit may
+UNMATCHED = 0.01  # largest share of detections: a rounding error may decide about one
 
 RunDetector = Callable[[Tensor, Tensor], Detections]
 
@@ -61,25 +61,25 @@ def export_rcnn_graph(
     form: str = "onnx",
     sizes: str | None = None,
 ) -> str:
-    """Write a detector as a graph, unless it finds something else; return a line about the file.
+    """Write a detector as a graph, if both find the same objects; return a line about the file.
 
-    Its inputs are "images" (1, 3, height, width), padded, and "size", int64 (2,), height and width without the padding;
-    its outputs "boxes" (n, 4), "scores" (n,), "labels" (n,), and "masks" (n, 28, 28) where there are any: see
-    `RCNNGraph`. The batch norms are folded into the convolutions.
+    The inputs of the graph are "images" (1, 3, height, width), padded, and "size", int64 (2,), height and width without
+    the padding. Its outputs are "boxes" (n, 4), "scores" (n,), "labels" (n,) and, of a detector with masks, "masks"
+    (n, 28, 28): see `RCNNGraph`. The batch norms are folded into the convolutions.
 
     Args:
         source: a checkpoint of a run of detection, or what `read_weights` has made of it.
-        describe: returns what another program needs to use the network.
+        describe: returns the metadata that another program needs to use the network.
         out: the file; None: rcnn_MODEL.onnx, .xml or .pt2.
         weights: "model", "ema" or "auto".
-        protocol: what is not its run's of min_score, nms and detections, which are part of the graph, and of
-            short_side and longest, the size of the images that it is tried with.
-        crop: side of the images where not any are taken, a multiple of 32; None: as much as `longest` needs.
+        protocol: changes to its run's min_score, nms and detections, which are part of the graph, and to short_side and
+            longest, which are the size of the trial images.
+        crop: side of the images with sizes="crop", a multiple of 32; None: large enough for `longest`.
         form: "onnx", "openvino" or "torch_export".
-        sizes: of images: "any" (not "torch_export"; multiples of 32 from 96 on) or "crop"; None: any if the form can.
+        sizes: of images: "any" (not "torch_export"; multiples of 32 from 96 on) or "crop"; None: "any" if possible.
 
     Raises:
-        UserError: for what a user can cause, as one line; or the graph's detections are not the network's.
+        UserError: for errors that a user can cause, as one line; or the graph's detections are not the network's.
     """
     require_form(form)
     takes_any = choose_any(form, sizes)
@@ -143,12 +143,12 @@ def _load_graph(contents: tuple[bytes, ...], form: _DetectorForm) -> RunDetector
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a network and its graph agree.
+    """The agreement of a network and its graph.
 
     Attributes:
-        total: detections of both, together.
-        unmatched: those of them that the other does not have.
-        box, score, mask: largest differences of those that both have: in pixels, and of probabilities.
+        total: number of detections of both together.
+        unmatched: number of them that only one of the two has.
+        box, score, mask: largest differences of matching detections, in pixels and in probabilities.
     """
 
     total: int
@@ -171,12 +171,12 @@ class Agreement:
 def compare_detections(network: RCNN, run: RunDetector, trials: list[tuple[int, int, int, int]]) -> Agreement:
     """Run a network and its graph on images.
 
-    Detections are the same where their classes are, and boxes, scores and masks differ by less than the tolerances.
+    Detections match if they have the same class, and boxes, scores and masks differ by less than the tolerances.
 
     Args:
         network: in evaluation mode.
         run: its graph.
-        trials: (height, width) of each image, and without its padding.
+        trials: (height, width) of each image with and without padding.
     """
     generator = torch.Generator().manual_seed(0)
     total = unmatched = 0
@@ -196,7 +196,7 @@ def compare_detections(network: RCNN, run: RunDetector, trials: list[tuple[int, 
 
 
 def match_detections(first: Detections, second: Detections, box_tolerance: float) -> Tensor:
-    """Return the differences of the detections that both have, float32 (n, 3): of box, score and mask.
+    """Return the differences of matching detections in box, score and mask, float32 (n, 3).
 
     Args:
         first: of one image.
@@ -226,7 +226,7 @@ def match_detections(first: Detections, second: Detections, box_tolerance: float
 
 
 def _make_onnx(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> bytes:
-    # Of any size: other sides than the least and than each other, which are taken for special.
+    # For any size, trace sides that differ from the least one and from each other: exporters specialise such values.
     sides = (4 * STRIDE, 5 * STRIDE) if form.takes_any else (form.crop, form.crop)
     any_side = ({2: STRIDE * Dim("rows", min=3), 3: STRIDE * Dim("columns", min=3)}, None) if form.takes_any else None
     program = torch.onnx.export(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.errors import ConfigError
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
 from resnest_imagenet.weights.card import Card, DescribeInput, open_network
@@ -37,7 +37,8 @@ import timm
 model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()  # or "local-dir:FOLDER"
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
-
+{evaluation}"""
+_EVALUATION = """
 In resnest-imagenet: `resnest-eval ckpt=FOLDER/model.safetensors model={model} data.root=... {options}`
 """
 
@@ -75,10 +76,10 @@ def export_folder(
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in (
-        (readme, _write_readme(card, loaded.source, read_score(loaded), push)),
+        (readme, _write_readme(card, loaded.source, read_score(loaded), bool(loaded.mean or loaded.std), push)),
         (settings, json.dumps(described, indent=2, ensure_ascii=False) + "\n"),
     ):
-        with replacing(path) as opened:
+        with write_atomically(path) as opened:
             opened.write(text.encode())
     sent = f"\n{push_folder(folder, push)}" if push else ""
     arguments = " with model_args" if "model_args" in described else ""
@@ -152,7 +153,9 @@ def _find_architecture(name: str) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _write_readme(card: Card, source: str, accuracy: str | None, repository: str | None = None) -> str:
+def _write_readme(
+    card: Card, source: str, accuracy: str | None, has_own_pixels: bool, repository: str | None = None
+) -> str:
     return _README.format(
         licence="" if source.startswith("timm:") else "license: apache-2.0\n",  # timm's weights have various licences
         model=card.model,
@@ -160,8 +163,9 @@ def _write_readme(card: Card, source: str, accuracy: str | None, repository: str
         mean=card.images.mean,
         std=card.images.std,
         protocol=card.images.protocol,
-        options=card.images.options,
         accuracy=f"- {accuracy}\n" if accuracy else "",
+        # These commands take bare weights for those of ImageNet's mean and std.
+        evaluation="" if has_own_pixels else _EVALUATION.format(model=card.model, options=card.images.options),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from resnest_imagenet.checkpoint import save_checkpoint
-from resnest_imagenet.files import replacing, require_writable
+from resnest_imagenet.files import require_writable, write_atomically
 from resnest_imagenet.weights.export import digest, require_other
 from resnest_imagenet.weights.folders import README, TENSORS
 from resnest_imagenet.weights.hub import read_score
@@ -69,7 +69,7 @@ def _write_folder(
     settings.unlink(missing_ok=True)
     save_checkpoint(tensors, file)
     for path, text in ((folder / README, readme), (settings, _describe_run(weights, card, tensors))):
-        with replacing(path) as opened:
+        with write_atomically(path) as opened:
             opened.write(text.encode())
     return file
 

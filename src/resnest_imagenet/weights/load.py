@@ -40,6 +40,7 @@ _USES = {
 }
 _COLOURS = TypeAdapter(list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]])
 _NUMBERS = TypeAdapter(list[int])
+_COLOUR = TypeAdapter(list[Annotated[float, Field(ge=0, le=1)]])
 T = TypeVar("T")
 # The keys of the weights and of their moving average in a file: of this project and torch.save users; of torchvision;
 # of mmpretrain, Lightning and timm.
@@ -60,6 +61,8 @@ class Weights:
         epoch: epochs done, in this project's checkpoints.
         crop: side of the images on which the weights are evaluated, in pixels.
         protocol: how images are brought to that side.
+        mean: of red, green and blue in 0..1, as their network expects; None: ImageNet's.
+        std: the standard deviation, likewise.
         run: the whole configuration of the run, in this project's checkpoints.
         task: the task of the training; only this project's checkpoints have another one than classification.
         palette: red, green and blue of each class, 0 to 255.
@@ -76,6 +79,8 @@ class Weights:
     epoch: int | None = None
     crop: int | None = None
     protocol: ProtocolOptions | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     run: dict[str, Any] | None = None
     task: str = TASK
     palette: list[list[int]] | None = None
@@ -168,6 +173,7 @@ def _add_description(weights: Weights, content: dict[str, Any]) -> Weights:
         raise CheckpointError(f"{source}: {len(classes)} class names for {key} {tuple(classifier.shape)}")
     crop, protocol = _read_evaluation(content["config"])
     values = {"classes": classes, "training": training, "epoch": epoch, "crop": crop, "protocol": protocol}
+    values |= {name: _read_of_classes(_COLOUR, training.get(name), 3) for name in ("mean", "std")}
     values["palette"] = _read_of_classes(_COLOURS, content.get("palette"), len(classes))
     values["category_ids"] = _read_of_classes(_NUMBERS, content.get("category_ids"), len(classes))
     return replace(weights, model=name, run=content["config"], task=content.get("task", TASK), **values)
@@ -270,6 +276,16 @@ def load_backbone(backbone: nn.Module, name: str, source: str | PathLike[str], c
     """
     _, tensors = match_tensors(read_weights(source, choice), name)
     backbone.load_state_dict({key: tensors[key] for key in backbone.state_dict()})
+
+
+def require_usual_pixels(weights: Weights) -> None:
+    """Raise a CheckpointError if the weights' network expects another normalisation than ImageNet's."""
+    for name in ("mean", "std"):
+        if (values := getattr(weights, name)) is not None:
+            raise CheckpointError(
+                f"{weights.source}: trained with train.{name}={values}, which only task=classification has: train a "
+                f"backbone with train.{name}=null"
+            )
 
 
 def match_tensors(weights: Weights, name: str | None) -> tuple[str, dict[str, Tensor]]:

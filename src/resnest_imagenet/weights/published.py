@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from resnest_imagenet.errors import CheckpointError, ConfigError, first_line, suggest
-from resnest_imagenet.files import locked
+from resnest_imagenet.files import file_lock
 from resnest_imagenet.models.zoo import ARCHITECTURES, TIMM_RESNESTS, PeerSpec
-from resnest_imagenet.weights.sources import OFFICIAL
+from resnest_imagenet.weights.sources import OFFICIAL, require_known
 
 MIRRORS = (
     "https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1",
@@ -36,9 +36,7 @@ def fetch(source: str) -> tuple[Path, str]:
     if kind == "timm":
         network = find_by_timm_name(name)
         return _fetch_timm(name, network), network
-    if kind != "official" or name not in OFFICIAL:
-        valid = [f"official:{network}" for network in OFFICIAL]
-        raise ConfigError(f"unknown weights {source!r}, neither official:NAME nor timm:NAME{suggest(source, valid)}")
+    require_known(source)
     return _fetch_official(name), name
 
 
@@ -84,7 +82,7 @@ def _fetch_official(name: str) -> Path:
         if _has_sha256(path, OFFICIAL[name]):  # before the lock: the cache may be read-only
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f".{file}.lock"), timeout=-1):  # the other ranks wait for the first one's file
+        with file_lock(path.with_name(f".{file}.lock"), timeout=-1):  # the other ranks wait for the first one's file
             if _has_sha256(path, OFFICIAL[name]):
                 return path
             if path.exists():

@@ -1,4 +1,4 @@
-"""Detectors that other programs trained, as weights of this project's."""
+"""Converts detectors that other programs trained to weights of this project."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -27,19 +27,19 @@ _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 
 
 def adopt_rcnn(weights: Weights) -> Weights:
-    """Return the detector of a file of another program as one of ours; any other weights as they are.
+    """Convert a detector of another program to ours; return any other weights unchanged.
 
-    Taken are detectron2's and detectron2-ResNeSt's Faster, Cascade, Mask and Cascade Mask R-CNN with a feature pyramid,
-    and torchvision's second versions (fasterrcnn_resnet50_fpn_v2, maskrcnn_resnet50_fpn_v2). Which network it is
-    follows from names and shapes; those with COCO's classes get their names. Of torchvision's 91 outputs the ten that
-    stand for no class are dropped.
+    It converts Faster, Cascade, Mask and Cascade Mask R-CNN with a feature pyramid, of detectron2 and of
+    detectron2-ResNeSt, and torchvision's second versions (fasterrcnn_resnet50_fpn_v2, maskrcnn_resnet50_fpn_v2). Names
+    and shapes imply which network it is; networks with COCO's classes get their names. Of torchvision's 91 outputs, ten
+    belong to no class and are dropped.
 
     Returns:
         Weights of task "detection" with tensors of our names, model, rcnn_options, and COCO's classes and category_ids
         (None where they are not COCO's).
 
     Raises:
-        CheckpointError: names the first key that is missing, superfluous or of another shape, or what else differs.
+        CheckpointError: it names the first key that is missing, unexpected or of another shape, or another difference.
     """
     layout = recognise_rcnn(weights.tensors)
     if layout is None:
@@ -73,7 +73,7 @@ def _move_background(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _drop_nothing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return torchvision's tensors without boxes and masks of the background, and without classes that are none."""
+    """Return torchvision's tensors without boxes and masks of the background, and without outputs of no class."""
     predictor, masks = "roi_heads.box_predictor", "roi_heads.mask_predictor.mask_fcn_logits"
     counts = {len(tensors[key]) for key in (f"{predictor}.cls_score.bias",) if key in tensors and tensors[key].ndim}
     (count,) = counts or (0,)
@@ -103,7 +103,7 @@ def _choose_backbone(
             return name, matched
         problems.append((len(matched), f"{problem}: not all the weights of a {kind} on {name}"))
     if not problems:
-        raise CheckpointError(f"{weights.source}: a detector on a backbone that is none of this project's networks")
+        raise CheckpointError(f"{weights.source}: a detector on a backbone that is not one of this project's networks")
     _, nearest = max(problems, key=lambda problem: problem[0])
     raise CheckpointError(f"{weights.source}: {nearest}")
 
@@ -120,7 +120,7 @@ def _list_candidates(weights: Weights, layout: str, buffers: Mapping[str, Tensor
             if isinstance(spec, ResNeStSpec) and spec.layers == layers:
                 yield name
     elif layers in _RESNETS:
-        # detectron2's own ResNets are MSRA's, but for those that say how the pixels of torchvision's are normalised.
+        # detectron2's ResNets are MSRA's, except those whose pixels are normalised like torchvision's.
         std = buffers.get("pixel_std")
         is_msra = layout == "detectron2" and (std is None or bool((std == 1).all()))
         yield _RESNETS[layers] + ("_msra" if is_msra else "")
@@ -134,7 +134,7 @@ def _take_backbone(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tens
 def _match(
     weights: Weights, name: str, layout: str, options: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Tensor]]:
-    """Return what does not fit first, or None, and the tensors before it by our names."""
+    """Return the first mismatch, or None, and the tensors before it by our names."""
     classifier = next((value for key, value in weights.tensors.items() if key.endswith("cls_score.bias")), None)
     num_classes = len(classifier) - 1 if classifier is not None and classifier.ndim and len(classifier) > 1 else 1
     with torch.device("meta"):

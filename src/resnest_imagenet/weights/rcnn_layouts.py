@@ -1,10 +1,10 @@
-"""How others name a detector's tensors, and what follows from names and shapes.
+"""The names of a detector's tensors in other programs, and the options that names and shapes imply.
 
 detectron2   and detectron2-ResNeSt: backbone.bottom_up.*, backbone.fpn_*, proposal_generator.*, roi_heads.*
 torchvision  backbone.body.*, backbone.fpn.*, rpn.*, roi_heads.*
 
-Here the background is the first class, as in torchvision; in detectron2 it is the last. In both an object's class has
-its own box and mask, in detectron2 without those of the background.
+Here the background is the first class, as in torchvision; in detectron2 it is the last. In both each class of objects
+has its own box and mask; detectron2 has none for the background.
 """
 
 import re
@@ -26,14 +26,14 @@ BLOCKS = {
 
 
 def recognise_rcnn(keys: Collection[str]) -> str | None:
-    """Return the layout of another program's detector with a feature pyramid; None of any other network."""
+    """Return the layout of another program's detector with a feature pyramid; None for any other network."""
     if any(key.startswith("backbone.bottom_up.") for key in keys):
         return "detectron2"
     return "torchvision" if any(key.startswith("backbone.body.") for key in keys) else None
 
 
 def infer_options(tensors: Tensors, layout: str) -> dict[str, Any]:
-    """Return the options of `build_rcnn` that follow from names and shapes, and what each program has set otherwise."""
+    """Return the options of `build_rcnn` that names and shapes imply, and those in which each program differs."""
     return _infer_detectron2(tensors) if layout == "detectron2" else _infer_torchvision(tensors)
 
 
@@ -104,7 +104,7 @@ def rename_rcnn(keys: Collection[str], layout: str, backbone_layout: str, option
 
 
 def _pair_detectron2(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return detectron2's name of each of our modules, but for the backbone's."""
+    """Return detectron2's name of each of our modules outside of the backbone."""
     rpn, mask_head = "proposal_generator.rpn_head", "roi_heads.mask_head"
     names = {
         "rpn.head.conv.0.0": f"{rpn}.conv",
@@ -133,7 +133,7 @@ def _pair_detectron2(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _pair_torchvision(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return torchvision's name of each of our modules, but for the backbone's: the parts are its own."""
+    """Return torchvision's name of each of our modules outside of the backbone: we use its parts."""
     names = {f"rpn.head.{part}": f"rpn.head.{part}" for part in ("cls_logits", "bbox_pred")}
     names |= {f"rpn.head.conv.{conv}.0": f"rpn.head.conv.{conv}.0" for conv in range(options["rpn_convs"])}
     for part in ("inner_blocks", "layer_blocks"):

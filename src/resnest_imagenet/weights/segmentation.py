@@ -10,7 +10,14 @@ from torch import Tensor
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.models.deeplab import DeepLabV3, build_deeplab
 from resnest_imagenet.weights.layouts import recognise_deeplab, rename_deeplab
-from resnest_imagenet.weights.load import TASK, Weights, describe_other_task, match_tensors, read_weights
+from resnest_imagenet.weights.load import (
+    TASK,
+    Weights,
+    describe_other_task,
+    match_tensors,
+    read_weights,
+    require_usual_pixels,
+)
 
 SEGMENTATION = "segmentation"  # the task of checkpoints with a DeepLabV3
 _CLASSIFIERS = ("head.classify.", "auxiliary.classify.")
@@ -104,6 +111,7 @@ def load_deeplab(model: DeepLabV3, name: str, weights: Weights) -> None:
 
 def _load_backbone(model: DeepLabV3, name: str, weights: Weights) -> None:
     """Load the backbone's weights, from a classification network or from the backbone's part of the file."""
+    require_usual_pixels(weights)
     layout, tensors = recognise_deeplab(weights.tensors), weights.tensors
     if layout is not None:
         prefix = rename_deeplab("backbone.", layout)

@@ -5,7 +5,7 @@ import re
 from os import PathLike, fspath
 from pathlib import Path
 
-from resnest_imagenet.errors import CheckpointError, suggest
+from resnest_imagenet.errors import CheckpointError, ConfigError, suggest
 
 # SHA-256 of the official files: whole where it is known, else the 8 digits in the file's name.
 OFFICIAL: dict[str, str] = {
@@ -29,6 +29,14 @@ SUFFIXES = (".pt", ".pth", ".safetensors", ".pkl")  # of files of weights, where
 def is_published(source: str) -> bool:
     """Return whether a source is a published name, or a misspelt one: no file, and like no path."""
     return re.match(r"\w\w+:", source) is not None and not Path(source).exists()
+
+
+def require_known(source: str) -> None:
+    """Raise a ConfigError for a published name that is not official:NAME or timm:NAME; timm alone has timm's names."""
+    kind, _, name = source.partition(":")
+    if kind != "timm" and (kind != "official" or name not in OFFICIAL):
+        valid = [f"official:{network}" for network in OFFICIAL]
+        raise ConfigError(f"unknown weights {source!r}, neither official:NAME nor timm:NAME{suggest(source, valid)}")
 
 
 def is_described(path: Path) -> bool:
