@@ -66,12 +66,23 @@ class Tab:
         raise AssertionError(f"{script} gives nothing: {self.evaluate('document.body.innerText')}")
 
     def drop(self, path, selector):
-        """Drop a file on an element, as a person does."""
+        """Drop a file on an element, as a person does: again where nothing came of it, as on a page that still loads.
+
+        The element gives way to the picture.
+        """
         script = f"(() => {{ const box = document.querySelector({selector!r})?.getBoundingClientRect();"
-        box = self.wait_for(script + " return box && [box.x + box.width / 2, box.y + box.height / 2] })()")
         data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
-            self.call("Input.dispatchDragEvent", type=kind, x=box[0], y=box[1], data=data)
+        ends = time.monotonic() + WAIT
+        while time.monotonic() < ends:
+            box = self.wait_for(script + " return box && [box.x + box.width / 2, box.y + box.height / 2] })()")
+            for kind in ("dragEnter", "dragOver", "drop"):
+                self.call("Input.dispatchDragEvent", type=kind, x=box[0], y=box[1], data=data)
+            retries = time.monotonic() + 5
+            while time.monotonic() < retries:
+                if self.evaluate(f"!document.querySelector({selector!r})"):
+                    return
+                time.sleep(0.1)
+        raise AssertionError(f"{selector} takes nothing: {self.evaluate('document.body.innerText')}")
 
 
 @contextmanager
