@@ -83,6 +83,10 @@ def test_an_evaluation_takes_the_layout_of_the_run_where_it_names_none(tmp_path)
     assert plain.adopt(listed) == ClassifiedData("csv", root, csv="mine.csv")
     assert ClassifiedData("csv", root).adopt(listed) == ClassifiedData("csv", root, csv="mine.csv")
     assert ClassifiedData("csv", root, val_dir="test").adopt(listed).val_dir == "test"
+    # The run's own list, named once more: without the run's split, its training images would be evaluated too.
+    for name in (None, "mine.csv"):
+        splits = {**listed, "csv": name, "val_split": 0.2}
+        assert ClassifiedData("csv", root, csv=name or "labels.csv").adopt(splits).val_split == 0.2
     for own in (None, {"kind": "folder", "root": "/old"}, {"kind": "webdataset", "root": "/old"}):
         assert plain.adopt(own) is plain  # of a run before there were splits, too
     (tmp_path / "own/val/cat").mkdir(parents=True)

@@ -19,6 +19,7 @@ from resnest_imagenet.errors import LoadingError, Stopped, StorageError
 from resnest_imagenet.training import loop
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.control import Control
+from resnest_imagenet.training.dry_run import describe_run
 from resnest_imagenet.training.train import train
 from run_files import (
     assert_equal,
@@ -335,7 +336,14 @@ def test_a_run_without_a_better_best_ends_early_and_counts_alike_when_resumed(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     capsys.readouterr()
     assert train(config).epoch == 8
-    assert capsys.readouterr().out.startswith("finished: best accuracy 75.00 %, nothing to do")
+    finished = (
+        "finished: best accuracy 75.00 %, nothing to do: train.patience=2 has ended it, and more patience resumes it"
+    )
+    assert finished in capsys.readouterr().out.splitlines()
+    # More epochs alone do not help, and the dry run has the same line.
+    extended = tiny_run(*options, "train.epochs=20", "checkpoint.on_mismatch=extend")
+    assert train(extended).epoch == 8 and finished in capsys.readouterr().out.splitlines()
+    assert finished in describe_run(extended)
 
     longer = (*options, "train.patience=3")
     train(tiny_run(*longer, run="longer"))

@@ -67,3 +67,19 @@ def test_scenes_and_objects_have_sheets_too(segmentation_run, detection_run, obj
         for column in range(3):  # three images each, none of them white
             left = MARGIN + column * (LARGE_SIDE + MARGIN)
             assert (sheet[MARGIN : MARGIN + 100, left : left + LARGE_SIDE] != 255).any(2).mean() > 0.5
+
+
+def test_two_classes_of_one_short_name_are_not_taken_for_one_another(tmp_path):
+    """ImageNet has two cranes: a bird that is taken for a machine is wrong."""
+    from resnest_imagenet.tasks.val_sheet import draw_val_sheet
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    header = "protocol,file,class,predicted,in_top5,confidence,true_probability\n"
+    config = compose_config("train", TrainConfig, "+experiment=demo", f"run_dir={tmp_path}")
+
+    def draw(predicted: str) -> np.ndarray:
+        row = f"paper,{tmp_path}/a.png,n02012849,{predicted},1,0.9,0.05\n"
+        (tmp_path / "predictions.csv").write_text(header + row)
+        return draw_val_sheet(config, CPU)
+
+    assert (draw("n02012849")[4, 50] == 255).all() and (draw("n03126707")[4, 50] != 255).any()

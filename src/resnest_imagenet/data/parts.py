@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from resnest_imagenet.data.csv_list import CsvList, read_csv
+from resnest_imagenet.data.csv_list import NAME, CsvList, read_csv
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import open_source
 from resnest_imagenet.data.source import ImageSource, require_same_classes, require_separate
@@ -91,16 +91,18 @@ class ClassifiedData:
     def adopt(self, run: Mapping[str, Any] | None) -> "ClassifiedData":
         """Return the layout of the run that trained a network, where this one names no images of validation.
 
-        That is a folder without the part `val_dir`, or a list that is not named. The run's list or split then chooses
-        the images in `root`, the same as in the run if it is the same data set.
+        That is a folder without the part `val_dir`, or a list that is the run's or not named. The run's list or split
+        then chooses the images in `root`, the same as in the run if it is the same data set.
 
         Args:
             run: the options of the run's `data`; None for weights of no run.
         """
-        names_other = self.kind not in ("folder", "csv") or self.csv is not None or self.val_split is not None
-        if run is None or names_other or (self.kind == "folder" and self._has_val()):
+        is_list_or_folder = self.kind == "csv" or (self.kind == "folder" and not self._has_val())
+        if run is None or not is_list_or_folder or self.val_split is not None:
             return self
         own = ClassifiedData.of(run)
+        if self.csv not in (None, own.csv or NAME):
+            return self
         if own.kind == "csv":
             return replace(own, root=self.root, val_dir=self.val_dir if self.kind == "csv" else own.val_dir)
         splits = own.kind == self.kind == "folder" and own.val_split is not None

@@ -64,7 +64,7 @@ def _show_classes(folder: Path) -> Iterator[Cell]:
     evaluation, names = predictions.evaluation, short_class_names(predictions.classes)
     for index in _space_evenly(evaluation.count, IMAGES):
         truth, predicted = names[evaluation.labels[index]], names[evaluation.predicted[index]]
-        is_wrong = truth != predicted
+        is_wrong = bool(evaluation.labels[index] != evaluation.predicted[index])  # two classes may have one short name
         lines = f"{predicted} {100 * evaluation.confidence[index]:.0f} %", f"not {truth}" if is_wrong else ""
         try:
             picture = Image.fromarray(decode_by_pillow(read_named(str(predictions.files[index]))))

@@ -16,7 +16,7 @@ from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.describe import count_state_bytes, describe_plan, format_bytes, format_lines
 from resnest_imagenet.training.identity import describe_identity, read_identity
 from resnest_imagenet.training.run_folder import RunFolder
-from resnest_imagenet.training.saving import describe_best, find_problem, is_over, read_length
+from resnest_imagenet.training.saving import describe_end, find_problem, is_over, read_length
 from resnest_imagenet.training.schedule import StepPlan
 from resnest_imagenet.training.state import TrainingState
 from resnest_imagenet.training.train import prepare
@@ -83,7 +83,7 @@ def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.de
         task.build_model(True, torch.device("cpu"))  # reads the weights, and refuses those that do not fit
         return f"from scratch in {run.path}, with the weights of {config.train.init_from}"
     if is_over(run, saved, plan, config.train.patience):
-        return f"finished: best {describe_best(task.metric, saved['best'])}, nothing to do"
+        return describe_end(task.metric, saved, plan, config.train.patience)
     option, before = read_length(read_identity(saved))
     is_extended = before != identity[option]
     return f"from {newest}" + (f", extended from {before} {option.removeprefix('train.')}" if is_extended else "")

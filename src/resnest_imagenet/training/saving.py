@@ -145,7 +145,7 @@ class Saver:
         # Outside the try: a lost rank is not the checkpoint's fault.
         is_finished = gather_objects(is_finished, self.ranks)[0]
         if is_finished:
-            lines = [f"finished: best {describe_best(self.metric, state.best)}, nothing to do"]
+            lines = [describe_end(self.metric, saved, self.plan, state.patience)]
         else:
             lines = [f"resuming after step {state.step}, {state.epoch} epochs done", *changes]
         if self.ranks.is_main:
@@ -237,6 +237,13 @@ def is_over(run: RunFolder, saved: dict[str, Any], plan: StepPlan, patience: int
     is_done = saved["epoch"] >= plan.epochs and saved["step"] >= plan.total_steps
     is_done |= has_stalled(saved.get("stale", 0), patience)
     return is_done and run.read_status().get("state") == "finished"
+
+
+def describe_end(metric: str, saved: dict[str, Any], plan: StepPlan, patience: int | None) -> str:
+    """Return a line about the finished run of a checkpoint; it names train.patience if that has ended the run."""
+    is_early = saved["step"] < plan.total_steps
+    reason = f": train.patience={patience} has ended it, and more patience resumes it" if is_early else ""
+    return f"finished: best {describe_best(metric, saved['best'])}, nothing to do{reason}"
 
 
 def describe_best(metric: str, value: float) -> str:
