@@ -362,6 +362,8 @@ def test_cards_say_what_came_of_a_run(tmp_path, recipes):
         ("date", "2027-01-15", "08:00 UTC"),
         ("evaluated on", "40 images", "2 classes"),
     ]
+    early = {"state": "finished", "reason": "train.patience=1", "error": "of an earlier start"}
+    assert list_cards(Run("r", config, events, scores, early, {}, [], []))[0].note == "epochs: 2 of 3; train.patience=1"
     page = render_report([Run("r", config, events, scores, status, {}, [], predictions)], 224, {}, "")
     assert page.index("a &lt;reason&gt;") < page.index("<nav") < page.index("<table")
 

@@ -45,8 +45,8 @@ def _describe_state(run: Run) -> Iterator[Card]:
     state = run.status.get("state")
     if not isinstance(state, str):
         return
-    error = run.status.get("error")
-    reason = error if isinstance(error, str) and state != "finished" else ""
+    told = run.status.get("reason" if state == "finished" else "error")  # as train.patience=5
+    reason = told if isinstance(told, str) else ""
     reason = reason if len(reason) <= _REASON else f"{reason[:_REASON]} ..."
     if state == "running":
         reason = "it runs still, or its process was killed"
