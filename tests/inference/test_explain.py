@@ -218,10 +218,14 @@ def test_the_deepest_layer_with_seven_places_is_drawn():
     from resnest_imagenet.weights.load import Weights
 
     model = build_model("resnest14_half", 10).eval()
+    devices = set()  # on a GPU, operators are tried before they compute
+    hook = model.register_forward_hook(lambda module, inputs, output: devices.add(output.device.type))
     expected = {16: "layer1", 48: "layer1", 56: "layer2", 96: "layer2", 112: "layer3", 223: "layer4"}
     for crop, layer in expected.items():
         classifier = Classifier(Weights("x", {}), "resnest14_half", (), (EvalTransform(crop),), model)
         assert choose_layer(classifier) == layer
+    assert devices == {"meta"}
+    hook.remove()
     assert not any(module._forward_hooks for module in model.modules())
 
 

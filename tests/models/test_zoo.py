@@ -122,6 +122,10 @@ def test_peers_take_the_same_arguments():
 
 def test_short_names_cut_words_and_no_names():
     assert short_class_names(["n01443537", "cat, black", "cat, white"]) == ["goldfish", "cat, black", "cat, white"]
+    # A bird and a machine: equal names would count one as the other.
+    assert short_class_names(["n02012849", "n03126707"]) == ["crane (n02012849)", "crane (n03126707)"]
+    assert short_class_names(["goldfish", "n01443537"]) == ["goldfish", "goldfish (n01443537)"]
+    assert len(set(short_class_names(imagenet_synsets()))) == 1000
 
 
 @pytest.mark.slow

@@ -53,6 +53,8 @@ def test_a_dropped_picture_is_predicted_and_explained_on_this_machine_alone(
             hosts.append(address[0])
         return connect(own, address)
 
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # of a network; no request for this machine may take it
+    monkeypatch.setenv("no_proxy", "localhost")
     monkeypatch.setattr(socket.socket, "connect", record)
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda host, *rest, ask=socket.getaddrinfo: hosts.append(host) or ask(host, *rest)
@@ -90,6 +92,8 @@ def test_other_tasks_show_their_pictures(segmentation_run, detection_run, demo_o
     from resnest_imagenet.inference.images import list_images
 
     scene = min(segmentation_run.parent.glob("scenes/images/val*/*"))
+    with pytest.raises(ConfigError, match=r"^layer is of classification: .*best.pt is of segmentation$"):
+        plan(segmentation_run / "checkpoints/best.pt", "layer=layer3")
     page = plan(segmentation_run / "checkpoints/best.pt", "top=2")
     answer = page.ask(list_images(scene))
     assert page.shares == "share of the pixels" and 0.1 < sum(answer.shares.values()) <= 1

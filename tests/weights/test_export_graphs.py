@@ -207,6 +207,15 @@ def test_the_table_of_8_bit_integers_has_what_both_graphs_do_with_the_images(
     )
 
 
+@pytest.mark.slow
+def test_folders_that_are_no_classes_are_refused_before_the_work(checkpoint, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("resnest_imagenet.inference.quantise.make_graph", None)
+    (tmp_path / "2026-05").mkdir()
+    (tmp_path / "2026-05/1.png").write_bytes(min(photos.glob("a/[0-9]*")).read_bytes())
+    with pytest.raises(DataError, match=f"^{tmp_path}: 1 of its classes are not among the classes of .*: 2026-05$"):
+        export(checkpoint, "format=onnx", f"int8={tmp_path}")
+
+
 def test_a_folder_that_is_not_there_is_refused_before_the_work():
     config = compose_config("export", ExportConfig, "ckpt=/nowhere.pt", "format=onnx", "int8=/nowhere")
     with pytest.raises(ConfigError, match="^int8=/nowhere: no such folder$"):
@@ -278,6 +287,14 @@ def test_without_the_extra_it_is_one_line_before_any_work(form, package, monkeyp
 def test_options_that_make_no_sense_together(overrides, message):
     with pytest.raises(ConfigError, match=message):
         compose_config("export", ExportConfig, "ckpt=x", *overrides)
+
+
+def test_a_state_dict_has_no_crop(checkpoint, tmp_path):
+    for options in (["crop=64"], ["protocol=full"]):
+        config = compose_config("export", ExportConfig, f"ckpt={checkpoint}", f"out={tmp_path}/x.safetensors", *options)
+        with pytest.raises(ConfigError, match="^crop and protocol are of images: format=safetensors has weights"):
+            run(config)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

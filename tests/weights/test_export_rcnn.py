@@ -210,7 +210,7 @@ def test_a_folder_detects_as_the_checkpoint_does(network, checkpoint, folder, de
         (["layout=mmsegmentation"], "^layout=mmsegmentation: a detector has official"),
         (["model=resnest14_half"], "^model is of classification: .*best.pt is of detection and has its run's$"),
         (["protocol=full"], "^protocol is of classification: choose own or coco$"),
-        (["crop=96"], "^crop and protocol with format=safetensors are of classification: a detector has its run's$"),
+        (["crop=96"], "^crop and protocol are of images: format=safetensors has weights alone$"),
         (["format=hub", "protocol=coco"], "^crop and protocol with format=hub are of classification"),
         (["format=onnx", "sizes=crop", "crop=100"], "^crop=100: the sides of a detector's images are multiples of 32$"),
         (["format=torch_export", "out=x.onnx"], "out=x.onnx does not end in .pt2: set format=... or another name"),

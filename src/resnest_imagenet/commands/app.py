@@ -37,7 +37,7 @@ def plan_page(config: AppConfig) -> "Page":
     device = prepare_inference([config.model.name if config.model else None], "torchvision", config.device, {})
     plans = {TASK: _plan_classifier, SEGMENTATION: _plan_segmenter, DETECTION: _plan_detector}
     weights = adopt_rcnn(read_weights(config.ckpt, config.weights, tuple(plans)))
-    for option, task in (("crop", TASK), ("model", TASK), ("score", DETECTION)):
+    for option, task in (("crop", TASK), ("model", TASK), ("layer", TASK), ("score", DETECTION)):
         if getattr(config, option) is not None and weights.task != task:
             raise ConfigError(f"{option} is of {task}: {config.ckpt} is of {weights.task}")
     return plans[weights.task](config, weights, device)

@@ -60,6 +60,7 @@ def export_classifier(config: ExportConfig, weights: "Weights") -> str:
         return export_folder(weights, describe, config.out, model=model, push=config.push)
     if config.format in SUFFIXES:
         return export_graph(weights, describe, config.out, model=model, form=config.format, sizes=config.sizes)
+    _refuse_images(config)
     return export_weights(weights, config.out, model=model, layout=config.layout, form=config.format)
 
 
@@ -82,7 +83,14 @@ def export_segmenter(config: ExportConfig, weights: "Weights") -> str:
         return export_deeplab_graph(
             weights, describe_scene_input, config.out, crop=config.crop, form=config.format, sizes=config.sizes
         )
+    _refuse_images(config)
     return export_deeplab(weights, config.out, layout=config.layout, form=config.format)
+
+
+def _refuse_images(config: ExportConfig) -> None:
+    """Raise a ConfigError where an option about images is set for a state dict, which has none."""
+    if config.crop is not None or not is_own_protocol(config.protocol):
+        raise ConfigError(f"crop and protocol are of images: format={config.format} has weights alone")
 
 
 def export_detector(config: ExportConfig, weights: "Weights") -> str:
@@ -102,12 +110,11 @@ def export_detector(config: ExportConfig, weights: "Weights") -> str:
         return export_rcnn_graph(
             weights, describe, config.out, protocol=values, crop=config.crop, form=config.format, sizes=config.sizes
         )
-    if config.crop is not None or protocol is not None:
-        raise ConfigError(
-            f"crop and protocol with format={config.format} are of classification: a detector has its run's"
-        )
     if config.format == "hub":
+        if config.crop is not None or protocol is not None:
+            raise ConfigError("crop and protocol with format=hub are of classification: a detector has its run's")
         return export_rcnn_folder(weights, describe, config.out, push=config.push)
+    _refuse_images(config)
     return export_rcnn(weights, config.out, layout=config.layout, form=config.format)
 
 

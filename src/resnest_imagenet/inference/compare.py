@@ -246,7 +246,7 @@ def encode_csv(comparison: Comparison) -> str:
 
 def _title(classes: tuple[str, ...]) -> tuple[str, ...]:
     named = zip(classes, short_class_names(classes), strict=True)
-    return tuple(name if words == name else f"{words} ({name})" for name, words in named)
+    return tuple(words if name in words else f"{words} ({name})" for name, words in named)
 
 
 def distinguish(networks: "Sequence[Classifier | Segmenter | Detector]") -> tuple[str, ...]:

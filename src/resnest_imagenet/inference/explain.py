@@ -1,7 +1,8 @@
 """Explains a classifier's decision: where in an image it finds a class, and how its blocks weight their splits."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
@@ -197,7 +198,8 @@ def choose_layer(classifier: Classifier) -> str:
 
     A map of 2 x 2 places, as of layer4 at 56 pixels, is a wash of colour that shows nothing.
     """
-    model, crop, device = classifier.module, classifier.transform.crop, classifier.device
+    # Sizes need no values: on a GPU nothing must compute before its operators are tried.
+    model, crop = copy.deepcopy(classifier.module).to("meta"), classifier.transform.crop
     modules, sizes = dict(model.named_modules()), dict[str, int]()
     if not modules.keys() >= set(LAYERS):
         return LAYERS[-1]
@@ -205,10 +207,10 @@ def choose_layer(classifier: Classifier) -> str:
     def measure(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda module, inputs, output: sizes.update({name: min(output.shape[-2:])})
 
-    with ExitStack() as hooks, torch.inference_mode():
-        for name in LAYERS:
-            hooks.callback(modules[name].register_forward_hook(measure(name)).remove)
-        model(torch.zeros(1, 3, crop, crop, device=device))
+    for name in LAYERS:
+        modules[name].register_forward_hook(measure(name))
+    with torch.inference_mode():
+        model(torch.empty(1, 3, crop, crop, device="meta"))
     return next((name for name in reversed(LAYERS) if sizes[name] >= PLACES), LAYERS[0])
 
 

@@ -23,6 +23,7 @@ from resnest_imagenet.inference.classifier import Classifier, open_classifier
 from resnest_imagenet.inference.compare import compare
 from resnest_imagenet.inference.describe import describe_transform
 from resnest_imagenet.inference.images import list_classified_images, list_images
+from resnest_imagenet.inference.labels import label_images
 from resnest_imagenet.inference.predict import predict
 from resnest_imagenet.weights.card import Card
 from resnest_imagenet.weights.export import describe_weights
@@ -113,6 +114,8 @@ def export_int8(
     require_form("onnx")
     listed, has_classes = _list_folder(images)
     classifier = open_classifier(source, model, weights, crop, protocol, "cpu")
+    if has_classes:  # refused here, not after minutes of work
+        label_images(listed, classifier.weights.classes, len(classifier.classes), classifier.source)
     form = GraphForm("onnx", classifier.transform.crop, choose_any("onnx", sizes))
     file = choose_graph_file(classifier.source, out, f"{classifier.name}-int8", form.name)
     metadata = _describe(classifier).to_metadata()

@@ -1,6 +1,7 @@
 """The names of ImageNet's classes: synset ids, and words from timm's table."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -23,6 +24,14 @@ def class_words(classes: Sequence[str]) -> list[str]:
 
 
 def short_class_names(classes: Sequence[str]) -> list[str]:
-    """Return short names of classes: the first word of a synset, other names as they are."""
+    """Return short names of classes, all different: the first word of a synset, other names as they are.
+
+    A word that several classes have, as "crane" of ImageNet's bird and machine, has its synset behind it.
+    """
     described = zip(classes, class_words(classes), strict=True)
-    return [name if words == name else words.partition(",")[0] for name, words in described]
+    short = [name if words == name else words.partition(",")[0] for name, words in described]
+    counts = Counter(short)
+    return [
+        text if counts[text] == 1 or text == name else f"{text} ({name})"
+        for name, text in zip(classes, short, strict=True)
+    ]

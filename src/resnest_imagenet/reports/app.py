@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from urllib.request import getproxies
 
 import numpy as np
 from PIL import Image
@@ -142,6 +143,8 @@ def serving(page: Page, source: str, port: int) -> Iterator[str]:
     """
     require_app()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import
+    # gradio asks itself whether it answers: a proxy cannot reach this machine's own address.
+    os.environ["no_proxy"] = ",".join(filter(None, (getproxies().get("no"), HOST)))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         app = _build_blocks(page, f"{page.network}: {printable(source)}")

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from resnest_imagenet.evaluation.cells import guard
 from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.inference.explain import ClassMap, Explanation, Explanations
 from resnest_imagenet.reports.page import render, render_page
+from resnest_imagenet.reports.picture_files import shorten_paths
 
 # Colours of the splits: Okabe and Ito's, which colour-blind people can tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
@@ -91,8 +91,7 @@ def _render_page(explanations: Explanations, images: Sequence[dict[str, str]]) -
 
 def name_pictures(files: Sequence[str]) -> list[str]:
     """Return a file name for the picture of each image: its path below the images' common folder, and .png."""
-    common = os.path.commonpath([os.path.dirname(file) for file in files])
-    return [os.path.relpath(file, common) + ".png" for file in files]
+    return [f"{path}.png" for path in shorten_paths(files)]
 
 
 def encode_csv(files: Sequence[str], attention: dict[str, np.ndarray]) -> str:
