@@ -51,7 +51,8 @@ REFUSED = [
         "data.root=CLASSES",
         3,
         "CLASSES/train: no such folder (in CLASSES: class0, class1, class2, class3, class4 and 4 more); set "
-        "data.train_dir; are these the classes? data.val_split=0.2 keeps a fifth of each for validation",
+        "data.train_dir; are these the classes? data.val_split=0.2 keeps a fifth of each for validation in "
+        "training, resnest-data split makes folders of both parts",
     ),
     (train, "+experiment=demo_segmentation data.root=SET", 3, "SET/images: no such folder: is data.root=SET the data "),
     (train, "+experiment=demo_detection data.root=/gone", 3, "data.root=/gone: no such folder"),

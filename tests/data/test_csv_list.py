@@ -85,6 +85,7 @@ def test_the_file_may_stand_elsewhere_and_have_absolute_paths(root, tmp_path_fac
 
 
 HEAD = "path,label\n"
+PARTS_DIFFER = "part val of ROOT/labels.csv lacks 1 of the classes of part train of ROOT/labels.csv: cat"
 FAULTS = (
     (None, "labels.csv: no such file (in ROOT: no .csv); set data.csv"),
     ("", "labels.csv: its first line must be path,label or path,label,part, not "),
@@ -113,7 +114,7 @@ FAULTS = (
         "labels.csv, line 3: ROOT/z.jpg: no such file, and 1 other rows are without a file; paths are relative to",
     ),
     ("path,label,part\na.jpg,cat,train\nf,cat,val\n", "line 3: ROOT/f: no such file: its name is f.png; paths are"),
-    ("path,label,part\na.jpg,cat,train\nb.jpg,dog,val\n", "ROOT lacks 1 of the classes of ROOT: cat"),
+    ("path,label,part\na.jpg,cat,train\nb.jpg,dog,val\n", PARTS_DIFFER),
 )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from resnest_imagenet.data.csv_list import NAME, CsvList, read_csv
+from resnest_imagenet.data.csv_list import NAME, CsvList, find_csv, read_csv
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
 from resnest_imagenet.data.loader import open_source
 from resnest_imagenet.data.source import ImageSource, require_same_classes, require_separate
@@ -38,7 +38,11 @@ class ClassifiedData:
             DataError: there are none, parts overlap, or their classes differ.
         """
         train_set, val_set = self._open_both()
-        require_same_classes(train_set, val_set)
+        places = None
+        if self.kind == "csv":  # both parts have one folder
+            file = find_csv(self.root, self.csv)
+            places = f"part {self.train_dir} of {file}", f"part {self.val_dir} of {file}"
+        require_same_classes(train_set, val_set, places)
         return train_set, val_set
 
     def _open_both(self) -> tuple[ImageSource, ImageSource]:

@@ -108,7 +108,13 @@ def suggest_split(root: str, folders: Sequence[str]) -> str:
         are_classes = all(os.listdir(place) and not list_folders(place) for place in places)
     except (OSError, DataError):
         return ""
-    return "; are these the classes? data.val_split=0.2 keeps a fifth of each for validation" if are_classes else ""
+    if not are_classes:
+        return ""
+    # Not every command has data.val_split, and not every layout.
+    return (
+        "; are these the classes? data.val_split=0.2 keeps a fifth of each for validation in training, resnest-data "
+        "split makes folders of both parts"
+    )
 
 
 def list_folders(path: str | Path) -> list[str]:
@@ -142,14 +148,24 @@ def label_by_classes(images: ImageSource, classes: Sequence[str], whose: str) ->
     return replace(images, classes=tuple(classes), labels=new_labels[images.labels])
 
 
-def require_same_classes(train: ImageSource, val: ImageSource) -> None:
-    """Raise a DataError unless both parts have the same classes, with the same labels."""
-    for part, other_part in ((train, val), (val, train)):
+def require_same_classes(train: ImageSource, val: ImageSource, places: Sequence[str] | None = None) -> None:
+    """Raise a DataError unless both parts have the same classes, with the same labels.
+
+    Args:
+        train: the part to train on.
+        val: the part to evaluate on.
+        places: names of both for the error; None: their folders.
+    """
+    train_place, val_place = places or (str(train.root), str(val.root))
+    for part, place, other_part, other_place in (
+        (train, train_place, val, val_place),
+        (val, val_place, train, train_place),
+    ):
         missing = sorted(set(part.classes) - set(other_part.classes))
         if missing:
-            raise DataError(f"{other_part.root} lacks {len(missing)} of the classes of {part.root}: {_some(missing)}")
+            raise DataError(f"{other_place} lacks {len(missing)} of the classes of {place}: {_some(missing)}")
     if train.classes != val.classes:
-        raise DataError(f"{val.root} and {train.root} have the same classes, but in another order")
+        raise DataError(f"{val_place} and {train_place} have the same classes, but in another order")
 
 
 def read_numbers(classes: Sequence[str]) -> list[int] | None:
