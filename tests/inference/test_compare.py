@@ -3,6 +3,7 @@ import html.parser
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from browser import look_in_windows, needs_browser
 from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model
-from resnest_imagenet.commands.compare import compare_networks
+from resnest_imagenet.commands.compare import _list_classified_images, compare_networks
 from resnest_imagenet.config import CompareConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import read_image_folder
@@ -202,3 +203,24 @@ def test_the_page_begins_with_the_verdict_and_sorts_classes_by_difference(tmp_pa
         ["b", "2", "+50.0", "100.0", "0.7500", "50.0", "0.6000"],
         ["a", "2", "-50.0", "50.0", "0.6500", "100.0", "0.7000"],
     ]
+
+
+def test_networks_of_one_split_are_compared_on_it_and_those_of_two_on_neither(tmp_path):
+    """Wherever the network with the split stands; one without a run, as published weights, has none."""
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(10):
+            (tmp_path / label / f"{number}.jpg").touch()
+    config = SimpleNamespace(images=None, data=SimpleNamespace(root=str(tmp_path), val_dir="val"))
+    split = {"kind": "folder", "root": "/elsewhere", "val_split": 0.2, "split_seed": 0, "train_dir": "train"}
+
+    def list_images(*runs):
+        weights = [SimpleNamespace(source=f"{name}.pt", run=run) for name, run in zip("xy", runs, strict=False)]
+        return _list_classified_images(config, weights)
+
+    first = list_images({"data": split})
+    assert len(first) == 4
+    for runs in ((None, {"data": split}), ({"data": split}, None), ({"data": split}, {"data": split})):
+        assert list_images(*runs).files.tolist() == first.files.tolist()
+    with pytest.raises(ConfigError, match="^y.pt has other validation images than x.pt .*split_seed=7.*: set images"):
+        list_images({"data": split}, {"data": {**split, "split_seed": 7}})

@@ -93,7 +93,7 @@ def _compare_classifiers(config: CompareConfig, weights: list["Weights"], device
     from resnest_imagenet.reports.compare_page import render_comparison
 
     protocol = take_own_protocol(config.protocol).list_changes()
-    images = _list_classified_images(config, weights[0])
+    images = _list_classified_images(config, weights)
     names = config.models or [None] * len(weights)
     comparison = compare(
         [
@@ -118,8 +118,12 @@ def _write(path: str | None, encode: Callable[[], str]) -> None:
             file.write(encode().encode(errors="surrogateescape"))
 
 
-def _list_classified_images(config: CompareConfig, weights: "Weights") -> "ImageFolder":
-    """Return the images of a folder, or of a data set; where it has no such part, those of the first network's run."""
+def _list_classified_images(config: CompareConfig, weights: list["Weights"]) -> "ImageFolder":
+    """Return the images of a folder, or of a data set; where it has no such part, those of the networks' runs.
+
+    Raises:
+        ConfigError: the runs keep different images: each would be measured on some that another was trained with.
+    """
     from resnest_imagenet.data.folder import ImageFolder
     from resnest_imagenet.data.parts import ClassifiedData
     from resnest_imagenet.inference.images import list_classified_images, open_own_val
@@ -127,7 +131,16 @@ def _list_classified_images(config: CompareConfig, weights: "Weights") -> "Image
     if config.images is not None:
         return list_classified_images(config.images)
     assert config.data.root is not None
-    images = open_own_val(ClassifiedData("folder", config.data.root, val_dir=config.data.val_dir), weights)
+    data = ClassifiedData("folder", config.data.root, val_dir=config.data.val_dir)
+    parts = [(data.adopt((of_run.run or {}).get("data")), of_run) for of_run in weights]
+    adopted = [(part, of_run) for part, of_run in parts if part != data]
+    for part, of_run in adopted[1:]:
+        if part != adopted[0][0]:
+            raise ConfigError(
+                f"{of_run.source} has other validation images than {adopted[0][1].source} ({part.describe_split()}, "
+                f"{adopted[0][0].describe_split()}): set images to a folder that neither was trained with"
+            )
+    images = open_own_val(data, adopted[0][1] if adopted else weights[0])
     assert isinstance(images, ImageFolder)  # a run's list or split has files
     return images
 

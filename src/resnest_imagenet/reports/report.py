@@ -32,7 +32,7 @@ from resnest_imagenet.reports.cards import describe_progress, list_cards
 from resnest_imagenet.reports.image_sections import render_accuracy, render_mistakes
 from resnest_imagenet.reports.page import arrange, render, render_page, render_table
 from resnest_imagenet.reports.region_sections import count_cost_of_run, render_regions, render_scores, view_scenes
-from resnest_imagenet.reports.runs import Run, list_differences
+from resnest_imagenet.reports.runs import Run, list_differences, list_figures
 from resnest_imagenet.reports.table3 import PAPER
 from resnest_imagenet.reports.table3_chart import is_placed, render_table3
 from resnest_imagenet.weights.segmentation import SEGMENTATION
@@ -60,7 +60,7 @@ def write_report(
     measured_on = choose_device(device)
     seconds: dict[str, float] = {}
     if latency and any(map(is_placed, runs)):
-        names = {row.model for row in PAPER} | {result.model for run in runs for result in run.measured}
+        names = {row.model for row in PAPER} | {result.model for run in runs for _, result in list_figures(run)}
         networks = {name: build_model(name) for name in sorted(names.intersection(list_models()))}
         seconds = measure_latency(networks, crop, 1, measured_on, rounds=5)
     worst = {run.name: view_scenes(run, measured_on) for run in runs}

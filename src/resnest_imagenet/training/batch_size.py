@@ -14,6 +14,7 @@ from resnest_imagenet import distributed
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.distributed import Ranks, gather_objects
 from resnest_imagenet.errors import ConfigError, is_out_of_memory
+from resnest_imagenet.models.proving import use_implementation
 from resnest_imagenet.options import AUTO
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.tasks.task import Task
@@ -158,6 +159,8 @@ def _take_step(task: Task, device: torch.device) -> int:
     """Compute the gradients of one blank batch beside all that a run keeps; return the bytes at the peak, or 0."""
     config = task.config
     state = TrainingState(task.build_model(False, device), config.train, task.head)
+    if config.model.split_attention == "auto":
+        use_implementation(state.model, "reference")  # the kernels are not proven yet; the formula keeps more
     losses = task.loss(state.model.train(), task.blank_batch(device), Draws(config.seed, 0, 0))
     state.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
     if device.type != "cuda":
