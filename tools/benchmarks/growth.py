@@ -297,7 +297,7 @@ def _speed(points: dict, key: str) -> float:
 
 def report(result: dict) -> str:
     """Return docs/growth.md."""
-    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    machine = _describe(result["machine"])
     points = result["curves"]
     lines = [
         "# How cost grows",
@@ -324,10 +324,16 @@ def report(result: dict) -> str:
             work = speed * point["multiply_adds"] / points[REFERENCE]["multiply_adds"]
             lines.append(f"| {name} | {batch} | {crop} | {speed:.2f} | {work:.2f} | {point['kept']:.0f} |")
     for title in ("start", "resume", "checkpoint", "evaluation", "ranks"):
-        lines += ["", f"## {title.capitalize()}", "", BOUNDS[title], "", "| | time |", "|---|---:|"]
-        seconds = result[title]
+        seconds, other = result[title], result["machines"].get(title, result["machine"])
+        lines += ["", f"## {title.capitalize()}", "", BOUNDS[title], ""]
+        lines += [] if other == result["machine"] else [f"{_describe(other)}.", ""]
+        lines += ["| | time |", "|---|---:|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in ratios(seconds, next(iter(seconds))).items()]
     return "\n".join(lines) + "\n"
+
+
+def _describe(machine: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def main() -> None:
@@ -345,7 +351,8 @@ def main() -> None:
         print(report(result), end="")
         return
     kept = json.loads(args.out.read_text()) if args.only and args.out and args.out.exists() else {}
-    result = {**kept, "machine": describe_machine(torch.device(args.device)), "precision": args.precision}
+    machine = describe_machine(torch.device(args.device))
+    result = {"machine": machine, "precision": args.precision, "machines": {}, **kept}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_demo_images(folder / "data", 0, train_per_class=16, val_per_class=100)
@@ -360,6 +367,7 @@ def main() -> None:
             if args.only and part not in args.only:
                 continue
             result[part] = work()
+            result["machines"][part] = machine
             print(part, "measured", flush=True)
             if args.out:
                 args.out.write_text(json.dumps(result, indent=1) + "\n")
