@@ -14,7 +14,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-segmentation demo-detection test test-quick fault-test lint docs picture bench \
-  bench-segmentation bench-detection growth bench-gpu goals-gpu bench-data options lock clean
+  bench-segmentation bench-detection growth scaling bench-gpu goals-gpu bench-data options lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -93,6 +93,10 @@ bench-detection: $(READY) ## compare Faster R-CNN with torchvision's on timm's b
 growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
 	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json
 	$(BIN)/python tools/benchmarks/growth.py --report docs/growth.json > docs/growth.md
+
+scaling: $(READY) ## try the model of many ranks against two, and plan for published GPUs: 5 minutes
+	$(BIN)/python tools/benchmarks/scaling.py --out docs/scaling.json
+	$(BIN)/python tools/benchmarks/scaling.py --report docs/scaling.json > docs/scaling.md
 
 bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which needs torch, timm and this project
 	PYTHONPATH=src $(PYTHON) tools/benchmarks/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \

@@ -102,18 +102,23 @@ def fill_buckets(stages: Sequence[Stage]) -> list[Bucket]:
     return [*buckets, Bucket(filled, 1.0)] if filled else buckets
 
 
-def find_exposed(buckets: Sequence[Bucket], backward: float, all_reduce: Callable[[float], float]) -> float:
-    """Return the seconds for which the ranks still sum gradients when the backward pass is over.
+def find_exposed(
+    buckets: Sequence[Bucket], backward: float, all_reduce: Callable[[float], float], share: float = 0.0
+) -> float:
+    """Return the seconds by which summing the gradients makes the backward pass and what follows it longer.
 
     Args:
         buckets: in the order in which they are sent, one after another.
         backward: seconds of the backward pass.
         all_reduce: returns the seconds of a bucket of some bytes.
+        share: of an all-reduce, which the cores of the backward pass do: it stands still meanwhile.
     """
-    end = 0.0
+    end = delay = 0.0
     for bucket in buckets:
-        end = max(end, bucket.ready * backward) + all_reduce(bucket.size)
-    return max(0.0, end - backward)
+        seconds = all_reduce(bucket.size)
+        end = max(end, bucket.ready * backward + delay) + seconds
+        delay += share * seconds if bucket.ready < 1 else 0.0
+    return max(end - backward, delay, 0.0)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Step:
     Attributes:
         compute: passes and optimiser.
         all_reduce: of all gradients.
-        exposed: the part of `all_reduce` for which a rank waits.
+        exposed: what the all-reduces add to the step.
         load: of all images of a rank.
         seconds: of the step.
         bound: what decides: "compute", "network" or "loader".
@@ -156,7 +161,9 @@ class Step:
     bound: str
 
 
-def predict_step(work: Work, stages: Sequence[Stage], cluster: Cluster, ranks: int, shares_cores: bool = False) -> Step:
+def predict_step(
+    work: Work, stages: Sequence[Stage], cluster: Cluster, ranks: int, cpu_share: float | None = None
+) -> Step:
     """Return the step of some ranks.
 
     Args:
@@ -164,9 +171,8 @@ def predict_step(work: Work, stages: Sequence[Stage], cluster: Cluster, ranks: i
         stages: of the network.
         cluster: on which the ranks run.
         ranks: their number.
-        shares_cores: the loader and the all-reduce take their time from the cores that compute, as on a CPU: nothing
-            hides behind anything. Otherwise the loader works beside the passes, and the all-reduce beside the last
-            backward pass.
+        cpu_share: None on a GPU: the loader works beside the passes. On a CPU, where it takes its time from their
+            cores: the share of an all-reduce that these cores do, 1 if they copy all the time, 0 if they wait.
     """
     buckets = fill_buckets(stages)
 
@@ -175,12 +181,33 @@ def predict_step(work: Work, stages: Sequence[Stage], cluster: Cluster, ranks: i
 
     compute = work.passes * (work.forward + work.backward) + work.optimiser
     total = sum(sum_bucket(bucket.size) for bucket in buckets)
-    load = work.passes * work.load
-    exposed = total if shares_cores else find_exposed(buckets, work.backward, sum_bucket)
-    busy = compute + exposed
+    exposed = find_exposed(buckets, work.backward, sum_bucket, cpu_share or 0.0)
+    busy, load = compute + exposed, work.passes * work.load
     largest = "network" if exposed > compute else "compute"
-    bound = "loader" if load > (max(compute, exposed) if shares_cores else busy) else largest
-    return Step(compute, total, exposed, load, busy + load if shares_cores else max(busy, load), bound)
+    if cpu_share is None:
+        return Step(compute, total, exposed, load, max(busy, load), "loader" if load > busy else largest)
+    return Step(compute, total, exposed, load, busy + load, "loader" if load > max(compute, exposed) else largest)
+
+
+def find_needed_bandwidth(
+    work: Work, stages: Sequence[Stage], cluster: Cluster, ranks: int, waits: float = 0.05
+) -> float:
+    """Return the bandwidth between nodes, in bytes per second, with which ranks wait for gradients for that share.
+
+    Args:
+        work: of each rank.
+        stages: of the network.
+        cluster: on which the ranks run, several nodes of it; only its latencies count.
+        ranks: their number.
+        waits: seconds waited over seconds computed. Latency alone may cost more: then the result is infinite.
+    """
+    low, high = 1e6, 1e15
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        links = (Link(link.latency, middle) for link in (cluster.inside, cluster.between))
+        step = predict_step(work, stages, Cluster(cluster.per_node, *links), ranks)
+        low, high = (low, middle) if step.exposed <= waits * step.compute else (middle, high)
+    return high if high < 1e14 else math.inf
 
 
 def split_batch(global_batch: int, ranks: int, most: int) -> tuple[int, int]:
