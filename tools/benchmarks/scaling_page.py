@@ -55,6 +55,11 @@ prediction, and [a first run](#before-a-long-run) should check it.
   same cores, and so does an all-reduce, as far as it copies and sums; what it waits for a slow network hides.
 """
 
+TRIALS = """\
+The parts in percent of the measured step, of each the fastest round, since other programs only add time. In brackets
+the ratios of single rounds. In the last rows the network between the ranks is slow: loopback, limited to 2 Gb/s for
+both ways together."""
+
 LATENCIES = """\
 H100's throughput is A100's by NVIDIA times the ratio of the two by Lambda. An all-reduce of a few bytes takes 46 us
 inside a node, and 46 us more for each doubling of the nodes."""
@@ -320,9 +325,7 @@ def write_page(result: dict[str, Any]) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     lines = [
         *(INTRODUCTION, "## Two ranks on this machine", ""),
-        "The parts in percent of the measured step, of each the fastest round, since other programs only add time. In",
-        "brackets the ratios of single rounds. The last rows have a slow network between the ranks: loopback, limited to",
-        "2 Gb/s, both ways together.",
+        TRIALS,
         *("", f"{machine}; each rank has one thread.", "", *compare_trials(result), "", "## Published speeds", ""),
         *(*list_gpus(), "", LATENCIES, "", describe_loaders(ours[0], rates), "", CHECK, "", *check_published(), ""),
         *("## Table 3: the ResNeSts", "", COLUMNS),

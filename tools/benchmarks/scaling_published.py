@@ -106,7 +106,7 @@ DETECTORS = {
     ("Faster R-CNN", "resnet101"): 0.286,
     ("Mask R-CNN", "resnet50"): 0.261,
     ("Mask R-CNN", "resnet101"): 0.340,
-    ("Cascade Mask R-CNN", "resnet50"): 0.328,
+    ("Cascade Mask R-CNN", "resnet50"): 0.317,
 }
 DEEPLAB = (0.85, 1024 * 512)  # seconds of a step with ResNet-101, and the pixels of an image: source "mmseg"
 INFERENCE = {"resnet50": 14.76, "resnet101": 10.14, "resnest101": 9.28}  # images/s of DeepLabV3: source "mmseg"
