@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import scaling_page
+from PIL import Image
 from scaling_model import Link, Stage, Work
 from scaling_published import TIMM
 
@@ -33,10 +34,12 @@ SETTINGS = (  # network, images per rank, crop, Mbit/s of the network between th
     ("resnest50", 2, 128, 0),
     ("resnest50", 6, 128, 0),
     ("resnest101", 2, 128, 0),
+    ("resnest14", 16, 64, 0),
     ("resnest50", 2, 128, 2000),
     ("resnest50", 2, 224, 2000),
 )
 MESSAGE, BUCKET = 4, 25 << 20  # bytes of an all-reduce: those that show its latency, and its bandwidth
+RECIPE = ("recipe=demo", "train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1")  # a costly loader
 QUIET = ("log.every_steps=1", "log.trackers=[]", "log.pictures=false", "eval.crop=32")
 
 
@@ -122,7 +125,7 @@ def compose_run(data: Path, run: Path, setting: tuple[str, int, int], steps: int
     from resnest_imagenet.config import TrainConfig
 
     name, images, crop = setting
-    options = ["recipe=demo", f"model={name}", f"data.root={data}", f"run_dir={run}"]
+    options = [*RECIPE, f"model={name}", f"data.root={data}", f"run_dir={run}"]
     options += [f"train.batch_size={images}", f"train.crop={crop}", "device=cpu", "loader.workers=1", *QUIET]
     options += ["train.epochs=null", f"train.steps={steps}", "train.warmup_epochs=0"]
     with initialize_config_dir(str(find_conf()), version_base="1.3"):
@@ -192,6 +195,9 @@ def measure(settings: list[tuple[str, int, int, int]], rounds: int, steps: int) 
 
     with tempfile.TemporaryDirectory() as name:
         write_demo_images(Path(name) / "data", 0, train_per_class=64, val_per_class=1)
+        for path in (Path(name) / "data").rglob("*.JPEG"):
+            with Image.open(path) as image:
+                image.resize((500, 375)).save(path, quality=90)  # as large as ImageNet's
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         work = [__file__, "--rank", name, "--rounds", str(rounds), "--steps", str(steps)]
         own_network = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
