@@ -43,14 +43,32 @@ def test_an_all_reduce_takes_latency_and_volume(scaling):
     assert cluster.all_reduce(1e8, 16) == pytest.approx(0.001 + 0.006 + 0.375)
 
 
-def test_buckets_are_filled_from_the_last_stage_on(scaling):
+def test_buckets_are_filled_from_the_last_gradient_on(scaling):
     model = scaling["model"]
-    # 31 MB of the last stage are ready in the first quarter of the backward pass, 10 MB of the first in the rest.
-    buckets = model.fill_buckets([model.Stage(10 * MB, 3.0), model.Stage(31 * MB, 1.0)])
-    assert [bucket.size for bucket in buckets] == [1 * MB, 25 * MB, 15 * MB]
-    # 1 of 31 MB; 26 of 31 MB; the end.
-    assert [bucket.ready for bucket in buckets] == pytest.approx([0.25 / 31, 0.25 * 26 / 31, 1.0])
-    assert model.fill_buckets([model.Stage(0, 1.0), model.Stage(MB // 2, 1.0)]) == [model.Bucket(MB // 2, 1.0)]
+    # The last stage's 40 MB are ready in the first quarter of the backward pass, the first one's 10 MB in the rest.
+    stages = [model.Stage([4 * MB, 6 * MB], 3.0), model.Stage([10 * MB, 20 * MB, 8 * MB, MB // 2, MB // 2], 1.0)]
+    assert model.fill_buckets(stages) == [
+        model.Bucket(1 * MB, 0.25 * 1 / 39),  # two small ones
+        model.Bucket(28 * MB, 0.25 * 29 / 39),  # 8 MB do not reach 25
+        model.Bucket(20 * MB, 1.0),
+    ]
+    assert model.fill_buckets([model.Stage([], 1.0), model.Stage([100], 1.0)]) == [model.Bucket(100, 0.5)]
+
+
+def test_the_buckets_are_those_of_torch(scaling):
+    import torch
+
+    from resnest_imagenet import build_model
+
+    recipes = json.loads((ROOT / "docs/scaling.json").read_text())["recipes"]
+    ours = next(recipe for recipe in recipes if recipe["network"] == "resnest50")["buckets"]
+    with torch.device("meta"):
+        gradients = [torch.empty(p.shape) for p in reversed(list(build_model("resnest50").parameters()))]
+    capacities = [torch.distributed._DEFAULT_FIRST_BUCKET_BYTES, 25 * MB]
+    theirs, _ = torch.distributed._compute_bucket_assignment_by_size(gradients, capacities)
+    sizes = [sum(gradients[index].nbytes for index in bucket) for bucket in theirs]
+    assert [bucket["size"] for bucket in ours] == sizes
+    assert ours[-1]["ready"] == 1 and [b["ready"] for b in ours] == sorted(b["ready"] for b in ours)
 
 
 def test_only_what_outlasts_the_backward_pass_is_waited_for(scaling):
@@ -70,12 +88,12 @@ def test_only_what_outlasts_the_backward_pass_is_waited_for(scaling):
 
 def test_a_step_ends_at_its_longest_part(scaling):
     model = scaling["model"]
-    cluster, stages = make_cluster(model), [model.Stage(1e5, 1.0)]  # one bucket, ready at the end: 1 ms + .15 ms
+    cluster, buckets = make_cluster(model), [model.Bucket(100_000, 1.0)]  # ready at the end: 1 ms + .15 ms
     all_reduce = 0.001 + 1.5 * 1e5 / 1e9
 
     def predict(**changes):
         work = model.Work(**{"forward": 0.1, "backward": 0.2, "optimiser": 0.03, "load": 0.05, **changes})
-        return model.predict_step(work, stages, cluster, 4)
+        return model.predict_step(work, buckets, cluster, 4)
 
     step = predict()
     assert step.seconds == pytest.approx(0.33 + all_reduce) and step.bound == "compute"
@@ -85,17 +103,17 @@ def test_a_step_ends_at_its_longest_part(scaling):
     assert step.seconds == 0.7 and step.bound == "loader"
     step = predict(forward=1e-4, backward=1e-4, optimiser=0, load=0)
     assert step.seconds == pytest.approx(2e-4 + all_reduce) and step.bound == "network"
-    shared = model.predict_step(model.Work(0.1, 0.2, 0.03, 0.05), stages, cluster, 4, cpu_share=1.0)
+    shared = model.predict_step(model.Work(0.1, 0.2, 0.03, 0.05), buckets, cluster, 4, cpu_share=1.0)
     assert shared.seconds == pytest.approx(0.38 + all_reduce)
 
 
 def test_the_needed_bandwidth_is_that_of_its_wait(scaling):
     model = scaling["model"]
     # One bucket, ready at the end, so all of it is waited for: 2 x 7/8 x 1e5 bytes in 5 % of 0.4 s, less 1 and 3 ms.
-    work, stages = model.Work(0.1, 0.3, 0, 0), [model.Stage(1e5, 1.0)]
-    needed = model.find_needed_bandwidth(work, stages, make_cluster(model), 8)
+    work, buckets = model.Work(0.1, 0.3, 0, 0), [model.Bucket(100_000, 1.0)]
+    needed = model.find_needed_bandwidth(work, buckets, make_cluster(model), 8)
     assert needed == pytest.approx(1.75e5 / (0.05 * 0.4 - 0.004), rel=0.01)
-    assert model.find_needed_bandwidth(model.Work(0.01, 0.01, 0, 0), stages, make_cluster(model), 8) == float("inf")
+    assert model.find_needed_bandwidth(model.Work(0.01, 0.01, 0, 0), buckets, make_cluster(model), 8) == float("inf")
 
 
 def test_a_batch_is_dealt_evenly_or_not_at_all(scaling):
@@ -111,15 +129,15 @@ def test_a_plan_has_the_cores_and_hours_of_its_step(scaling):
     page, published = scaling["page"], scaling["published"]
     gpu = published.GPUS[0]
     recipe = {"network": "resnet50", "crop": 224, "global_batch": 256, "batch_size": 32, "epochs": 90}
-    plan = page.plan_recipe({**recipe, "stages": [{"size": 1.0, "work": 1.0}]}, gpu, 8, rate=1e6)
+    plan = page.plan_recipe({**recipe, "buckets": [{"size": 1, "ready": 1.0}]}, gpu, 8, rate=1e6)
     seconds = 32 / 1200  # and the all-reduce of a byte
     assert plan.step.compute == pytest.approx(seconds) and plan.ends == "compute"
     assert plan.step.seconds == pytest.approx(seconds + 46e-6)
     assert plan.hours == pytest.approx(1_281_167 // 256 * 90 * plan.step.seconds / 3600)
     assert plan.cores == pytest.approx(256 / plan.step.seconds / 1e6)
-    slow = page.plan_recipe({**recipe, "stages": [{"size": 1.0, "work": 1.0}]}, gpu, 8, rate=10)
+    slow = page.plan_recipe({**recipe, "buckets": [{"size": 1, "ready": 1.0}]}, gpu, 8, rate=10)
     assert slow.ends == "loader" and slow.per_node == pytest.approx(400)  # 40 cores of 10 images/s
-    assert page.plan_recipe({**recipe, "stages": []}, gpu, 512, rate=10).step is None
+    assert page.plan_recipe({**recipe, "buckets": []}, gpu, 512, rate=10).step is None
 
 
 def test_every_source_is_cited_once_and_every_speed_scales(scaling):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import scaling_page
 from PIL import Image
-from scaling_model import Link, Stage, Work
+from scaling_model import Link, Stage, Work, fill_buckets
 from scaling_published import TIMM
 
 if TYPE_CHECKING:
@@ -148,15 +148,13 @@ def measure_rank(folder: Path, settings: list[tuple[str, int, int, int]], rounds
     from bench import describe_machine
 
     from resnest_imagenet import distributed
-    from resnest_imagenet.models.cost import count_stages
 
     device = torch.device("cpu")
     is_main = distributed.launched_as().rank == 0
     trials: list[dict[str, Any]] = []
     for name, images, crop, rate in settings:
-        stages = [Stage(4 * stage.parameters, stage.multiply_adds) for stage in count_stages(name, crop, 10)]
         setting = {"network": name, "images": images, "crop": crop, "rate": rate}
-        trials.append({**setting, "stages": [*map(asdict, stages)], "rounds": []})
+        trials.append({**setting, "buckets": list_buckets(name, crop, 10), "rounds": []})
     for number in range(rounds):
         for trial, (*setting, rate) in zip(trials, settings, strict=True):
             run = folder / "-".join(map(str, (*setting, rate, number)))
@@ -172,20 +170,36 @@ def measure_rank(folder: Path, settings: list[tuple[str, int, int, int]], rounds
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def list_buckets(name: str, crop: int, num_classes: int) -> list[dict[str, float]]:
+    """Return the buckets of a network, as `Bucket` has them."""
+    import torch
+
+    from resnest_imagenet import build_model
+    from resnest_imagenet.models.cost import count_stages
+
+    with torch.device("meta"):
+        sizes = iter([parameter.nbytes for parameter in build_model(name, num_classes).parameters()])
+    stages = []
+    for stage in count_stages(name, crop, num_classes):
+        own: list[int] = []
+        while sum(own) < 4 * stage.parameters:
+            own.append(next(sizes))
+        stages.append(Stage(own, stage.multiply_adds))
+    return [asdict(bucket) for bucket in fill_buckets(stages)]
+
+
 def read_recipes() -> list[dict[str, Any]]:
     """Return what the plan needs of the recipes of Table 3, and of ResNeSt-200 and 269."""
     from hydra import compose, initialize_config_dir
 
     from resnest_imagenet.commands.launch import find_conf
-    from resnest_imagenet.models.cost import count_stages
 
     recipes = []
     for name in TIMM:
         with initialize_config_dir(str(find_conf()), version_base="1.3"):
             config = compose("train", [f"+experiment={name}", "data.root=/imagenet"])
         options = {key: config.train[key] for key in ("recipe", "epochs", "global_batch", "batch_size", "crop")}
-        stages = [Stage(4 * stage.parameters, stage.multiply_adds) for stage in count_stages(name, options["crop"])]
-        recipes.append({"network": name, **options, "stages": [*map(asdict, stages)]})
+        recipes.append({"network": name, **options, "buckets": list_buckets(name, options["crop"], 1000)})
     return recipes
 
 

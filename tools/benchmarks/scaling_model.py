@@ -60,11 +60,11 @@ class Stage:
     """A part of a network, in the order of the forward pass.
 
     Attributes:
-        size: bytes of its gradients.
+        sizes: bytes of its parameters' gradients, in the order of the network.
         work: its share of the backward pass, in any unit.
     """
 
-    size: float
+    sizes: Sequence[int]
     work: float
 
 
@@ -77,29 +77,29 @@ class Bucket:
         ready: the share of the backward pass after which all of them are there.
     """
 
-    size: float
+    size: int
     ready: float
 
 
 def fill_buckets(stages: Sequence[Stage]) -> list[Bucket]:
-    """Return the buckets in which a backward pass sends its gradients; the last stage comes first.
+    """Return the buckets in which DistributedDataParallel sends gradients; the network's last gradient comes first.
 
-    Within a stage, gradients appear as evenly as its work is done.
+    A bucket is complete with the gradient with which it reaches its capacity. Within a stage, the work up to a gradient
+    is in proportion to the bytes up to it.
     """
     total = sum(stage.work for stage in stages)
     buckets: list[Bucket] = []
-    filled = done = 0.0
+    filled, done, ready = 0, 0.0, 0.0
     for stage in reversed(stages):
-        rest = stage.size
-        while rest:
-            part = min(rest, (BUCKET if buckets else FIRST_BUCKET) - filled)
-            rest, filled = rest - part, filled + part
+        passed = 0
+        for size in reversed(stage.sizes):
+            passed, filled = passed + size, filled + size
+            ready = (done + stage.work * passed / sum(stage.sizes)) / total
             if filled >= (BUCKET if buckets else FIRST_BUCKET):
-                ready = (done + stage.work * (1 - rest / stage.size)) / total
                 buckets.append(Bucket(filled, ready))
-                filled = 0.0
+                filled = 0
         done += stage.work
-    return [*buckets, Bucket(filled, 1.0)] if filled else buckets
+    return [*buckets, Bucket(filled, ready)] if filled else buckets
 
 
 def find_exposed(
@@ -162,19 +162,18 @@ class Step:
 
 
 def predict_step(
-    work: Work, stages: Sequence[Stage], cluster: Cluster, ranks: int, cpu_share: float | None = None
+    work: Work, buckets: Sequence[Bucket], cluster: Cluster, ranks: int, cpu_share: float | None = None
 ) -> Step:
     """Return the step of some ranks.
 
     Args:
         work: of each rank.
-        stages: of the network.
+        buckets: of the network.
         cluster: on which the ranks run.
         ranks: their number.
         cpu_share: None on a GPU: the loader works beside the passes. On a CPU, where it takes its time from their
             cores: the share of an all-reduce that these cores do, 1 if they copy all the time, 0 if they wait.
     """
-    buckets = fill_buckets(stages)
 
     def sum_bucket(size: float) -> float:
         return cluster.all_reduce(size, ranks)
@@ -190,13 +189,13 @@ def predict_step(
 
 
 def find_needed_bandwidth(
-    work: Work, stages: Sequence[Stage], cluster: Cluster, ranks: int, waits: float = 0.05
+    work: Work, buckets: Sequence[Bucket], cluster: Cluster, ranks: int, waits: float = 0.05
 ) -> float:
     """Return the bandwidth between nodes, in bytes per second, with which ranks wait for gradients for that share.
 
     Args:
         work: of each rank.
-        stages: of the network.
+        buckets: of the network.
         cluster: on which the ranks run, several nodes of it; only its latencies count.
         ranks: their number.
         waits: seconds waited over seconds computed. Latency alone may cost more: then the result is infinite.
@@ -205,7 +204,7 @@ def find_needed_bandwidth(
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         links = (Link(link.latency, middle) for link in (cluster.inside, cluster.between))
-        step = predict_step(work, stages, Cluster(cluster.per_node, *links), ranks)
+        step = predict_step(work, buckets, Cluster(cluster.per_node, *links), ranks)
         low, high = (low, middle) if step.exposed <= waits * step.compute else (middle, high)
     return high if high < 1e14 else math.inf
 

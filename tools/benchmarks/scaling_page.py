@@ -10,9 +10,9 @@ from typing import Any
 
 from scaling_model import (
     FEW_IMAGES,
+    Bucket,
     Cluster,
     Link,
-    Stage,
     Step,
     Work,
     find_needed_bandwidth,
@@ -46,8 +46,9 @@ prediction, and [a first run](#before-a-long-run) should check it.
 
 - A rank computes for the forward pass, the backward pass and the optimiser. On a GPU a published training throughput
   has all three; a third of it is taken for the forward pass.
-- Gradients are sent in fp32, in buckets of 25 MiB (the first of 1 MiB), the last stage's first, each once it is
-  complete and the one before it is sent. Within a stage they appear as evenly as its multiply-adds are done.
+- Gradients are sent in fp32, in the buckets of DistributedDataParallel (25 MiB, the first 1 MiB, the last gradient's
+  first), each once it is complete and the one before it is sent. Each stage has the share of the backward pass that it
+  has of the multiply-adds; within a stage gradients appear evenly by their bytes.
 - An all-reduce of S bytes over n ranks takes its latency and 2 (n - 1) / n x S / bandwidth, with the slowest link's
   bandwidth. Latency between nodes grows with log2 of the nodes.
 - On a GPU the loader works beside the network, and the all-reduce beside the backward pass: a step takes the longer of
@@ -174,9 +175,9 @@ def plan_recipe(recipe: dict[str, Any], gpu: GPU, count: int, rate: float) -> Pl
     per_node = gpu.cluster.per_node
     load = images * per_node / (gpu.cores * rate)
     work = Work(seconds * FORWARD, seconds * (1 - FORWARD), 0.0, load, passes)
-    stages = [Stage(**stage) for stage in recipe["stages"]]
-    step = predict_step(work, stages, gpu.cluster, count)
-    bandwidth = find_needed_bandwidth(work, stages, gpu.cluster, count) if count > per_node else 0.0
+    buckets = [Bucket(**bucket) for bucket in recipe["buckets"]]
+    step = predict_step(work, buckets, gpu.cluster, count)
+    bandwidth = find_needed_bandwidth(work, buckets, gpu.cluster, count) if count > per_node else 0.0
     speed = images * passes * per_node / step.seconds
     steps = IMAGENET // recipe["global_batch"] * recipe["epochs"]
     wanted = images * passes * per_node / (step.compute + step.exposed)
@@ -218,9 +219,9 @@ def predict_trial(
     """
     work = Work(**{part: min(one["work"][part] for one in rounds) for part in rounds[0]["work"]})
     link = Link(min(one["link"]["latency"] for one in rounds), max(one["link"]["bandwidth"] for one in rounds))
-    stages = [Stage(**stage) for stage in trial["stages"]]
+    buckets = [Bucket(**bucket) for bucket in trial["buckets"]]
     share = min(1.0, link.bandwidth / cores) if trial["rate"] else 1.0
-    step = predict_step(work, stages, Cluster(2, link, link), 2, cpu_share=share)
+    step = predict_step(work, buckets, Cluster(2, link, link), 2, cpu_share=share)
     return work, link, step, min(one["step"] for one in rounds)
 
 
@@ -306,15 +307,14 @@ def _show_downstream(row: str, seconds: float, source: str, steps: int, image: f
     return f"| {row} | {seconds:.2f} | {source} | {speed:.0f} | {speed * image / 1e6:.0f} | {hours:.1f} |"
 
 
-def check_published() -> Iterator[str]:
+def check_published(buckets: Sequence[Bucket]) -> Iterator[str]:
     """Yield the model's speed-up of ResNet-50 from one GPU to eight beside the published one."""
     published = {"V100 (DGX-1)": 8322 / 1200, "A100 (DGX A100)": 16621 / 2470, "H100 (DGX H100)": 22088 / 2791}
-    stages = [Stage(4 * 25.6e6, 1.0)]
     yield "| eight GPUs over one, ResNet-50 | model | published |"
     yield "|---|---:|---:|"
     for gpu in GPUS:
         seconds = 256 / gpu.speed
-        step = predict_step(Work(seconds * FORWARD, seconds * (1 - FORWARD), 0, 0), stages, gpu.cluster, 8)
+        step = predict_step(Work(seconds * FORWARD, seconds * (1 - FORWARD), 0, 0), buckets, gpu.cluster, 8)
         yield f"| {gpu.name} | {8 * seconds / step.seconds:.2f} | {published[gpu.name]:.2f} |"
 
 
@@ -324,12 +324,24 @@ def write_page(result: dict[str, Any]) -> str:
     whole, plain = max(rates.whole.values()), max(rates.plain.values())
     ours = [recipe for recipe in recipes if recipe["network"].startswith("resnest")]
     peers = [recipe for recipe in recipes if recipe not in ours]
+    resnet50 = [Bucket(**bucket) for bucket in peers[0]["buckets"]]
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     lines = [
         *(INTRODUCTION, "## Two ranks on this machine", ""),
         TRIALS,
         *("", f"{machine}; each rank has one thread.", "", *compare_trials(result), "", "## Published speeds", ""),
-        *(*list_gpus(), "", LATENCIES, "", describe_loaders(ours[0], rates), "", CHECK, "", *check_published(), ""),
+        *(
+            *list_gpus(),
+            "",
+            LATENCIES,
+            "",
+            describe_loaders(ours[0], rates),
+            "",
+            CHECK,
+            "",
+            *check_published(resnet50),
+            "",
+        ),
         *("## Table 3: the ResNeSts", "", COLUMNS),
     ]
     for gpu in GPUS:
