@@ -150,7 +150,7 @@ def measure_rank(folder: Path, settings: list[tuple[str, int, int, int]], rounds
     from resnest_imagenet import distributed
 
     device = torch.device("cpu")
-    is_main = distributed.launched_as().rank == 0
+    is_main, is_limited = distributed.launched_as().rank == 0, any(rate for *_, rate in settings)
     trials: list[dict[str, Any]] = []
     for name, images, crop, rate in settings:
         setting = {"network": name, "images": images, "crop": crop, "rate": rate}
@@ -160,7 +160,7 @@ def measure_rank(folder: Path, settings: list[tuple[str, int, int, int]], rounds
             run = folder / "-".join(map(str, (*setting, rate, number)))
             config = compose_run(folder / "data", run, (*setting,), steps + 1)
             with distributed.join(device) as ranks:
-                if is_main:
+                if is_main and is_limited:
                     limit_network(rate)
                 distributed.barrier(ranks)
                 link, work = measure_link(steps), measure_work(config, ranks, steps)
@@ -212,10 +212,11 @@ def measure(settings: list[tuple[str, int, int, int]], rounds: int, steps: int) 
         for path in (Path(name) / "data").rglob("*.JPEG"):
             with Image.open(path) as image:
                 image.resize((500, 375)).save(path, quality=90)  # as large as ImageNet's
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        work = [__file__, "--rank", name, "--rounds", str(rounds), "--steps", str(steps)]
-        own_network = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-        subprocess.run([*own_network, *launcher, *work, "--settings", json.dumps(settings)], check=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+        command += ["--rank", name, "--rounds", str(rounds), "--steps", str(steps), "--settings", json.dumps(settings)]
+        if any(rate for *_, rate in settings):
+            command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+        subprocess.run(command, check=True)
         return json.loads((Path(name) / "result.json").read_text())
 
 
