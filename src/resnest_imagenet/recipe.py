@@ -201,10 +201,14 @@ class Recipe(Options):
 
     def _check_schedule(self) -> None:
         """Refuse lengths that do not fit, if both are in epochs or both in steps; `plan_steps` refuses the others."""
-        needed = {"step": ("step_epochs", "..."), "milestones": ("milestones", "[...]")}
-        name, form = needed.get(self.schedule, ("schedule", ""))
-        if getattr(self, name) is None:
-            raise ValueError(f"train.schedule={self.schedule} needs train.{name}={form}")
+        for schedule, name, form in (("step", "step_epochs", "..."), ("milestones", "milestones", "[...]")):
+            value = getattr(self, name)
+            if schedule == self.schedule and value is None:
+                raise ValueError(f"train.schedule={self.schedule} needs train.{name}={form}")
+            if schedule != self.schedule and value is not None:
+                raise ValueError(
+                    f"train.{name}={value} is for train.schedule={schedule}, not {self.schedule}: set one or the other"
+                )
         unit = "epochs" if self.steps is None else "steps"
         length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
         if warmup is not None and warmup >= length:
