@@ -68,8 +68,9 @@ class _Attend(torch.autograd.Function):
         trained = [p for p in parameters if p.requires_grad]
         # The gate's graph is kept: a caller that keeps the outer graph for a second pass needs this one too.
         # A scalar with this gradient of the weights: for a gradient that is given, torch would import SymPy.
+        of_weights = splits.weight_gradient(gradient)
         with torch.enable_grad():
-            scalar = (weights * splits.weight_gradient(gradient)).sum()
+            scalar = (weights * of_weights).sum()
         of_pooled, *of_trained = torch.autograd.grad(scalar, [pooled, *trained], retain_graph=True)
         of_input = splits.input_gradient(gradient, weights.detach(), of_pooled)
         gradients = iter(of_trained)
