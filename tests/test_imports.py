@@ -136,6 +136,19 @@ def test_each_library_has_its_place():
     assert found == set(ONLY_IN)
 
 
+def test_what_takes_seconds_to_import_is_imported_late():
+    """By files that others import; the loaders, the detectors and the Triton kernels are imported late themselves."""
+    slow = {"timm", "torchvision", "nvidia", "triton", "matplotlib", "tensorboard", "gradio", "scipy", "captum"}
+    slow |= {"torch._dynamo", "torch.compiler", "torch.utils.flop_counter", "torch.utils.tensorboard", "onnxruntime"}
+    late = {"data/dali.py", "data/dali_decoding.py", "data/dali_ops.py", "models/triton_splits.py"}
+    late |= {"data/torchvision.py", "evaluation/charts.py", "models/coco_classes.py"} | DETECTORS | PAINTING
+    for file in FILES.keys() - late:
+        for node in FILES[file].body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name in slow or name.partition(".")[0] in slow for name in names), f"{file} imports {names}"
+
+
 def test_nothing_but_distributed_asks_who_it_is():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "distributed.py":

@@ -67,9 +67,11 @@ class _Attend(torch.autograd.Function):
         pooled, weights, parameters = ctx.gate
         trained = [p for p in parameters if p.requires_grad]
         # The gate's graph is kept: a caller that keeps the outer graph for a second pass needs this one too.
-        of_pooled, *of_trained = torch.autograd.grad(
-            weights, [pooled, *trained], splits.weight_gradient(gradient), retain_graph=True
-        )
+        # A scalar with this gradient of the weights: for a gradient that is given, torch would import SymPy.
+        of_weights = splits.weight_gradient(gradient)
+        with torch.enable_grad():
+            scalar = (weights * of_weights).sum()
+        of_pooled, *of_trained = torch.autograd.grad(scalar, [pooled, *trained], retain_graph=True)
         of_input = splits.input_gradient(gradient, weights.detach(), of_pooled)
         gradients = iter(of_trained)
         return *of_input, None, None, None, *(next(gradients) if p.requires_grad else None for p in parameters)
