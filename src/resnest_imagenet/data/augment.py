@@ -41,6 +41,11 @@ class Op(enum.IntEnum):
     CUTOUT = 20  # a square of v pixels at (x W, y H), filled with CUTOUT_COLOUR
 
 
+# A pixel depends on no other one: on a crop, the result is the crop of the result.
+PIXELWISE = frozenset(
+    (Op.IDENTITY, Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS, Op.COLOR)
+)
+
 # What a value of each operation means; the others have none.
 _VALUES = {
     Op.POSTERIZE: "{:.0f} bits",

@@ -16,6 +16,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
+from resnest_imagenet.data.augment import PIXELWISE
 from resnest_imagenet.data.dali_decoding import DecodingTrial, Vectors, compute_by_size, decode_window
 from resnest_imagenet.data.dali_ops import apply_operations
 from resnest_imagenet.data.decoders import Decoder, choose_decoder
@@ -49,10 +50,18 @@ def _find_window(cropping: RandomResizedCrop | ERandomCrop, height: int, width: 
     return _split(cropping.window(height, width, draw))
 
 
-def _find_all_and_window(
-    cropping: RandomResizedCrop | ERandomCrop, height: int, width: int, draw: Sequence[float]
+def _find_decoded_and_window(
+    cropping: RandomResizedCrop | ERandomCrop,
+    height: int,
+    width: int,
+    draw: Sequence[float],
+    operations: Sequence[Sequence[float]],
 ) -> Vectors:
-    return (0, 0), (height, width), *_find_window(cropping, height, width, draw)
+    """Return the window to decode, and the window of the crop in it; operations: those before the crop."""
+    start, shape = _find_window(cropping, height, width, draw)
+    if all(op in PIXELWISE for op, *_ in operations):
+        return start, shape, (0, 0), shape
+    return (0, 0), (height, width), start, shape
 
 
 def _find_square(transform: EvalTransform, height: int, width: int) -> Vectors:
@@ -78,9 +87,9 @@ def _train_pipeline(source: Source, transform: TrainTransform, decoder: Decoder)
     num_outputs = 5 + bool(before or after) + bool(transform.vertical_flip)
     encoded, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
     if before:
-        rule = partial(_find_all_and_window, transform.cropping)
-        *whole, start, shape = compute_by_size(rule, 4, encoded, draw)
-        images = apply_operations(decode_window(encoded, tuple(whole), decoder), drawn[0], before)
+        rule = partial(_find_decoded_and_window, transform.cropping)
+        *decoded, start, shape = compute_by_size(rule, 4, encoded, draw, drawn[0][: len(before)])
+        images = apply_operations(decode_window(encoded, tuple(decoded), decoder), drawn[0], before)
         images = fn.slice(images, start=start, shape=shape, axes=[0, 1])
     else:
         images = decode_window(
