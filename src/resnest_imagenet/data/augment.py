@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from resnest_imagenet.randomness import Purpose, stream
+from resnest_imagenet.randomness import Purpose, streams
 
 
 class Op(enum.IntEnum):
@@ -319,10 +319,8 @@ class Augmentation:
         after = np.zeros((len(indices), len(self.slots_after), 4), np.float32)
         offset = np.zeros((len(indices), 3), np.float32)
         if self != NO_AUGMENTATION:
-            for number, index in enumerate(indices):
-                self._draw_one(
-                    stream(seed, Purpose.APPEARANCE, epoch, index), before[number], after[number], offset[number]
-                )
+            for number, generator in enumerate(streams(seed, Purpose.APPEARANCE, epoch, indices)):
+                self._draw_one(generator, before[number], after[number], offset[number])
         return Appearance(before, after, offset)
 
     def _draw_one(self, rng: np.random.Generator, before: np.ndarray, after: np.ndarray, offset: np.ndarray) -> None:
