@@ -42,9 +42,7 @@ class Op(enum.IntEnum):
 
 
 # A pixel depends on no other one: on a crop, the result is the crop of the result.
-PIXELWISE = frozenset(
-    (Op.IDENTITY, Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS, Op.COLOR)
-)
+PIXELWISE = frozenset((Op.IDENTITY, Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS, Op.COLOR))
 
 # What a value of each operation means; the others have none.
 _VALUES = {
@@ -312,6 +310,11 @@ class Augmentation:
     def slots_after(self) -> list[set[Op]]:
         """The operations that occur at each place of the jitter."""
         return [set(JITTER_OPS)] * len(JITTER_OPS) if self.jitter > 0 else []
+
+    @property
+    def has_operations(self) -> bool:
+        """Whether there are operations, not only lighting and shift, which an image's mean includes."""
+        return bool(self.slots_before or self.slots_after)
 
     def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> Appearance:
         """Draw the appearance of samples of an epoch."""
