@@ -15,7 +15,8 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-segmentation demo-detection test test-quick test-oldest fault-test lint docs picture \
-  bench bench-segmentation bench-detection growth scaling bench-gpu goals-gpu bench-data options lock clean
+  bench bench-segmentation bench-detection bench-inference growth scaling bench-gpu goals-gpu bench-data options \
+  lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -98,6 +99,14 @@ bench-detection: $(READY) ## compare Faster R-CNN with torchvision's on timm's b
 	$(BIN)/python tools/benchmarks/bench_detection.py --out docs/performance_detection.json
 	$(BIN)/python tools/benchmarks/bench_detection.py --report docs/performance_detection.json \
 	  > docs/performance_detection.md
+
+bench-inference: $(READY) ## compare inference in torch, onnxruntime and OpenVINO, in 8-bit integers too: 15 minutes
+	$(BIN)/python tools/benchmarks/bench_inference.py --profile --out docs/performance_inference.json
+	test -e runs/demo/checkpoints/best.pt || $(MAKE) demo
+	$(BIN)/python tools/benchmarks/bench_inference.py --accuracy runs/demo/checkpoints/best.pt data/demo/val \
+	  --out docs/performance_inference.json
+	$(BIN)/python tools/benchmarks/bench_inference.py --report docs/performance_inference.json \
+	  > docs/performance_inference.md
 
 growth: $(READY) ## measure how cost grows with batch, crop and depth, and what surrounds the steps: 30 minutes
 	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json

@@ -428,8 +428,8 @@ class ExportConfig(Options):
         description="State dict (pth, safetensors), graph (onnx, openvino, torch_export), or a folder for timm (hub)."
     )
     int8: Place | None = Field(
-        description="format=onnx: write 8-bit integers, calibrated with the images of this folder; in class folders "
-        "they give the accuracy before and after."
+        description="format=onnx or openvino: write 8-bit integers, calibrated with the images of this folder; in "
+        "class folders they give the accuracy before and after."
     )
     push: str | None = Field(
         description="format=hub: send the folder to the Hugging Face hub too, as OWNER/NAME; a new one is private."
@@ -451,9 +451,9 @@ class ExportConfig(Options):
         if self.sizes and self.format not in forms:
             names = f"{', '.join(forms[:-1])} or {forms[-1]}"
             raise ValueError(f"sizes={self.sizes} is for format={names}, not {self.format}")
-        for option, value, form in (("int8", self.int8, "onnx"), ("push", self.push, "hub")):
-            if value is not None and self.format != form:
-                raise ValueError(f"{option}={value} is for format={form}, not {self.format}")
+        for option, value, forms in (("int8", self.int8, ["onnx", "openvino"]), ("push", self.push, ["hub"])):
+            if value is not None and self.format not in forms:
+                raise ValueError(f"{option}={value} is for format={' or '.join(forms)}, not {self.format}")
         if self.push is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push, re.ASCII):
             raise ValueError(f"push={self.push}: write OWNER/NAME, as the hub names a repository")
         return self
