@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from resnest_imagenet.earlier import upgrade_recipe
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events, require_numbers
 from resnest_imagenet.evaluation.results import (
@@ -24,7 +25,6 @@ from resnest_imagenet.evaluation.results import (
 )
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_file
 from resnest_imagenet.models.rcnn_options import name_detector
-from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
 COCO = "coco"  # the layout of data on which detectors are evaluated

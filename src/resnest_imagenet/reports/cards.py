@@ -72,6 +72,8 @@ def _describe_best(run: Run) -> Iterator[Card]:
 
 
 def _add_interval(percent: float, count: int, note: str) -> str:
+    if count < 1:  # a results file of others
+        return note
     low, high = wilson_interval(min(max(percent / 100, 0.0), 1.0), count)
     return f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {note}"
 

@@ -43,7 +43,7 @@ def _write(config: TrainConfig, device: torch.device) -> Iterator[Path]:
             make_way(path)
             with write_atomically(path) as file:
                 Image.fromarray(pixels).save(file, format="PNG")
-        except Exception as error:
+        except Exception as error:  # the run is complete: a picture must not make it fail
             print(printable(f"WARNING: {path} is not drawn: {error}"), file=sys.stderr, flush=True)
             continue
         yield path
