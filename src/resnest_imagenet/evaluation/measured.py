@@ -1,6 +1,7 @@
 """Figures that were measured here, read from results files and run folders."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,16 +189,31 @@ def has_accuracy(evaluation: dict[str, Any]) -> bool:
 
 def _read_run(folder: Path, recipes: dict[str, dict[str, Any]], metrics: Sequence[str]) -> Result:
     """Return the last evaluation of a run."""
-    path = folder / "metrics.jsonl"
+    with _refusing_other_folders(folder):
+        last = read_events(folder / "metrics.jsonl", {"eval": ("epoch",)})[-1]
+    metric = name_metric(last)
+    if metric not in metrics:
+        raise ConfigError(_refuse_metric(metric, folder, metrics))
+    return measure_run(folder, last, recipes)
+
+
+def measure_run(folder: Path, evaluation: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> Result:
+    """Return the figures of an evaluation of a run, whose options are read from its folder.
+
+    Raises:
+        ConfigError: the folder or the evaluation lacks something.
+    """
+    with _refusing_other_folders(folder):
+        config = read_values(folder / "config.yaml")
+        return _measure_run(config, evaluation, recipes, str(folder / "metrics.jsonl"))
+
+
+@contextmanager
+def _refusing_other_folders(folder: Path) -> Iterator[None]:
     try:
-        config, last = read_values(folder / "config.yaml"), read_events(path, {"eval": ("epoch",)})[-1]
-        metric = name_metric(last)
-        measured = _measure_run(config, last, recipes, str(path)) if metric in metrics else None
+        yield
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"results={folder}: not a run folder with an evaluation") from error
-    if measured is None:
-        raise ConfigError(_refuse_metric(metric, folder, metrics))
-    return measured
 
 
 def _measure_run(
