@@ -91,7 +91,7 @@ ENDING = """## Where each ends, and what to change
   synchronise their norms: they end at 16 GPUs of one image. Nothing in the recipe changes that: a larger batch is
   another recipe (the linear rule of the rate holds to about 8192 images). Use more GPUs for other seeds, rows or
   networks beside each other.
-- **network**: gradients outlast the backward pass. InfiniBand of these nodes is not the limit before the batch is, but a
+- **network**: gradients outlast the backward pass. InfiniBand of these nodes is no limit before the batch is, but a
   slower network can be: compare it with `network needed` (10 Gb/s Ethernet is 1.25 GB/s). To change: a faster network,
   or fewer GPUs with more images each. Accumulation also helps: gradients are sent once for all passes.
 - **loader**: the cores of a node load fewer images than its GPUs train; a step is then longer by the ratio of the two.
