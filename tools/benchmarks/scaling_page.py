@@ -1,6 +1,7 @@
 """The page docs/scaling.md: the model beside the measured step of two ranks, and its figures for published GPUs."""
 
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -71,8 +72,8 @@ README does not explain it; its eight V100 train 208 images/s for each core, its
 
 COLUMNS = """\
 In mixed precision, each at its recipe's crop. `network needed`: the bandwidth between nodes with which the ranks wait
-for gradients for 5 % of the time in which they compute. `cores for it`: of a node, so that no GPU waits. Hours: of the
-recipe's epochs, without evaluations."""
+for gradients for 5 % of the time in which they compute; `latency`: they wait longer with any. `cores for it`: of a
+node, so that no GPU waits. Hours: of the recipe's epochs, without evaluations."""
 
 DOWNSTREAM = """\
 On 8 V100 in fp32, two images each, all-reduce included. A step of 16 images has none for each of 64 or 512 GPUs.
@@ -90,9 +91,9 @@ ENDING = """## Where each ends, and what to change
   synchronise their norms: they end at 16 GPUs of one image. Nothing in the recipe changes that: a larger batch is
   another recipe (the linear rule of the rate holds to about 8192 images). Use more GPUs for other seeds, rows or
   networks beside each other.
-- **network**: gradients outlast the backward pass. InfiniBand of these nodes is never the limit, but a slower network
-  can be: compare it with `network needed` (10 Gb/s Ethernet is 1.25 GB/s). To change: a faster network, or fewer GPUs
-  with more images each. Accumulation also helps: gradients are sent once for all passes.
+- **network**: gradients outlast the backward pass. InfiniBand of these nodes is no limit before the batch is, but a
+  slower network can be: compare it with `network needed` (10 Gb/s Ethernet is 1.25 GB/s). To change: a faster network,
+  or fewer GPUs with more images each. Accumulation also helps: gradients are sent once for all passes.
 - **loader**: the cores of a node load fewer images than its GPUs train; a step is then longer by the ratio of the two.
   To change: `loader=dali` decodes and augments on the GPUs, or keep smaller images ([Data](data.md)).
 - **compute**: what is wanted: more GPUs shorten the run in proportion until another limit comes.
@@ -272,6 +273,7 @@ def list_recipes(recipes: Sequence[dict[str, Any]], gpu: GPU, counts: Sequence[i
             step, nodes = plan.step, count // gpu.cluster.per_node
             times = " | ".join(f"{1e3 * t:.1f}" for t in (step.compute, step.all_reduce, step.exposed, step.seconds))
             needed = f"{plan.bandwidth / 1e9:.1f}" if plan.bandwidth else ""
+            needed = "latency" if plan.bandwidth == math.inf else needed
             read = plan.per_node * nodes * JPEG_BYTES["imagenet"] / 1e9
             yield (
                 f"{name} {plan.images} x {plan.passes} | {times} | {needed} | {plan.per_node:.0f} | {plan.cores:.0f} "
