@@ -257,8 +257,11 @@ def use_golden_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     golden = json.loads((Path(__file__).parent / "models/golden.json").read_text())
     places = {224: 1, 320: 2}
+
+    def count_cost(name: str, crop: int, num_classes: int = 1000) -> tuple[int, int]:
+        return golden[name][0], golden[name][places.get(crop, 1)]
+
     for module in (report, table3, table3_chart):
-        count_cost = lambda name, crop, num_classes=1000: (golden[name][0], golden[name][places.get(crop, 1)])  # noqa: E731
         monkeypatch.setattr(module, "count_cost", count_cost)
 
 

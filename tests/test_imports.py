@@ -19,6 +19,7 @@ MEASURING = LEAVES | {
     "schemas",
     "options",
     "recipe",
+    "earlier",
     "checkpoint",
     "distributed",
     "supervision",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "compute": {"errors"},
     "options": set(),
     "recipe": {"options"},
+    "earlier": set(),
     "extensions": {"errors"},
     "config": {"options", "recipe"},
     "schemas": {"config", "errors", "extensions", "options", "recipe"},
@@ -53,6 +55,7 @@ MAY_IMPORT = {
     | {
         "options",
         "recipe",
+        "earlier",
         "config",
         "schemas",
         "distributed",

@@ -66,12 +66,14 @@ _CHOICES_OF_DATA = {
 }
 
 
-def check_split(kind: str, csv: str | None, val_split: float | None) -> None:
+def check_split(kind: str, csv: str | None, val_split: float | None, seed: int) -> None:
     """Raise a ValueError for a list or a split with a layout that does not support it."""
     if csv is not None and kind != "csv":
         raise ValueError(f"data.csv={csv} needs data=csv")
     if val_split is not None and kind not in ("folder", "csv"):
         raise ValueError(f"data.val_split={val_split} needs data=imagenet or data=csv")
+    if seed and val_split is None:
+        raise ValueError(f"data.split_seed={seed} needs data.val_split=..., 0.2 for example")
 
 
 class DataOptions(Options):
@@ -114,7 +116,7 @@ class DataOptions(Options):
     def _check(self) -> "DataOptions":
         if self.shuffle_shards is not None and self.kind in _KINDS_OF_FILES:
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
-        check_split(self.kind, self.csv, self.val_split)
+        check_split(self.kind, self.csv, self.val_split, self.split_seed)
         return self
 
 
@@ -210,11 +212,18 @@ class TrainConfig(Options):
         for option in ("train_json", "val_json"):
             if getattr(self.data, option) is not None and self.data.kind in _KINDS_OF_FILES - {"coco"}:
                 raise ValueError(f"data.{option}={getattr(self.data, option)} needs data=coco")
+        self._check_start()
         return self
+
+    def _check_start(self) -> None:
+        self.train.check_start()
 
 
 class PreviewDataConfig(TrainConfig):
     """resnest-data preview."""
+
+    def _check_start(self) -> None:
+        """Take any start: no network is built."""
 
     out: Place = Field(description="A PNG file.")
     images: Positive = Field(description="Rows: training images, evenly spaced over the set.")
@@ -419,8 +428,8 @@ class ExportConfig(Options):
         description="State dict (pth, safetensors), graph (onnx, openvino, torch_export), or a folder for timm (hub)."
     )
     int8: Place | None = Field(
-        description="format=onnx: write 8-bit integers, calibrated with the images of this folder; in class folders "
-        "they give the accuracy before and after."
+        description="format=onnx or openvino: write 8-bit integers, calibrated with the images of this folder; in "
+        "class folders they give the accuracy before and after."
     )
     push: str | None = Field(
         description="format=hub: send the folder to the Hugging Face hub too, as OWNER/NAME; a new one is private."
@@ -442,9 +451,9 @@ class ExportConfig(Options):
         if self.sizes and self.format not in forms:
             names = f"{', '.join(forms[:-1])} or {forms[-1]}"
             raise ValueError(f"sizes={self.sizes} is for format={names}, not {self.format}")
-        for option, value, form in (("int8", self.int8, "onnx"), ("push", self.push, "hub")):
-            if value is not None and self.format != form:
-                raise ValueError(f"{option}={value} is for format={form}, not {self.format}")
+        for option, value, forms in (("int8", self.int8, ["onnx", "openvino"]), ("push", self.push, ["hub"])):
+            if value is not None and self.format not in forms:
+                raise ValueError(f"{option}={value} is for format={' or '.join(forms)}, not {self.format}")
         if self.push is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push, re.ASCII):
             raise ValueError(f"push={self.push}: write OWNER/NAME, as the hub names a repository")
         return self
@@ -573,7 +582,7 @@ class CheckedDataOptions(FolderOptions):
 
     @model_validator(mode="after")
     def _check_split(self) -> "CheckedDataOptions":
-        check_split(self.kind, self.csv, self.val_split)
+        check_split(self.kind, self.csv, self.val_split, self.split_seed)
         if self.val_split is not None and None in (self.train_dir, self.val_dir):
             raise ValueError(f"data.val_split={self.val_split} needs data.train_dir and data.val_dir")
         return self

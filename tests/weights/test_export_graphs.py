@@ -18,6 +18,8 @@ from resnest_imagenet.commands.early import refuse_early
 from resnest_imagenet.commands.export import run
 from resnest_imagenet.config import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, UserError
+from resnest_imagenet.inference import quantise
+from resnest_imagenet.inference.classifier import open_classifier
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets
 from resnest_imagenet.weights import card, graphs
 
@@ -205,15 +207,41 @@ def test_the_table_of_8_bit_integers_has_what_both_graphs_do_with_the_images(
     assert re.fullmatch(
         r"images: 7, \d of them with the same likeliest class; without class folders there is no accuracy", lines[4]
     )
+    # OpenVINO computes with the same integers.
+    export(checkpoint, "format=openvino", f"int8={photos}/b")
+    lines = capfd.readouterr().out.splitlines()
+    weights = tmp_path / "resnest14_half-int8.bin"
+    assert lines[0].startswith("wrote resnest14_half-int8.xml and resnest14_half-int8.bin: resnest14_half, OpenVINO IR")
+    assert weights.stat().st_size < len(exact) / 3
+    (in_openvino, metadata), (in_onnxruntime, _) = (
+        open_xml(weights.with_suffix(".xml")),
+        open_onnx(tmp_path / "flat.onnx"),
+    )
+    assert metadata["model"] == NAME
+    logits, others = in_openvino(images), in_onnxruntime(images)
+    assert (logits - others).abs().max() < 0.1 * others.abs().max()
 
 
 @pytest.mark.slow
 def test_folders_that_are_no_classes_are_refused_before_the_work(checkpoint, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("resnest_imagenet.inference.quantise.make_graph", None)
-    (tmp_path / "2026-05").mkdir()
-    (tmp_path / "2026-05/1.png").write_bytes(min(photos.glob("a/[0-9]*")).read_bytes())
+    for folder in ("a", "2026-05"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(min(photos.glob("a/[0-9]*")).read_bytes())
     with pytest.raises(DataError, match=f"^{tmp_path}: 1 of its classes are not among the classes of .*: 2026-05$"):
         export(checkpoint, "format=onnx", f"int8={tmp_path}")
+
+
+def test_folders_by_date_calibrate_without_accuracy(checkpoint, photos, tmp_path, capsys):
+    """None of the folders is a class, so they only sort the images; one of them may be empty."""
+    for folder in ("2026-05", "2026-06", "2026-07/late"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("2026-05", "2026-07/late"):
+        (tmp_path / folder / "1.png").write_bytes(min(photos.glob("a/[0-9]*")).read_bytes())
+    listed, has_classes = quantise._list_folder(tmp_path, open_classifier(checkpoint, crop=64, device="cpu"))
+    names = [listed.name(index) for index in range(len(listed))]
+    assert names == [f"{tmp_path}/2026-05/1.png", f"{tmp_path}/2026-07/late/1.png"] and not has_classes
+    assert f"{tmp_path}: no folder has the name of a class of {checkpoint}: no accuracy\n" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_refused_before_the_work():
@@ -280,7 +308,7 @@ def test_without_the_extra_it_is_one_line_before_any_work(form, package, monkeyp
         (["format=hub", "layout=detectron2"], "layout=detectron2 is for format=pth or safetensors, not hub"),
         (["format=torch_export", "sizes=any"], "sizes=any is for format=onnx or openvino, not torch_export"),
         (["format=pth", "sizes=crop"], "sizes=crop is for format=onnx, openvino or torch_export, not pth"),
-        (["format=openvino", "int8=photos"], "int8=photos is for format=onnx, not openvino"),
+        (["format=hub", "int8=photos"], "int8=photos is for format=onnx or openvino, not hub"),
         (["format=onnx", "crop=16"], "crop=16: input should be greater than or equal to 32"),
     ],
 )

@@ -43,6 +43,7 @@ def export_integers(config: ExportConfig, images: str, weights: "Weights") -> tu
         model=config.model.name if config.model else None,
         crop=config.crop,
         protocol=take_own_protocol(config.protocol).list_changes(),
+        form=config.format,
         sizes=config.sizes,
     )
 

@@ -93,7 +93,7 @@ def _solarize(images: DataNode, threshold: DataNode | int, *_: DataNode) -> Data
 
 
 def _solarize_add(images: DataNode, value: DataNode, *_: DataNode) -> DataNode:
-    return _solarize(fn.cast(images + math.floor(value), dtype=types.UINT8), 128)
+    return _solarize(fn.brightness(images, brightness_shift=math.floor(value) / 255), 128)
 
 
 def _brightness(images: DataNode, factor: DataNode, *_: DataNode) -> DataNode:

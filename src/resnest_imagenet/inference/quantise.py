@@ -1,7 +1,8 @@
-"""Writes a classifier as an ONNX graph of 8-bit integers, and measures what that changes."""
+"""Writes a classifier as a graph of 8-bit integers, for onnxruntime or OpenVINO, and measures what that changes."""
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from resnest_imagenet.data.folder import ImageFolder, tell_by_name
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.errors import DataError
-from resnest_imagenet.inference.classifier import Classifier, open_classifier
+from resnest_imagenet.inference.classifier import Classifier, find_outputs, open_classifier
 from resnest_imagenet.inference.compare import compare
 from resnest_imagenet.inference.describe import describe_transform
 from resnest_imagenet.inference.images import list_classified_images, list_images
@@ -32,32 +33,33 @@ from resnest_imagenet.weights.graphs import (
     choose_any,
     choose_graph_file,
     draw_images,
+    load_graph,
     make_graph,
+    name_written,
     quiet,
     require_form,
     write_contents,
 )
 from resnest_imagenet.weights.load import Weights, list_classes
+from resnest_imagenet.weights.openvino import encode_openvino
 
 CALIBRATION = 256  # images at most: their activations' ranges become those of the integers
 _BATCH = 16
 _ROUNDS, _WARM_UP = 30, 3  # of the latencies
 
 
-class OnnxNetwork(nn.Module):
-    """An ONNX graph in the place of a network: normalised images (B, 3, H, W) to logits (B, K), on the CPU."""
+class GraphNetwork(nn.Module):
+    """A graph in the place of a network: normalised images (B, 3, H, W) to logits (B, K), on the CPU."""
 
-    def __init__(self, graph: bytes) -> None:
-        import onnxruntime
-
+    def __init__(self, contents: tuple[bytes, ...], form: GraphForm) -> None:
         super().__init__()
-        self.num_bytes = len(graph)
-        self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        self.num_bytes = sum(map(len, contents))
+        self._run = load_graph(contents, form)
         self._place = nn.Parameter(torch.zeros(()), requires_grad=False)  # its device is the network's
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the graph."""
-        return torch.from_numpy(self._session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+        return self._run(images.contiguous())
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ def export_int8(
     weights: str = "auto",
     crop: int | None = None,
     protocol: Mapping[str, Any] | None = None,
+    form: str = "onnx",
     sizes: str | None = None,
 ) -> tuple[str, list[str]]:
-    """Write a classifier as an ONNX graph of 8-bit integers; compare it with the exact graph on a folder of images.
+    """Write a classifier as a graph of 8-bit integers; compare it with the exact graph on a folder of images.
 
     Weights and activations are quantised by onnxruntime's static quantisation: the weights per channel, with 7 bits, so
     that processors without VNNI instructions do not overflow; the activations with the ranges that at most
@@ -98,11 +101,12 @@ def export_int8(
     Args:
         source: a checkpoint, a file of weights, or published weights; or the result of `read_weights` for one.
         images: a folder of images like those to come; with one folder per true class they give the accuracy too.
-        out: the file; None: MODEL-int8.onnx.
+        out: the file; None: MODEL-int8.onnx or .xml.
         model: name of the network; None if the weights include it.
         weights: "model", "ema" or "auto".
         crop: side of the images in pixels; None: the weights' own.
         protocol: changes to the weights' own protocol, as of `open_classifier`.
+        form: "onnx" or "openvino": whose graphs are compared too.
         sizes: of the graph's images: "any" or "crop"; None: any.
 
     Returns:
@@ -111,32 +115,48 @@ def export_int8(
     Raises:
         UserError: a user's error, in one line; or the exact graph's logits differ from the network's.
     """
-    require_form("onnx")
-    listed, has_classes = _list_folder(images)
+    require_form(form)
+    require_form("onnx", "int8")
     classifier = open_classifier(source, model, weights, crop, protocol, "cpu")
-    if has_classes:  # refused here, not after minutes of work
-        label_images(listed, classifier.weights.classes, len(classifier.classes), classifier.source)
-    form = GraphForm("onnx", classifier.transform.crop, choose_any("onnx", sizes))
-    file = choose_graph_file(classifier.source, out, f"{classifier.name}-int8", form.name)
+    listed, has_classes = _list_folder(images, classifier)  # refused here, not after minutes of work
+    graph_form = GraphForm(form, classifier.transform.crop, choose_any(form, sizes))
+    file = choose_graph_file(classifier.source, out, f"{classifier.name}-int8", form)
     metadata = _describe(classifier).to_metadata()
-    (exact,), _ = make_graph(classifier.module, classifier.source, file, form, metadata)
+    (exact,), _ = make_graph(classifier.module, classifier.source, file, replace(graph_form, name="onnx"), metadata)
     used = _choose_calibration(listed)
-    small = quantise_graph(exact, _load_batches(classifier, used))
-    networks = {"float32": OnnxNetwork(exact), "int8": OnnxNetwork(small)}
+    graphs = {"float32": exact, "int8": quantise_graph(exact, _load_batches(classifier, used))}
+    contents = {name: encode_openvino(graph) if form == "openvino" else (graph,) for name, graph in graphs.items()}
+    networks = {name: GraphNetwork(files, graph_form) for name, files in contents.items()}
     answers = _ask([replace(classifier, module=network) for network in networks.values()], listed, has_classes)
-    seconds = _measure(list(networks.values()), form.crop)
+    seconds = _measure(list(networks.values()), graph_form.crop)
     calibrated = f"8-bit integers, calibrated with {len(used)} images of {os.fspath(images)}"
-    written = write_contents(file, (small,), calibrated)
-    line = f"wrote {file}: {describe_weights(classifier.weights, classifier.name)}, {form.text}, {written}"
-    return "\n".join([line, *_format_table(networks, answers, seconds, form.crop)]), answers.skipped
+    words = f"{describe_weights(classifier.weights, classifier.name)}, {graph_form.text}"
+    line = f"wrote {name_written(file, graph_form)}: {words}, {write_contents(file, contents['int8'], calibrated)}"
+    return "\n".join([line, *_format_table(networks, answers, seconds, graph_form.crop)]), answers.skipped
 
 
-def _list_folder(images: str | PathLike[str]) -> tuple[ImageFolder, bool]:
-    """List the images of a folder; return whether its folders are classes: it has some, and no images beside them."""
+def _list_folder(images: str | PathLike[str], classifier: Classifier) -> tuple[ImageFolder, bool]:
+    """List the images of a folder; return whether its folders are classes of a network.
+
+    They are not if there are images beside them, or if none has the name of a class: a line on stderr reports that.
+
+    Raises:
+        DataError: there are no images, or only some folders are classes.
+    """
     entries = list(os.scandir(images)) if os.path.isdir(images) else []
     has_images = any(entry.is_file() and tell_by_name(entry.name) == "image" for entry in entries)
-    has_classes = not has_images and any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
-    return (list_classified_images(images), True) if has_classes else (list_images(images), False)
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if has_images or not folders:
+        return list_images(images), False
+    try:
+        listed = list_classified_images(images)
+        label_images(listed, classifier.weights.classes, len(classifier.classes), classifier.source)
+    except DataError:
+        if any(find_outputs(folders, classifier.classes)):
+            raise
+        print(f"{images}: no folder has the name of a class of {classifier.source}: no accuracy", file=sys.stderr)
+        return list_images(images), False
+    return listed, True
 
 
 def _describe(classifier: Classifier) -> Card:
@@ -214,7 +234,7 @@ def _ask(classifiers: list[Classifier], images: ImageFolder, has_classes: bool) 
     return _Answers(len(usable), alike, None, skipped)
 
 
-def _measure(networks: list[OnnxNetwork], crop: int) -> list[float]:
+def _measure(networks: list[GraphNetwork], crop: int) -> list[float]:
     """Return each graph's median seconds for one image. Rounds are interleaved: a busy machine slows both alike."""
     images = draw_images(1, crop, crop, torch.Generator().manual_seed(0))
     seconds: list[list[float]] = [[] for _ in networks]
@@ -226,7 +246,9 @@ def _measure(networks: list[OnnxNetwork], crop: int) -> list[float]:
     return [statistics.median(times[_WARM_UP:]) for times in seconds]
 
 
-def _format_table(networks: Mapping[str, OnnxNetwork], answers: _Answers, seconds: list[float], crop: int) -> list[str]:
+def _format_table(
+    networks: Mapping[str, GraphNetwork], answers: _Answers, seconds: list[float], crop: int
+) -> list[str]:
     lines = [f"{'':9}{'size':>10}{'top-1':>10}{'one image':>12}"]
     for number, (name, network) in enumerate(networks.items()):
         top1 = f"{100 * answers.correct[number] / answers.num_images:.2f} %" if answers.correct else "-"

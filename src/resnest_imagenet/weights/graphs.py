@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.fx import GraphModule
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError, name_extra
 from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.models.folding import fold_batch_norms
+from resnest_imagenet.models.graph_blocks import divide_bottlenecks
 from resnest_imagenet.weights.card import DescribeInput, DescribeScenes, open_network
 from resnest_imagenet.weights.export import (
     choose_file,
@@ -175,8 +177,9 @@ def make_graph(
         UserError: the network's logits are not finite, or the graph's differ from them.
     """
     with quiet(), torch.no_grad():
-        contents = _encode_graph(fold_batch_norms(network), form, metadata)
-        run = _load_graph(contents, form)
+        graph = (fold_batch_norms(network), form, metadata)
+        contents = encode_graph(form, partial(_make_onnx, *graph), partial(_make_program, *graph))
+        run = load_graph(contents, form)
     shapes = [(1, form.crop, form.crop), (3, form.crop, form.crop)]
     if form.takes_any:
         shapes.append((2, form.crop + 33, form.crop))
@@ -223,14 +226,23 @@ def write_contents(file: Path, contents: tuple[bytes, ...], agreement: str) -> s
     return f"{sum(map(len, contents)) / 1e6:.1f} MB, {agreement}, SHA-256 {digests}"
 
 
-def _encode_graph(network: nn.Module, form: GraphForm, metadata: dict[str, str]) -> tuple[bytes, ...]:
+def encode_graph(
+    form: GraphForm, make_onnx: Callable[[], bytes], make_program: Callable[[], bytes]
+) -> tuple[bytes, ...]:
+    """Return the contents of a graph's files, as `write_contents` takes them; OpenVINO's are made from the ONNX."""
     if form.name == "torch_export":
-        return (_make_program(network, form, metadata),)
-    graph = _make_onnx(network, form, metadata)
+        return (make_program(),)
+    graph = make_onnx()
     return encode_openvino(graph) if form.name == "openvino" else (graph,)
 
 
-def _load_graph(contents: tuple[bytes, ...], form: GraphForm) -> Run:
+def load_graph(contents: tuple[bytes, ...], form: GraphForm) -> Run:
+    """Return a function that runs a graph on the CPU: from images (B, 3, H, W) to logits.
+
+    Args:
+        contents: of its files, see `write_contents`.
+        form: of the graph.
+    """
     if form.name == "openvino":
         run = load_openvino(*contents)
         return lambda images: run({"images": images})["logits"]
@@ -266,13 +278,18 @@ def draw_images(batch: int, height: int, width: int, generator: torch.Generator)
     return F.interpolate(coarse, (height, width), mode="bicubic").clamp(-2, 2.5)
 
 
-def require_form(form: str) -> None:
-    """Raise a ConfigError if a package of a format, such as "onnx", is not installed."""
+def require_form(form: str, option: str | None = None) -> None:
+    """Raise a ConfigError if a package of a format, such as "onnx", is not installed.
+
+    Args:
+        form: whose packages are needed.
+        option: that needs them; None: the format itself.
+    """
     try:
         for package in _PACKAGES.get(form, ()):
             import_module(package)
     except ImportError as error:
-        raise ConfigError(f"format={form} needs {name_extra(form)}") from error
+        raise ConfigError(f"{option or f'format={form}'} needs {name_extra(form)}") from error
 
 
 def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> bytes:
@@ -280,7 +297,7 @@ def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> b
     sides = (form.crop + 32, form.crop + 64) if form.takes_any else (form.crop, form.crop)
     any_side = {2: Dim("height"), 3: Dim("width")} if form.takes_any else {}
     program = torch.onnx.export(
-        model,
+        divide_bottlenecks(model),
         (torch.zeros(2, 3, *sides),),
         dynamo=True,
         verbose=False,

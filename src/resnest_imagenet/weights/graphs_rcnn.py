@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.export import Dim
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.instances import STRIDE, Detections
 from resnest_imagenet.models.folding import fold_batch_norms
+from resnest_imagenet.models.graph_blocks import divide_bottlenecks
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.rcnn_graph import RCNNGraph
 from resnest_imagenet.weights.card import DescribeObjects
@@ -26,6 +28,7 @@ from resnest_imagenet.weights.graphs import (
     choose_any,
     choose_graph_file,
     draw_images,
+    encode_graph,
     encode_onnx,
     encode_program,
     name_written,
@@ -34,7 +37,7 @@ from resnest_imagenet.weights.graphs import (
     write_contents,
 )
 from resnest_imagenet.weights.load import Weights, read_weights
-from resnest_imagenet.weights.openvino import encode_openvino, load_openvino
+from resnest_imagenet.weights.openvino import load_openvino
 
 LEAST = 3 * STRIDE  # of a side of any size
 BOX_TOLERANCE = 1e-4  # of the image's longer side, for the difference of a box's corner
@@ -117,7 +120,8 @@ def _write_graph(
     folded = fold_batch_norms(network)
     assert isinstance(folded, RCNN)
     with quiet(), torch.no_grad():
-        contents = _encode_graph(RCNNGraph(folded).eval(), form, metadata)
+        graph = (RCNNGraph(folded).eval(), form, metadata)
+        contents = encode_graph(form, partial(_make_onnx, *graph), partial(_make_program, *graph))
         run = _load_graph(contents, form)
     agreement = compare_detections(network, run, trials)
     if agreement.unmatched > UNMATCHED * agreement.total:
@@ -126,13 +130,6 @@ def _write_graph(
             "images are not the same: use format=safetensors or hub"
         )
     return f"wrote {name_written(file, form)}: {words}, {form.text}, {write_contents(file, contents, agreement.text)}"
-
-
-def _encode_graph(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) -> tuple[bytes, ...]:
-    if form.name == "torch_export":
-        return (_make_program(graph, form, metadata),)
-    content = _make_onnx(graph, form, metadata)
-    return encode_openvino(content) if form.name == "openvino" else (content,)
 
 
 def _load_graph(contents: tuple[bytes, ...], form: _DetectorForm) -> RunDetector:
@@ -230,7 +227,7 @@ def _make_onnx(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) 
     sides = (4 * STRIDE, 5 * STRIDE) if form.takes_any else (form.crop, form.crop)
     any_side = ({2: STRIDE * Dim("rows", min=3), 3: STRIDE * Dim("columns", min=3)}, None) if form.takes_any else None
     program = torch.onnx.export(
-        graph,
+        divide_bottlenecks(graph),
         (torch.zeros(1, 3, *sides), torch.tensor(sides)),
         dynamo=True,
         verbose=False,

@@ -62,17 +62,19 @@ def push_folder(folder: Path, repository: str) -> str:
 @contextmanager
 def _explaining(folder: Path, repository: str) -> Iterator[None]:
     """Turn the hub's refusals and failures into one line."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
-        raise _explain(error, folder, repository, HfHubHTTPError) from error
+        raise _explain(error, folder, repository) from error
 
 
-def _explain(error: Exception, folder: Path, repository: str, answer: type) -> UserError:
+def _explain(error: Exception, folder: Path, repository: str) -> UserError:
+    from huggingface_hub.errors import HfHubHTTPError
+
     where = f"push={repository}: {folder} is written, but not sent"
-    status = error.response.status_code if isinstance(error, answer) else None  # type: ignore[attr-defined]
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401:
         return ConfigError(f"{where}: the hub refuses the token (401): {_TOKEN}")
     if status == 403:
