@@ -64,8 +64,8 @@ BOUNDS = {  # what decides each cost
     "Memory grows with the batch.",
     "crop": "The arithmetic decides again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic decides: deeper networks have more of it, and are as fast per multiply-add.",
-    "start": "It takes the import of torch, DALI's graph, the first step, and the composition of the options. Neither "
-    "torch's compiler nor Triton is imported. What is refused is refused before torch is imported.",
+    "start": "It takes the imports of torch and of DALI, DALI's graph, the network and the first step. Neither torch's "
+    "compiler nor Triton is imported. A folder, a file or a value that is wrong is refused before torch is imported.",
     "resume": "Python reads the events and TensorBoard's records, one by one; it writes them more slowly.",
     "checkpoint": "torch's serialisation, and the disk, to which the file is flushed. Reading verifies its SHA-256.",
     "evaluation": "The network decides: images are decoded meanwhile, by the same two cores.",
