@@ -64,7 +64,8 @@ BOUNDS = {  # what decides each cost
     "Memory grows with the batch.",
     "crop": "The arithmetic decides again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic decides: deeper networks have more of it, and are as fast per multiply-add.",
-    "start": "It takes the imports of torch and of its compiler, which the first optimiser loads; then the first step.",
+    "start": "It takes the imports of torch and of DALI, DALI's graph, the network and the first step. Neither torch's "
+    "compiler nor Triton is imported. A folder, a file or a value that is wrong is refused before torch is imported.",
     "resume": "Python reads the events and TensorBoard's records, one by one; it writes them more slowly.",
     "checkpoint": "torch's serialisation, and the disk, to which the file is flushed. Reading verifies its SHA-256.",
     "evaluation": "The network decides: images are decoded meanwhile, by the same two cores.",
@@ -104,15 +105,15 @@ def measure_curves(rounds: int, device: str, precision: str) -> dict[str, dict]:
     return result
 
 
-def run_timed(*command: str, until: str | None = None, **environment: str) -> float:
-    """Return the seconds of a process, or until a line of it begins so; it is ended then."""
+def run_timed(*command: str, until: str | None = None, exit_code: int = 0, **environment: str) -> float:
+    """Return the seconds of a process that ends so, or until a line of it begins so; it is ended then."""
     with clock(CPU) as seconds:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
         assert process.stdout
         found = any(until is not None and line.startswith(until) for line in process.stdout)
     if found:
         process.kill()
-    assert process.wait() == 0 or found, command
+    assert process.wait() == exit_code or found, command
     return seconds[0]
 
 
@@ -131,10 +132,16 @@ def measure_start(folder: Path, rounds: int) -> dict[str, list[float]]:
             return run_timed(*TRAIN, *small, f"run_dir={run}", until="epoch 1/270, step 1/")
 
     python = (sys.executable, "-c")
+    save_checkpoint(build_model("resnest50").state_dict(), folder / "resnest50.safetensors")
+    image = next((folder / "data/val").rglob("*.JPEG"))
+    predict = (sys.executable, "-m", "resnest_imagenet.commands.predict", "model=resnest50", "device=cpu")
+    predict += (f"ckpt={folder}/resnest50.safetensors", f"images={image}")
     parts: dict[str, Round] = {
         "import torch": lambda: run_timed(*python, "import torch"),
         "resnest-train --help: the configuration composed": lambda: run_timed(*TRAIN, "--help"),
+        "resnest-train data.root=/gone: refused": lambda: run_timed(*TRAIN, "data.root=/gone", exit_code=3),
         "the trainer imported": lambda: run_timed(*python, "import resnest_imagenet.training.train"),
+        "resnest-predict, one image": lambda: run_timed(*predict),
         "resnest-train, to the end of the first step": start,
     }
     return measure(parts, rounds)
