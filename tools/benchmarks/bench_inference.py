@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import timm
 import torch
@@ -29,14 +28,13 @@ from torch import Tensor, nn
 from resnest_imagenet import build_model
 from resnest_imagenet.compute import keep_freed_memory, place
 from resnest_imagenet.inference.quantise import quantise_graph
-from resnest_imagenet.models import graph_blocks
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.weights.graphs import GraphForm, draw_images, make_graph, quiet
 
 CPU = torch.device("cpu")
 BASE = "timm, channels_last"
-BOUND = "the convolutions' products at the speed of one large product"
+BOUND = "the multiplications alone"
 SIDE = 2048  # of that product's matrices
 PAUSE = 0.03  # seconds before each trial: threads of the runtime before it spin for some milliseconds
 Infer = Callable[[Tensor], Tensor]  # images (B, 3, H, W) to logits (B, K)
@@ -58,24 +56,14 @@ def make_network() -> nn.Module:
     return network.eval()
 
 
-def make_graphs(network: nn.Module, crop: int, folder: Path, is_divided: bool = True) -> dict[str, bytes]:
+def make_graphs(network: nn.Module, crop: int, folder: Path) -> dict[str, bytes]:
     """Return the network's graphs of ONNX, exact and of 8-bit integers; those that the folder has are read.
 
     The integers are calibrated with drawn images.
-
-    Args:
-        network: in evaluation mode.
-        crop: of the images.
-        folder: of the graphs.
-        is_divided: whether `divide_bottlenecks` has changed them, as in every export.
     """
-    suffix = "onnx" if is_divided else "split.onnx"
-    files = {name: folder / f"{name}.{suffix}" for name in ("float32", "int8")}
+    files = {name: folder / f"{name}.onnx" for name in ("float32", "int8")}
     if not all(file.exists() for file in files.values()):
-        form = GraphForm("onnx", crop, True)
-        change = graph_blocks.divide_bottlenecks if is_divided else lambda model: model
-        with mock.patch("resnest_imagenet.weights.graphs.divide_bottlenecks", change):
-            (exact,), _ = make_graph(network, "drawn weights", files["float32"], form, {})
+        (exact,), _ = make_graph(network, "drawn weights", files["float32"], GraphForm("onnx", crop, True), {})
         batches = (draw_images(8, crop, crop, torch.Generator().manual_seed(seed)).numpy() for seed in range(2, 6))
         folder.mkdir(parents=True, exist_ok=True)
         files["float32"].write_bytes(exact)
@@ -140,8 +128,6 @@ def open_competitors(network: nn.Module, args: argparse.Namespace, folder: Path)
         "ours, OpenVINO": lambda: open_openvino(exact()["float32"], threads),
         "ours, onnxruntime, int8": lambda: open_onnxruntime(exact()["int8"], threads),
         "ours, OpenVINO, int8": lambda: open_openvino(exact()["int8"], threads),
-        "ours, OpenVINO, tensors split": lambda: open_openvino(exact(False)["float32"], threads),
-        "ours, onnxruntime, int8, tensors split": lambda: open_onnxruntime(exact(False)["int8"], threads),
     }
     if args.compile:
         makers = {
@@ -270,9 +256,8 @@ def report(result: dict) -> str:
         "over the competitor's, above 1 the competitor is faster: the median of the rounds, and their range. The",
         "difference is the largest one of a logit from timm's, as a share of the largest logit. int8: weights and",
         "activations are 8-bit integers, calibrated with drawn images; these weights are random, the accuracy of a",
-        "trained network is below. Tensors split: the graph without `models/graph_blocks.py`, which every export uses.",
-        f"The last row is a bound for float32 without another algorithm: {BOUND},",
-        f"torch.mm of two matrices of {SIDE} x {SIDE}, and nothing else.",
+        "trained network is below. The last row is a bound for float32 with these multiplications: all of them at the",
+        f"speed of torch.mm for two matrices of {SIDE} x {SIDE}, and nothing else.",
         "",
         f"{machine}.",
         "",
