@@ -102,6 +102,7 @@ bench-detection: $(READY) ## compare Faster R-CNN with torchvision's on timm's b
 
 bench-inference: $(READY) ## compare inference in torch, onnxruntime and OpenVINO, in 8-bit integers too: 15 minutes
 	$(BIN)/python tools/benchmarks/bench_inference.py --profile --out docs/performance_inference.json
+	$(BIN)/python tools/benchmarks/bench_inference.py --compile --batch 8 --out docs/performance_inference.json
 	test -e runs/demo/checkpoints/best.pt || $(MAKE) demo
 	$(BIN)/python tools/benchmarks/bench_inference.py --accuracy runs/demo/checkpoints/best.pt data/demo/val \
 	  --out docs/performance_inference.json

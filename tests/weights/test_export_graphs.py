@@ -213,12 +213,10 @@ def test_the_table_of_8_bit_integers_has_what_both_graphs_do_with_the_images(
     weights = tmp_path / "resnest14_half-int8.bin"
     assert lines[0].startswith("wrote resnest14_half-int8.xml and resnest14_half-int8.bin: resnest14_half, OpenVINO IR")
     assert weights.stat().st_size < len(exact) / 3
-    (in_openvino, metadata), (in_onnxruntime, _) = (
-        open_xml(weights.with_suffix(".xml")),
-        open_onnx(tmp_path / "flat.onnx"),
-    )
+    in_openvino, metadata = open_xml(weights.with_suffix(".xml"))
     assert metadata["model"] == NAME
-    logits, others = in_openvino(images), in_onnxruntime(images)
+    session = onnxruntime.InferenceSession(tmp_path / "flat.onnx", providers=["CPUExecutionProvider"])
+    logits, others = in_openvino(images), torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     assert (logits - others).abs().max() < 0.1 * others.abs().max()
 
 

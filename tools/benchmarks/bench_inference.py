@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import timm
 import torch
@@ -29,14 +28,13 @@ from torch import Tensor, nn
 from resnest_imagenet import build_model
 from resnest_imagenet.compute import keep_freed_memory, place
 from resnest_imagenet.inference.quantise import quantise_graph
-from resnest_imagenet.models import graph_blocks
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.weights.graphs import GraphForm, draw_images, make_graph, quiet
 
 CPU = torch.device("cpu")
 BASE = "timm, channels_last"
-BOUND = "the convolutions' products at the speed of one large product"
+BOUND = "the multiplications alone"
 SIDE = 2048  # of that product's matrices
 PAUSE = 0.03  # seconds before each trial: threads of the runtime before it spin for some milliseconds
 Infer = Callable[[Tensor], Tensor]  # images (B, 3, H, W) to logits (B, K)
@@ -58,24 +56,14 @@ def make_network() -> nn.Module:
     return network.eval()
 
 
-def make_graphs(network: nn.Module, crop: int, folder: Path, is_divided: bool = True) -> dict[str, bytes]:
+def make_graphs(network: nn.Module, crop: int, folder: Path) -> dict[str, bytes]:
     """Return the network's graphs of ONNX, exact and of 8-bit integers; those that the folder has are read.
 
     The integers are calibrated with drawn images.
-
-    Args:
-        network: in evaluation mode.
-        crop: of the images.
-        folder: of the graphs.
-        is_divided: whether `divide_bottlenecks` has changed them, as in every export.
     """
-    suffix = "onnx" if is_divided else "split.onnx"
-    files = {name: folder / f"{name}.{suffix}" for name in ("float32", "int8")}
+    files = {name: folder / f"{name}.onnx" for name in ("float32", "int8")}
     if not all(file.exists() for file in files.values()):
-        form = GraphForm("onnx", crop, True)
-        change = graph_blocks.divide_bottlenecks if is_divided else lambda model: model
-        with mock.patch("resnest_imagenet.weights.graphs.divide_bottlenecks", change):
-            (exact,), _ = make_graph(network, "drawn weights", files["float32"], form, {})
+        (exact,), _ = make_graph(network, "drawn weights", files["float32"], GraphForm("onnx", crop, True), {})
         batches = (draw_images(8, crop, crop, torch.Generator().manual_seed(seed)).numpy() for seed in range(2, 6))
         folder.mkdir(parents=True, exist_ok=True)
         files["float32"].write_bytes(exact)
@@ -122,31 +110,34 @@ def compile_network(network: nn.Module, is_frozen: bool) -> Infer:
     return infer
 
 
-def open_competitors(network: nn.Module, crop: int, threads: int, only: list[str], folder: Path) -> dict[str, Infer]:
-    """Return what is compared; all take NCHW images, and those of channels_last a view in that format."""
+def open_competitors(network: nn.Module, args: argparse.Namespace, folder: Path) -> dict[str, Infer]:
+    """Return what is compared, compiled or not; all take images of either memory format."""
     theirs = timm.create_model("resnest50d").eval()
     theirs.load_state_dict(network.state_dict())
     theirs_last, ours = place(copy.deepcopy(theirs), CPU), place(fold_batch_norms(network), CPU)
     formula = build_model("resnest50", split_attention="reference").eval()
     formula.load_state_dict(network.state_dict())
     formula = place(fold_batch_norms(formula), CPU)
-    exact = partial(make_graphs, network, crop, folder)
+    exact, threads = partial(make_graphs, network, args.crop, folder), args.threads
     makers: dict[str, Callable[[], Infer]] = {
         BASE: lambda: theirs_last,
         "timm, NCHW": lambda: theirs,
-        "timm, channels_last, compiled": lambda: compile_network(theirs_last, is_frozen=False),
-        "timm, channels_last, compiled and frozen": lambda: compile_network(theirs_last, is_frozen=True),
         "ours (resnest-predict)": lambda: ours,
-        "ours, compiled and frozen": lambda: compile_network(formula, is_frozen=True),
-        "ours, torch.export": lambda: open_program(formula, crop),
+        "ours, torch.export": lambda: open_program(formula, args.crop),
         "ours, onnxruntime": lambda: open_onnxruntime(exact()["float32"], threads),
         "ours, OpenVINO": lambda: open_openvino(exact()["float32"], threads),
         "ours, onnxruntime, int8": lambda: open_onnxruntime(exact()["int8"], threads),
         "ours, OpenVINO, int8": lambda: open_openvino(exact()["int8"], threads),
-        "ours, OpenVINO, tensors split": lambda: open_openvino(exact(False)["float32"], threads),
-        "ours, onnxruntime, int8, tensors split": lambda: open_onnxruntime(exact(False)["int8"], threads),
     }
-    names = [BASE, *(name for name in makers if name != BASE and (not only or name in only))]
+    if args.compile:
+        makers = {
+            BASE: lambda: theirs_last,
+            "ours (resnest-predict)": lambda: ours,
+            "timm, channels_last, compiled": lambda: compile_network(theirs_last, is_frozen=False),
+            "timm, channels_last, compiled and frozen": lambda: compile_network(theirs_last, is_frozen=True),
+            "ours, compiled and frozen": lambda: compile_network(formula, is_frozen=True),
+        }
+    names = [BASE, *(name for name in makers if name != BASE and (not args.only or name in args.only))]
     return {name: makers[name]() for name in names}
 
 
@@ -171,7 +162,9 @@ def bench_batch(competitors: dict[str, Infer], batch: int, crop: int, rounds: in
     flops = 2 * batch * count_cost("resnest50", crop)[1]
     left, right = torch.randn(2, SIDE, SIDE)
     runs[BOUND] = lambda: flops / (2 * SIDE**3) * _time_product(left, right)
-    return {"batch": batch, "seconds": measure(runs, rounds), "differences": differences}
+    kind = ", compiled" if any("compiled" in name for name in competitors) else ""
+    title = f"Batch {batch}{kind}"
+    return {"title": title, "batch": batch, "seconds": measure(runs, rounds), "differences": differences}
 
 
 def _time_product(left: Tensor, right: Tensor) -> float:
@@ -263,9 +256,8 @@ def report(result: dict) -> str:
         "over the competitor's, above 1 the competitor is faster: the median of the rounds, and their range. The",
         "difference is the largest one of a logit from timm's, as a share of the largest logit. int8: weights and",
         "activations are 8-bit integers, calibrated with drawn images; these weights are random, the accuracy of a",
-        "trained network is below. Tensors split: the graph without `models/graph_blocks.py`, which every export uses.",
-        f"The last row is a bound for float32 without another algorithm: {BOUND},",
-        f"torch.mm of two matrices of {SIDE} x {SIDE}, and nothing else.",
+        "trained network is below. The last row is a bound for float32 with these multiplications: all of them at the",
+        f"speed of torch.mm for two matrices of {SIDE} x {SIDE}, and nothing else.",
         "",
         f"{machine}.",
         "",
@@ -287,7 +279,7 @@ def report(result: dict) -> str:
 
 def _report_batch(part: dict) -> list[str]:
     base = part["seconds"][BASE]
-    lines = [f"## Batch {part['batch']}", "", f"| | faster than {BASE} by | rounds | ms an image | difference |"]
+    lines = [f"## {part['title']}", "", f"| | faster than {BASE} by | rounds | ms an image | difference |"]
     lines.append("|---|---:|---:|---:|---:|")
     for name, seconds in part["seconds"].items():
         ratios = sorted(other / mine for other, mine in zip(base, seconds, strict=True))
@@ -298,8 +290,8 @@ def _report_batch(part: dict) -> list[str]:
     return [*lines, ""]
 
 
-def run(args: argparse.Namespace, result: dict) -> None:
-    """Measure what the arguments ask for, into the result."""
+def run(args: argparse.Namespace, result: dict, save: Callable[[], None]) -> None:
+    """Measure what the arguments ask for, into the result, which is saved after each part."""
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     result["machine"] = describe_machine(CPU)
@@ -311,11 +303,12 @@ def run(args: argparse.Namespace, result: dict) -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         network, graphs = make_network(), args.graphs or Path(folder)
-        competitors = open_competitors(network, args.crop, args.threads, args.only, graphs)
-        parts = {part["batch"]: part for part in result.get("parts", [])}
+        competitors = open_competitors(network, args, graphs)
         for batch in args.batch:
-            parts[batch] = bench_batch(competitors, batch, args.crop, args.rounds)
-        result["parts"] = [parts[batch] for batch in sorted(parts)]
+            part = bench_batch(competitors, batch, args.crop, args.rounds)
+            others = [other for other in result.get("parts", []) if other["title"] != part["title"]]
+            result["parts"] = sorted([*others, part], key=lambda part: ("compiled" in part["title"], part["batch"]))
+            save()
         if args.profile:
             contents = make_graphs(network, args.crop, graphs)
             result["profile"] = {name: profile_graph(graph, 8, args.crop) for name, graph in contents.items()}
@@ -330,6 +323,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], help="names of competitors; timm's in channels_last is always one"
     )
+    parser.add_argument("--compile", action="store_true", help="compare the compiled ones, minutes for each batch")
     parser.add_argument("--profile", action="store_true", help="list onnxruntime's operators too")
     parser.add_argument(
         "--accuracy", nargs=2, metavar=("CKPT", "IMAGES"), help="of the graphs, in place of their speed"
@@ -342,9 +336,13 @@ def main() -> None:
         print(report(json.loads(args.report.read_text())), end="")
         return
     result = json.loads(args.out.read_text()) if args.out and args.out.exists() else {"parts": []}
-    run(args, result)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def save() -> None:
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    run(args, result, save)
+    save()
     print(report(result))
 
 

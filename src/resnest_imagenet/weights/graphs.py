@@ -21,7 +21,6 @@ from torch.fx import GraphModule
 from resnest_imagenet.errors import CheckpointError, ConfigError, UserError, name_extra
 from resnest_imagenet.files import naming_storage_errors, write_atomically
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.graph_blocks import divide_bottlenecks
 from resnest_imagenet.weights.card import DescribeInput, DescribeScenes, open_network
 from resnest_imagenet.weights.export import (
     choose_file,
@@ -297,7 +296,7 @@ def _make_onnx(model: nn.Module, form: GraphForm, metadata: dict[str, str]) -> b
     sides = (form.crop + 32, form.crop + 64) if form.takes_any else (form.crop, form.crop)
     any_side = {2: Dim("height"), 3: Dim("width")} if form.takes_any else {}
     program = torch.onnx.export(
-        divide_bottlenecks(model),
+        model,
         (torch.zeros(2, 3, *sides),),
         dynamo=True,
         verbose=False,

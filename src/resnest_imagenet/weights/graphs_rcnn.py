@@ -15,7 +15,6 @@ from torch.export import Dim
 from resnest_imagenet.errors import ConfigError, UserError
 from resnest_imagenet.instances import STRIDE, Detections
 from resnest_imagenet.models.folding import fold_batch_norms
-from resnest_imagenet.models.graph_blocks import divide_bottlenecks
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.rcnn_graph import RCNNGraph
 from resnest_imagenet.weights.card import DescribeObjects
@@ -227,7 +226,7 @@ def _make_onnx(graph: RCNNGraph, form: _DetectorForm, metadata: dict[str, str]) 
     sides = (4 * STRIDE, 5 * STRIDE) if form.takes_any else (form.crop, form.crop)
     any_side = ({2: STRIDE * Dim("rows", min=3), 3: STRIDE * Dim("columns", min=3)}, None) if form.takes_any else None
     program = torch.onnx.export(
-        divide_bottlenecks(graph),
+        graph,
         (torch.zeros(1, 3, *sides), torch.tensor(sides)),
         dynamo=True,
         verbose=False,
