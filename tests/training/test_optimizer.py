@@ -160,7 +160,8 @@ def set_gradients(network, value=None):
 def read_all(network, optimizer):
     """Return every number that a step changes, of the state too."""
     states = [value for state in optimizer.state.values() for value in state.values()]
-    steps = [group["step"] for group in optimizer.param_groups if "step" in group]  # LAMB's
+    # LAMB's: a tensor, or a number in timm's first releases that the project takes.
+    steps = [torch.as_tensor(group["step"]) for group in optimizer.param_groups if "step" in group]
     return [*network.state_dict().values(), *states, *steps]
 
 
