@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnest_imagenet.models.pointwise import PointwiseConv2d
+from resnest_imagenet.models.rectified import can_recompute, convolve_rectified
 from resnest_imagenet.models.split_attention import Implementation, SplitAttention
 
 EXPANSION = 4  # output channels of a bottleneck over its planes
@@ -75,10 +76,37 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.conv2(self.avd_layer(out)) if self.avd_first else self.avd_layer(self.conv2(out))
+        out = self.conv1(x)
+        if self._recomputes(out):
+            out = self.conv2(out, self.bn1)
+        else:
+            out = F.relu(self.bn1(out), inplace=True)
+            out = self.conv2(self.avd_layer(out) if self.avd_first else out)
+        if not self.avd_first:
+            out = self.avd_layer(out)
         out = self.bn3(self.conv3(out))
         return F.relu(out.add_(shortcut), inplace=True)
+
+    def _recomputes(self, y: Tensor) -> bool:
+        pools_first = self.avd_first and not isinstance(self.avd_layer, nn.Identity)
+        return (
+            isinstance(self.conv2, SplitAttention)
+            and self.conv2.implementation != "reference"
+            and not pools_first
+            and can_recompute(y, self.bn1, self.conv2.conv)
+        )
+
+
+class Stem(nn.Sequential):
+    """Convolutions with a batch norm and a ReLU between them; in training, the convolutions' inputs are recomputed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to the last convolution's output."""
+        first, *rest = self
+        x = first(x)
+        for bn, relu, conv in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            x = convolve_rectified(x, bn, conv) if can_recompute(x, bn, conv) else conv(relu(bn(x)))
+        return x
 
 
 class ResNeSt(nn.Module):
@@ -121,7 +149,8 @@ class ResNeSt(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is 8, 16 or 32, not {output_stride}")
         width = spec.stem_width
-        self.conv1 = nn.Sequential(
+        stem = nn.Sequential if split_attention == "reference" else Stem
+        self.conv1 = stem(
             nn.Conv2d(3, width, kernel_size=3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
