@@ -1,6 +1,7 @@
 """Batch norm with ReLU as plain computations, for operators that have a backward pass of their own."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Statistics(NamedTuple):
     eps: float
 
 
-def is_plain(bn: nn.Module) -> bool:
+def is_plain(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Return whether `take_statistics` can stand for a module: torch's BatchNorm2d with a moving average."""
     return type(bn) is nn.BatchNorm2d and bn.running_mean is not None and bn.momentum is not None
 
@@ -44,8 +45,8 @@ def rectify_normalised(y: Tensor, weight: Tensor | None, bias: Tensor | None, st
 
 
 def differentiate_norm(
-    gradient: Tensor, y: Tensor, weight: Tensor | None, statistics: Statistics
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    gradient: Tensor, y: Tensor, weight: Tensor | None, statistics: Statistics, needed: Sequence[bool] = (True,) * 3
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of y, of the norm's weight and of its bias.
 
     Args:
@@ -53,9 +54,10 @@ def differentiate_norm(
         y: the norm's input, (B, C, H, W).
         weight: the norm's, (C,), or None.
         statistics: the norm's.
+        needed: which of the three to compute; None for the others.
     """
     mean, variance, are_of_batch, eps = statistics
     return torch.ops.aten.native_batch_norm_backward(
         *(gradient, y, weight, mean, variance, mean, (variance + eps).rsqrt()),
-        *(are_of_batch, eps, [True, True, True]),
+        *(are_of_batch, eps, list(needed)),
     )

@@ -47,5 +47,5 @@ def differentiate_weight(x: Tensor, gradient: Tensor, groups: int) -> Tensor:
                 rows = patches[group][part].reshape(-1, 9 * inner)
                 out[group].addmm_(rows.t(), gradients[part][..., group, :].reshape(-1, outer))
     # (G, 3, 3, I / G, O / G) to (O, 3, 3, I / G), the order of channels_last, which DistributedDataParallel expects
-    by_output = out.view(groups, 3, 3, inner, outer).permute(0, 4, 1, 2, 3).reshape(groups * outer, 3, 3, inner)
-    return by_output.permute(0, 3, 1, 2)
+    by_output = out.view(groups, 3, 3, inner, outer).permute(0, 4, 1, 2, 3).contiguous()
+    return by_output.flatten(0, 1).permute(0, 3, 1, 2)

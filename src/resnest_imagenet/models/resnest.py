@@ -5,12 +5,13 @@ Module names are those of the official release, so that its weights load as they
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnest_imagenet.models.pointwise import PointwiseConv2d
-from resnest_imagenet.models.rectified import can_recompute, convolve_rectified
+from resnest_imagenet.models.rectified import AveragePool, can_recompute, convolve_rectified, pool_rectified
 from resnest_imagenet.models.split_attention import Implementation, SplitAttention
 
 EXPANSION = 4  # output channels of a bottleneck over its planes
@@ -68,7 +69,7 @@ class Bottleneck(nn.Module):
         self.conv1 = PointwiseConv2d(in_channels, group_width)
         self.bn1 = nn.BatchNorm2d(group_width)
         self.conv2 = SplitAttention(group_width, spec.radix, spec.cardinality, dilation=dilation)
-        self.avd_layer = nn.AvgPool2d(3, stride, padding=1) if pool else nn.Identity()
+        self.avd_layer = AveragePool(3, stride, padding=1) if pool else nn.Identity()
         self.avd_first = spec.avd_first
         self.conv3 = PointwiseConv2d(group_width, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -102,8 +103,8 @@ class Stem(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to the last convolution's output."""
-        first, *rest = self
-        x = first(x)
+        modules: list[Any] = list(self)
+        x, rest = modules[0](x), modules[1:]
         for bn, relu, conv in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             x = convolve_rectified(x, bn, conv) if can_recompute(x, bn, conv) else conv(relu(bn(x)))
         return x
@@ -181,7 +182,11 @@ class ResNeSt(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to the features of layer4 (B, 32 planes, H / output_stride, W / output_stride)."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.conv1(x)
+        if isinstance(self.conv1, Stem) and can_recompute(x, self.bn1, self.maxpool):
+            x = pool_rectified(x, self.bn1, self.maxpool)
+        else:
+            x = self.maxpool(F.relu(self.bn1(x), inplace=True))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Splits:
 
     def input_gradient(
         self, gradient: Tensor, weights: Tensor, pooled: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of y and of bn0's weight and bias.
 
         Args:
