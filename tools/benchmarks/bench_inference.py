@@ -175,7 +175,7 @@ def _time_product(left: Tensor, right: Tensor) -> float:
 
 
 def profile_graph(graph: bytes, batch: int, crop: int) -> dict[str, float]:
-    """Return the shares of operators in onnxruntime's time on one thread, in percent; the fastest of three runs counts."""
+    """Return the shares of operators in onnxruntime's time on one thread, in percent, of the fastest of three runs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
