@@ -1,7 +1,7 @@
 """Operators with their own backward pass that keep less than torch does: in eager training on a CPU.
 
 conv(relu(bn(y))): torch keeps both y, for bn, and relu(bn(y)), for the convolution. Here the backward pass computes the
-latter again, a pass over the map that costs a thousandth of a step, and passes the gradient through the ReLU in place.
+latter again, a pass over the map (a hundredth of a step), and passes the gradient through the ReLU in place.
 
 maxpool(relu(bn(y))): a ReLU passes the gradient of a maximum if the maximum is positive, so its mask is the pooled map,
 a quarter of the size, which the next layer keeps anyway.
