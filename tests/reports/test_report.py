@@ -133,6 +133,19 @@ def test_imagenets_runs_stand_in_table_3(tmp_path, recipes, monkeypatch):
 
 
 @pytest.mark.slow
+def test_many_runs_have_one_key_in_place_of_legends():
+    steps = collect_reports([{**STEP, "step": step, "epoch": 1} for step in (1, 6)], list(STEP)[1:])
+    for number, places in ((7, (True, False)), (6, (False, True))):
+        runs = [
+            Run(f"run <{place}>", {}, steps, [EVALUATION | {"loss": 2.0}], {}, {}, [], []) for place in range(number)
+        ]
+        text = render_report(runs, 224, {}, "")
+        named = text.count("</span> run &lt;")
+        losses = text[text.index('aria-label="Loss') : text.index('aria-label="Accuracy')]
+        assert (named == number, 'id="legend_1"' in losses) == places and named in (0, number)
+
+
+@pytest.mark.slow
 def test_a_thousand_classes_stay_readable(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(1000), 50)

@@ -17,8 +17,8 @@ MARKERS = 40  # of a curve, at most
 def thin(x: np.ndarray, y: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
     """Choose the points of a curve that can be seen: the first, the last, the lowest and the highest of each bucket.
 
-    This is M4 (Jugel et al., M4: A Visualization-Oriented Time Series Data Aggregation, VLDB 2014, section 4.2): a line
-    through these points covers the same pixels as the line through all of them, where a bucket is a column of pixels.
+    This is M4 (Jugel et al., "M4: A Visualization-Oriented Time Series Data Aggregation", VLDB 2014): a line through
+    these points covers the same pixels as the line through all of them, where a bucket is a column of pixels.
 
     Args:
         x: (N,), finite; points of a bucket follow each other.

@@ -204,14 +204,10 @@ def _render_curves(runs: list[Run]) -> Markup:
 
 def _render_key(curves: Sequence[RunCurves]) -> Markup:
     """Return the names of runs with their colours and marks."""
-    names = (
-        Markup('<span style="white-space:nowrap"><span style="color:{}">{}</span> {}</span> ').format(
-            *sample_style(number), run.name
-        )
-        for number, run in enumerate(curves)
-    )
+    html = '<li><span style="color:{}">{}</span> {}</li>'
+    names = (Markup(html).format(*sample_style(number), run.name) for number, run in enumerate(curves))
     note = "Marks are on the lines of evaluations: validation, and top-5, which is dotted."
-    return Markup("<p>{}</p><p>{}</p>").format(Markup().join(names), note)
+    return Markup('<ul class="legend">{}</ul><p>{}</p>').format(Markup().join(names), note)
 
 
 def _render(chart: Chart, size: tuple[float, float]) -> Markup:

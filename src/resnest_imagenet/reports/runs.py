@@ -109,11 +109,11 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
         raise ConfigError(f"{folder / 'config.yaml'}: not what resnest-train writes")
     if len({name_metric(event) for event in evaluations}) > 1:
         raise ConfigError(f"{metrics}: its evaluations are not all of the same metric")
-    measured, _ = read_measured([str(path) for path in list_results(folder, (TOP1,))], recipes)
-    if not measured and evaluations and has_accuracy(evaluations[-1]):
-        measured = [
-            result for result in [measure_run(folder, evaluations[-1], recipes)] if isinstance(result, Measured)
-        ]
+    files = [str(path) for path in list_results(folder, (TOP1,))]
+    measured = read_measured(files, recipes)[0]
+    if not files and evaluations and has_accuracy(evaluations[-1]):
+        last = measure_run(folder, evaluations[-1], recipes)
+        measured = [last] if isinstance(last, Measured) else []
     iou, scenes = folder / "iou.csv", folder / "scenes.csv"
     for path in (predictions, iou, scenes):
         require_file(path)
