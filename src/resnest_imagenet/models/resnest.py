@@ -91,10 +91,7 @@ class Bottleneck(nn.Module):
     def _recomputes(self, y: Tensor) -> bool:
         pools_first = self.avd_first and not isinstance(self.avd_layer, nn.Identity)
         return (
-            isinstance(self.conv2, SplitAttention)
-            and self.conv2.implementation != "reference"
-            and not pools_first
-            and can_recompute(y, self.bn1, self.conv2.conv)
+            isinstance(self.conv2, SplitAttention) and not pools_first and can_recompute(y, self.bn1, self.conv2.conv)
         )
 
 
@@ -150,8 +147,7 @@ class ResNeSt(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is 8, 16 or 32, not {output_stride}")
         width = spec.stem_width
-        stem = nn.Sequential if split_attention == "reference" else Stem
-        self.conv1 = stem(
+        self.conv1 = Stem(
             nn.Conv2d(3, width, kernel_size=3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
@@ -183,7 +179,7 @@ class ResNeSt(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to the features of layer4 (B, 32 planes, H / output_stride, W / output_stride)."""
         x = self.conv1(x)
-        if isinstance(self.conv1, Stem) and can_recompute(x, self.bn1, self.maxpool):
+        if can_recompute(x, self.bn1, self.maxpool):
             x = pool_rectified(x, self.bn1, self.maxpool)
         else:
             x = self.maxpool(F.relu(self.bn1(x), inplace=True))
