@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
 # Idle OpenMP threads sleep: 20 times faster where processes share cores.
 export OMP_WAIT_POLICY := PASSIVE
@@ -13,8 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-segmentation demo-detection test test-quick fault-test lint docs picture bench \
-  bench-segmentation bench-detection growth bench-gpu goals-gpu bench-data bench-inference options lock clean
+.PHONY: help setup demo demo-segmentation demo-detection test test-quick test-oldest fault-test lint docs picture \
+  bench bench-segmentation bench-detection bench-inference growth scaling bench-gpu goals-gpu bench-data options \
+  lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -67,6 +69,14 @@ test: $(READY) ## run the tests, in at most 4 processes
 test-quick: $(READY) ## run those that start no process and take no time, for the inner loop
 	$(BIN)/python -m pytest --quick $(PARALLEL)
 
+test-oldest: $(OLDEST)/.ready ## run the tests on the oldest versions that pyproject.toml admits, on Python 3.10
+	$(OLDEST)/bin/python -m pytest $(PARALLEL)
+
+$(OLDEST)/.ready: $(READY) pyproject.toml
+	$(BIN)/uv venv --quiet --clear --python 3.10 $(OLDEST)
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dali,dev]'
+	touch $@
+
 fault-test: $(READY) ## kill, stop, starve and damage real runs: minutes on 2 CPU cores, writes reliability.json
 	PYTHONPATH=tests $(BIN)/python -m faults
 
@@ -103,6 +113,10 @@ growth: $(READY) ## measure how cost grows with batch, crop and depth, and what 
 	$(BIN)/python tools/benchmarks/growth.py --out docs/growth.json
 	$(BIN)/python tools/benchmarks/growth.py --report docs/growth.json > docs/growth.md
 
+scaling: $(READY) ## try the model of many ranks against two, and plan for published GPUs: 5 minutes
+	$(BIN)/python tools/benchmarks/scaling.py --out docs/scaling.json
+	$(BIN)/python tools/benchmarks/scaling.py --report docs/scaling.json > docs/scaling.md
+
 bench-gpu: ## the same on a GPU, with the Python at hand (PYTHON=...), which needs torch, timm and this project
 	PYTHONPATH=src $(PYTHON) tools/benchmarks/bench.py --device cuda --batch 128 --precision bf16 --compile --rounds 20 \
 	  --out docs/performance_gpu.json
@@ -123,5 +137,5 @@ lock: $(READY) ## renew constraints.txt
 	  --extra dali --extra dev --output-file constraints.txt pyproject.toml
 
 clean: ## remove .venv, caches and build products; data/ and runs/ stay
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,7 +36,8 @@ def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     scalars.Reload()
     clock = ("train/images_per_s", "train/data_wait")
     names = [name for name in scalars.Tags()["scalars"] if name not in clock]
-    return {name: [(point.step, point.value) for point in scalars.Scalars(name)] for name in names}
+    # In order: files of one second are not.
+    return {name: sorted((point.step, point.value) for point in scalars.Scalars(name)) for name in names}
 
 
 def list_files(run: Path) -> dict[Path, tuple[bytes, int]]:

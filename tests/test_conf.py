@@ -10,7 +10,7 @@ import yaml
 from conftest import compose_config
 from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config import PreviewDataConfig, TrainConfig
 from resnest_imagenet.data.augment import POLICIES
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe
@@ -351,6 +351,8 @@ def test_fine_tuning_asks_for_its_start():
         compose_config("train", TrainConfig, "+experiment=finetune", "data.root=/x")
     config = compose_config("train", TrainConfig, "+experiment=finetune", "train.init_from=official:resnest50")
     assert (config.model.name, config.data.root, config.train.recipe) == ("resnest50", "photos", "finetune")
+    options = ("+experiment=finetune", "data.root=/x", "train.freeze=2", "out=x.png")
+    assert compose_config("data_preview", PreviewDataConfig, *options).train.init_from is None  # it shows images alone
 
 
 @pytest.mark.parametrize(
@@ -366,6 +368,7 @@ def test_fine_tuning_asks_for_its_start():
         (("train.patience=0",), "train.patience=0"),
         (("train.flips=up",), "train.flips=up"),
         (("train.class_weights=5",), "train.class_weights=5"),
+        (("data.split_seed=3",), "data.split_seed=3 needs data.val_split=..., 0.2 for example"),
     ],
 )
 def test_values_of_fine_tuning_that_cannot_work_are_a_line(options, words):

@@ -19,6 +19,7 @@ MEASURING = LEAVES | {
     "schemas",
     "options",
     "recipe",
+    "earlier",
     "checkpoint",
     "distributed",
     "supervision",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "compute": {"errors"},
     "options": set(),
     "recipe": {"options"},
+    "earlier": set(),
     "extensions": {"errors"},
     "config": {"options", "recipe"},
     "schemas": {"config", "errors", "extensions", "options", "recipe"},
@@ -53,6 +55,7 @@ MAY_IMPORT = {
     | {
         "options",
         "recipe",
+        "earlier",
         "config",
         "schemas",
         "distributed",
@@ -131,6 +134,19 @@ def test_each_library_has_its_place():
             found.add(package)
             assert room in ONLY_IN[package] or file in ONLY_IN[package], f"{file} imports {name}"
     assert found == set(ONLY_IN)
+
+
+def test_what_takes_seconds_to_import_is_imported_late():
+    """By files that others import; the loaders, the detectors and the Triton kernels are imported late themselves."""
+    slow = {"timm", "torchvision", "nvidia", "triton", "matplotlib", "tensorboard", "gradio", "scipy", "captum"}
+    slow |= {"torch._dynamo", "torch.compiler", "torch.utils.flop_counter", "torch.utils.tensorboard", "onnxruntime"}
+    late = {"data/dali.py", "data/dali_decoding.py", "data/dali_ops.py", "models/triton_splits.py"}
+    late |= {"data/torchvision.py", "evaluation/charts.py", "models/coco_classes.py"} | DETECTORS | PAINTING
+    for file in FILES.keys() - late:
+        for node in FILES[file].body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name in slow or name.partition(".")[0] in slow for name in names), f"{file} imports {names}"
 
 
 def test_nothing_but_distributed_asks_who_it_is():

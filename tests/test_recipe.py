@@ -9,6 +9,7 @@ from conftest import compose_config
 from resnest_imagenet import extensions
 from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.config import PreviewDataConfig, TrainConfig
+from resnest_imagenet.earlier import upgrade_identity, upgrade_recipe
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.options import Positive
 from resnest_imagenet.recipe import (
@@ -16,8 +17,6 @@ from resnest_imagenet.recipe import (
     ClassificationRecipe,
     EvalOptions,
     Recipe,
-    upgrade_identity,
-    upgrade_recipe,
 )
 from resnest_imagenet.schemas import RECIPES, option_names
 

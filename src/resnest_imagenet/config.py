@@ -66,12 +66,14 @@ _CHOICES_OF_DATA = {
 }
 
 
-def check_split(kind: str, csv: str | None, val_split: float | None) -> None:
+def check_split(kind: str, csv: str | None, val_split: float | None, seed: int) -> None:
     """Raise a ValueError for a list or a split with a layout that does not support it."""
     if csv is not None and kind != "csv":
         raise ValueError(f"data.csv={csv} needs data=csv")
     if val_split is not None and kind not in ("folder", "csv"):
         raise ValueError(f"data.val_split={val_split} needs data=imagenet or data=csv")
+    if seed and val_split is None:
+        raise ValueError(f"data.split_seed={seed} needs data.val_split=..., 0.2 for example")
 
 
 class DataOptions(Options):
@@ -114,7 +116,7 @@ class DataOptions(Options):
     def _check(self) -> "DataOptions":
         if self.shuffle_shards is not None and self.kind in _KINDS_OF_FILES:
             raise ValueError(f"data.shuffle_shards={self.shuffle_shards} needs data=webdataset")
-        check_split(self.kind, self.csv, self.val_split)
+        check_split(self.kind, self.csv, self.val_split, self.split_seed)
         return self
 
 
@@ -122,7 +124,8 @@ class LoaderOptions(Options):
     """The loader, which decodes the images."""
 
     name: Literal["auto", "dali", "torchvision"] = Field(
-        description="Library that decodes images; auto: DALI if it is installed, else torchvision."
+        description="Library that decodes images; auto: DALI if it is installed, but torchvision for training images "
+        "on a CPU if the recipe has a policy or jitter; a run keeps its loader when it resumes."
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
         description="Threads (DALI) or processes (torchvision) per rank; null: as many as cores, at most 8."
@@ -210,11 +213,18 @@ class TrainConfig(Options):
         for option in ("train_json", "val_json"):
             if getattr(self.data, option) is not None and self.data.kind in _KINDS_OF_FILES - {"coco"}:
                 raise ValueError(f"data.{option}={getattr(self.data, option)} needs data=coco")
+        self._check_start()
         return self
+
+    def _check_start(self) -> None:
+        self.train.check_start()
 
 
 class PreviewDataConfig(TrainConfig):
     """resnest-data preview."""
+
+    def _check_start(self) -> None:
+        """Take any start: no network is built."""
 
     out: Place = Field(description="A PNG file.")
     images: Positive = Field(description="Rows: training images, evenly spaced over the set.")
@@ -573,7 +583,7 @@ class CheckedDataOptions(FolderOptions):
 
     @model_validator(mode="after")
     def _check_split(self) -> "CheckedDataOptions":
-        check_split(self.kind, self.csv, self.val_split)
+        check_split(self.kind, self.csv, self.val_split, self.split_seed)
         if self.val_split is not None and None in (self.train_dir, self.val_dir):
             raise ValueError(f"data.val_split={self.val_split} needs data.train_dir and data.val_dir")
         return self

@@ -4,7 +4,7 @@ So an exact resumption needs no saved state, and a draw depends neither on the n
 """
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,14 +60,23 @@ class Draws:
         torch.manual_seed(int(self.stream(Purpose.MODEL).integers(2**63)))
 
 
-def uniform_rows(seed: int, purpose: Purpose, epoch: int, numbers: Iterable[int], count: int) -> np.ndarray:
-    """Return `stream(seed, purpose, epoch, number).random(count)` for each number, as rows, in a third of the time."""
+def streams(seed: int, purpose: Purpose, epoch: int, numbers: Iterable[int]) -> Iterator[np.random.Generator]:
+    """Yield `stream(seed, purpose, epoch, number)` for each number, in a third of the time.
+
+    It is one generator, which the next step sets to the next number.
+    """
     philox = np.random.Philox(key=[seed, purpose])
     generator, state = np.random.Generator(philox), philox.state
-    numbers = list(numbers)
-    rows = np.empty((len(numbers), count))
-    for row, number in zip(rows, numbers, strict=True):
+    for number in numbers:
         state["state"]["counter"] = np.array([0, 0, number, epoch], np.uint64)
         philox.state = state
+        yield generator
+
+
+def uniform_rows(seed: int, purpose: Purpose, epoch: int, numbers: Iterable[int], count: int) -> np.ndarray:
+    """Return `stream(seed, purpose, epoch, number).random(count)` for each number, as rows."""
+    numbers = list(numbers)
+    rows = np.empty((len(numbers), count))
+    for row, generator in zip(rows, streams(seed, purpose, epoch, numbers), strict=True):
         generator.random(out=row)
     return rows

@@ -1,7 +1,6 @@
 """The options of recipes: those of every task, and those that a task adds; conf/ has the values."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WrapValidator, model_validator
 
@@ -187,22 +186,29 @@ class Recipe(Options):
             raise ValueError(f"give either train.clip_norm={self.clip_norm} or train.clip_value={self.clip_value}")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("train.nesterov=true needs train.momentum > 0")
-        if self.layer_decay < 1 and self.init_from is None:
-            raise ValueError(
-                f"train.layer_decay={self.layer_decay} is for a network that is trained already: set train.init_from "
-                "to official:NAME, timm:NAME, a file or a run folder, or train.layer_decay=1"
-            )
         if self.ema_warmup and self.ema_decay is None:
             raise ValueError("train.ema_warmup=true needs a moving average: set train.ema_decay, 0.999 for example")
         self._check_schedule()
         return self
 
+    def check_start(self) -> None:
+        """Raise a ValueError for options that need a trained network, if training starts from scratch."""
+        if self.layer_decay < 1 and self.init_from is None:
+            raise ValueError(
+                f"train.layer_decay={self.layer_decay} is for a network that is trained already: set train.init_from "
+                "to official:NAME, timm:NAME, a file or a run folder, or train.layer_decay=1"
+            )
+
     def _check_schedule(self) -> None:
         """Refuse lengths that do not fit, if both are in epochs or both in steps; `plan_steps` refuses the others."""
-        needed = {"step": ("step_epochs", "..."), "milestones": ("milestones", "[...]")}
-        name, form = needed.get(self.schedule, ("schedule", ""))
-        if getattr(self, name) is None:
-            raise ValueError(f"train.schedule={self.schedule} needs train.{name}={form}")
+        for schedule, name, form in (("step", "step_epochs", "..."), ("milestones", "milestones", "[...]")):
+            value = getattr(self, name)
+            if schedule == self.schedule and value is None:
+                raise ValueError(f"train.schedule={self.schedule} needs train.{name}={form}")
+            if schedule != self.schedule and value is not None:
+                raise ValueError(
+                    f"train.{name}={value} is for train.schedule={schedule}, not {self.schedule}: set one or the other"
+                )
         unit = "epochs" if self.steps is None else "steps"
         length, warmup = getattr(self, unit), getattr(self, f"warmup_{unit}")
         if warmup is not None and warmup >= length:
@@ -303,10 +309,13 @@ class ClassificationRecipe(Recipe):
             raise ValueError(f"train.dropblock={self.dropblock} rises by epoch: give train.epochs=..., not train.steps")
         return self
 
-    @model_validator(mode="after")
-    def _check_start(self) -> "ClassificationRecipe":
+    def check_start(self) -> None:
+        super().check_start()
         if self.freeze and self.init_from is None:
             raise ValueError(f"train.freeze={self.freeze} would keep random weights: set train.init_from")
+
+    @model_validator(mode="after")
+    def _check_std(self) -> "ClassificationRecipe":
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"train.std={self.std}: must be above 0")
         return self
@@ -418,54 +427,3 @@ class DetectionRecipe(Recipe):
         if self.compile:
             raise ValueError("train.compile=true: torch does not compile a detector's step: set train.compile=false")
         return self
-
-
-# The options whose names have changed, with their new names.
-RENAMED = {"lr_per_256": "lr"}
-# Values of older runs, which did not have these options.
-_BEFORE: dict[str, Any] = {
-    "task": "classification",
-    "steps": None,
-    "milestones": None,
-    "poly_power": 0.9,
-    "reference_batch": 256,
-    "head_lr_factor": 1.0,
-    "warmup_steps": None,
-    "warmup_start": 0.0,
-    "optimizer": "sgd",
-    "betas": [0.9, 0.999],
-    "eps": 1e-8,
-    "decay_biases": False,
-    "clip_norm": None,
-    "clip_value": None,
-    "deterministic": False,
-    "layer_decay": 1.0,
-    "ema_warmup": False,
-    "patience": None,
-}
-# The same for options of `ClassificationRecipe` alone.
-_BEFORE_OF_CLASSES: dict[str, Any] = {
-    "flips": "horizontal",
-    "mean": None,
-    "std": None,
-    "class_weights": None,
-    "drop_path": 0.0,
-    "freeze": 0,
-}
-
-
-def upgrade_recipe(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values under today's names, and the values that an earlier version implied.
-
-    Args:
-        training: "train" of a checkpoint, a results file or a config.yaml of any version; values may be missing.
-    """
-    of_classes = _BEFORE_OF_CLASSES if "mixup_alpha" in training else {}
-    return {**_BEFORE, **of_classes, **{RENAMED.get(name, name): value for name, value in training.items()}}
-
-
-def upgrade_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Do the same for the recipe in a run's identity, whose keys are option names such as "train.lr"."""
-    training = {name.partition(".")[2]: value for name, value in identity.items() if name.startswith("train.")}
-    others = {name: value for name, value in identity.items() if not name.startswith("train.")}
-    return {**others, **{f"train.{name}": value for name, value in upgrade_recipe(training).items()}}

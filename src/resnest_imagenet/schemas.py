@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import create_model
 from pydantic.fields import FieldInfo
@@ -136,7 +136,8 @@ def _specialise(schema: type[Schema], **options: type[Options]) -> type[Schema]:
 def find_part(field: FieldInfo) -> type[Options] | None:
     """Return the schema of a section; None for an option."""
     for part in (field.annotation, *get_args(field.annotation)):
-        if isinstance(part, type) and issubclass(part, Options):
+        # To Python 3.10 list[int] is an instance of type.
+        if get_origin(part) is None and isinstance(part, type) and issubclass(part, Options):
             return part
     return None
 

@@ -54,6 +54,12 @@ REFUSED = [
         "data.train_dir; are these the classes? data.val_split=0.2 keeps a fifth of each for validation in "
         "training, resnest-data split makes folders of both parts",
     ),
+    (
+        train,
+        "data.root=/gone train.batch_size=8 train.global_batch=12",
+        2,
+        "train.global_batch=12 is not a multiple of ",
+    ),
     (train, "+experiment=demo_segmentation data.root=SET", 3, "SET/images: no such folder: is data.root=SET the data "),
     (train, "+experiment=demo_detection data.root=/gone", 3, "data.root=/gone: no such folder"),
     (evaluate, "ckpt=x.pt data.root=/gone", 3, "data.root=/gone: no such folder"),

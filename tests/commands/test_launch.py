@@ -147,6 +147,7 @@ def composed():
         (["data.csv=mine.csv"], "data.csv=mine.csv needs data=csv"),
         (["train.batch_size=automatic"], "train.batch_size=automatic: write a number, or auto"),
         (["train.schedule=step"], "train.schedule=step needs train.step_epochs=..."),
+        (["train.step_epochs=9"], "train.step_epochs=9 is for train.schedule=step, not cosine: set one or the other"),
         (["train.task=clasification"], "unknown train.task 'clasification'; did you mean 'classification'?"),
         (["train.task=null"], "train.task=null: input should be a valid string"),
         (["train.epochs=null"], "give train.epochs=... or train.steps=..."),

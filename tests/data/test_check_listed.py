@@ -34,7 +34,8 @@ def test_copies_on_both_sides_of_a_split_are_faults(tmp_path):
     (root / "emu/1.jpg").rename(root / "emu.jpg")
     (root / "emu/notes.txt").unlink()
     (root / "emu").rmdir()
-    assert {path.decode() for path in ClassifiedData("folder", str(root), val_split=0.5).open_val().files} == in_val
+    val = ClassifiedData("folder", str(root), val_split=0.5).open_part("val")
+    assert {path.decode() for path in val.files} == in_val
 
 
 def test_every_row_of_a_list_is_looked_at(tmp_path):

@@ -68,10 +68,10 @@ def test_a_list_is_read_in_every_form_in_which_programs_write_it(root):
     for form, content in forms.items():
         write(root, content)
         assert list_parts(root) == PARTS, form
-    assert ClassifiedData("csv", str(root)).open_train().notes == (
+    assert ClassifiedData("csv", str(root)).open_part("train").notes == (
         f"{root}/labels.csv: 1 rows repeat another (the first: line 7)",
     )
-    assert [len(ClassifiedData("csv", str(root), val_dir=part).open_val()) for part in ("val", "test")] == [2, 1]
+    assert [len(ClassifiedData("csv", str(root), val_dir=part).open_part("val")) for part in ("val", "test")] == [2, 1]
 
 
 def test_the_file_may_stand_elsewhere_and_have_absolute_paths(root, tmp_path_factory, monkeypatch):

@@ -31,6 +31,29 @@ def test_labels_are_the_positions_of_the_sorted_class_folders(tmp_path):
     assert folder.path(3).decode() == str(tmp_path / "train/été/x.png")
 
 
+def test_files_have_the_order_of_text(tmp_path):
+    """Whether a folder holds only images, has other files, or names that are not ASCII or not text at all."""
+    names = {
+        "plain": (b"b.JPEG", b"B.jpg", b"a10.png", b"a9.Tif", b"a_.webp"),
+        "hidden": (b"b.JPEG", b".a.jpg", b"a.jpg"),
+        "other": (b"b.JPEG", b"notes.txt", b"a.jpg", b"more/x.txt"),
+        "odd": (b"z.jpg", b"\xff.jpg", "\U0001f600.jpg".encode(), "\ue000.jpg".encode(), b"\x80.jpg", b"a.jpg"),
+    }
+    for name, files in names.items():
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for file in files:
+            path = tmp_path / "train" / name / os.fsdecode(file)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    folder = read_image_folder(str(tmp_path), "train", "x")
+    suffixes = (".jpeg", ".jpg", ".png", ".tif", ".webp")
+    for label, name in enumerate(sorted(names)):
+        listed = [os.fsdecode(file).removeprefix(f"{name}/") for file in folder.files[folder.labels == label]]
+        texts = sorted(map(os.fsdecode, names[name]))
+        assert listed == [text for text in texts if text.lower().endswith(suffixes) and text[0] != "."]
+    assert len(folder.notes) == 2
+
+
 @pytest.mark.parametrize(
     ("files", "folders", "message"),
     [

@@ -5,9 +5,11 @@ import io
 import itertools
 import resource
 import struct
+import tempfile
+import threading
 import weakref
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 from conftest import CPU
-from resnest_imagenet.data.augment import POLICIES, Augmentation
+from resnest_imagenet.data.augment import PIXELWISE, POLICIES, Augmentation, Op
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader, choose_loader
 from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
@@ -295,7 +297,14 @@ def test_dali_refuses_a_filter_that_is_another_there(images):
 
 
 def test_choice(monkeypatch):
+    """DALI where it is installed, but not for operations on a CPU; lighting and shift are no operations."""
     assert choose_loader("auto") == "dali"
+    light, jitter, policy = (Augmentation(lighting=0.1, shift=20), Augmentation(jitter=0.1), Augmentation("rotation"))
+    cases = [(light, "cpu", "dali"), (jitter, "cpu", "torchvision"), (policy, "cpu", "torchvision")]
+    cases += [(policy, "mps", "torchvision"), (policy, "cuda", "dali"), (light, "cuda", "dali")]
+    for augmentation, device, expected in cases:
+        assert choose_loader("auto", augmentation, torch.device(device)) == expected
+        assert choose_loader("dali", augmentation, torch.device(device)) == "dali"
     assert choose_loader("torchvision") == "torchvision"
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert choose_loader("auto") == "torchvision"
@@ -304,6 +313,77 @@ def test_choice(monkeypatch):
         match=r"DALI is not installed: set loader=auto, or add the extra \[dali\] of resnest-imagenet: pip install ",
     ):
         choose_loader("dali")
+
+
+def test_auto_takes_the_loader_of_the_transform(images):
+    plan = BatchPlan(len(images), 8, 5)
+    for transform, kind in (
+        (AUGMENTED[0], "TorchvisionLoader"),
+        (TRAIN, "DaliLoader"),
+        (EvalTransform(48), "DaliLoader"),
+    ):
+        assert type(build_loader("auto", images, plan, transform, CPU, 0)).__name__ == kind
+
+
+def test_dali_decodes_the_crop_alone_only_where_it_does_not_matter(images, monkeypatch):
+    """The batches are those of whole images, bit for bit."""
+    from resnest_imagenet.data import dali
+
+    rule, alone = dali._find_decoded_and_window, []
+
+    def record(cropping, height, width, draw, operations):
+        vectors = rule(cropping, height, width, draw, operations)
+        alone[-1].append(vectors[1] == vectors[3] != (height, width))
+        return vectors
+
+    def read(pixelwise):
+        monkeypatch.setattr(dali, "PIXELWISE", pixelwise)
+        alone.append([])
+        return torch.cat([batch for batch, _ in make_loader("dali", images, policy).batches(epoch=0)])
+
+    policy = replace(TRAIN, augmentation=Augmentation("resnest"))
+    monkeypatch.setattr(dali, "_find_decoded_and_window", record)
+    batches = [read(pixelwise) for pixelwise in (PIXELWISE, {Op.IDENTITY}, ())]
+    assert torch.equal(batches[0], batches[2]) and torch.equal(batches[1], batches[2])
+    assert sum(alone[0]) > sum(alone[1]) > sum(alone[2]) == 0
+
+
+def test_the_training_thread_neither_reads_nor_draws(images):
+    """With one thread of the loader too; what happens there is the training thread's to raise."""
+    threads = set()
+
+    @dataclass(frozen=True)
+    class Draws(TrainTransform):
+        def draw_crops(self, epoch, indices):
+            threads.add(threading.current_thread())
+            return super().draw_crops(epoch, indices)
+
+    class Reads(type(images)):
+        def fetch(self, index):
+            threads.add(threading.current_thread())
+            return super().fetch(index)
+
+    watched = Reads(**{field.name: getattr(images, field.name) for field in fields(images)})
+    assert len(list(make_loader("dali", watched, Draws(48, seed=5), workers=1).batches(epoch=0))) == 5
+    assert threads and threading.main_thread() not in threads
+    for thread in threads:  # after a pass: the next may fork workers
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+def test_dali_leaves_no_generated_file(images, tmp_path, monkeypatch):
+    """A graph with operations has conditionals; DALI itself deletes its files where a process ends by itself."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    next(iter(make_loader("dali", images, AUGMENTED[0]).batches(epoch=0)))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    from resnest_imagenet.data.dali_decoding import find_device_id
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    devices = ("cuda", "cuda:0", "cpu")
+    assert [find_device_id(torch.device(name)) for name in devices] == [3, 0, None]
 
 
 def write_hard_images():

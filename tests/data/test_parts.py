@@ -31,16 +31,17 @@ def test_each_image_is_in_one_part_and_each_class_in_both(tmp_path):
     files = ["cat/deep/0.jpg", *(f"cat/{number}.jpg" for number in range(1, 10))]
     order = sorted(files, key=lambda file: hashlib.sha256(f"0/{file}".encode()).digest())
     assert {file.decode() for file in val.files[val.labels == 0]} == set(order[:2])
-    assert read_all(split(root).open_train()) == read_all(train) and read_all(split(root).open_val()) == read_all(val)
+    assert read_all(split(root).open_part("train")) == read_all(train)
+    assert read_all(split(root).open_part("val")) == read_all(val)
     assert split_classes(root, tmp_path / "out", 0.2, seed=0)  # resnest-data split
     assert list_contents(tmp_path / "out/val") == read_all(val)
-    halves = [read_all(split(root, 0.5, seed).open_val()) for seed in (0, 1)]
+    halves = [read_all(split(root, 0.5, seed).open_part("val")) for seed in (0, 1)]
     assert len(halves[0]) == len(halves[1]) == 5 + 1 + 2 and halves[0] != halves[1]
 
 
 def test_new_images_move_few_of_the_others(tmp_path):
-    before = set(read_all(split(write_classes(tmp_path / "a", cat=100), 0.5).open_val()))
-    after = set(read_all(split(write_classes(tmp_path / "b", cat=102), 0.5).open_val()))
+    before = set(read_all(split(write_classes(tmp_path / "a", cat=100), 0.5).open_part("val")))
+    after = set(read_all(split(write_classes(tmp_path / "b", cat=102), 0.5).open_part("val")))
     assert len(before - after) <= 2
 
 
@@ -55,7 +56,7 @@ def test_the_class_folders_may_be_in_the_folder_of_training(tmp_path):
         (root / name).mkdir()
         for number in range(2):
             (root / name / f"{number}.jpg").write_text(name)
-    assert split(root).open_val().classes == ("cat", "dog", "emu", "train", "val")
+    assert split(root).open_part("val").classes == ("cat", "dog", "emu", "train", "val")
 
 
 def test_what_cannot_be_split_is_one_line(tmp_path):

@@ -123,6 +123,7 @@ def test_the_table(tmp_path):
     assert lines[6] == ["top-1", "%", "75.00", "75.00"]
     assert [" ".join(line) for line in lines[8:10]] == ["one: centre crop 32", "two: centre crop 64"]
     assert " ".join(lines[10]) == "only one right: 1, only two right: 1; McNemar's exact p = 1"
+    assert " ".join(lines[11]).startswith("one 75.00 % against two 75.00 % of 4 images, p = 1: no difference")
     assert comparison.disagreements.tolist() == [2, 1]
 
 

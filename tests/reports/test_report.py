@@ -20,6 +20,7 @@ from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.measured import read_measured
 from resnest_imagenet.evaluation.mistakes import calibrate, calibration_error, count_confusions, rank_confusions
 from resnest_imagenet.evaluation.predictions import Predictions
+from resnest_imagenet.evaluation.step_reports import collect_reports
 from resnest_imagenet.reports.runs import Run, find_runs, list_differences, list_figures, read_run
 from resnest_imagenet.reports.table3 import PAPER
 from resnest_imagenet.training.train import train
@@ -142,7 +143,7 @@ def test_a_thousand_classes_stay_readable(tmp_path):
     classes = tuple(f"class{number:04}" for number in range(1000))
     files = np.array([str(tmp_path / "gone.jpg")] * 50_000, dtype=object)
     predictions = [Predictions("centre crop 224", files, classes, said)]
-    text = render_report([Run("big", {}, [], [], {}, {}, [], predictions)], 224, {}, "")
+    text = render_report([Run("big", {}, collect_reports([]), [], {}, {}, [], predictions)], 224, {}, "")
     row = re.search(r"<h3>Most confused</h3>.*?<tbody><tr>(.*?)</tr>", text, re.DOTALL)
     assert re.findall(r"<td>(.*?)</td>", row[1]) == ["class0000", "class0007", "30", "60.0"]
     assert text.count("(no picture at") == 24
@@ -349,10 +350,11 @@ def test_cards_say_what_came_of_a_run(tmp_path, recipes):
     evaluation = Evaluation(labels, predicted, np.ones(40, bool), np.full(40, 0.95), np.full(40, 0.5))
     status = {"state": "failed", "error": "a <reason>", "time": 1_800_000_000.0}
     events = [{**STEP, "step": step, "epoch": 1, "time": 1_799_990_000.0 + step} for step in (1, 3, 6)]
+    steps = collect_reports(events, ("step", "loss", "lr", "images_per_s", "data_wait"))
     scores = [{**EVALUATION, "epoch": epoch, "top1": top1} for epoch, top1 in ((1, 90.0), (2, 70.0))]
     config = {"train.epochs": 3, "model.num_classes": 2}
     predictions = [Predictions("p", np.array(["x"] * 40, object), ("a", "b"), evaluation)]
-    cards = list_cards(Run("r", config, events, scores, status, {}, [], predictions))
+    cards = list_cards(Run("r", config, steps, scores, status, {}, [], predictions))
     assert [(card.label, card.value, card.note) for card in cards] == [
         ("state", "failed", "epochs: 2 of 3; a <reason>"),
         ("best top-1", "90.00 %", "95 % interval 76.9 to 96.0; after epoch 1 of 3"),
@@ -363,8 +365,8 @@ def test_cards_say_what_came_of_a_run(tmp_path, recipes):
         ("evaluated on", "40 images", "2 classes"),
     ]
     early = {"state": "finished", "reason": "train.patience=1", "error": "of an earlier start"}
-    assert list_cards(Run("r", config, events, scores, early, {}, [], []))[0].note == "epochs: 2 of 3; train.patience=1"
-    page = render_report([Run("r", config, events, scores, status, {}, [], predictions)], 224, {}, "")
+    assert list_cards(Run("r", config, steps, scores, early, {}, [], []))[0].note == "epochs: 2 of 3; train.patience=1"
+    page = render_report([Run("r", config, steps, scores, status, {}, [], predictions)], 224, {}, "")
     assert page.index("a &lt;reason&gt;") < page.index("<nav") < page.index("<table")
 
 

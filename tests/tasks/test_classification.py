@@ -30,7 +30,7 @@ def test_a_run_keeps_its_own_images_for_validation(small_run, demo_images, tmp_p
     evaluate = compose_config("eval", EvalConfig, folder, f"ckpt={tmp_path / 'run'}", "device=cpu", "loader.workers=0")
     capsys.readouterr()
     (result,) = evaluate_checkpoint(evaluate)
-    expected = ClassifiedData("folder", str(demo_images / "train"), val_split=0.3, split_seed=5).open_val()
+    expected = ClassifiedData("folder", str(demo_images / "train"), val_split=0.3, split_seed=5).open_part("val")
     assert (result.top1, result.count) == (score, len(expected)) and 25 < result.count < 35
     ckpt = tmp_path / "run/checkpoints/best.pt"
     assert capsys.readouterr().err == (

@@ -1,5 +1,7 @@
+import inspect
 import io
 import re
+import sys
 from functools import cache
 
 import pytest
@@ -158,7 +160,8 @@ def set_gradients(network, value=None):
 def read_all(network, optimizer):
     """Return every number that a step changes, of the state too."""
     states = [value for state in optimizer.state.values() for value in state.values()]
-    steps = [group["step"] for group in optimizer.param_groups if "step" in group]  # LAMB's
+    # LAMB's: a tensor, or a number in timm's first releases that the project takes.
+    steps = [torch.as_tensor(group["step"]) for group in optimizer.param_groups if "step" in group]
     return [*network.state_dict().values(), *states, *steps]
 
 
@@ -293,3 +296,24 @@ def test_steps_are_torchs_up_to_rounding_and_resume_from_what_an_earlier_version
         assert network[0].weight.stride() != twin[0].weight.stride()
         for one, other in zip(read_all(network, optimizer), read_all(twin, reference), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_no_optimiser_imports_the_compiler(monkeypatch):
+    import timm.optim  # noqa: F401  before the compiler is barred: it may import it
+
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        # Where torch has kept what its wrapper needs of the compiler, it would not import that again.
+        monkeypatch.delattr(inspect.unwrap(getattr(torch.optim.Optimizer, name)), "__dynamo_disable", raising=False)
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    with pytest.raises(ImportError, match="torch._dynamo"):
+        torch.optim.SGD([nn.Parameter(torch.zeros(2))])
+    for name in ("sgd", "adamw", "lamb"):
+        model = nn.Linear(2, 2)
+        optimizer = build_optimizer(model, recipe_of(f"train.optimizer={name}"))
+        optimizer.load_state_dict(optimizer.state_dict())
+        complete_state(optimizer)
+        before = model.weight.clone()
+        model(torch.ones(1, 2)).square().sum().backward()
+        take_step(optimizer, 0.1, torch.zeros(()))
+        assert not torch.equal(model.weight, before) and model.weight.grad is None

@@ -37,6 +37,30 @@ OPTIONS += ("train.ema_warmup=true", "train.patience=9", "train.mixup_alpha=0.2"
 OPTIONS += ("log.every_steps=5", "checkpoint.every_steps=3", "checkpoint.keep=2")
 
 
+@pytest.mark.slow
+def test_auto_keeps_the_loader_of_a_run(small_run, inject, tmp_path, capsys, signals):
+    """As it was where auto took DALI for every recipe; a new run takes the faster for this one."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    options = ("train.jitter=0.4", "train.epochs=null", "train.steps=3", "train.warmup_epochs=0", "log.trackers=[]")
+
+    def read(run):
+        saved = load_checkpoint(newest_checkpoint(tmp_path / run))
+        return {name: value for name, value in saved.items() if name != "config"}
+
+    train(small_run(*options, "loader.name=dali", run="dali"))
+    inject(Fault(0, 1, ask_to_stop))
+    with pytest.raises(Stopped):
+        train(small_run(*options, "loader.name=dali", run="resumed"))
+    inject()
+    capsys.readouterr()
+    train(small_run(*options, "loader.name=auto", run="resumed"))
+    printed = capsys.readouterr().out
+    assert "resuming after step" in printed and "no longer bit for bit" not in printed
+    assert_equal(read("dali"), read("resumed"))
+    train(small_run(*options, "loader.name=auto", run="new"))
+    assert [read(run)["circumstances"]["loader"] for run in ("resumed", "new")] == ["dali", "torchvision"]
+
+
 def interrupt():
     raise KeyboardInterrupt
 

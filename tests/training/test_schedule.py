@@ -145,7 +145,12 @@ def test_the_schedules_are_torchs():
     }
     for name, make in schedulers.items():
         options = ("train.dropblock=0", "train.epochs=null", "train.steps=60", f"train.schedule={name}")
-        options += ("train.milestones=[30,45]", "train.lr=0.5", "train.batch_size=256", "train.global_batch=null")
+        options += (
+            "train.milestones=[30,45]" if name == "milestones" else "train.poly_power=0.9",
+            "train.lr=0.5",
+            "train.batch_size=256",
+            "train.global_batch=null",
+        )
         plan = plan_steps(2560, recipe_of(*options, "train.warmup_epochs=null", "train.warmup_steps=0"), world_size=1)
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
         scheduler, rates = make(optimizer), []

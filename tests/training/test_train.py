@@ -7,6 +7,7 @@ test_ranks.py.
 import inspect
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -277,6 +278,14 @@ def test_every_option_of_the_recipe_reaches_its_place(small_run, monkeypatch):
     assert {(g["weight_decay"], g["momentum"], g["nesterov"]) for g in groups} == {(0.003, 0.8, False)}
     heads = [parameter for group in groups if group["lr_factor"] == 7 for parameter in group["params"]]
     assert {id(parameter) for parameter in heads} == {id(parameter) for parameter in state.model.fc.parameters()}
+
+
+@pytest.mark.slow
+def test_a_run_imports_neither_the_compiler_nor_sympy(small_run, few_images, monkeypatch):
+    """Each takes a second or more, and only compiled networks need them."""
+    for name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert train(small_run(*ONE_EPOCH, "log.trackers=[]", f"data.root={few_images}")).step == 1
 
 
 @pytest.mark.slow

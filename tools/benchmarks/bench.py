@@ -33,6 +33,7 @@ from resnest_imagenet import build_model
 from resnest_imagenet.compute import autocast, keep_freed_memory, place
 from resnest_imagenet.models.folding import fold_batch_norms
 from resnest_imagenet.models.pointwise import PointwiseConv2d
+from resnest_imagenet.models.rectified import AveragePool
 from resnest_imagenet.models.split_attention import SplitAttention
 
 # Split attention in ResNeSt-50 at crop 224: channels, side of the map, blocks.
@@ -60,12 +61,15 @@ class PlainSplitAttention(nn.Module):
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """Return a copy of a ResNeSt with the plain formula in place of ours; its keys stay."""
+    """Return a copy of a ResNeSt with the plain formula and torch's modules in place of ours; its keys stay."""
     plain = copy.deepcopy(network)
+    plain.conv1 = nn.Sequential(*plain.conv1)
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SplitAttention):
                 setattr(parent, name, PlainSplitAttention(child))
+            elif isinstance(child, AveragePool):
+                child.forward = partial(nn.AvgPool2d.forward, child)
     return plain
 
 

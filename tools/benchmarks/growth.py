@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -64,8 +65,12 @@ BOUNDS = {  # what decides each cost
     "Memory grows with the batch.",
     "crop": "The arithmetic decides again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic decides: deeper networks have more of it, and are as fast per multiply-add.",
-    "start": "It takes the imports of torch and of its compiler, which the first optimiser loads; then the first step.",
+    "start": "It takes the imports of torch and of DALI, DALI's graph, the network and the first step. Neither torch's "
+    "compiler nor Triton is imported. A folder, a file or a value that is wrong is refused before torch is imported.",
     "resume": "Python reads the events and TensorBoard's records, one by one; it writes them more slowly.",
+    "report": "The imports decide, torch's and matplotlib's; then each event is parsed once, and a chart draws as many "
+    "points as it has pixels.",
+    "listing": "The system decides: it returns the names one by one, unsorted.",
     "checkpoint": "torch's serialisation, and the disk, to which the file is flushed. Reading verifies its SHA-256.",
     "evaluation": "The network decides: images are decoded meanwhile, by the same two cores.",
     "ranks": "The arithmetic decides: two ranks with a core each do the work of one process with both, and sum the "
@@ -104,15 +109,15 @@ def measure_curves(rounds: int, device: str, precision: str) -> dict[str, dict]:
     return result
 
 
-def run_timed(*command: str, until: str | None = None, **environment: str) -> float:
-    """Return the seconds of a process, or until a line of it begins so; it is ended then."""
+def run_timed(*command: str, until: str | None = None, exit_code: int = 0, **environment: str) -> float:
+    """Return the seconds of a process that ends so, or until a line of it begins so; it is ended then."""
     with clock(CPU) as seconds:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
         assert process.stdout
         found = any(until is not None and line.startswith(until) for line in process.stdout)
     if found:
         process.kill()
-    assert process.wait() == 0 or found, command
+    assert process.wait() == exit_code or found, command
     return seconds[0]
 
 
@@ -131,13 +136,101 @@ def measure_start(folder: Path, rounds: int) -> dict[str, list[float]]:
             return run_timed(*TRAIN, *small, f"run_dir={run}", until="epoch 1/270, step 1/")
 
     python = (sys.executable, "-c")
+    save_checkpoint(build_model("resnest50").state_dict(), folder / "resnest50.safetensors")
+    image = next((folder / "data/val").rglob("*.JPEG"))
+    predict = (sys.executable, "-m", "resnest_imagenet.commands.predict", "model=resnest50", "device=cpu")
+    predict += (f"ckpt={folder}/resnest50.safetensors", f"images={image}")
     parts: dict[str, Round] = {
         "import torch": lambda: run_timed(*python, "import torch"),
         "resnest-train --help: the configuration composed": lambda: run_timed(*TRAIN, "--help"),
+        "resnest-train data.root=/gone: refused": lambda: run_timed(*TRAIN, "data.root=/gone", exit_code=3),
         "the trainer imported": lambda: run_timed(*python, "import resnest_imagenet.training.train"),
+        "resnest-predict, one image": lambda: run_timed(*predict),
         "resnest-train, to the end of the first step": start,
     }
     return measure(parts, rounds)
+
+
+def write_long_log(path: Path, seed: int = 0) -> None:
+    """Write the metrics.jsonl of a run of 270 epochs of 5005 steps, a line each 50; noise, as of a training."""
+    noise = random.Random(seed)
+    steps = range(50, 270 * STEPS, 50)
+    values = {"loss": (2.0, 0.1), "lr": (0.1, 0.01), "images_per_s": (1234.0, 30.0), "data_wait": (0.02, 0.01)}
+    with path.open("w") as file:
+        for step in steps:
+            figures = {name: noise.gauss(*moments) for name, moments in values.items()}
+            place = {"epoch": step // STEPS + 1, "step": step}
+            file.write(json.dumps({"event": "train", **place, **figures, "time": 1e9 + step}) + "\n")
+
+
+def measure_report(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """A page of 20 long runs, against the import of torch alone; the CPU's seconds."""
+    evaluation = {"event": "eval", "metric": "top1", "top1": 75.0, "count": 50000, "crop": 224, "protocol": "centre"}
+    for number in range(20):
+        run = folder / f"run{number:02}"
+        run.mkdir()
+        write_long_log(run / "metrics.jsonl", number)
+        with (run / "metrics.jsonl").open("a") as file:
+            for epoch in range(1, 271):
+                file.write(json.dumps({**evaluation, "epoch": epoch, "step": epoch * STEPS, "time": 2e9}) + "\n")
+        options = {"model": {"name": "resnest50", "num_classes": 1000}, "train": {"recipe": "resnest", "epochs": 270}}
+        (run / "config.yaml").write_text(json.dumps(options))
+    page = folder / "page.html"
+    python = [sys.executable, "-c"]
+    command = [sys.executable, "-m", "resnest_imagenet.commands.report", f"runs=[{folder}/run*]", f"out={page}"]
+    command += ["latency=false", "device=cpu"]
+    _, peak = run_counted(command)
+    name = f"resnest-report of 20 runs of 27,000 events ({page.stat().st_size / 1e6:.1f} MB page, peak {peak:.0f} MB)"
+    return measure(
+        {
+            "import torch": lambda: run_counted([*python, "import torch"])[0],
+            "resnest-report's imports": lambda: run_counted([*python, "import resnest_imagenet.reports.report"])[0],
+            name: lambda: run_counted(command)[0],
+        },
+        rounds,
+        warm_up=0,
+    )
+
+
+def run_counted(command: list[str]) -> tuple[float, float]:
+    """Return the CPU's seconds and the largest resident memory, in MB, of a process."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+
+
+def measure_listing(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """A set of 100 classes with 1,300 files each, against reading the names alone."""
+    from torchvision.datasets import ImageFolder
+
+    root = folder / "listed"
+    for number in range(100):
+        (root / f"n{number:08}").mkdir(parents=True)
+        for image in range(1300):
+            (root / f"n{number:08}/n{number:08}_{image * 7919 % 100000}.JPEG").touch()
+
+    def read_names() -> None:
+        for name in os.listdir(root):
+            os.listdir(root / name)
+
+    works: dict[str, Callable[[], object]] = {
+        "the names of 130,000 files": read_names,
+        "read_image_folder": lambda: read_image_folder(str(folder), "listed", "data.train_dir"),
+        "torchvision's ImageFolder": lambda: ImageFolder(str(root)),
+    }
+    return measure({name: time_work(work) for name, work in works.items()}, rounds)
+
+
+def time_work(work: Callable[[], object]) -> Round:
+    """Return a round that does the work and returns its seconds."""
+
+    def run() -> float:
+        with clock(CPU) as seconds:
+            work()
+        return seconds[0]
+
+    return run
 
 
 def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -147,9 +240,7 @@ def measure_resume(folder: Path, rounds: int) -> dict[str, list[float]]:
     (folder / "config.yaml").touch()
     path = folder / "metrics.jsonl"
     state = cast(TrainingState, SimpleNamespace(step=269 * STEPS + 2500, epoch=269, best=75.0))
-    figures = {"loss": 2.123456789, "lr": 0.123456789, "images_per_s": 1234.56789, "data_wait": 0.0123456789}
-    events = [{"event": "train", "epoch": step // STEPS + 1, "step": step} for step in range(50, 270 * STEPS, 50)]
-    path.write_text("".join(json.dumps({**event, **figures, "time": 1e9}) + "\n" for event in events))
+    write_long_log(path)
 
     def resume(is_new: bool) -> float:
         if is_new:
@@ -185,21 +276,13 @@ def measure_checkpoint(folder: Path, rounds: int) -> dict[str, list[float]]:
             file.flush()
             os.fsync(file.fileno())
 
-    def timed(work: Callable[[], object]) -> Round:
-        def run() -> float:
-            with clock(CPU) as seconds:
-                work()
-            return seconds[0]
-
-        return run
-
     works = {
         f"{len(buffer.getbuffer()) / 1e6:.0f} MB written and flushed": write,
         "saved": lambda: save_checkpoint(content, path),
         "read back as bytes": raw.read_bytes,
         "loaded and verified": lambda: load_checkpoint(path),
     }
-    return measure({name: timed(work) for name, work in works.items()}, rounds)
+    return measure({name: time_work(work) for name, work in works.items()}, rounds)
 
 
 def measure_evaluation(folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -323,7 +406,7 @@ def report(result: dict) -> str:
             speed, point = _speed(points, key), points[key]
             work = speed * point["multiply_adds"] / points[REFERENCE]["multiply_adds"]
             lines.append(f"| {name} | {batch} | {crop} | {speed:.2f} | {work:.2f} | {point['kept']:.0f} |")
-    for title in ("start", "resume", "checkpoint", "evaluation", "ranks"):
+    for title in ("start", "resume", "report", "listing", "checkpoint", "evaluation", "ranks"):
         seconds, other = result[title], result["machines"].get(title, result["machine"])
         lines += ["", f"## {title.capitalize()}", "", BOUNDS[title], ""]
         lines += [] if other == result["machine"] else [f"{_describe(other)}.", ""]
@@ -359,6 +442,8 @@ def main() -> None:
         for part, work in (
             ("start", lambda: measure_start(folder, args.rounds)),
             ("resume", lambda: measure_resume(folder, args.rounds)),
+            ("report", lambda: measure_report(folder, args.rounds)),
+            ("listing", lambda: measure_listing(folder, args.rounds)),
             ("checkpoint", lambda: measure_checkpoint(folder, args.rounds)),
             ("ranks", lambda: measure_ranks(folder, args.rounds)),
             ("evaluation", lambda: measure_evaluation(folder, args.rounds)),

@@ -162,20 +162,30 @@ def _compare_with_torchvision(title: str, seconds: dict[str, list[float]], kept:
 
 
 def compare_compiled(setting: Setting) -> Iterator[Row]:
-    """Compiled training and inference against timm's."""
-    from bench import bench_inference, bench_step, measure
+    """Compiled training and inference in bf16 against timm's."""
+    from bench import bench_inference, measure
 
+    yield _compare_compiled_steps(setting, "bf16", 1.15)
     batch, crop, count = setting.choose(128, 2), setting.choose(224, 32), setting.choose(7, 1)
-    theirs = "timm, channels_last, compiled"
-    rounds, _ = bench_step(batch, crop, "bf16", setting.device, compiles=True)
-    pair = {name: rounds[name] for name in ("ours, compiled", theirs)}
-    ratio = find_ratio(measure(pair, count, 2), theirs, "ours, compiled")
-    yield at_least(f"compiled training step of resnest50, batch {batch}, bf16: timm / ours", ratio, 1.15, " x")
-    del rounds, pair
     rounds = bench_inference(batch, crop, "bf16", setting.device, compiles=True)
     pair = {name: rounds[name] for name in ("ours, compiled and frozen", "timm, channels_last")}
     ratio = find_ratio(measure(pair, count, 2), "timm, channels_last", "ours, compiled and frozen")
     yield at_least(f"compiled inference of resnest50, batch {batch}, bf16: timm / ours", ratio, 1.9, " x")
+
+
+def compare_compiled_fp32(setting: Setting) -> Iterator[Row]:
+    """Compiled training in fp32 against timm's."""
+    yield _compare_compiled_steps(setting, "fp32", 1.10)
+
+
+def _compare_compiled_steps(setting: Setting, precision: str, goal: float) -> Row:
+    from bench import bench_step, measure
+
+    batch, theirs = setting.choose(128, 2), "timm, channels_last, compiled"
+    rounds, _ = bench_step(batch, setting.choose(224, 32), precision, setting.device, compiles=True)
+    pair = {name: rounds[name] for name in ("ours, compiled", theirs)}
+    ratio = find_ratio(measure(pair, setting.choose(7, 1), 2), theirs, "ours, compiled")
+    return at_least(f"compiled training step of resnest50, batch {batch}, {precision}: timm / ours", ratio, goal, " x")
 
 
 def time_loaders(setting: Setting) -> Iterator[Row]:
@@ -277,6 +287,7 @@ PARTS: dict[str, tuple[Callable[[Setting], Iterator[Row]], int]] = {
     "loaders": (time_loaders, 40),
     "nccl": (run_nccl, 25),
     "compiled": (compare_compiled, 90),
+    "compiled-fp32": (compare_compiled_fp32, 60),
 }
 
 

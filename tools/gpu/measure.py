@@ -22,6 +22,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = "resnest_imagenet.commands"
+FIRST = "dali-fp32/checkpoints/best.pt"  # the network of the first run
 ODD_KINDS = (  # and modes, as Pillow calls them
     *(("PNG", mode) for mode in ("RGB", "P", "LA", "1")),
     *(("JPEG", mode) for mode in ("CMYK", "L")),
@@ -91,7 +92,7 @@ def train_downstream(out: Path, device: str, task: str, figure: str, protocols: 
     data = out / task
     run(f"{COMMANDS}.data", "demo", f"task={task}", f"out={data}")
     common = (f"data.root={data}", f"device={device}")
-    start = (f"+experiment=demo_{task}", *common, f"train.init_from={out / 'dali-fp32/checkpoints/best.pt'}")
+    start = (f"+experiment=demo_{task}", *common, f"train.init_from={out / FIRST}")
     rows = []
     for precision, torchrun in (("fp32", False), ("bf16", False), ("bf16", True)):
         run_dir = out / f"{task}-{precision}{'-torchrun' * torchrun}"
@@ -117,7 +118,7 @@ def train_downstream(out: Path, device: str, task: str, figure: str, protocols: 
 def look(out: Path, device: str) -> list[dict]:
     """Run the commands that look at the first run's network."""
     images = next((out / "demo/val").iterdir())
-    common = (f"ckpt={out / 'dali-fp32/checkpoints/best.pt'}", f"images={images}", "crop=56", "precision=bf16")
+    common = (f"ckpt={out / FIRST}", f"images={images}", "crop=56", "precision=bf16")
     rows = []
     for command, options in (
         ("predict", (*common, f"out={out / 'predicted.csv'}")),
@@ -166,22 +167,12 @@ def print_table(rows: list[dict]) -> None:
         print(f"{row['case']:<60}{row['exit']:>5}{value!s:>16}{columns}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--images", type=Path, help="photographs, DIR/<class>/<image>: for parity.py and bench_data.py")
-    args = parser.parse_args()
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    data = out / "demo"
-    run(f"{COMMANDS}.data", "demo", f"out={data}")
-
+def list_cases(device: str) -> list[tuple[str, str, list[str], bool]]:
+    """Return the runs of the demo: loader, precision, options, and whether under torchrun (NCCL)."""
     accumulate = ["train.batch_size=16", "train.global_batch=32"]
     compiled = ["train.compile=true"]
     augmented = ["train.policy=resnest", "train.jitter=0.4", "train.lighting=0.1", "train.cutmix_alpha=1.0"]
-    cases: list[tuple[str, str, list[str], bool]] = [  # loader, precision, overrides, under torchrun (NCCL)
+    cases: list[tuple[str, str, list[str], bool]] = [
         *((loader, precision, [], False) for loader in ("dali", "torchvision") for precision in ("fp32", "bf16")),
         ("dali", "fp16", accumulate, False),
         ("dali", "bf16", compiled, False),
@@ -190,79 +181,94 @@ def main() -> None:
         ("dali", "bf16", [], True),
         ("dali", "fp16", compiled + accumulate, True),
     ]
-    if args.device == "cpu":  # fp16 is emulated there: minutes a step
-        cases = [case for case in cases if case[1] != "fp16"]
+    # A CPU emulates fp16: minutes a step.
+    return [case for case in cases if device != "cpu" or case[1] != "fp16"]
+
+
+def train_cases(out: Path, data: Path, device: str, epochs: int) -> list[dict]:
+    """Train the demo in every case."""
     rows = []
-    for loader, precision, overrides, torchrun in cases:
+    for loader, precision, overrides, torchrun in list_cases(device):
         name = " ".join([loader, precision, *overrides, *["torchrun"] * torchrun]).replace("train.", "")
         run_dir = out / name.replace(" ", "-").replace("=", "-")
         code, seconds, tail = run(
             f"{COMMANDS}.train",
-            *("+experiment=demo", f"data.root={data}", f"run_dir={run_dir}", f"device={args.device}"),
-            *(f"loader={loader}", f"train.precision={precision}", f"train.epochs={args.epochs}", *overrides),
+            *("+experiment=demo", f"data.root={data}", f"run_dir={run_dir}", f"device={device}"),
+            *(f"loader={loader}", f"train.precision={precision}", f"train.epochs={epochs}", *overrides),
             torchrun=torchrun,
         )
         row = {"case": name, "exit": code, "seconds": seconds}
-        row |= summarise(run_dir) if code == 0 else {"output": tail}
-        rows.append(row)
-        print(row, flush=True)
-    for precision, fixed in (("fp32", "false"), ("fp32", "true"), ("bf16", "true")):  # 0 is bit for bit
-        options = (f"data.root={data}", f"device={args.device}", f"train.precision={precision}", "loader=dali")
+        rows.append(row | (summarise(run_dir) if code == 0 else {"output": tail}))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def resume_demo(out: Path, data: Path, device: str) -> list[dict]:
+    """Compare runs that were stopped and resumed with whole ones; a difference of 0 is bit for bit."""
+    rows = []
+    for precision, fixed in (("fp32", "false"), ("fp32", "true"), ("bf16", "true")):
+        options = (f"data.root={data}", f"device={device}", f"train.precision={precision}", "loader=dali")
         rows.append(compare_resumed(out / f"resumed-{precision}-{fixed}", *options, f"train.deterministic={fixed}"))
         print(rows[-1], flush=True)
+    return rows
+
+
+def evaluate_demo(out: Path, data: Path, device: str) -> list[dict]:
+    """Evaluate the first run's network through each loader."""
+    rows = []
     for loader in ("dali", "torchvision"):
         result = out / f"eval-{loader}.json"
-        checkpoint = out / "dali-fp32" / "checkpoints" / "best.pt"
         code, seconds, tail = run(
             f"{COMMANDS}.evaluate",
-            *(f"ckpt={checkpoint}", f"data.root={data}", "crop=[56,64]", f"loader={loader}"),
-            *(f"device={args.device}", f"out={result}"),
+            *(f"ckpt={out / FIRST}", f"data.root={data}", "crop=[56,64]", f"loader={loader}"),
+            *(f"device={device}", f"out={result}"),
         )
         tops = [r["top1"] for r in json.loads(result.read_text())["results"]] if code == 0 else tail
         rows.append({"case": f"eval {loader}", "exit": code, "seconds": seconds, "top1": tops})
         print(rows[-1], flush=True)
+    return rows
 
-    rows += (
-        evaluate_odd(out, data, checkpoint, args.device)
-        + look(out, args.device)
-        + train_downstream(out, args.device, "segmentation", "miou", ("whole", "published"))
-        + train_downstream(out, args.device, "detection", "box_ap", ("coco",))
-    )
 
-    on_gpu = args.device == "cuda"
-    machine = {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-    }
-    (out / "gpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    size = (
-        ["--batch", "128", "--rounds", "20", "--compile"]
-        if on_gpu
-        else ["--batch", "2", "--crop", "64", "--rounds", "1"]
-    )
+def run_benchmarks(out: Path, device: str, images: Path | None) -> None:
+    """Run bench.py, and on photographs parity.py and bench_data.py: what DALI makes of them, and how fast."""
+    tools, environment = REPOSITORY / "tools/benchmarks", {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    size = "--batch 128 --rounds 20 --compile" if device == "cuda" else "--batch 2 --crop 64 --rounds 1"
+    options = [*size.split(), "--device", device, "--precision", "bf16", "--out", str(out / "bench.json")]
+    subprocess.run([sys.executable, str(tools / "bench.py"), *options], env=environment, check=False)
     cores = str(len(os.sched_getaffinity(0)))
-    bench_options = ["--device", args.device, "--workers", cores, "--out", str(out / "bench_data.json")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
-    bench = [
-        sys.executable,
-        str(REPOSITORY / "tools/benchmarks/bench.py"),
-        "--device",
-        args.device,
-        "--precision",
-        "bf16",
+    loaders = ["--device", device, "--workers", cores, "--out", str(out / "bench_data.json")]
+    for tool, options in (("parity", ["--device", device]), ("bench_data", loaders)) if images else ():
+        with (out / f"{tool}.txt").open("w") as log:
+            command = [sys.executable, str(tools / f"{tool}.py"), str(images), *options]
+            subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+        print((out / f"{tool}.txt").read_text())
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--images", type=Path, help="photographs, DIR/<class>/<image>: for parity.py and bench_data.py")
+    args = parser.parse_args()
+    out, device = args.out.resolve(), args.device
+    out.mkdir(parents=True, exist_ok=True)
+    data = out / "demo"
+    run(f"{COMMANDS}.data", "demo", f"out={data}")
+    rows = [
+        *train_cases(out, data, device, args.epochs),
+        *resume_demo(out, data, device),
+        *evaluate_demo(out, data, device),
+        *evaluate_odd(out, data, out / FIRST, device),
+        *look(out, device),
+        *train_downstream(out, device, "segmentation", "miou", ("whole", "published")),
+        *train_downstream(out, device, "detection", "box_ap", ("coco",)),
     ]
-    subprocess.run(
-        [*bench, *size, "--out", str(out / "bench.json")],
-        env=environment,
-        check=False,
-    )
-    if args.images:  # photographs: what DALI makes of them on this device, and how fast
-        for tool, options in (("parity", ["--device", args.device]), ("bench_data", bench_options)):
-            with (out / f"{tool}.txt").open("w") as log:
-                command = [sys.executable, str(REPOSITORY / f"tools/benchmarks/{tool}.py"), str(args.images), *options]
-                subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-            print((out / f"{tool}.txt").read_text())
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    machine = {"device": name, "torch": torch.__version__, "python": sys.version.split()[0]}
+    (out / "gpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    run_benchmarks(out, device, args.images)
     print(machine)
     print_table(rows)
 

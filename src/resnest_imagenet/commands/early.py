@@ -1,4 +1,4 @@
-"""What a command refuses before it imports torch, which takes seconds: a file or folder that is not there.
+"""What a command refuses before it imports torch, which takes seconds: above all, a file or folder that is not there.
 
 `CHECKS` is the whole list. Each check calls the function that the work calls later, too: so both have the same words.
 """
@@ -29,8 +29,10 @@ from resnest_imagenet.data.source import find_part, require_root
 from resnest_imagenet.data.validation import find_class_folders
 from resnest_imagenet.distributed import launched_as
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_folder, require_writable
-from resnest_imagenet.options import Options
+from resnest_imagenet.options import AUTO, Options
 from resnest_imagenet.schemas import RECIPES
+from resnest_imagenet.training.schedule import count_accumulation
+from resnest_imagenet.training.trackers import require_trackers
 from resnest_imagenet.weights.hub_push import require_token
 from resnest_imagenet.weights.sources import find_weights, is_published, require_known
 
@@ -48,6 +50,12 @@ def refuse_early(config: Options) -> None:
         if isinstance(config, schema):
             for check in checks:
                 check(config)
+
+
+def _check_run(config: TrainConfig) -> None:
+    require_trackers(config.log.trackers)
+    if config.train.batch_size != AUTO:
+        count_accumulation(config.train, launched_as().world_size)
 
 
 def _check_parts(config: TrainConfig) -> None:
@@ -141,7 +149,7 @@ def _outputs(*options: str) -> Callable[[Any], None]:
 
 
 CHECKS: dict[type[Options], tuple[Callable[[Any], None], ...]] = {
-    TrainConfig: (_check_parts, _check_start),
+    TrainConfig: (_check_run, _check_parts, _check_start),
     PreviewDataConfig: (_outputs("out"),),
     CheckDataConfig: (_outputs("out"), _check_files),
     ShardDataConfig: (_check_files,),

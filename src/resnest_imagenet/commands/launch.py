@@ -15,6 +15,7 @@ from resnest_imagenet.commands.help import HELP, drop_flags, format_help, format
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.commands.versions import asks_for_version, format_versions
 from resnest_imagenet.distributed import find_launcher_file, has_joined, launched_as, tell_launcher
+from resnest_imagenet.earlier import RENAMED
 from resnest_imagenet.errors import (
     ConfigError,
     DataError,
@@ -28,7 +29,6 @@ from resnest_imagenet.errors import (
     suggest,
 )
 from resnest_imagenet.options import Options, format_value
-from resnest_imagenet.recipe import RENAMED
 from resnest_imagenet.schemas import choose_schema, option_names
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from resnest_imagenet.randomness import Purpose, stream
+from resnest_imagenet.randomness import Purpose, streams
 
 
 class Op(enum.IntEnum):
@@ -40,6 +40,9 @@ class Op(enum.IntEnum):
     TRANSLATE_Y_REL = 19  # by v H pixels
     CUTOUT = 20  # a square of v pixels at (x W, y H), filled with CUTOUT_COLOUR
 
+
+# A pixel depends on no other one: on a crop, the result is the crop of the result.
+PIXELWISE = frozenset((Op.IDENTITY, Op.INVERT, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD, Op.BRIGHTNESS, Op.COLOR))
 
 # What a value of each operation means; the others have none.
 _VALUES = {
@@ -308,16 +311,19 @@ class Augmentation:
         """The operations that occur at each place of the jitter."""
         return [set(JITTER_OPS)] * len(JITTER_OPS) if self.jitter > 0 else []
 
+    @property
+    def has_operations(self) -> bool:
+        """Whether there are operations, not only lighting and shift, which an image's mean includes."""
+        return bool(self.slots_before or self.slots_after)
+
     def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> Appearance:
         """Draw the appearance of samples of an epoch."""
         before = np.zeros((len(indices), len(self.slots_before), 4), np.float32)
         after = np.zeros((len(indices), len(self.slots_after), 4), np.float32)
         offset = np.zeros((len(indices), 3), np.float32)
         if self != NO_AUGMENTATION:
-            for number, index in enumerate(indices):
-                self._draw_one(
-                    stream(seed, Purpose.APPEARANCE, epoch, index), before[number], after[number], offset[number]
-                )
+            for number, generator in enumerate(streams(seed, Purpose.APPEARANCE, epoch, indices)):
+                self._draw_one(generator, before[number], after[number], offset[number])
         return Appearance(before, after, offset)
 
     def _draw_one(self, rng: np.random.Generator, before: np.ndarray, after: np.ndarray, offset: np.ndarray) -> None:

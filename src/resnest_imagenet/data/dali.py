@@ -4,11 +4,14 @@ Image sizes are known only inside the graph, so the graph calls the rules of `tr
 """
 
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from importlib.util import cache_from_source
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +19,8 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
-from resnest_imagenet.data.dali_decoding import DecodingTrial, Vectors, compute_by_size, decode_window
+from resnest_imagenet.data.augment import PIXELWISE
+from resnest_imagenet.data.dali_decoding import DecodingTrial, Vectors, compute_by_size, decode_window, find_device_id
 from resnest_imagenet.data.dali_ops import apply_operations
 from resnest_imagenet.data.decoders import Decoder, choose_decoder
 from resnest_imagenet.data.decoding import BadImage, decode_by_pillow, is_ordinary
@@ -49,10 +53,18 @@ def _find_window(cropping: RandomResizedCrop | ERandomCrop, height: int, width: 
     return _split(cropping.window(height, width, draw))
 
 
-def _find_all_and_window(
-    cropping: RandomResizedCrop | ERandomCrop, height: int, width: int, draw: Sequence[float]
+def _find_decoded_and_window(
+    cropping: RandomResizedCrop | ERandomCrop,
+    height: int,
+    width: int,
+    draw: Sequence[float],
+    operations: Sequence[Sequence[float]],
 ) -> Vectors:
-    return (0, 0), (height, width), *_find_window(cropping, height, width, draw)
+    """Return the window to decode, and the window of the crop in it; operations: those before the crop."""
+    start, shape = _find_window(cropping, height, width, draw)
+    if all(op in PIXELWISE for op, *_ in operations):
+        return start, shape, (0, 0), shape
+    return (0, 0), (height, width), start, shape
 
 
 def _find_square(transform: EvalTransform, height: int, width: int) -> Vectors:
@@ -78,9 +90,9 @@ def _train_pipeline(source: Source, transform: TrainTransform, decoder: Decoder)
     num_outputs = 5 + bool(before or after) + bool(transform.vertical_flip)
     encoded, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
     if before:
-        rule = partial(_find_all_and_window, transform.cropping)
-        *whole, start, shape = compute_by_size(rule, 4, encoded, draw)
-        images = apply_operations(decode_window(encoded, tuple(whole), decoder), drawn[0], before)
+        rule = partial(_find_decoded_and_window, transform.cropping)
+        *decoded, start, shape = compute_by_size(rule, 4, encoded, draw, drawn[0][: len(before)])
+        images = apply_operations(decode_window(encoded, tuple(decoded), decoder), drawn[0], before)
         images = fn.slice(images, start=start, shape=shape, axes=[0, 1])
     else:
         images = decode_window(
@@ -123,10 +135,16 @@ def _to_decodable(encoded: bytes, by_pillow: bool = False) -> bytes:
     return b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes()
 
 
+_Read = tuple[bytes, int | None]  # an image, encoded, and its index; None if none can be used
+# A batch that threads read: its indices, the images by shares, and the draws.
+_Batch = tuple[list[int], list[Future[list[_Read]]], Future[tuple[np.ndarray, ...]]]
+
+
 class _Inputs:
     """The inputs of DALI's external source: the next batch's images, labels and, in training, draws.
 
-    Python reads and checks the images, so that DALI gets only images that can be decoded.
+    Python reads and checks the images, so that DALI gets only images that can be decoded. Threads do that for the next
+    batch while the training thread computes: it only collects what they return.
 
     This object is separate from the loader, so that loader and pipeline do not reference each other: a pipeline must be
     freed with its loader. The garbage collector might free it in a forked process, which lacks DALI's threads.
@@ -149,12 +167,14 @@ class _Inputs:
         self._num_threads = READING_THREADS if images.shard_sizes else workers
         self._epoch = 0
         self._pending: Iterator[np.ndarray] = iter(())
+        self._next: _Batch | None = None
 
     def start(self, epoch: int, start: int) -> None:
         """Start a pass at the rank's `start`-th batch."""
         self._epoch = epoch
         self.recent.clear()
         self._pending = self.plan.batches(epoch, start)
+        self._next = self._begin_batch()
 
     def __call__(self) -> tuple:
         """Return one batch; StopIteration ends the pass.
@@ -163,24 +183,49 @@ class _Inputs:
             DataError: an image cannot be used and must not be replaced.
             OSError: the storage fails.
         """
-        indices = next(self._pending).tolist()
-        encoded, used_indices = self._read_all(indices)
-        for index, used_index in zip(indices, used_indices, strict=True):
+        if self._next is None:
+            raise StopIteration
+        indices, shares, drawn = self._next
+        read = list(itertools.chain.from_iterable(share.result() for share in shares))
+        draws = drawn.result()
+        self._next = self._begin_batch()
+        used: list[int] = []
+        for index, (_, used_index) in zip(indices, read, strict=True):
             self._substitution.record(index, used_index)  # raises if it is None
-        used = [index for index in used_indices if index is not None]
+            used += [] if used_index is None else [used_index]
         self.recent.append(used)
-        images = [np.frombuffer(image, dtype=np.uint8) for image in encoded]
-        labels = self._images.labels[used]
+        images = [np.frombuffer(encoded, dtype=np.uint8) for encoded, _ in read]
+        return images, self._images.labels[used], *draws
+
+    def _begin_batch(self) -> _Batch | None:
+        """Begin to read the pass's next batch; None if there is none.
+
+        The threads end with it, so that none is there when workers are forked after a pass, or long after its loader.
+        """
+        batch = next(self._pending, None)
+        if batch is None:
+            return None
+        indices = batch.tolist()
+        threads = ThreadPoolExecutor(self._num_threads + 1)
+        drawn = threads.submit(self._draw, self._epoch, indices)
+        shares = [
+            threads.submit(self._read_share, share.tolist()) for share in np.array_split(batch, self._num_threads)
+        ]
+        threads.shutdown(wait=False)
+        return indices, shares, drawn
+
+    def _draw(self, epoch: int, indices: list[int]) -> tuple[np.ndarray, ...]:
+        """Return the inputs behind images and labels."""
         if isinstance(self.transform, EvalTransform):
-            return images, labels
-        mirrors, crops = self.transform.draw_crops(self._epoch, indices)
+            return ()
+        mirrors, crops = self.transform.draw_crops(epoch, indices)
         horizontal, vertical = mirrors.T
-        appearance = self.transform.draw_appearance(self._epoch, indices)
+        appearance = self.transform.draw_appearance(epoch, indices)
         operations = np.concatenate([appearance.before, appearance.after], axis=1)
         drawn = [operations] if operations.size else []
         drawn += [vertical] if self.transform.vertical_flip else []
         mean = np.array(self.transform.mean, np.float32) - appearance.offset
-        return images, labels, crops, horizontal, mean, *drawn
+        return crops, horizontal, mean, *drawn
 
     def read(self, index: int) -> bytes:
         """Return an image in a form that DALI decodes.
@@ -190,23 +235,26 @@ class _Inputs:
         """
         return _to_decodable(self._images.read(index), index in self.by_pillow)
 
-    def _read_all(self, indices: list[int]) -> tuple[list[bytes], list[int | None]]:
-        """Read with threads that end with this call: none survives into a fork, or outlives its loader."""
+    def _read_share(self, indices: list[int]) -> list[_Read]:
+        return [self._read_or_replace(index) for index in indices]
 
-        def read_share(share: np.ndarray) -> list[tuple[bytes, int | None]]:
-            return [self._read_or_replace(index) for index in share.tolist()]
-
-        with ThreadPoolExecutor(self._num_threads) as threads:
-            shares = threads.map(read_share, np.array_split(indices, self._num_threads))
-            encoded, used = zip(*itertools.chain.from_iterable(shares), strict=True)
-        return list(encoded), list(used)
-
-    def _read_or_replace(self, index: int) -> tuple[bytes, int | None]:
+    def _read_or_replace(self, index: int) -> _Read:
         """Return an image or its replacement, and the index of the image returned; None if none can be used."""
         for used in self._substitution.candidates(index):
             with suppress(BadImage):
                 return self.read(used), used
         return b"", None
+
+
+def _delete_generated_files() -> None:
+    """Delete the Python files that DALI makes of a graph with conditionals, in the folder of temporary files.
+
+    It needs them no longer, and itself deletes them only where the process ends by itself.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            Path(module.__file__).unlink(missing_ok=True)
+            Path(cache_from_source(module.__file__)).unlink(missing_ok=True)
 
 
 class DaliLoader:
@@ -265,7 +313,6 @@ class DaliLoader:
         self._pipeline = pipeline
 
     def _build(self) -> Pipeline:
-        on_gpu = self._device.type == "cuda"
         build = _train_pipeline if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
         pipeline = build(
             self._inputs,
@@ -273,10 +320,11 @@ class DaliLoader:
             choose_decoder(self._device),
             batch_size=self.plan.batch_size,
             num_threads=self._workers,
-            device_id=self._device.index if on_gpu else None,
+            device_id=find_device_id(self._device),
             prefetch_queue_depth=PREFETCHED_BATCHES,
         )
         pipeline.build()
+        _delete_generated_files()
         return pipeline
 
     def _find_refused(self) -> bool:

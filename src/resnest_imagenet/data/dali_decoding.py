@@ -56,6 +56,13 @@ def decode_window(encoded: DataNode, window: tuple[DataNode, ...], decoder: Deco
     return images.gpu() if decoder == "copied" else images
 
 
+def find_device_id(device: torch.device) -> int | None:
+    """Return a GPU's number, the current one's for "cuda"; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @pipeline_def
 def decoding_pipeline(decoder: Decoder) -> DataNode:
     """Decode whole images; feed them as the input "encoded"."""
@@ -66,8 +73,9 @@ def decoding_pipeline(decoder: Decoder) -> DataNode:
 
 def build_decoding(decoder: Decoder, device: torch.device, batch_size: int = 1) -> Pipeline:
     """Build a `decoding_pipeline` for a device."""
-    index = device.index if device.type == "cuda" else None
-    pipeline = decoding_pipeline(decoder, batch_size=batch_size, num_threads=1, device_id=index, prefetch_queue_depth=1)
+    pipeline = decoding_pipeline(
+        decoder, batch_size=batch_size, num_threads=1, device_id=find_device_id(device), prefetch_queue_depth=1
+    )
     pipeline.build()
     return pipeline
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import do_not_convert
 
 from resnest_imagenet.data.augment import CUTOUT_COLOUR, Op
 
@@ -34,7 +35,7 @@ def _apply_one_of(ops: Sequence[Op], images: DataNode, operation: DataNode) -> D
         return images
     if len(ops) == 1:
         if operation[0] == int(ops[0]):
-            images = OPERATIONS[ops[0]](images, operation[1], operation[2], operation[3])
+            images = _apply(ops[0], images, operation)
         return images
     middle = len(ops) // 2
     if operation[0] < int(ops[middle]):
@@ -42,6 +43,11 @@ def _apply_one_of(ops: Sequence[Op], images: DataNode, operation: DataNode) -> D
     else:
         images = _apply_one_of(ops[middle:], images, operation)
     return images
+
+
+@do_not_convert  # the operations have no conditionals: DALI would take a second or two to rewrite their source
+def _apply(op: Op, images: DataNode, operation: DataNode) -> DataNode:
+    return OPERATIONS[op](images, operation[1], operation[2], operation[3])
 
 
 def _to_uint8(images: DataNode) -> DataNode:
@@ -87,7 +93,7 @@ def _solarize(images: DataNode, threshold: DataNode | int, *_: DataNode) -> Data
 
 
 def _solarize_add(images: DataNode, value: DataNode, *_: DataNode) -> DataNode:
-    return _solarize(fn.cast(images + math.floor(value), dtype=types.UINT8), 128)
+    return _solarize(fn.brightness(images, brightness_shift=math.floor(value) / 255), 128)
 
 
 def _brightness(images: DataNode, factor: DataNode, *_: DataNode) -> DataNode:

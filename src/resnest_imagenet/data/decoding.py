@@ -1,7 +1,8 @@
 """Decoding of images: which can be used, and how they are decoded, the same for every loader.
 
-An ordinary JPEG or PNG goes to the loaders' own decoders, which agree on it. Everything else goes through Pillow, for
-both loaders and the data check: on such images the decoders differ, and DALI's may end the process.
+An ordinary JPEG goes to the loaders' own decoders, which agree on it, and an ordinary PNG to DALI's. Everything else
+goes through Pillow, for both loaders and the data check: on such images the decoders differ, and DALI's and
+torchvision's may end the process.
 """
 
 import io
@@ -191,7 +192,8 @@ def decode(encoded: bytes) -> "Tensor":
     import torch
     from torchvision.io import ImageReadMode, decode_image
 
-    if is_ordinary(encoded):
+    # Not a PNG: torchvision 0.29 dies of a damaged one by a segmentation fault. Pillow's pixels are the same.
+    if _is_ordinary_jpeg(encoded):
         try:
             return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
         except RuntimeError:

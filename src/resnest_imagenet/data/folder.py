@@ -18,6 +18,8 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".jpe", ".jfif", ".webp", ".bmp", ".t
 # Suffixes of formats that the two loaders decode differently or not at all.
 OTHER_SUFFIXES = (".gif", ".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".ppm", ".pgm", ".pnm", ".svg", ".psd")
 
+_ENCODED_SUFFIXES, _DOT = tuple(map(os.fsencode, IMAGE_SUFFIXES)), ord(".")
+
 Kind = Literal["image", "hidden", "other format", "other file"]
 # The listing's notes on names that it skips, or takes from an unusual place.
 _NOTES: dict[str, str] = {
@@ -146,18 +148,40 @@ def read_image_folder(root: str, name: str, option: str) -> ImageFolder:
     for entry in sorted(set(os.listdir(part)).difference(classes)):
         if tell_by_name(entry) == "image":
             listing.count("beside", entry)
-    files: list[bytes] = []
-    labels: list[np.ndarray] = []
-    for label, name_of_class in enumerate(classes):
-        images = list(listing.walk(name_of_class, (os.path.realpath(part),)))
-        if not images:
-            raise DataError(f"{part / name_of_class}: a class without images ({', '.join(IMAGE_SUFFIXES)})")
-        nested = [image for image in images if image.count("/") > 1]
-        if nested:
-            listing.count("nested", nested[0], len(nested))
-        files += map(os.fsencode, images)
-        labels.append(np.full(len(images), label, dtype=np.int64))
-    return ImageFolder(part, tuple(classes), np.array(files), np.concatenate(labels), notes=listing.notes)
+    # An array for each class, not a list of all names: that would take 150 MB for ImageNet.
+    files = [_list_class(listing, part, name_of_class) for name_of_class in classes]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), list(map(len, files)))
+    return ImageFolder(part, tuple(classes), np.concatenate(files), labels, notes=listing.notes)
+
+
+def _list_class(listing: Listing, part: Path, name: str) -> np.ndarray:
+    """Return the images of a class, bytes (n,): their paths below the part."""
+    files = _list_plain(part / name, os.fsencode(name))
+    if files is not None:
+        return files
+    images = list(listing.walk(name, (os.path.realpath(part),)))
+    if not images:
+        raise DataError(f"{part / name}: a class without images ({', '.join(IMAGE_SUFFIXES)})")
+    nested = [image for image in images if image.count("/") > 1]
+    if nested:
+        listing.count("nested", nested[0], len(nested))
+    return np.array(list(map(os.fsencode, images)))
+
+
+def _list_plain(folder: Path, name: bytes) -> np.ndarray | None:
+    """Return what `Listing.walk` yields for a folder that holds only images, in a third of the time, or None.
+
+    None also if a name is not ASCII: bytes may have another order than text.
+    """
+    try:
+        names = os.listdir(os.fsencode(folder))
+    except OSError:
+        return None
+    is_plain = all(file.lower().endswith(_ENCODED_SUFFIXES) and file[0] != _DOT for file in names)
+    if not (names and is_plain and b"".join(names).isascii()):
+        return None
+    names.sort()
+    return np.array([b"%s/%s" % (name, file) for file in names])
 
 
 def match_paths(pattern: str) -> list[str]:

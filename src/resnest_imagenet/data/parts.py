@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from resnest_imagenet.data.csv_list import NAME, CsvList, find_csv, read_csv
 from resnest_imagenet.data.folder import ImageFolder, read_image_folder
@@ -61,21 +61,14 @@ class ClassifiedData:
         require_separate(train_set.root, val_set.root)
         return train_set, val_set
 
-    def open_train(self) -> ImageSource:
-        """List the images of training alone."""
+    def open_part(self, part: Literal["train", "val"]) -> ImageSource:
+        """List the images of one part alone."""
+        directory, name = (self.train_dir if part == "train" else self.val_dir), f"data.{part}_dir"
         if self.kind == "csv":
-            return self._read_csv().open(self.train_dir, "data.train_dir")
+            return self._read_csv().open(directory, name)
         if self.val_split is not None:
-            return self._split_folder(self.val_split)[0]
-        return open_source(self.kind, self.root, self.train_dir, "data.train_dir")
-
-    def open_val(self) -> ImageSource:
-        """List the images of validation alone."""
-        if self.kind == "csv":
-            return self._read_csv().open(self.val_dir, "data.val_dir")
-        if self.val_split is not None:
-            return self._split_folder(self.val_split)[1]
-        return open_source(self.kind, self.root, self.val_dir, "data.val_dir")
+            return self._split_folder(self.val_split)[part == "val"]
+        return open_source(self.kind, self.root, directory, name)
 
     def _read_csv(self) -> CsvList:
         listed = read_csv(self.root, self.csv)

@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 _COLOURS = ("#3b8fd6", "#d8722c", "#2a9d7f", "#c05fb5", "#9a8320", "#d9534f", "#808080")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vPX"
+_SIGNS = "●■◆▲▼✚✖"  # like the markers
 INK = "#010203"  # replaced by the page's text colour
+LEGEND = 12  # lines that a legend names; more names would cover the chart
 NAMED, NUMBERED = 60, 24  # a confusion matrix has names and numbers up to this number of classes
 _TAG = re.compile(r"<[^<>]+>")
 _LONG_NUMBER = re.compile(r"(?<![\w#.])(-?\d+\.\d\d)\d+")
@@ -51,6 +53,11 @@ def style_of(number: int) -> dict[str, Any]:
     names = ("color", "linestyle", "marker")
     choices = zip(names, (_COLOURS, _STYLES, _MARKERS), strict=True)
     return {name: values[number % len(values)] for name, values in choices}
+
+
+def sample_style(number: int) -> tuple[str, str]:
+    """Return the colour and a sign like the marker of the n-th line."""
+    return _COLOURS[number % len(_COLOURS)], _SIGNS[number % len(_SIGNS)]
 
 
 def render_chart(
@@ -119,9 +126,9 @@ def _drawn(charts: Sequence[Chart], size: tuple[float, float], style: dict[Any, 
 
 
 def paint_lines(axes: Axes, lines: Sequence[Line]) -> None:
-    """Draw lines; a single one needs no legend."""
+    """Draw lines; a single one needs no legend, and more than LEGEND have none."""
     for line in lines:
-        label = {"label": line.name} if len(lines) > 1 else {}
+        label = {"label": line.name} if 1 < len(lines) <= LEGEND else {}
         axes.plot(line.x, line.y, **{"linewidth": 1.2, "markersize": 3, **line.style, **label})
 
 

@@ -2,17 +2,51 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from resnest_imagenet.evaluation.charts import Chart, Line, paint_lines, style_of
-from resnest_imagenet.evaluation.events import TOP1, Event, count_steps_per_epoch, name_metric
+from resnest_imagenet.evaluation.events import TOP1, Event, name_metric
 from resnest_imagenet.evaluation.score import title_metric
+from resnest_imagenet.evaluation.step_reports import StepReports, count_steps_per_epoch
 
 TOP5, LOSS = "top5", "loss"
+BUCKETS = 400  # of a curve: about the pixels of a chart's width
+MARKERS = 40  # of a curve, at most
+
+
+def thin(x: np.ndarray, y: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
+    """Choose the points of a curve that can be seen: the first, the last, the lowest and the highest of each bucket.
+
+    This is M4 (Jugel et al., M4: A Visualization-Oriented Time Series Data Aggregation, VLDB 2014, section 4.2): a line
+    through these points covers the same pixels as the line through all of them, where a bucket is a column of pixels.
+
+    Args:
+        x: (N,), finite; points of a bucket follow each other.
+        y: (N,); what is not finite is a gap, and is kept where a bucket begins or ends with it.
+        buckets: into which the range of x is divided.
+
+    Returns:
+        Positions of the points, int64, ascending.
+    """
+    if len(x) <= 4 * buckets:
+        return np.arange(len(x))
+    bucket = np.floor((x - x.min()) * (buckets / max(np.ptp(x), 1e-300)))
+    starts = np.flatnonzero(np.diff(bucket, prepend=np.nan) != 0)
+    ends = np.append(starts[1:], len(x))
+    kept = [starts, ends - 1]
+    drawn = np.where(np.isfinite(y), y, np.nan)
+    segment = np.repeat(np.arange(len(starts)), ends - starts)
+    for extreme in (np.fmin, np.fmax):
+        positions = np.flatnonzero(drawn == extreme.reduceat(drawn, starts)[segment])
+        _, firsts = np.unique(segment[positions], return_index=True)
+        kept.append(positions[firsts])
+    return np.unique(np.concatenate(kept))
 
 
 class RunCurves:
     """The events of a run, as lines over its epochs."""
 
-    def __init__(self, name: str, steps: Sequence[Event], evaluations: Sequence[Event]) -> None:
+    def __init__(self, name: str, steps: StepReports, evaluations: Sequence[Event]) -> None:
         """Take the events.
 
         Args:
@@ -26,17 +60,19 @@ class RunCurves:
 
     def draw_steps(self, key: str, number: int, name: str = "", factor: float = 1) -> Line:
         """Return a value of the training's reports; `number` chooses the style."""
-        x = [event["step"] / self._per_epoch for event in self.steps]
-        style = style_of(number) | {"marker": "", "linestyle": "-"}
-        return Line(name or self.name, x, [event[key] * factor for event in self.steps], style)
+        kept = thin(self.steps["step"], self.steps[key])
+        x, y = self.steps["step"][kept] / self._per_epoch, self.steps[key][kept] * factor
+        return Line(name or self.name, x.tolist(), y.tolist(), style_of(number) | {"marker": "", "linestyle": "-"})
 
     def draw_evaluations(self, key: str, number: int, name: str = "") -> Line | None:
         """Return a value of the evaluations; None if they do not have it."""
         points = [(event["epoch"], event[key]) for event in self.evaluations if type(event.get(key)) in (int, float)]
         if not points:
             return None
-        x, y = zip(*points, strict=True)
-        return Line(name or self.name, x, y, style_of(number))
+        x, y = np.array(points, dtype=np.float64).T
+        kept = thin(x, y)
+        style = style_of(number) | {"markevery": 1 + (len(kept) - 1) // MARKERS}
+        return Line(name or self.name, x[kept].tolist(), y[kept].tolist(), style)
 
 
 def chart_losses(runs: Sequence[RunCurves]) -> Chart:

@@ -2,9 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_file
@@ -39,18 +42,40 @@ def read_events(path: Path, numbers: dict[str, tuple[str, ...]]) -> list[Event]:
     Raises:
         ConfigError: it cannot be read, or holds something else.
     """
-    require_file(path)
-    try:
-        events, damaged = parse_events(path)
-        if damaged and not events:
-            raise ValueError("no event")
-        events = [event for event in events if event["event"] in numbers]
+    with refusing_other_content(path):
+        events = [event for event in stream_events(path) if event["event"] in numbers]
         for event in events:
             metric = (name_metric(event),) if event["event"] == "eval" else ()
             require_numbers(event, (*numbers[event["event"]], *metric))
         return events
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+
+
+@contextmanager
+def refusing_other_content(path: Path) -> Iterator[None]:
+    """Raise a ConfigError where the code within cannot use a metrics.jsonl, or its path is no file."""
+    require_file(path)
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{path}: not what resnest-train writes") from error
+
+
+def stream_events(path: Path) -> Iterator[Event]:
+    """Yield the events of a file, without its damaged lines.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has damaged lines, and no event.
+    """
+    is_damaged, has_event = False, False
+    for item in scan_events(path):
+        if isinstance(item, bytes):
+            is_damaged = True
+        else:
+            has_event = True
+            yield item
+    if is_damaged and not has_event:
+        raise ValueError("no event")
 
 
 def require_numbers(event: Event, names: Iterable[str]) -> None:
@@ -95,14 +120,15 @@ def scan_events(path: Path) -> Iterator[Event | bytes]:
     first_epoch: int | None = None  # of the events of steps
     with path.open("rb") as file:
         for line in file:
-            content = line.rstrip(b"\n")
-            event = _parse(content)
-            if event is None and content and line.endswith(b"\n"):
-                yield content
-                event = _parse(content[content.rfind(_START) :])
+            event = _parse(line)
             if event is None:
-                continue
-            if event["event"] != "eval" and all(type(event.get(name)) is int for name in ("epoch", "step")):
+                content = line.rstrip(b"\n")
+                if content and line.endswith(b"\n"):
+                    yield content
+                    event = _parse(content[content.rfind(_START) :])
+                if event is None:
+                    continue
+            if event["event"] != "eval" and type(event.get("epoch")) is int is type(event.get("step")):
                 first_epoch = event["epoch"] if first_epoch is None else first_epoch
                 event["epoch"] += first_epoch == 0
             yield event
@@ -110,22 +136,13 @@ def scan_events(path: Path) -> Iterator[Event | bytes]:
 
 def _parse(line: bytes) -> Event | None:
     try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+        event = from_json(line)  # four times as fast as json
+    except ValueError:
+        try:
+            event = json.loads(line)  # of other encodings, and with halves of characters
+        except (ValueError, RecursionError):
+            return None
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
-
-
-def count_steps_per_epoch(steps: Sequence[Event], evaluations: Sequence[Event]) -> float:
-    """Return an epoch's steps: of the last report of the first epoch, or else by the first evaluation.
-
-    It is 1 without either: a chart then has steps, not epochs. A run's last epoch may be shorter, and the first
-    evaluation may come after it.
-    """
-    first_epoch = [event["step"] for event in steps if event.get("epoch") == 1]
-    if first_epoch and (evaluations or len(first_epoch) < len(steps)):  # the first epoch has ended
-        return max(first_epoch)
-    return next((event["step"] / event["epoch"] for event in evaluations), 1)
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,12 +1,14 @@
 """Figures that were measured here, read from results files and run folders."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from resnest_imagenet.earlier import upgrade_recipe
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.events import TOP1, name_metric, read_events, require_numbers
 from resnest_imagenet.evaluation.results import (
@@ -23,7 +25,6 @@ from resnest_imagenet.evaluation.results import (
 )
 from resnest_imagenet.files import RESULTS, read_matching, require_exists, require_file
 from resnest_imagenet.models.rcnn_options import name_detector
-from resnest_imagenet.recipe import upgrade_recipe
 
 MAX_BYTES = 10**6  # of a file of options
 COCO = "coco"  # the layout of data on which detectors are evaluated
@@ -188,16 +189,31 @@ def has_accuracy(evaluation: dict[str, Any]) -> bool:
 
 def _read_run(folder: Path, recipes: dict[str, dict[str, Any]], metrics: Sequence[str]) -> Result:
     """Return the last evaluation of a run."""
-    path = folder / "metrics.jsonl"
+    with _refusing_other_folders(folder):
+        last = read_events(folder / "metrics.jsonl", {"eval": ("epoch",)})[-1]
+    metric = name_metric(last)
+    if metric not in metrics:
+        raise ConfigError(_refuse_metric(metric, folder, metrics))
+    return measure_run(folder, last, recipes)
+
+
+def measure_run(folder: Path, evaluation: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> Result:
+    """Return the figures of an evaluation of a run, whose options are read from its folder.
+
+    Raises:
+        ConfigError: the folder or the evaluation lacks something.
+    """
+    with _refusing_other_folders(folder):
+        config = read_values(folder / "config.yaml")
+        return _measure_run(config, evaluation, recipes, str(folder / "metrics.jsonl"))
+
+
+@contextmanager
+def _refusing_other_folders(folder: Path) -> Iterator[None]:
     try:
-        config, last = read_values(folder / "config.yaml"), read_events(path, {"eval": ("epoch",)})[-1]
-        metric = name_metric(last)
-        measured = _measure_run(config, last, recipes, str(path)) if metric in metrics else None
+        yield
     except (ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"results={folder}: not a run folder with an evaluation") from error
-    if measured is None:
-        raise ConfigError(_refuse_metric(metric, folder, metrics))
-    return measured
 
 
 def _measure_run(

@@ -171,7 +171,7 @@ def mcnemar_p(only_one: int, only_other: int) -> float:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """Return tables for people: by class, over all images, and each pair of networks."""
+    """Return tables for people: by class, over all images, each pair of networks, and the verdict last."""
     titles, names = (tuple(map(printable, texts)) for texts in (comparison.titles, comparison.names))
     wide = max(len(title) for title in (*titles, "average"))
     columns = [max(len(name), 15) for name in names]
@@ -193,7 +193,8 @@ def format_comparison(comparison: Comparison) -> str:
     lines.append(line("top-1 %", "", [f"{100 * share:.2f}" for share in comparison.is_right.mean(1)]))
     if comparison.has_top5:
         lines.append(line("top-5 %", "", [f"{100 * share:.2f}" for share in comparison.in_top5.mean(1)]))
-    return "\n".join([*lines, *map(printable, (*describe_protocols(comparison), *describe_pairs(comparison)))])
+    notes = (*describe_protocols(comparison), *describe_pairs(comparison), describe_verdict(comparison))
+    return "\n".join([*lines, *map(printable, notes)])
 
 
 def describe_protocols(comparison: Comparison) -> list[str]:

@@ -76,7 +76,7 @@ def open_own_val(data: ClassifiedData, weights: Weights) -> ImageSource:
         DataError: there are none.
     """
     own = data.adopt((weights.run or {}).get("data"))
-    images = own.open_val()
+    images = own.open_part("val")
     if launched_as().rank == 0:
         print_notes(images)
         if own != data:

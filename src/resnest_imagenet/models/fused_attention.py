@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from resnest_imagenet.models.splits import Splits, Statistics
+from resnest_imagenet.models.norms import Statistics, is_plain, take_statistics
+from resnest_imagenet.models.splits import Splits
 
 Gate = Callable[[Tensor], Tensor]
 
@@ -67,9 +68,11 @@ class _Attend(torch.autograd.Function):
         pooled, weights, parameters = ctx.gate
         trained = [p for p in parameters if p.requires_grad]
         # The gate's graph is kept: a caller that keeps the outer graph for a second pass needs this one too.
-        of_pooled, *of_trained = torch.autograd.grad(
-            weights, [pooled, *trained], splits.weight_gradient(gradient), retain_graph=True
-        )
+        # A scalar with this gradient of the weights: for a gradient that is given, torch would import SymPy.
+        of_weights = splits.weight_gradient(gradient)
+        with torch.enable_grad():
+            scalar = (weights * of_weights).sum()
+        of_pooled, *of_trained = torch.autograd.grad(scalar, [pooled, *trained], retain_graph=True)
         of_input = splits.input_gradient(gradient, weights.detach(), of_pooled)
         gradients = iter(of_trained)
         return *of_input, None, None, None, *(next(gradients) if p.requires_grad else None for p in parameters)
@@ -92,8 +95,8 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
     weight: Tensor | None = None
     bias: Tensor | None = None
     statistics: Statistics | None = None
-    if type(bn) is nn.BatchNorm2d and bn.running_mean is not None and bn.momentum is not None:
-        weight, bias, statistics = bn.weight, bn.bias, _take_statistics(y, bn)
+    if is_plain(bn):
+        weight, bias, statistics = bn.weight, bn.bias, take_statistics(y, bn)
     else:
         y = bn(y)
     if not torch.is_grad_enabled():
@@ -101,14 +104,3 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
         splits.rectify()
         return splits.sum_weighted(gate(splits.pool()))
     return _Attend.apply(y, weight, bias, statistics, radix, gate, *parameters)[0]
-
-
-@torch.no_grad()
-def _take_statistics(y: Tensor, bn: nn.BatchNorm2d) -> Statistics:
-    """Return the statistics that bn normalises y with; in training, update its running statistics as bn would."""
-    assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
-    if not bn.training:
-        return Statistics(bn.running_mean, bn.running_var, False, bn.eps)
-    bn.num_batches_tracked.add_(1)
-    mean, variance = torch.ops.aten.batch_norm_update_stats(y, bn.running_mean, bn.running_var, bn.momentum)
-    return Statistics(mean, variance, True, bn.eps)

@@ -145,7 +145,7 @@ def prove(blocks: Counter[Block], device: torch.device, dtype: torch.dtype, trai
             where = f"({NAMES[compared]}, {block})"
             try:
                 difference = _find_difference(replace(block, norm=norm), device, compared, with_gradients)
-            except Exception as error:
+            except Exception as error:  # a kernel, or its compiler, raises anything
                 _require_device(error, device)
                 return f"fails: {first_line(error)} {where}"
             if difference:
@@ -235,7 +235,7 @@ def _time_safely(
     """Return the ratios of `time_both`, or none and the operator's fault: at its full size a kernel may fail yet."""
     try:
         return time_both(blocks, batch, device, dtype, trains), None
-    except Exception as error:
+    except Exception as error:  # as above
         _require_device(error, device)
         return [], f"fails: {first_line(error)}"
 

@@ -5,11 +5,13 @@ Module names are those of the official release, so that its weights load as they
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnest_imagenet.models.pointwise import PointwiseConv2d
+from resnest_imagenet.models.rectified import AveragePool, can_recompute, convolve_rectified, pool_rectified
 from resnest_imagenet.models.split_attention import Implementation, SplitAttention
 
 EXPANSION = 4  # output channels of a bottleneck over its planes
@@ -67,7 +69,7 @@ class Bottleneck(nn.Module):
         self.conv1 = PointwiseConv2d(in_channels, group_width)
         self.bn1 = nn.BatchNorm2d(group_width)
         self.conv2 = SplitAttention(group_width, spec.radix, spec.cardinality, dilation=dilation)
-        self.avd_layer = nn.AvgPool2d(3, stride, padding=1) if pool else nn.Identity()
+        self.avd_layer = AveragePool(3, stride, padding=1) if pool else nn.Identity()
         self.avd_first = spec.avd_first
         self.conv3 = PointwiseConv2d(group_width, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -75,10 +77,37 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.conv2(self.avd_layer(out)) if self.avd_first else self.avd_layer(self.conv2(out))
+        out = self.conv1(x)
+        if self._recomputes(out):
+            out = self.conv2(out, self.bn1)
+        else:
+            out = F.relu(self.bn1(out), inplace=True)
+            out = self.conv2(self.avd_layer(out) if self.avd_first else out)
+        if not self.avd_first:
+            out = self.avd_layer(out)
         out = self.bn3(self.conv3(out))
         return F.relu(out.add_(shortcut), inplace=True)
+
+    def _recomputes(self, y: Tensor) -> bool:
+        pools_first = self.avd_first and not isinstance(self.avd_layer, nn.Identity)
+        return (
+            isinstance(self.conv2, SplitAttention)
+            and self.conv2.implementation != "reference"
+            and not pools_first
+            and can_recompute(y, self.bn1, self.conv2.conv)
+        )
+
+
+class Stem(nn.Sequential):
+    """Convolutions with a batch norm and a ReLU between them; in training, the convolutions' inputs are recomputed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to the last convolution's output."""
+        modules: list[Any] = list(self)
+        x, rest = modules[0](x), modules[1:]
+        for bn, relu, conv in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            x = convolve_rectified(x, bn, conv) if can_recompute(x, bn, conv) else conv(relu(bn(x)))
+        return x
 
 
 class ResNeSt(nn.Module):
@@ -121,7 +150,8 @@ class ResNeSt(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is 8, 16 or 32, not {output_stride}")
         width = spec.stem_width
-        self.conv1 = nn.Sequential(
+        stem = nn.Sequential if split_attention == "reference" else Stem
+        self.conv1 = stem(
             nn.Conv2d(3, width, kernel_size=3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
@@ -152,7 +182,11 @@ class ResNeSt(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to the features of layer4 (B, 32 planes, H / output_stride, W / output_stride)."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.conv1(x)
+        if isinstance(self.conv1, Stem) and can_recompute(x, self.bn1, self.maxpool):
+            x = pool_rectified(x, self.bn1, self.maxpool)
+        else:
+            x = self.maxpool(F.relu(self.bn1(x), inplace=True))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resnest_imagenet.models.fused_attention import attend
 from resnest_imagenet.models.pointwise import PointwiseConv2d
+from resnest_imagenet.models.rectified import convolve_rectified
 
 Implementation = Literal["auto", "fused", "reference"]
 
@@ -86,12 +87,13 @@ class SplitAttention(nn.Module):
         self.bn1 = nn.BatchNorm2d(inner)
         self.fc2 = PointwiseConv2d(inner, channels * radix, groups=cardinality, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.BatchNorm2d | None = None) -> Tensor:
+        """Map x, or relu(norm(x)) if there is a norm before (see `can_recompute`), to (B, C, H', W')."""
         if type(self.bn1) is nn.BatchNorm2d and self.bn1.training and x.shape[0] == 1:
             raise ValueError(
                 "split attention normalises one value per image and channel: train with at least 2 images per device"
             )
-        y = self.conv(x)
+        y = self.conv(x) if norm is None else convolve_rectified(x, norm, self.conv)
         # The attention stays float32 under autocast: its products are small, and casts would make them slower.
         with self._in_full_precision(y.device.type):
             if self._is_fused(y):

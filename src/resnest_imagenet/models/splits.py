@@ -3,25 +3,10 @@
 `TritonSplits` computes the same in kernels for CUDA; `fused_attention` chooses between them.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Statistics(NamedTuple):
-    """The statistics that bn0 normalises with.
-
-    Attributes:
-        mean, variance: float32 (R C,).
-        are_of_batch: whether they depend on y, and so contribute to its gradient.
-        eps: added to the variance.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    are_of_batch: bool
-    eps: float
+from resnest_imagenet.models.norms import Statistics, differentiate_norm, rectify_normalised
 
 
 class Splits:
@@ -41,8 +26,7 @@ class Splits:
         if statistics is None:
             self._x = y
         else:
-            mean, variance, _, eps = statistics
-            self._x = torch.native_batch_norm(y, weight, bias, mean, variance, False, 0.0, eps)[0].relu_()
+            self._x = rectify_normalised(y, weight, bias, statistics)
 
     def rectify(self) -> None:
         """Overwrite y with the splits if it is normalised already: the backward pass gets them as y."""
@@ -71,7 +55,7 @@ class Splits:
 
     def input_gradient(
         self, gradient: Tensor, weights: Tensor, pooled: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of y and of bn0's weight and bias.
 
         Args:
@@ -86,11 +70,7 @@ class Splits:
         torch.ops.aten.threshold_backward.grad_input(out, self._x, 0, grad_input=out)
         if self._statistics is None:
             return out, None, None
-        mean, variance, are_of_batch, eps = self._statistics
-        return torch.ops.aten.native_batch_norm_backward(
-            *(out, self._y, self._weight, mean, variance, mean, (variance + eps).rsqrt()),
-            *(are_of_batch, eps, [True, True, True]),
-        )
+        return differentiate_norm(out, self._y, self._weight, self._statistics)
 
     def _divide(self, x: Tensor) -> Tensor:
         """View (B, R C, ...) as (B, R, C, ...): splitting a dimension needs no copy in any memory format."""

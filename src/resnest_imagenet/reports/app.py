@@ -177,7 +177,7 @@ def _build_blocks(page: Page, title: str) -> Any:
             return [None] * (1 + len(page.pictures))
         try:
             found = page.ask(list_images(path))
-        except Exception as error:
+        except Exception as error:  # the page shows what a command would print
             explained = error if isinstance(error, UserError) else explain_runtime(error)
             if explained is None:
                 raise

@@ -16,6 +16,7 @@ from resnest_imagenet.reports.runs import Run
 
 _TONES = {"finished": "good", "failed": "bad"}
 _REASON = 200  # characters of an error
+_LAST_TIME = 1e11  # in seconds: later ones have no date
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def _describe_best(run: Run) -> Iterator[Card]:
 
 
 def _add_interval(percent: float, count: int, note: str) -> str:
+    if count < 1:  # a results file of others
+        return note
     low, high = wilson_interval(min(max(percent / 100, 0.0), 1.0), count)
     return f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {note}"
 
@@ -104,7 +107,10 @@ def _describe_others(run: Run) -> Iterator[Card]:
 
 
 def _describe_time(run: Run) -> Iterator[Card]:
-    times = [event["time"] for event in (*run.steps, *run.evaluations) if _is_time(event.get("time"))]
+    times = [event["time"] for event in run.evaluations if _is_time(event.get("time"))]
+    if run.steps:
+        of_steps = run.steps["time"]
+        times += of_steps[(of_steps > 0) & (of_steps < _LAST_TIME)].tolist()
     ended = run.status.get("time") if _is_time(run.status.get("time")) else max(times, default=None)
     if len(times) > 1:
         yield Card("duration", format_seconds(max(times) - min(times)), "from the first report to the last")
@@ -114,7 +120,7 @@ def _describe_time(run: Run) -> Iterator[Card]:
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < 1e11
+    return isinstance(value, int | float) and 0 < value < _LAST_TIME
 
 
 def _describe_data(run: Run) -> Iterator[Card]:

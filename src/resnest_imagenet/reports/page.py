@@ -10,8 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from resnest_imagenet.data.torchvision import decode
-
 SIDE = 224  # of a picture, in pixels
 LONG = 30  # rows from which a table of classes scrolls
 FIGURE_SPACE = "\u2007"  # as wide as a digit
@@ -103,6 +101,8 @@ def render_picture(encoded: bytes, truth: str, caption: Iterable[Markup]) -> Mar
         truth: its class, for readers who cannot see the image.
         caption: HTML, one item for each line.
     """
+    from resnest_imagenet.data.torchvision import decode  # late: torchvision takes seconds, and few pages need it
+
     picture = Image.fromarray(decode(encoded).permute(1, 2, 0).numpy())
     return render_figure(embed_image(ImageOps.fit(picture, (SIDE, SIDE)), truth), caption)
 

@@ -1,7 +1,8 @@
 """Runs as a page for a browser: what came of them, their curves and mistakes, and how they were configured."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import starmap, zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from markupsafe import Markup
 
 from resnest_imagenet.compute import name_device
 from resnest_imagenet.distributed import choose_device
-from resnest_imagenet.evaluation.charts import Chart, render_chart
+from resnest_imagenet.evaluation.charts import LEGEND, Chart, render_chart, sample_style
 from resnest_imagenet.evaluation.curves import RunCurves, chart_figures, chart_losses, chart_steps, name_unit
 from resnest_imagenet.evaluation.events import TOP1
 from resnest_imagenet.evaluation.latency import measure_latency
@@ -120,8 +121,9 @@ def _is_classifier(run: Run) -> bool:
 def _render_summary(runs: list[Run]) -> Markup:
     metrics = list(dict.fromkeys(run.metric for run in runs))
     rows = []
+    count = cache(count_cost)  # many runs are of one network
     for run in runs:
-        cost, best = _count_cost(run), run.best
+        cost, best = _count_cost(run, count), run.best
         unit = f" {name_unit(run.metric)}" if len(metrics) > 1 else ""
         rows.append(
             [
@@ -133,7 +135,7 @@ def _render_summary(runs: list[Run]) -> Markup:
                 describe_progress(run),
                 f"{best[run.metric]:.2f}{unit} (epoch {best['epoch']})" if best else "",
                 f"{run.evaluations[-1][run.metric]:.2f}{unit}" if best else "",
-                f"{np.median([event['images_per_s'] for event in run.steps]):,.0f}" if run.steps else "",
+                f"{np.median(run.steps['images_per_s']):,.0f}" if run.steps else "",
                 run.status.get("state", ""),
             ]
         )
@@ -142,7 +144,7 @@ def _render_summary(runs: list[Run]) -> Markup:
     return render_table(head, rows)
 
 
-def _count_cost(run: Run) -> tuple[int, int, str] | None:
+def _count_cost(run: Run, count: Callable[[str, int, int], tuple[int, int]]) -> tuple[int, int, str] | None:
     """Return the parameters, the multiply-adds and the size they are for; None if the folder does not name the network.
 
     They are for the crop of the training, or for the size of a detector's evaluation.
@@ -157,7 +159,7 @@ def _count_cost(run: Run) -> tuple[int, int, str] | None:
     if run.model not in list_models():
         return None
     num_classes = run.config.get("model.num_classes")
-    return *count_cost(run.model, crop, num_classes if type(num_classes) is int else 1000), str(crop)
+    return *count(run.model, crop, num_classes if type(num_classes) is int else 1000), str(crop)
 
 
 def _render_configuration(runs: list[Run]) -> Markup:
@@ -195,8 +197,21 @@ def _render_curves(runs: list[Run]) -> Markup:
             "Loss in training is the mean since the last report, with the recipe's mixing and smoothing; in validation "
             "the plain cross entropy."
         )
-    parts = arrange([_render(chart, (5.4, 3.4)) for chart in large], "large")
+    key = _render_key(curves) if 2 * len(curves) > LEGEND else Markup()  # a run has two lines in a large chart
+    parts = key + arrange([_render(chart, (5.4, 3.4)) for chart in large], "large")
     return parts + Markup("<p>{}</p>").format(note) + arrange([_render(chart, (4.4, 2.6)) for chart in small])
+
+
+def _render_key(curves: Sequence[RunCurves]) -> Markup:
+    """Return the names of runs with their colours and marks."""
+    names = (
+        Markup('<span style="white-space:nowrap"><span style="color:{}">{}</span> {}</span> ').format(
+            *sample_style(number), run.name
+        )
+        for number, run in enumerate(curves)
+    )
+    note = "Marks are on the lines of evaluations: validation, and top-5, which is dotted."
+    return Markup("<p>{}</p><p>{}</p>").format(Markup().join(names), note)
 
 
 def _render(chart: Chart, size: tuple[float, float]) -> Markup:

@@ -7,17 +7,22 @@ from typing import Any
 
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.box_files import BoxFiles, read_box_files
-from resnest_imagenet.evaluation.events import TOP1, count_steps_per_epoch, name_metric, read_events
-from resnest_imagenet.evaluation.measured import has_accuracy, list_results, read_measured, read_values
+from resnest_imagenet.evaluation.events import TOP1, name_metric
+from resnest_imagenet.evaluation.measured import has_accuracy, list_results, measure_run, read_measured, read_values
 from resnest_imagenet.evaluation.predictions import Predictions, read_predictions
 from resnest_imagenet.evaluation.region_files import NamedRegions, read_regions
 from resnest_imagenet.evaluation.results import Measured
+from resnest_imagenet.evaluation.step_reports import (
+    StepReports,
+    collect_reports,
+    count_steps_per_epoch,
+    read_run_events,
+)
 from resnest_imagenet.files import read_matching, require_file, require_folder
 from resnest_imagenet.options import flatten
 
 EVENTS = "metrics.jsonl"
-# The numbers that a report needs from each event; from an evaluation also the value of its metric.
-_KEYS = {"train": ("step", "loss", "lr", "images_per_s", "data_wait"), "eval": ("step", "epoch")}
+_NUMBERS = ("step", "loss", "lr", "images_per_s", "data_wait")  # that a page shows
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Run:
     Attributes:
         name: the folder, as the user gave it.
         config: the options of resnest-train by their dotted names.
-        steps, evaluations: the events of metrics.jsonl.
+        steps: the reports about steps, of metrics.jsonl.
+        evaluations: its evaluations.
         status: status.json.
         environment: environment.json.
         measured: accuracies of resnest-eval out=..., or else the training's last one.
@@ -39,7 +45,7 @@ class Run:
 
     name: str
     config: dict[str, Any]
-    steps: list[dict[str, Any]]
+    steps: StepReports
     evaluations: list[dict[str, Any]]
     status: dict[str, Any]
     environment: dict[str, Any]
@@ -97,27 +103,28 @@ def read_run(folder: Path, recipes: dict[str, dict[str, Any]]) -> Run:
     """
     require_folder(folder, "runs")
     metrics, predictions = folder / EVENTS, folder / "predictions.csv"
-    events = read_events(metrics, _KEYS) if metrics.exists() else []
+    steps, evaluations = read_run_events(metrics, _NUMBERS) if metrics.exists() else (collect_reports([], _NUMBERS), [])
     config = flatten(_read(folder / "config.yaml"))
     if not isinstance(config.get("model.name", ""), str):
         raise ConfigError(f"{folder / 'config.yaml'}: not what resnest-train writes")
-    evaluations = [event for event in events if event["event"] == "eval"]
     if len({name_metric(event) for event in evaluations}) > 1:
         raise ConfigError(f"{metrics}: its evaluations are not all of the same metric")
-    results = [str(path) for path in list_results(folder, (TOP1,))]
-    if not results and evaluations and has_accuracy(evaluations[-1]):
-        results = [str(folder)]
+    measured, _ = read_measured([str(path) for path in list_results(folder, (TOP1,))], recipes)
+    if not measured and evaluations and has_accuracy(evaluations[-1]):
+        measured = [
+            result for result in [measure_run(folder, evaluations[-1], recipes)] if isinstance(result, Measured)
+        ]
     iou, scenes = folder / "iou.csv", folder / "scenes.csv"
     for path in (predictions, iou, scenes):
         require_file(path)
     run = Run(
         name=str(folder).encode(errors="replace").decode(),  # charts cannot draw every name that a system allows
         config=config,
-        steps=[event for event in events if event["event"] == "train"],
+        steps=steps,
         evaluations=evaluations,
         status=_read(folder / "status.json"),
         environment=_read(folder / "environment.json"),
-        measured=read_measured(results, recipes)[0],
+        measured=measured,
         predictions=read_predictions(predictions) if predictions.exists() else [],
         regions=read_regions(iou, scenes) if iou.exists() and scenes.exists() else [],
         boxes=read_box_files(folder),

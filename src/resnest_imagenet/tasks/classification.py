@@ -19,7 +19,7 @@ from resnest_imagenet.data.plan import BatchPlan, plan_evaluation
 from resnest_imagenet.data.shared_images import describe_shared
 from resnest_imagenet.data.source import ImageSource, describe_counts, print_notes
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform, to_levels
-from resnest_imagenet.distributed import Ranks, launched_as
+from resnest_imagenet.distributed import Ranks, choose_device, launched_as
 from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.evaluation.accuracy import TOP, Evaluation, measure_accuracy
 from resnest_imagenet.evaluation.mistakes import count_confusions, measure_classes
@@ -65,7 +65,7 @@ class Classification:
         self.config = config
         require_model(config.model.name)
         require_batch(config.model.name, self._recipe.batch_size, self._recipe.crop)
-        self._loader = choose_loader(config.loader.name)
+        choose_loader(config.loader.name)
         self._data = ClassifiedData.of(config.data.model_dump())
         self.train_set, self.val_set = self._data.open_parts()
         if launched_as().rank == 0:
@@ -236,11 +236,12 @@ class Classification:
         if counts_cost:
             cost = f", {count_cost(name, crop)[1] / 1e9:.2f} GFLOPs at {crop} with 1000 classes"
         train, val, root = len(self.train_set), len(self.val_set), self.config.data.root
+        loader = choose_train_loader(self.config, choose_device(self.config.device))
         split = self._data.describe_split()
         chosen = f" by {split}" if split else ""
         return {
             "network": f"{name}, {len(self.classes)} classes{cost}",
-            "data": f"{train:,} training and {val:,} val images in {root}{chosen}, read by {self._loader}",
+            "data": f"{train:,} training and {val:,} val images in {root}{chosen}, read by {loader}",
             "images per class": describe_counts(self.train_set.labels, self.classes) + self._describe_weights(),
             "evaluation": self._transform.protocol,
         }
@@ -281,6 +282,22 @@ def build_train_transform(recipe: ClassificationRecipe, seed: int) -> TrainTrans
         vertical_flip=0.5 if recipe.flips in ("vertical", "both") else 0.0,
         **to_levels(recipe.mean, recipe.std),
     )
+
+
+def choose_train_loader(config: TrainConfig, device: torch.device, saved: str | None = None) -> str:
+    """Return the loader of a run's training images.
+
+    Args:
+        config: of the run.
+        device: of the batches.
+        saved: the loader in the checkpoint from which it resumes: loader=auto keeps it where it is installed, so that
+            the run stays the same bit for bit.
+    """
+    name = config.loader.name
+    if name == "auto" and saved is not None and (saved == "torchvision" or choose_loader(name) == "dali"):
+        return saved
+    recipe = cast(ClassificationRecipe, config.train)
+    return choose_loader(name, build_train_transform(recipe, config.seed).augmentation, device)
 
 
 def dropblock_probability(recipe: ClassificationRecipe, epoch: int) -> float:

@@ -101,7 +101,7 @@ def write_preview(config: PreviewDataConfig) -> int:
 def _preview_images(config: PreviewDataConfig, recipe: ClassificationRecipe) -> _Preview:
     data = config.data
     choose_loader(config.loader.name)
-    source = ClassifiedData.of(data.model_dump()).open_train()
+    source = ClassifiedData.of(data.model_dump()).open_part("train")
     print_notes(source)
     samples = _choose_samples(len(source), config.images)
     unreadable = name_unreadable(source, samples)

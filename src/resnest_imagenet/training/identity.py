@@ -9,6 +9,7 @@ from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.options import format_value
+from resnest_imagenet.tasks.classification import choose_train_loader
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.run_folder import list_versions
 from resnest_imagenet.training.schedule import StepPlan
@@ -60,10 +61,16 @@ def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "train.compile": config.train.compile,
         "train.deterministic": config.train.deterministic,
         "model.split_attention": config.model.split_attention,
-        "loader": choose_loader(config.loader.name),
+        "loader": _choose_loader(config, ranks),
         "device": name_device(ranks.device),
         **list_versions(),
     }
+
+
+def _choose_loader(config: TrainConfig, ranks: Ranks) -> str:
+    if config.train.task == "classification":
+        return choose_train_loader(config, ranks.device)
+    return choose_loader(config.loader.name)  # it is not used
 
 
 def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:

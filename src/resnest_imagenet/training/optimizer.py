@@ -1,6 +1,8 @@
 """The optimiser: parameter groups, clipping of gradients, and steps that may be skipped."""
 
+import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,19 +99,30 @@ def build_optimizer(model: nn.Module, recipe: Recipe, head: Sequence[str] = ()) 
         ConfigError: `train.head_lr_factor` is set, but the model has no head.
     """
     groups = group_parameters(model, recipe, head)
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
-    else:
-        beta1, beta2 = recipe.betas
-        if recipe.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=recipe.eps, fused=True)
-        else:
-            from timm.optim import Lamb
+    kind: type[torch.optim.Optimizer] = torch.optim.SGD
+    options: dict[str, Any] = {"momentum": recipe.momentum, "nesterov": recipe.nesterov, "fused": True}
+    if recipe.optimizer == "adamw":
+        kind = torch.optim.AdamW
+        options = {"betas": tuple(recipe.betas), "eps": recipe.eps, "fused": True}
+    elif recipe.optimizer == "lamb":
+        from timm.optim import Lamb
 
-            optimizer = Lamb(groups, lr=0.0, betas=(beta1, beta2), eps=recipe.eps, max_grad_norm=None)
+        kind, options = Lamb, {"betas": tuple(recipe.betas), "eps": recipe.eps, "max_grad_norm": None}
+    optimizer: torch.optim.Optimizer = _without_compiler(kind)(groups, lr=0.0, **options)
     complete_state(optimizer)
     return optimizer
+
+
+def _without_compiler(kind: type[torch.optim.Optimizer]) -> type[Any]:
+    """Return a class of optimisers whose methods do not import torch's compiler, which takes as long as torch.
+
+    torch wraps these methods so that a compiled program skips them, and the wrapper imports the compiler. A run
+    compiles its network only. Where a torch does not wrap a method, nothing changes.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))  # the wrappers of `step` also turn gradients off
+    return type(kind.__name__, (kind,), methods)
 
 
 def complete_state(optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from resnest_imagenet.config import TrainConfig
 from resnest_imagenet.errors import printable
-from resnest_imagenet.evaluation.events import parse_events, require_numbers
+from resnest_imagenet.evaluation.step_reports import read_run_events
 from resnest_imagenet.files import make_way, write_atomically
 
 RESULTS, SHEET = "results.png", "val.png"
@@ -43,7 +43,7 @@ def _write(config: TrainConfig, device: torch.device) -> Iterator[Path]:
             make_way(path)
             with write_atomically(path) as file:
                 Image.fromarray(pixels).save(file, format="PNG")
-        except Exception as error:
+        except Exception as error:  # the run is complete: a picture must not make it fail
             print(printable(f"WARNING: {path} is not drawn: {error}"), file=sys.stderr, flush=True)
             continue
         yield path
@@ -59,11 +59,7 @@ def draw_results(folder: Path) -> np.ndarray | None:
     from resnest_imagenet.evaluation.charts import draw_charts
     from resnest_imagenet.evaluation.curves import RunCurves, chart_figures, chart_losses, chart_steps
 
-    events, _ = parse_events(folder / "metrics.jsonl")
-    steps = [event for event in events if event["event"] == "train"]
-    evaluations = [event for event in events if event["event"] == "eval"]
-    for event in steps:
-        require_numbers(event, ("step", "loss", "lr"))
+    steps, evaluations = read_run_events(folder / "metrics.jsonl", ("step", "loss", "lr"))
     if not steps:
         return None
     curves = [RunCurves(folder.name, steps, evaluations)]

@@ -113,7 +113,8 @@ class TensorBoard:
         with naming_storage_errors(self._folder):
             old = sorted(self._folder.glob("events.out.tfevents.*"))
             self.is_new = not cut_event_files(old, step, sum(len(_list_values(event)) for event in events))
-            self._writer = SummaryWriter(str(self._folder), purge_step=0 if self.is_new else None)
+            # Files of one second are read in any order: the mark that drops earlier events is only where it is needed.
+            self._writer = SummaryWriter(str(self._folder), purge_step=0 if old and self.is_new else None)
             files = self._writer._get_file_writer()
             for picture in read_pictures(old, step) if self.is_new else ():  # nothing else has them
                 files.add_event(picture, walltime=picture.wall_time)

@@ -53,14 +53,15 @@ def train(config: TrainConfig) -> TrainingState:
         request.before_leaving = trace.close
         on_abort = trace.closing_after(run.write_end)
         watch = stack.enter_context(supervise(ranks, config.timeout_seconds, on_abort, trace.note))
-        # 3. The data: this rank's share of both sets.
-        loader = task.build_loader(batches, ranks)
+        # 3. The validation set: this rank's share.
         evaluate = task.build_evaluation(ranks)
-        # 4. The network, the same on every rank, and all that changes with it: new, or from the newest checkpoint.
+        # 4. The network, the same on every rank, and all that changes with it: new, or from the newest checkpoint. The
+        # training set comes after the choice of its loader.
         saver = Saver.of(run, ranks, task, plan, tick=lambda: watch.then(STARTING))
         saved = saver.find(config.checkpoint.on_mismatch)
         model = task.build_model(saved is None, device)
         choices = choose_operators(model, task, ranks, saver, saved)
+        loader = task.build_loader(batches, ranks)
         state = TrainingState(model, recipe, task.head)
         if saved is not None:
             if saver.restore(state, loader, saved):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from resnest_imagenet.recipe import upgrade_identity
+from resnest_imagenet.earlier import upgrade_identity
 from resnest_imagenet.training.losses import TOTAL
 
 
