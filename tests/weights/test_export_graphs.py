@@ -216,8 +216,10 @@ def test_the_table_of_8_bit_integers_has_what_both_graphs_do_with_the_images(
     in_openvino, metadata = open_xml(weights.with_suffix(".xml"))
     assert metadata["model"] == NAME
     session = onnxruntime.InferenceSession(tmp_path / "flat.onnx", providers=["CPUExecutionProvider"])
-    logits, others = in_openvino(images), torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    assert (logits - others).abs().max() < 0.1 * others.abs().max()
+    others = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    with torch.no_grad():
+        errors = [(logits - model(images)).abs().mean() for logits in (in_openvino(images), others)]
+    assert 0 < errors[0] < 1.5 * errors[1]  # the rounding of the integers, not more
 
 
 @pytest.mark.slow
