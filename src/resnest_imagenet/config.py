@@ -125,7 +125,7 @@ class LoaderOptions(Options):
 
     name: Literal["auto", "dali", "torchvision"] = Field(
         description="Library that decodes images; auto: DALI if it is installed, but torchvision for training images "
-        "on a CPU if the recipe has a policy or jitter; a run keeps its loader when it resumes."
+        "on a CPU if the recipe has a policy; a run keeps its loader when it resumes."
     )
     workers: Annotated[int, Field(ge=0)] | None = Field(
         description="Threads (DALI) or processes (torchvision) per rank; null: as many as cores, at most 8."

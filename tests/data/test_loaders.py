@@ -297,10 +297,10 @@ def test_dali_refuses_a_filter_that_is_another_there(images):
 
 
 def test_choice(monkeypatch):
-    """DALI where it is installed, but not for operations on a CPU; lighting and shift are no operations."""
+    """DALI where it is installed, but not for operations on whole images on a CPU."""
     assert choose_loader("auto") == "dali"
     light, jitter, policy = (Augmentation(lighting=0.1, shift=20), Augmentation(jitter=0.1), Augmentation("rotation"))
-    cases = [(light, "cpu", "dali"), (jitter, "cpu", "torchvision"), (policy, "cpu", "torchvision")]
+    cases = [(light, "cpu", "dali"), (jitter, "cpu", "dali"), (policy, "cpu", "torchvision")]
     cases += [(policy, "mps", "torchvision"), (policy, "cuda", "dali"), (light, "cuda", "dali")]
     for augmentation, device, expected in cases:
         assert choose_loader("auto", augmentation, torch.device(device)) == expected

@@ -311,11 +311,6 @@ class Augmentation:
         """The operations that occur at each place of the jitter."""
         return [set(JITTER_OPS)] * len(JITTER_OPS) if self.jitter > 0 else []
 
-    @property
-    def has_operations(self) -> bool:
-        """Whether there are operations, not only lighting and shift, which an image's mean includes."""
-        return bool(self.slots_before or self.slots_after)
-
     def draw(self, seed: int, epoch: int, indices: Sequence[int]) -> Appearance:
         """Draw the appearance of samples of an epoch."""
         before = np.zeros((len(indices), len(self.slots_before), 4), np.float32)

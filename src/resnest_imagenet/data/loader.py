@@ -82,7 +82,7 @@ def open_source(kind: str, root: str, name: str, option: str) -> ImageSource:
 def choose_loader(name: str, augmentation: Augmentation = NO_AUGMENTATION, device: torch.device | None = None) -> str:
     """Resolve "auto" to the faster of "dali" and "torchvision", as docs/data.md measured them.
 
-    That is DALI if it is installed, but not for operations of an augmentation on a CPU.
+    That is DALI if it is installed, but not for operations on whole images on a CPU.
 
     Args:
         name: auto, dali or torchvision.
@@ -93,7 +93,7 @@ def choose_loader(name: str, augmentation: Augmentation = NO_AUGMENTATION, devic
         ConfigError: for "dali" if it is not installed.
     """
     on_cpu = device is not None and device.type != "cuda"  # DALI works there, or on CUDA devices
-    if name == "torchvision" or (name == "auto" and on_cpu and augmentation.has_operations):
+    if name == "torchvision" or (name == "auto" and on_cpu and augmentation.slots_before):
         return "torchvision"
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not installed:
