@@ -15,7 +15,7 @@ def test_lists_of_names_end():
 
 def test_an_extra_is_named_with_the_command_that_installs_it(monkeypatch):
     extra = "the extra [onnx] of resnest-imagenet: pip install"
-    assert name_extra("onnx") == f"{extra} 'onnx>=1.18' 'onnxruntime>=1.22' 'onnxscript>=0.5'"
+    assert name_extra("onnx") == f"{extra} 'onnx>=1.18' 'onnxruntime>=1.22' 'onnxscript>=0.7'"
     # A condition on the system is not the installer's to type.
     assert ";" not in name_extra("dali") and "nvidia-dali" in name_extra("dali")
 
