@@ -62,7 +62,7 @@ class Watch:
         self._failure: DistributedError | None = None
         self._ended = threading.Event()
         # A separate connection: a call that waits for a key would block other calls on the same one.
-        self._store = ranks.store.clone() if ranks.store else None  # type: ignore[attr-defined] # torch's stub lacks it
+        self._store = ranks.store.clone() if ranks.store else None
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._guard, self._talk)]
 
     def at(self, epoch: int, batch: int, doing: str) -> None:

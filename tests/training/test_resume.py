@@ -41,7 +41,13 @@ OPTIONS += ("log.every_steps=5", "checkpoint.every_steps=3", "checkpoint.keep=2"
 def test_auto_keeps_the_loader_of_a_run(small_run, inject, tmp_path, capsys, signals):
     """As it was where auto took DALI for every recipe; a new run takes the faster for this one."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    options = ("train.policy=rotation", "train.epochs=null", "train.steps=3", "train.warmup_epochs=0", "log.trackers=[]")
+    options = (
+        "train.policy=rotation",
+        "train.epochs=null",
+        "train.steps=3",
+        "train.warmup_epochs=0",
+        "log.trackers=[]",
+    )
 
     def read(run):
         saved = load_checkpoint(newest_checkpoint(tmp_path / run))
