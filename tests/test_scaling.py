@@ -132,7 +132,7 @@ def test_a_plan_has_the_cores_and_hours_of_its_step(scaling):
     plan = page.plan_recipe({**recipe, "buckets": [{"size": 1, "ready": 1.0}]}, gpu, 8, rate=1e6)
     seconds = 32 / 1200  # and the all-reduce of a byte
     assert plan.step.compute == pytest.approx(seconds) and plan.ends == "compute"
-    assert plan.step.seconds == pytest.approx(seconds + 46e-6)
+    assert plan.step.seconds == pytest.approx(seconds + 12.5e-6)
     assert plan.hours == pytest.approx(1_281_167 // 256 * 90 * plan.step.seconds / 3600)
     assert plan.cores == pytest.approx(256 / plan.step.seconds / 1e6)
     slow = page.plan_recipe({**recipe, "buckets": [{"size": 1, "ready": 1.0}]}, gpu, 8, rate=10)

@@ -63,8 +63,8 @@ the ratios of single rounds. In the last rows the network between the ranks is s
 both ways together."""
 
 LATENCIES = """\
-H100's throughput is A100's by NVIDIA times the ratio of the two by Lambda. An all-reduce of a few bytes takes 46 us
-inside a node, and 46 us more for each doubling of the nodes."""
+H100's throughput is A100's by NVIDIA times the ratio of the two by Lambda. An all-reduce of a few bytes takes
+12.5 us inside a node, 46 us between two, and as much more for each further doubling as for the first."""
 
 CHECK = """\
 The model beside the published speed-up of one node. NVIDIA's are 13 and 16 % below the model, and Lambda's 1 %. The

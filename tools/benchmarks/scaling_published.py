@@ -19,19 +19,20 @@ SOURCES = {
     "nccl-290": "NVIDIA/nccl-tests issue 290, AddyLaddy: 46 to 48 GB/s for each adapter of 400 Gb/s",
     "nccl-175": "NVIDIA/nccl-tests issue 175: eight A100 in a node, 232 GB/s",
     "nccl-812": "NVIDIA/nccl issue 812, AddyLaddy: DGX A100 with 8 adapters of 200 Gb/s, 192 GB/s between nodes",
-    "nccl-1244": "NVIDIA/nccl issue 1244: two nodes of 8 GPUs on InfiniBand, 46 us for a few bytes; taken for each "
-    "level of the tree, and inside a node, where it is less",
-    "dgx-1": "NVIDIA, DGX-1 with Tesla V100 System Architecture (white paper WP-08437): 300 GB/s of NVLink for each "
-    "V100, both ways together, so 150 each way less the protocol's 20 %; two Xeon E5-2698 v4 of 20 cores; four "
-    "adapters of 100 Gb/s",
+    "deepep-303": "deepseek-ai/DeepEP issue 303, nccl-tests: eight H20 in a node, 12.5 us for a few bytes",
+    "nccl-1244": "NVIDIA/nccl issue 1244, nccl-tests: two nodes of 8 GPUs on InfiniBand, 46 us for a few bytes; what "
+    "it is longer than inside a node is taken for each level of the tree",
+    "dgx-1": "NVIDIA, NVLink (nvidia.com/en-us/data-center/nvlink): six links for each V100, 25 GB/s each way, so 150 "
+    "less the protocol's 20 %; a DGX-1 has two Xeon E5-2698 v4 of 20 cores",
     "dgx-a100": "NVIDIA developer blog, Defining AI Innovation with DGX A100: two EPYC 7742 of 64 cores",
     "dgx-h100": "NVIDIA DGX BasePOD reference architecture, Core Components: 112 cores, eight ConnectX-7 of 400 Gb/s",
     "detectron2": "facebookresearch/detectron2, MODEL_ZOO.md, train time: eight V100 in fp32, 16 images",
     "mmseg": "open-mmlab/mmsegmentation, docs/en/model_zoo.md, Training speed: 0.85 s for DeepLabV3+ with ResNet-101, "
     "two images of 1024 x 512 on each of eight V100; and configs/deeplabv3 and configs/resnest, Inf time at 512 x 512 "
     "on ADE20K: ResNet-50 14.76, ResNet-101 10.14, ResNeSt-101 9.28 images/s",
-    "imagenet": "ILSVRC2012: 1,281,167 training images of 115 kB on average (docs/cluster.md)",
-    "coco": "cocodataset.org: train2017, 118,287 images in 18 GB",
+    "imagenet": "huggingface.co/datasets/presencesw/ILSVRC2012: ILSVRC2012_img_train.tar in parts of 41.9, 41.9, 41.9 "
+    "and 22.1 GB; 1,281,167 images, so 115 kB on average",
+    "coco": "cocodataset.org, Download: train2017, 118K images, 18 GB",
     "ade20k": "ADEChallengeData2016.zip: 22,210 images and their label maps in 923 MB",
 }
 
@@ -57,28 +58,29 @@ class GPU:
     sources: tuple[str, ...]
 
 
-LATENCY = 46e-6  # nccl-1244
+INSIDE = 12.5e-6  # deepep-303
+BETWEEN = 46e-6 - INSIDE  # nccl-1244
 GPUS = (
     GPU(
         "V100 (DGX-1)",
         *(1200, 1200 / 367),
-        Cluster(8, Link(LATENCY, 0.8 * 150e9), Link(LATENCY, 48e9)),
+        Cluster(8, Link(INSIDE, 0.8 * 150e9), Link(BETWEEN, 48e9)),
         40,
-        ("nvidia", "nccl-29", "nccl-212", "nccl-1244", "dgx-1"),
+        ("nvidia", "nccl-29", "nccl-212", "deepep-303", "nccl-1244", "dgx-1"),
     ),
     GPU(
         "A100 (DGX A100)",
         *(2470, 2470 / 938),
-        Cluster(8, Link(LATENCY, 232e9), Link(LATENCY, 192e9)),
+        Cluster(8, Link(INSIDE, 232e9), Link(BETWEEN, 192e9)),
         128,
-        ("nvidia", "nccl-175", "nccl-812", "nccl-1244", "dgx-a100"),
+        ("nvidia", "nccl-175", "nccl-812", "deepep-303", "nccl-1244", "dgx-a100"),
     ),
     GPU(
         "H100 (DGX H100)",
         *(2470 * 2791 / 1582, 2791 / 1898),
-        Cluster(8, Link(LATENCY, 370e9), Link(LATENCY, 8 * 46e9)),
+        Cluster(8, Link(INSIDE, 370e9), Link(BETWEEN, 8 * 46e9)),
         112,
-        ("nvidia", "lambda", "nccl-212", "nccl-290", "nccl-1244", "dgx-h100"),
+        ("nvidia", "lambda", "nccl-212", "nccl-290", "deepep-303", "nccl-1244", "dgx-h100"),
     ),
 )
 
