@@ -49,6 +49,8 @@ from resnest_imagenet.training import run_folder
 from resnest_imagenet.training import train as train_module
 from resnest_imagenet.training.stopping import SIGNALS
 
+pytest_plugins = ["worker_ends"]
+
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU)
 # What torchrun tells the first of two ranks.
