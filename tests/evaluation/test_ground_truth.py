@@ -77,7 +77,7 @@ def test_objects_of_other_images_and_categories_are_not_read(tmp_path):
         ({"segmentation": [[1, 2]]}, "its segmentation has a polygon that is not a list of x and y"),
         ({"segmentation": {"size": [1, 2], "counts": "a"}}, f"its mask is of an image of [1, 2], not of {list(SIZE)}"),
         (code_of("0\x00"), f"{COUNTS} are damaged, {OF_SIZE}"),
-        (code_of("_f3"), f"{COUNTS} are of 3,311 pixels, {OF_SIZE}"),
+        (code_of("_f3"), f"{COUNTS} are of 3,791 pixels, {OF_SIZE}"),
         (code_of([2, 7]), f"{COUNTS} are of 9 pixels, {OF_SIZE}"),
         (code_of([2**32 + NUM_PIXELS]), f"{COUNTS} are of {2**32 + NUM_PIXELS:,} pixels, {OF_SIZE}"),
         (code_of(5), NOT_LENGTHS),
