@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build docker/Dockerfile without an engine or a registry of images, and try the image as its user. buildah does the
-# Dockerfile's own steps; a folder with a clean Debian stands for its base image. As root; 30 GB, some 10 minutes.
+# Dockerfile's own steps; a folder with a clean Debian stands for its base image. As root; 20 GB, some 10 minutes.
 #   apt-get install buildah debootstrap
 #   debootstrap --variant=minbase --include=ca-certificates,python3-dev,python3-pip,python3-venv trixie ROOT
 #   tools/container.sh ROOT
