@@ -73,7 +73,7 @@ test-oldest: $(OLDEST)/.ready ## run the tests on the oldest versions that pypro
 	$(OLDEST)/bin/python -m pytest $(PARALLEL)
 
 $(OLDEST)/.ready: $(READY) pyproject.toml
-	$(BIN)/uv venv --quiet --clear --python 3.10 $(OLDEST)
+	$(BIN)/uv venv --quiet --clear --seed --python 3.10 $(OLDEST)
 	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dali,dev]'
 	touch $@
 

@@ -84,7 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             self.reply(409 if name in hub.repositories else 200, {"url": f"{hub.address}/{name}"})
-            if name not in hub.repositories and asked.get("visibility") == "private":
+            # huggingface_hub sends the one or the other, by its version
+            if name not in hub.repositories and (asked.get("private") is True or asked.get("visibility") == "private"):
                 hub.private.add(name)
             hub.repositories.setdefault(name, {})
         elif "/preupload/" in self.path:

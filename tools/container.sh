@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.." || exit
 command -v buildah >/dev/null || { echo "skipped: buildah is not installed"; exit 77; }
 
 folder=$(mktemp -d) failed=0
+export TMPDIR=$folder # of buildah's layers, which a build that is killed would leave in /var/tmp
 # A store of its own, and neither network nor devices but the machine's: no daemon, no settings.
 store() { local verb=$1; shift; buildah --root "$folder/store" --runroot "$folder/run" "$verb" "$@"; }
 finish() {
@@ -37,8 +38,9 @@ name_base() { # the root, under the name that the Dockerfile has for its base
     store commit --quiet "$container" "docker.io/library/$base"
 }
 run() { store run --isolation chroot "$container" -- "$@"; }
-train() { # of the demo's pictures, in the user's own folder
-  run sh -c 'cd && resnest-data demo out=demo train_per_class=8 val_per_class=4 &&
+train() { # of the demo's pictures, as a user, in a folder of the user's
+  store run --isolation chroot --user "$1" "$container" -- sh -c 'cd "$(mktemp -d)" &&
+    resnest-data demo out=demo train_per_class=8 val_per_class=4 &&
     resnest-train +experiment=demo data.root=demo train.epochs=2 loader=dali loader.workers=2 &&
     resnest-eval ckpt=runs/demo data.root=demo && resnest-predict ckpt=runs/demo images=demo/val/disk'
 }
@@ -51,5 +53,6 @@ claim "the image's command runs" run resnest-train --help
 claim "its user is not root, and owns no code" run sh -c 'test $(id -u) = 1001 && ! test -w /opt/resnest/bin/python'
 claim "it has the versions of constraints.txt" run sh -c \
   'for name in torch torchvision timm; do grep -q "^$name==$(python -c "import importlib.metadata as m; print(m.version(\"$name\"))")" /wheels/constraints.txt || exit; done'
-claim "a run that DALI feeds, its evaluation and a prediction" train
+claim "a run that DALI feeds, its evaluation and a prediction" train 1001
+claim "the same as a user that the image does not have" train 4321:4321
 exit $failed

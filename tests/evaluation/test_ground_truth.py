@@ -6,7 +6,13 @@ import pytest
 from box_sets import CATEGORY_IDS, CLASSES, SIZE, draw_objects, read_truth
 from resnest_imagenet.errors import DataError
 
-DAMAGED = "its run-length code is damaged, or does not have as many pixels as the image"
+NUM_PIXELS = SIZE[0] * SIZE[1]
+COUNTS, OF_SIZE = "the counts of its segmentation", f"its size is {SIZE[0]} x {SIZE[1]}"
+NOT_LENGTHS = f"{COUNTS} are neither a string nor whole numbers"
+
+
+def code_of(counts):
+    return {"segmentation": {"size": list(SIZE), "counts": counts}}
 
 
 def test_what_is_read(tmp_path):
@@ -70,17 +76,14 @@ def test_objects_of_other_images_and_categories_are_not_read(tmp_path):
         ({"segmentation": [["a", "b"]]}, "its segmentation has a polygon that is not a list of x and y"),
         ({"segmentation": [[1, 2]]}, "its segmentation has a polygon that is not a list of x and y"),
         ({"segmentation": {"size": [1, 2], "counts": "a"}}, f"its mask is of an image of [1, 2], not of {list(SIZE)}"),
-        ({"segmentation": {"size": list(SIZE), "counts": "0\x00"}}, DAMAGED),
-        ({"segmentation": {"size": list(SIZE), "counts": "_f3"}}, DAMAGED),
-        ({"segmentation": {"size": list(SIZE), "counts": 5}}, DAMAGED),
-        (
-            {"segmentation": {"size": list(SIZE), "counts": ["a"]}},
-            "its run-length code has an entry that is not a length",
-        ),
-        (
-            {"segmentation": {"size": list(SIZE), "counts": [-5]}},
-            "its run-length code has an entry that is not a length",
-        ),
+        (code_of("0\x00"), f"{COUNTS} are damaged, {OF_SIZE}"),
+        (code_of("_f3"), f"{COUNTS} are of 3,791 pixels, {OF_SIZE}"),
+        (code_of([2, 7]), f"{COUNTS} are of 9 pixels, {OF_SIZE}"),
+        (code_of([2**32 + NUM_PIXELS]), f"{COUNTS} are of {2**32 + NUM_PIXELS:,} pixels, {OF_SIZE}"),
+        (code_of(5), NOT_LENGTHS),
+        (code_of(["a"]), NOT_LENGTHS),
+        # NumPy 1 would take it as an unsigned number.
+        (code_of([NUM_PIXELS + 5, -5]), NOT_LENGTHS),
     ],
 )
 def test_a_wrong_object_is_named(tmp_path, change, line):

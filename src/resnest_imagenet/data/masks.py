@@ -89,7 +89,7 @@ class MaskPacker:
         """
         num_polygons, num_bytes, size = len(self._bounds) - 1, len(self._codes), (0, 0)
         if isinstance(mask, dict):
-            code, size = _read_run_lengths(mask)
+            code, size = read_run_lengths(mask)
             self._codes += code
         elif mask is not None:
             self._add_polygons(mask)
@@ -128,8 +128,14 @@ def require_pycocotools() -> None:
     import_extra("pycocotools.mask")
 
 
-def _read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
-    """Return a compressed code and its (height, width); raise a ValueError about what is wrong."""
+def read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
+    """Return the compressed code of a mask with `size` and `counts`, and its (height, width).
+
+    The lengths are checked here: pycocotools with NumPy 1 takes -5 as 4,294,967,291.
+
+    Raises:
+        ValueError: it is not a run-length code, is damaged, or does not have as many pixels as its size.
+    """
     size, counts = mask.get("size"), mask.get("counts")
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         raise ValueError("the size of its segmentation is not [height, width]")
@@ -145,9 +151,7 @@ def _read_run_lengths(mask: dict[str, Any]) -> tuple[bytes, tuple[int, int]]:
         what = "are damaged" if num_pixels is None else f"are of {num_pixels:,} pixels"
         raise ValueError(f"the counts of its segmentation {what}, its size is {height} x {width}")
     if isinstance(counts, list):
-        from pycocotools.mask import frPyObjects
-
-        code = frPyObjects({"size": size, "counts": counts}, height, width)["counts"]
+        code = import_extra("pycocotools.mask").frPyObjects({"size": size, "counts": counts}, height, width)["counts"]
     return code, (height, width)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from resnest_imagenet.data.coco import Instances
-from resnest_imagenet.data.masks import count_pixels
+from resnest_imagenet.data.masks import read_run_lengths
 from resnest_imagenet.errors import DataError
 from resnest_imagenet.evaluation.masks import import_masks, measure_area
 
@@ -194,8 +194,8 @@ def _encode(segmentation: Any, size: Size) -> bytes:
     Raises:
         ValueError: it has another form, or another size than the image.
     """
-    mask = import_masks()
     if isinstance(segmentation, list) and segmentation:
+        mask = import_masks()
         try:
             return mask.merge(mask.frPyObjects(segmentation, *size))["counts"]
         except Exception as error:  # it raises plain ones
@@ -204,13 +204,4 @@ def _encode(segmentation: Any, size: Size) -> bytes:
         raise ValueError("it has no segmentation")
     if segmentation["size"] != list(size):
         raise ValueError(f"its mask is of an image of {segmentation['size']}, not of {list(size)}")
-    counts = segmentation["counts"]
-    if isinstance(counts, list):
-        try:
-            return mask.frPyObjects(segmentation, *size)["counts"]
-        except (TypeError, OverflowError, ValueError) as error:
-            raise ValueError("its run-length code has an entry that is not a length") from error
-    code = counts.encode("ascii", "replace") if isinstance(counts, str) else b""
-    if count_pixels(code) != size[0] * size[1]:
-        raise ValueError("its run-length code is damaged, or does not have as many pixels as the image")
-    return code
+    return read_run_lengths(segmentation)[0]
