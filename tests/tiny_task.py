@@ -148,6 +148,9 @@ class TinyTask:
             seed=self.config.seed,
         )
 
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> None:
+        pass
+
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> TinyLoader:
         return TinyLoader(self.train_set, plan, ranks, self.config, self._bad)
 

@@ -163,6 +163,13 @@ class Classification:
             shuffle_shards=self.config.data.shuffle_shards or 0,
         )
 
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> str:
+        """See `Task`."""
+        name = self.config.loader.name
+        if name == "auto" and saved is not None and (saved == "torchvision" or choose_loader(name) == "dali"):
+            return saved
+        return choose_loader(name, build_train_transform(self._recipe, self.config.seed).augmentation, device)
+
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """See `Task`."""
         data, loader = self.config.data, self.config.loader
@@ -236,7 +243,7 @@ class Classification:
         if counts_cost:
             cost = f", {count_cost(name, crop)[1] / 1e9:.2f} GFLOPs at {crop} with 1000 classes"
         train, val, root = len(self.train_set), len(self.val_set), self.config.data.root
-        loader = choose_train_loader(self.config, choose_device(self.config.device))
+        loader = self.choose_train_loader(choose_device(self.config.device))
         split = self._data.describe_split()
         chosen = f" by {split}" if split else ""
         return {
@@ -282,22 +289,6 @@ def build_train_transform(recipe: ClassificationRecipe, seed: int) -> TrainTrans
         vertical_flip=0.5 if recipe.flips in ("vertical", "both") else 0.0,
         **to_levels(recipe.mean, recipe.std),
     )
-
-
-def choose_train_loader(config: TrainConfig, device: torch.device, saved: str | None = None) -> str:
-    """Return the loader of a run's training images.
-
-    Args:
-        config: of the run.
-        device: of the batches.
-        saved: the loader in the checkpoint from which it resumes: loader=auto keeps it where it is installed, so that
-            the run stays the same bit for bit.
-    """
-    name = config.loader.name
-    if name == "auto" and saved is not None and (saved == "torchvision" or choose_loader(name) == "dali"):
-        return saved
-    recipe = cast(ClassificationRecipe, config.train)
-    return choose_loader(name, build_train_transform(recipe, config.seed).augmentation, device)
 
 
 def dropblock_probability(recipe: ClassificationRecipe, epoch: int) -> float:

@@ -157,6 +157,9 @@ class Detection:
             groups=self._train.groups,
         )
 
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> None:
+        """See `Task`: there is one loader."""
+
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """See `Task`."""
         data = self.config.data

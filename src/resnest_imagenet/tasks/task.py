@@ -71,6 +71,18 @@ class Task(Protocol):
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
         """Plan this rank's share of the training set, in `num_batches` batches per epoch over all ranks."""
 
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> str | None:
+        """Return the library that decodes the training images: dali or torchvision; None if there is no choice.
+
+        Args:
+            device: of the batches.
+            saved: the library in the checkpoint from which the run resumes: with loader=auto it stays where it is
+                installed, so that the run stays the same bit for bit.
+
+        Raises:
+            ConfigError: for loader=dali if DALI is not installed.
+        """
+
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """Build the loader of the batches of a plan."""
 

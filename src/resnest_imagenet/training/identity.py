@@ -5,11 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from resnest_imagenet.compute import name_device
-from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.options import format_value
-from resnest_imagenet.tasks.classification import choose_train_loader
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.run_folder import list_versions
 from resnest_imagenet.training.schedule import StepPlan
@@ -53,24 +50,19 @@ def describe_identity(
     }
 
 
-def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+def describe_circumstances(task: Task, ranks: Ranks) -> dict[str, Any]:
     """Return the values that may change when a run is resumed; the result is then no longer the same bit for bit."""
+    config, loader = task.config, task.choose_train_loader(ranks.device)
     return {
         "ranks": ranks.world_size,
         "train.batch_size": config.train.batch_size,
         "train.compile": config.train.compile,
         "train.deterministic": config.train.deterministic,
         "model.split_attention": config.model.split_attention,
-        "loader": _choose_loader(config, ranks),
+        **({} if loader is None else {"loader": loader}),
         "device": name_device(ranks.device),
         **list_versions(),
     }
-
-
-def _choose_loader(config: TrainConfig, ranks: Ranks) -> str:
-    if config.train.task == "classification":
-        return choose_train_loader(config, ranks.device)
-    return choose_loader(config.loader.name)  # it is not used
 
 
 def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:

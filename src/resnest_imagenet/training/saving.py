@@ -63,7 +63,7 @@ class Saver:
             plan,
             task.metric,
             identity=describe_identity(task, plan, ranks, tick),
-            circumstances=describe_circumstances(config, ranks),
+            circumstances=describe_circumstances(task, ranks),
             description={
                 "task": config.train.task,
                 "metric": task.metric,
