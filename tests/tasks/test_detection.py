@@ -18,7 +18,7 @@ from faulty_task import Fault, FaultyTask
 from forked import compute_on_ranks, train_on_ranks
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.commands.evaluate import run as evaluate
-from resnest_imagenet.config import EvalConfig
+from resnest_imagenet.config_reading import EvalConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, Stopped
 from resnest_imagenet.instances import Target
 from resnest_imagenet.randomness import Draws
