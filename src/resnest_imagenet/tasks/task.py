@@ -55,10 +55,11 @@ class Task(Protocol):
             tick: called from time to time while files are read.
         """
 
-    def count_kept_bytes(self, enough: float = 0) -> int:
+    def count_kept_bytes(self, device: torch.device, enough: float = 0) -> int:
         """Return the bytes that a forward pass of one rank keeps for the backward pass.
 
         Args:
+            device: of the rank.
             enough: if a cheap upper bound is below this, return that bound.
         """
 

@@ -76,7 +76,7 @@ def choose_batch(task: Task, device: torch.device) -> Task:
         size = next((size for size in sizes if _fits(_resize(task, size, global_batch), device)), sizes[-1])
         reason = "a step of it fits on the GPU"
     else:
-        size, reason = _estimate(task, sizes, global_batch)
+        size, reason = _estimate(task, sizes, global_batch, device)
     chosen = _resize(task, size, global_batch)
     if distributed.launched_as().rank == 0:
         print(_describe(size, global_batch, reason), flush=True)
@@ -124,13 +124,13 @@ def _read_earlier(run_dir: Path) -> tuple[int, int] | None:
         return None
 
 
-def _estimate(task: Task, sizes: list[int], global_batch: int) -> tuple[int, str]:
+def _estimate(task: Task, sizes: list[int], global_batch: int, device: torch.device) -> tuple[int, str]:
     """Return the largest size whose step fits into this machine's memory with those of its other ranks, and why."""
     num_ranks = distributed.count_local_ranks()
     free = count_free_bytes()
     if free is None:
         return sizes[0], "the free memory is not known"
-    kept = _resize(task, sizes[0], global_batch).count_kept_bytes(enough=free / num_ranks / PEAK)
+    kept = _resize(task, sizes[0], global_batch).count_kept_bytes(device, enough=free / num_ranks / PEAK)
     needed = {size: PEAK * num_ranks * kept * size / sizes[0] for size in sizes}
     size = next((size for size in sizes if needed[size] < free), sizes[-1])
     return size, f"at most {needed[size] / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"
