@@ -18,9 +18,12 @@ from resnest_imagenet.models.proving import use_implementation
 from resnest_imagenet.options import AUTO
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.identity import compare_identity, describe_identity
 from resnest_imagenet.training.memory import PEAK, count_free_bytes, require_memory
+from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.schedule import StepPlan, plan_steps
 from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.upgrade import upgrade_checkpoint
 
 _LEAST = 2  # images of a pass: batch norms of some networks need two
 _STEPS = 16  # that an epoch should have at least, where train.global_batch does not tell
@@ -54,7 +57,8 @@ def choose_batch(task: Task, device: torch.device) -> Task:
 
     The images of a step do not depend on the device: they are train.global_batch, or those of the run in the folder, or
     a power of two for each rank: at most train.reference_batch and a sixteenth of the training images together. A run
-    that resumes keeps its batch. A GPU tries a step; on a CPU the bytes of a step are counted, see `require_memory`.
+    that resumes keeps its batch; that of a run that is set aside does not count. A GPU tries a step; on a CPU the bytes
+    of a step are counted, see `require_memory`.
 
     Args:
         task: opened with any batch size; it reads that from its `config`.
@@ -65,6 +69,8 @@ def choose_batch(task: Task, device: torch.device) -> Task:
     """
     config, world_size = task.config, distributed.launched_as().world_size
     before = _read_earlier(Path(config.run_dir))
+    if before and _sets_aside(task, config.train.global_batch or before[1], device):
+        before = None
     global_batch = config.train.global_batch or (before[1] if before else _aim(task, world_size))
     if global_batch % world_size:
         raise ConfigError(f"train.global_batch={global_batch} is not a multiple of {world_size} ranks")
@@ -122,6 +128,16 @@ def _read_earlier(run_dir: Path) -> tuple[int, int] | None:
         return batch, int(train["global_batch"] or batch * ranks)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
+
+
+def _sets_aside(task: Task, global_batch: int, device: torch.device) -> bool:
+    """Return whether the run in the folder is another one, which this one sets aside; the ranks do not meet."""
+    options = task.config.checkpoint
+    if options.on_mismatch != "set_aside":
+        return False
+    _, saved = RunFolder(task.config.run_dir, options.keep, is_main=False).read_newest()
+    identity = describe_identity(task, global_batch, Ranks(0, 1, 0, device))
+    return bool(compare_identity(upgrade_checkpoint(saved), identity))
 
 
 def _estimate(task: Task, sizes: list[int], global_batch: int, device: torch.device) -> tuple[int, str]:

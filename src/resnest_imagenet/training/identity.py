@@ -9,7 +9,6 @@ from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.options import format_value
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.run_folder import list_versions
-from resnest_imagenet.training.schedule import StepPlan
 
 # Entries for each part of the data; if one differs, those after it differ too.
 _OF_IMAGES = ("images", "labels", "sizes", "content", "objects")
@@ -28,7 +27,7 @@ _MAY_CHANGE = (
 
 
 def describe_identity(
-    task: Task, plan: StepPlan, ranks: Ranks, tick: Callable[[], None] = lambda: None
+    task: Task, global_batch: int, ranks: Ranks, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Return the values that must not change when a run resumes, by option name, and digests of the data.
 
@@ -36,7 +35,7 @@ def describe_identity(
 
     Args:
         task: of the run.
-        plan: its steps.
+        global_batch: images of a step.
         ranks: the ranks of the run.
         tick: called from time to time while files are read, which data.digest may require.
     """
@@ -44,7 +43,7 @@ def describe_identity(
     recipe["init_from"] = _locate(task.config.train.init_from)
     return {
         **{f"train.{name}": value for name, value in recipe.items()},
-        "train.global_batch": plan.global_batch,
+        "train.global_batch": global_batch,
         "seed": task.config.seed,
         **task.identify(ranks, tick),
     }

@@ -62,7 +62,7 @@ class Saver:
             ranks,
             plan,
             task.metric,
-            identity=describe_identity(task, plan, ranks, tick),
+            identity=describe_identity(task, plan.global_batch, ranks, tick),
             circumstances=describe_circumstances(task, ranks),
             description={
                 "task": config.train.task,
