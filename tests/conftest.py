@@ -37,7 +37,8 @@ from resnest_imagenet.commands.evaluate import evaluate_images, read_network
 from resnest_imagenet.commands.launch import check_config, find_conf
 from resnest_imagenet.commands.predict import predict_images, read_inputs
 from resnest_imagenet.commands.table3 import load_recipes
-from resnest_imagenet.config import EvalConfig, PredictConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import EvalConfig, PredictConfig
 from resnest_imagenet.data.demo import write_demo_images
 from resnest_imagenet.data.demo_objects import write_demo_objects
 from resnest_imagenet.data.demo_scenes import write_demo_scenes

@@ -6,7 +6,8 @@ from omegaconf import OmegaConf
 
 from conftest import PLAIN_VALUE, SMALL, compose_config, compose_once, has_value, is_choice
 from resnest_imagenet.commands.launch import check_config, find_conf
-from resnest_imagenet.config import EvalConfig, ExportConfig, PredictConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import EvalConfig, ExportConfig, PredictConfig
 from resnest_imagenet.errors import ConfigError
 
 PLACES = ("data.root=/tmp/a-b_0/demo", "run_dir=/tmp/a_1/run.2")

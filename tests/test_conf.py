@@ -10,7 +10,8 @@ import yaml
 from conftest import compose_config
 from resnest_imagenet import list_models
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import PreviewDataConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_data import PreviewDataConfig
 from resnest_imagenet.data.augment import POLICIES
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.recipe import ClassificationRecipe, DetectionRecipe

@@ -16,7 +16,7 @@ from faults.harness import Command, Place
 from forked import start_server
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint
-from resnest_imagenet.config import InfoConfig
+from resnest_imagenet.config_reading import InfoConfig
 from resnest_imagenet.distributed import choose_device, gather, join, launched_as
 from resnest_imagenet.errors import ConfigError, DistributedError, Stopped
 from resnest_imagenet.options import Device

@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_dir
 from conftest import compose_config
 from resnest_imagenet import extensions
 from resnest_imagenet.commands.launch import check_config, find_conf
-from resnest_imagenet.config import PreviewDataConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_data import PreviewDataConfig
 from resnest_imagenet.earlier import upgrade_identity, upgrade_recipe
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.options import Positive

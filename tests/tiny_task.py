@@ -130,7 +130,7 @@ class TinyTask:
             **describe_images(sets, self.config.data.digest, ranks, tick),
         }
 
-    def count_kept_bytes(self, enough: float = 0) -> int:
+    def count_kept_bytes(self, device: torch.device, enough: float = 0) -> int:
         return self.config.train.batch_size * 4 * (WIDTH + 3 * 16)
 
     def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
@@ -147,6 +147,9 @@ class TinyTask:
             shuffle=True,
             seed=self.config.seed,
         )
+
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> None:
+        pass
 
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> TinyLoader:
         return TinyLoader(self.train_set, plan, ranks, self.config, self._bad)

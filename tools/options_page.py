@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from resnest_imagenet import config
+from resnest_imagenet import config, config_reading
 from resnest_imagenet.commands import data
 from resnest_imagenet.commands.choices import describe_choices, list_choices, list_groups
 from resnest_imagenet.commands.help import format_typed, read_values
@@ -17,16 +17,16 @@ from resnest_imagenet.schemas import choose_schema
 # By primary configuration: what the command is called, and its schema.
 COMMANDS: dict[str, tuple[str, type[Options]]] = {
     "train": ("resnest-train", config.TrainConfig),
-    "eval": ("resnest-eval", config.EvalConfig),
-    "predict": ("resnest-predict", config.PredictConfig),
-    "compare": ("resnest-compare", config.CompareConfig),
-    "explain": ("resnest-explain", config.ExplainConfig),
-    "app": ("resnest-app", config.AppConfig),
-    "report": ("resnest-report", config.ReportConfig),
-    "export": ("resnest-export", config.ExportConfig),
-    "info": ("resnest-info", config.InfoConfig),
-    "tables": ("resnest-tables", config.TablesConfig),
-    "table3": ("resnest-table3", config.Table3Config),
+    "eval": ("resnest-eval", config_reading.EvalConfig),
+    "predict": ("resnest-predict", config_reading.PredictConfig),
+    "compare": ("resnest-compare", config_reading.CompareConfig),
+    "explain": ("resnest-explain", config_reading.ExplainConfig),
+    "app": ("resnest-app", config_reading.AppConfig),
+    "report": ("resnest-report", config_reading.ReportConfig),
+    "export": ("resnest-export", config_reading.ExportConfig),
+    "info": ("resnest-info", config_reading.InfoConfig),
+    "tables": ("resnest-tables", config_reading.TablesConfig),
+    "table3": ("resnest-table3", config_reading.Table3Config),
     **{f"data_{name}": (f"resnest-data {name}", action.schema) for name, action in data.ACTIONS.items()},
     **{f"data_demo_{task}": (f"resnest-data demo task={task}", demo.schema) for task, demo in data.DEMOS.items()},
 }
@@ -106,7 +106,7 @@ def _list_groups(name: str, schema: type[Options]) -> list[str]:
 
 def _format_choices() -> Iterator[str]:
     for group in _list_groups("train", config.TrainConfig):
-        schema = config.EvalConfig if group == "protocol" else config.TrainConfig
+        schema = config_reading.EvalConfig if group == "protocol" else config.TrainConfig
         meanings = describe_choices(group, [find_conf()])
         choices = list_choices(schema, group, [find_conf()])
         yield from ("", f"### {group}", "")

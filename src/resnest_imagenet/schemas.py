@@ -8,14 +8,14 @@ from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from resnest_imagenet import extensions
-from resnest_imagenet.config import (
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import (
     AppConfig,
     CompareConfig,
     EvalConfig,
     ExportConfig,
     OwnProtocolOptions,
     PredictConfig,
-    TrainConfig,
 )
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.options import Options, as_path

@@ -8,18 +8,17 @@ from resnest_imagenet.commands import data, train
 from resnest_imagenet.commands.arguments import FLAGS, Vocabulary, list_files_of_groups, refuse_words
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.synonyms import ADVICE, SYNONYMS, normalise
-from resnest_imagenet.config import (
-    CheckDataConfig,
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_data import CheckDataConfig, PrepareDataConfig
+from resnest_imagenet.config_reading import (
     CompareConfig,
     EvalConfig,
     ExplainConfig,
     ExportConfig,
     InfoConfig,
     PredictConfig,
-    PrepareDataConfig,
     ReportConfig,
     TablesConfig,
-    TrainConfig,
 )
 from resnest_imagenet.errors import ConfigError
 

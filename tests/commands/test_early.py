@@ -10,18 +10,16 @@ import pytest
 from conftest import compose_config
 from resnest_imagenet.commands import compare, evaluate, explain, export, predict, report, tables, train
 from resnest_imagenet.commands.early import refuse_early
-from resnest_imagenet.config import (
-    CheckDataConfig,
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_data import CheckDataConfig, ShardDataConfig, SplitDataConfig
+from resnest_imagenet.config_reading import (
     CompareConfig,
     EvalConfig,
     ExplainConfig,
     ExportConfig,
     PredictConfig,
     ReportConfig,
-    ShardDataConfig,
-    SplitDataConfig,
     TablesConfig,
-    TrainConfig,
 )
 from resnest_imagenet.errors import UserError
 

@@ -16,7 +16,8 @@ from resnest_imagenet.commands.choices import describe_choices, list_choices
 from resnest_imagenet.commands.help import read_values
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.option_list import list_sections, list_values
-from resnest_imagenet.config import ExplainConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import ExplainConfig
 from resnest_imagenet.options import flatten
 from resnest_imagenet.schemas import list_schemas, option_names
 

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from conftest import ALONE, compose_config
 from resnest_imagenet.commands import compare, data, evaluate, explain, export, predict, report, table3, train
 from resnest_imagenet.commands.launch import check_config, explain_composition, find_conf, quote_place
-from resnest_imagenet.config import (
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import (
     CompareConfig,
     EvalConfig,
     ExplainConfig,
@@ -25,7 +26,6 @@ from resnest_imagenet.config import (
     ReportConfig,
     Table3Config,
     TablesConfig,
-    TrainConfig,
 )
 from resnest_imagenet.errors import ConfigError, explain_runtime
 from resnest_imagenet.schemas import choose_schema, list_places, option_names

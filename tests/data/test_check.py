@@ -13,7 +13,7 @@ from PIL import Image
 
 from conftest import run_module
 from resnest_imagenet.commands.data import check
-from resnest_imagenet.config import CheckDataConfig
+from resnest_imagenet.config_data import CheckDataConfig
 from resnest_imagenet.data import examine
 from resnest_imagenet.data.check import FAULTS, NOTES, check_images, format_report, write_report
 from resnest_imagenet.data.examine import KNOWN_CMYK, Finding, examine_files

@@ -8,7 +8,7 @@ from PIL import Image
 
 from coco_files import CATEGORIES, describe_image, describe_object, write_json, write_part, write_set
 from resnest_imagenet.commands.data import check
-from resnest_imagenet.config import CheckDataConfig
+from resnest_imagenet.config_data import CheckDataConfig
 from resnest_imagenet.data.check import FAULTS, format_report
 from resnest_imagenet.data.check_coco import check_coco
 from resnest_imagenet.errors import DataError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from resnest_imagenet.commands.data import check
-from resnest_imagenet.config import CheckDataConfig
+from resnest_imagenet.config_data import CheckDataConfig
 from resnest_imagenet.data.check import FAULTS, format_report
 from resnest_imagenet.data.check_scenes import check_scenes
 from resnest_imagenet.errors import DataError

@@ -8,7 +8,8 @@ from PIL import Image
 
 from conftest import compose_config
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import EvalConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import EvalConfig
 from resnest_imagenet.data.transforms import ERandomCrop, EvalTransform, RandomResizedCrop, TrainTransform
 from resnest_imagenet.randomness import Purpose, uniform_rows
 

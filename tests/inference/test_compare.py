@@ -13,7 +13,7 @@ from browser import look_in_windows, needs_browser
 from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import _list_classified_images, compare_networks
-from resnest_imagenet.config import CompareConfig
+from resnest_imagenet.config_reading import CompareConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.transforms import EvalTransform

@@ -15,7 +15,7 @@ from browser import look_in_windows, needs_browser
 from conftest import SCENE_COLOURS, compose_config
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import compare as command
-from resnest_imagenet.config import CompareConfig
+from resnest_imagenet.config_reading import CompareConfig
 from resnest_imagenet.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]

@@ -13,7 +13,7 @@ import resnest_imagenet
 from conftest import compose_config
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import compare as command
-from resnest_imagenet.config import CompareConfig
+from resnest_imagenet.config_reading import CompareConfig
 from resnest_imagenet.errors import ConfigError
 
 SCORE = 0.3

@@ -15,7 +15,7 @@ from conftest import compose_config
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import predict as command
 from resnest_imagenet.commands.predict import detect_objects, read_inputs
-from resnest_imagenet.config import PredictConfig
+from resnest_imagenet.config_reading import PredictConfig
 from resnest_imagenet.data.demo_objects import SHAPES
 from resnest_imagenet.errors import CheckpointError, ConfigError, NonFiniteError
 from resnest_imagenet.evaluation.box_pictures import make_box_palette

@@ -16,7 +16,7 @@ from conftest import compose_config, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands import explain as command
 from resnest_imagenet.commands.explain import explain_images
-from resnest_imagenet.config import ExplainConfig, PredictConfig
+from resnest_imagenet.config_reading import ExplainConfig, PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.explain import (

@@ -10,7 +10,7 @@ from torch import nn
 from conftest import compose_config, evaluate_checkpoint, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.config import CompareConfig, PredictConfig
+from resnest_imagenet.config_reading import CompareConfig, PredictConfig
 from resnest_imagenet.data import folder
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.shards import write_shards

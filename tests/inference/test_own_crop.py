@@ -10,7 +10,7 @@ from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
 from resnest_imagenet.commands.explain import explain_images
 from resnest_imagenet.commands.export import run as export
-from resnest_imagenet.config import (
+from resnest_imagenet.config_reading import (
     CompareConfig,
     EvalConfig,
     ExplainConfig,

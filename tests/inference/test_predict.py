@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import compose_config, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands import predict as command
-from resnest_imagenet.config import PredictConfig
+from resnest_imagenet.config_reading import PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.folder import ImageFolder, find_images
 from resnest_imagenet.errors import ConfigError, DataError

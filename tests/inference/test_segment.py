@@ -12,7 +12,7 @@ from conftest import SCENE_COLOURS, compose_config, predict_classes
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import predict as command
 from resnest_imagenet.commands.predict import read_inputs, segment_images
-from resnest_imagenet.config import PredictConfig
+from resnest_imagenet.config_reading import PredictConfig
 from resnest_imagenet.data.scenes import make_palette
 from resnest_imagenet.errors import CheckpointError, ConfigError, NonFiniteError
 from resnest_imagenet.inference.segment import SegmentedImage, format_shares

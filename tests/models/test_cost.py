@@ -1,6 +1,7 @@
 """The costs of stages against figures by hand, the golden totals, and a pass that is really run."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from conftest import CPU
 from resnest_imagenet import build_model
 from resnest_imagenet.compute import autocast, place
+from resnest_imagenet.models import rectified
 from resnest_imagenet.models.cost import StageCost, count_kept, count_kept_deeplab, count_stages
 from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.split_attention import SplitAttention
@@ -98,6 +100,16 @@ def test_what_is_kept_is_what_a_step_keeps(name, precision, tolerance):
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with autocast(CPU, precision):
         assert count_kept(name, 64, 2) == pytest.approx(count_really_kept(model, lambda: model(images)), rel=tolerance)
+
+
+@pytest.mark.slow
+def test_a_gpu_keeps_what_a_step_without_the_operators_for_a_cpu_keeps(monkeypatch):
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    model = place(build_model("resnest14_half"), CPU)
+    counted = count_kept("resnest14_half", 64, 2, torch.device("cuda"))
+    assert counted > 1.2 * count_kept("resnest14_half", 64, 2)
+    monkeypatch.setattr(rectified, "_is_trained_eagerly", lambda x: False)
+    assert counted == count_really_kept(model, partial(model, images))
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 0.005)])

@@ -11,7 +11,7 @@ from devtools import open_tab
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.commands.app import plan_page
-from resnest_imagenet.config import AppConfig
+from resnest_imagenet.config_reading import AppConfig
 from resnest_imagenet.errors import ConfigError
 
 CLASSES = ["cross", "disk", "ring", "square"]

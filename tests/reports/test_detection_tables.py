@@ -11,7 +11,7 @@ from conftest import compose_config, newest_checkpoint
 from resnest_imagenet.commands.evaluate import run as evaluate
 from resnest_imagenet.commands.launch import find_conf
 from resnest_imagenet.commands.tables import build_rows, format_tables
-from resnest_imagenet.config import EvalConfig
+from resnest_imagenet.config_reading import EvalConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.measured import read_all_measured, read_measured
 from resnest_imagenet.evaluation.results import MASK_AP, MeasuredBoxes

@@ -14,7 +14,8 @@ from resnest_imagenet.commands import table3 as command_table3
 from resnest_imagenet.commands import tables as command
 from resnest_imagenet.commands.evaluate import run as evaluate
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import EvalConfig, TablesConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import EvalConfig, TablesConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.measured import read_all_measured, read_measured
 from resnest_imagenet.evaluation.results import MeasuredRegions

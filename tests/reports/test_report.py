@@ -14,7 +14,8 @@ import pytest
 from browser import look_at, needs_browser
 from conftest import SMALL, compose_config, evaluate_checkpoint, use_golden_costs
 from resnest_imagenet.commands import report as command
-from resnest_imagenet.config import EvalConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import EvalConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.evaluation.accuracy import Evaluation
 from resnest_imagenet.evaluation.measured import read_measured

@@ -5,7 +5,8 @@ import pytest
 from conftest import compose_config, evaluate_checkpoint, newest_checkpoint
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands.compare import compare_networks
-from resnest_imagenet.config import CompareConfig, EvalConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import CompareConfig, EvalConfig
 from resnest_imagenet.data.parts import ClassifiedData
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.tasks.choice import open_task

@@ -18,7 +18,7 @@ from faulty_task import Fault, FaultyTask
 from forked import compute_on_ranks, train_on_ranks
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.commands.evaluate import run as evaluate
-from resnest_imagenet.config import EvalConfig
+from resnest_imagenet.config_reading import EvalConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, Stopped
 from resnest_imagenet.instances import Target
 from resnest_imagenet.randomness import Draws
@@ -279,9 +279,12 @@ def test_what_a_task_shows_counts_and_refuses(object_run):
     assert blank.shape == (2, 3, 64, 96) and not blank.any()
     assert [(target.boxes.tolist(), len(target.masks)) for target in objects] == [([[0, 0, 96, 64]], 1)] * 2
     generator = torch.get_rng_state()
-    exact = task.count_kept_bytes()
+    exact = task.count_kept_bytes(CPU)
     assert torch.equal(torch.get_rng_state(), generator)  # a run's plan asks for it
-    assert exact < task.count_kept_bytes(enough=1e12) < 1e9 and task.count_kept_bytes(enough=exact) == exact
+    assert exact < task.count_kept_bytes(CPU, enough=1e12) < 1e9 and task.count_kept_bytes(CPU, enough=exact) == exact
+    # On a CPU norms are a rank's own; a GPU keeps more.
+    assert task._recipe.norm == "bn" and open_task(object_run("train.norm=sync")).count_kept_bytes(CPU) == exact
+    assert task.count_kept_bytes(torch.device("cuda")) > exact
     lines = task.describe(counts_cost=True)
     assert re.fullmatch(r"Mask R-CNN on resnest14_half, 5 classes, \d+\.\d GFLOPs at 64 x 96", lines["network"])
     assert "7 training and 3 val images" in lines["data"]

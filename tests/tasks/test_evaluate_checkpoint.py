@@ -12,7 +12,7 @@ from conftest import ALONE, compose_config, evaluate_checkpoint, predict_classes
 from resnest_imagenet import build_model
 from resnest_imagenet.commands.compare import compare_networks
 from resnest_imagenet.commands.explain import explain_images
-from resnest_imagenet.config import CompareConfig, ExplainConfig, PredictConfig
+from resnest_imagenet.config_reading import CompareConfig, ExplainConfig, PredictConfig
 from resnest_imagenet.data.demo import FIGURES
 from resnest_imagenet.data.plan import plan_evaluation
 from resnest_imagenet.data.transforms import EvalTransform

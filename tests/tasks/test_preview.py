@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageOps
 
 from conftest import compose_config
-from resnest_imagenet.config import PreviewDataConfig
+from resnest_imagenet.config_data import PreviewDataConfig
 from resnest_imagenet.data.folder import read_image_folder
 from resnest_imagenet.data.loader import build_loader
 from resnest_imagenet.data.plan import BatchPlan

@@ -16,7 +16,8 @@ from faulty_task import Fault
 from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import load_checkpoint
 from resnest_imagenet.commands.evaluate import run as evaluate
-from resnest_imagenet.config import EvalConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import EvalConfig
 from resnest_imagenet.data.demo_scenes import write_demo_scenes
 from resnest_imagenet.data.scenes import VOID
 from resnest_imagenet.errors import CheckpointError, ConfigError

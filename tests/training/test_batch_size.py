@@ -137,6 +137,16 @@ def test_a_run_of_a_typed_batch_may_resume_with_auto(tiny_run, tmp_path):
     train(tiny_run("train.batch_size=32"))
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["train"]["global_batch"] is None
     assert choose(tiny_run) == (32, 32)
+    # It counts for the same run, and for another that will be refused, but not for one that sets it aside.
+    set_aside = "checkpoint.on_mismatch=set_aside"
+    for options, sizes in (
+        ((set_aside,), (32, 32)),
+        (("seed=1",), (32, 32)),
+        ((set_aside, "seed=1"), (4, 4)),
+        ((set_aside, "train.global_batch=16"), (16, 16)),
+        ((set_aside, "train.global_batch=64"), (64, 64)),
+    ):
+        assert choose(tiny_run, *options) == sizes, options
     shutil.copy(tmp_path / "run/config.yaml", tmp_path / "run/environment.json")
     assert choose(tiny_run) == (4, 4)
 

@@ -13,7 +13,8 @@ from conftest import ALONE, CPU, compose_config
 from faulty_task import Fault
 from forked import ask_to_stop
 from resnest_imagenet.commands.launch import quote_place
-from resnest_imagenet.config import PredictConfig, TrainConfig
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_reading import PredictConfig
 from resnest_imagenet.data.demo_scenes import write_demo_scenes
 from resnest_imagenet.data.source import describe_counts
 from resnest_imagenet.errors import Stopped

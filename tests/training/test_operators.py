@@ -21,6 +21,7 @@ from resnest_imagenet.evaluation.operators import choose_attention, choose_gpu_d
 from resnest_imagenet.models import fused_attention, proving
 from resnest_imagenet.models.split_attention import SplitAttention
 from resnest_imagenet.models.splits import Splits
+from resnest_imagenet.tasks.choice import open_task
 from resnest_imagenet.training import wrapping
 from resnest_imagenet.training.train import train
 from run_files import assert_same_run
@@ -230,17 +231,14 @@ def test_the_gpus_decoder_is_compared_with_the_cpus(demo_images, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_a_refused_decoder_is_a_circumstance_of_the_run(small_run, demo_images, monkeypatch, capsys):
+def test_a_refused_decoder_is_a_circumstance_of_the_run(small_run, monkeypatch, capsys):
     """A GPU's name is made up here: nothing else of the choice needs one."""
     dali = pytest.importorskip("resnest_imagenet.data.dali_decoding", reason="DALI is not installed")
-    from resnest_imagenet.data.folder import read_image_folder
-
     for module in (operators, wrapping):
         monkeypatch.setattr(module, "name_device", lambda device: "a card")
     compared = []
     monkeypatch.setattr(dali, "compare_decoders", lambda *arguments: compared.append(1) or "differs")
-    images = read_image_folder(str(demo_images), "train", "x")
-    task, ranks = SimpleNamespace(config=small_run(), train_set=images), Ranks(0, 1, 0, torch.device("cuda", 0))
+    task, ranks = open_task(small_run()), Ranks(0, 1, 0, torch.device("cuda", 0))
     circumstances = {"device": "a card", "loader": "dali"}
     saver = SimpleNamespace(circumstances=circumstances)
     (choice,) = wrapping.choose_operators(torch.nn.Linear(2, 2), task, ranks, saver, None).values()

@@ -142,7 +142,7 @@ def identify(small_run):
         data = config.data.model_copy(update={"kind": kind, "root": str(root)})
         changes = {"train": recipe, "data": data, "protocol": config.protocol.model_copy(update=protocol)}
         task = open_task(config.model_copy(update=changes))
-        return describe_identity(task, plan_steps(103, recipe, 1), ALONE)
+        return describe_identity(task, plan_steps(103, recipe, 1).global_batch, ALONE)
 
     return identify
 

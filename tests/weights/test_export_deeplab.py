@@ -15,7 +15,7 @@ from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands import explain
 from resnest_imagenet.commands.export import run
 from resnest_imagenet.commands.launch import find_conf
-from resnest_imagenet.config import ExplainConfig, ExportConfig
+from resnest_imagenet.config_reading import ExplainConfig, ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.weights import graphs

@@ -16,7 +16,7 @@ from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.commands.early import refuse_early
 from resnest_imagenet.commands.export import run
-from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.config_reading import ExportConfig
 from resnest_imagenet.errors import CheckpointError, ConfigError, DataError, UserError
 from resnest_imagenet.inference import quantise
 from resnest_imagenet.inference.classifier import open_classifier

@@ -10,7 +10,7 @@ from conftest import compose_config, evaluate_checkpoint
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.checkpoint import load_checkpoint, save_checkpoint
 from resnest_imagenet.commands.export import run
-from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.config_reading import ExportConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.inference.describe import describe_input
 from resnest_imagenet.weights import hub

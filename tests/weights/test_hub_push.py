@@ -12,7 +12,7 @@ from resnest_imagenet import build_model
 from resnest_imagenet.checkpoint import save_checkpoint
 from resnest_imagenet.commands.early import refuse_early
 from resnest_imagenet.commands.export import run
-from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.config_reading import ExportConfig
 from resnest_imagenet.errors import ConfigError, StorageError
 from resnest_imagenet.weights.hub_push import FILES, push_folder
 

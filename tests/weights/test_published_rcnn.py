@@ -389,7 +389,7 @@ def test_resnest_eval_takes_a_file(tmp_path, capsys):
     from coco_files import describe_image, describe_object, write_part
     from conftest import compose_config
     from resnest_imagenet.commands import evaluate
-    from resnest_imagenet.config import EvalConfig
+    from resnest_imagenet.config_reading import EvalConfig
     from resnest_imagenet.models.coco_classes import coco_categories
 
     categories = [{"id": k, "name": name} for k, name in enumerate(coco_categories(), 1) if name != "N/A"]

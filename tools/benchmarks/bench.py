@@ -15,7 +15,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -377,16 +377,13 @@ def tabulate(profiles: dict[str, dict[str, float]]) -> list[str]:
 
 def report(result: dict) -> str:
     """Return docs/performance.md."""
-    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    lines = [
-        "# Speed, side by side",
-        "",
+    text = [
         "Made by `make bench` (tools/benchmarks/bench.py): ResNeSt-50, the same weights and images, interleaved rounds",
         "in one process. A ratio is the competitor's time over ours, above 1 ours is faster: the median of the rounds,",
         "and their range. `kept` is what a forward pass keeps for the backward pass; on a GPU, the peak of a step.",
-        "",
-        f"{machine}.",
-        "",
+    ]
+    lines = [
+        *begin_page("Speed, side by side", text, result["machine"]),
         "Difference of our operator from the plain formula, output and all gradients, over the largest value: "
         f"{result['equality']['float64']:.1e} in float64; under bf16 autocast its distance from float64 is "
         f"{result['equality']['bf16']:.2f} of the plain formula's.",
@@ -395,6 +392,16 @@ def report(result: dict) -> str:
     for part in result["parts"]:
         lines += report_part(part)
     return "\n".join(lines)
+
+
+def begin_page(title: str, text: Sequence[str], machine: dict[str, str], note: str = "") -> list[str]:
+    """Return the head of a page: its title, what is measured and how, and the machine with a note about it."""
+    return [f"# {title}", "", *text, "", f"{format_machine(machine)}{note}.", ""]
+
+
+def format_machine(machine: dict[str, str]) -> str:
+    """Return the result of `describe_machine` in one line."""
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def report_part(part: dict) -> list[str]:

@@ -18,7 +18,7 @@ os.environ.pop("OMP_WAIT_POLICY", None)
 
 import timm
 import torch
-from bench import Round, clock, describe_machine, in_percent, measure, profile_steps, report_part
+from bench import Round, begin_page, clock, describe_machine, in_percent, measure, profile_steps, report_part
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
@@ -168,10 +168,7 @@ def describe_arithmetic(size: int) -> str:
 
 def report(result: dict) -> str:
     """Return docs/performance_detection.md."""
-    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    lines = [
-        "# Speed of detection, side by side",
-        "",
+    text = [
         "Made by `make bench-detection` (tools/benchmarks/bench_detection.py): Faster R-CNN on ResNeSt-50 with a",
         f"feature pyramid, {CLASSES} classes, against torchvision's FasterRCNN of the same layers on timm's,",
         "interleaved rounds in one process. A ratio is the competitor's time over ours, above 1 ours is faster: the",
@@ -179,10 +176,8 @@ def report(result: dict) -> str:
         "pass.",
         "",
         result["arithmetic"],
-        "",
-        f"{machine}.",
-        "",
     ]
+    lines = begin_page("Speed of detection, side by side", text, result["machine"])
     for part in result["parts"]:
         lines += report_part(part)
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import timm
 import torch
-from bench import clock, describe_machine, measure
+from bench import begin_page, clock, describe_machine, measure
 from torch import Tensor, nn
 
 from resnest_imagenet import build_model
@@ -247,10 +247,7 @@ def measure_accuracy(ckpt: str, images: str, threads: int) -> dict:
 
 def report(result: dict) -> str:
     """Return docs/performance_inference.md."""
-    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    lines = [
-        "# Speed of inference, side by side",
-        "",
+    text = [
         "Made by `make bench-inference` (tools/benchmarks/bench_inference.py): logits of ResNeSt-50 on a CPU, the same",
         "weights and images, interleaved rounds in one process. A ratio is the time of timm's network in channels_last",
         "over the competitor's, above 1 the competitor is faster: the median of the rounds, and their range. The",
@@ -258,10 +255,8 @@ def report(result: dict) -> str:
         "activations are 8-bit integers, calibrated with drawn images; these weights are random, the accuracy of a",
         "trained network is below. The last row shows what float32 leaves to gain without another algorithm: all",
         f"multiplications at the speed of torch.mm for two matrices of {SIDE} x {SIDE}, and nothing else.",
-        "",
-        f"{machine}.",
-        "",
     ]
+    lines = begin_page("Speed of inference, side by side", text, result["machine"])
     for part in result["parts"]:
         lines += _report_batch(part)
     if result.get("profile"):

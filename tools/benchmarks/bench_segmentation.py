@@ -21,7 +21,7 @@ os.environ.pop("OMP_WAIT_POLICY", None)
 import timm
 import torch
 import torch.nn.functional as F
-from bench import Round, clock, describe_machine, in_percent, measure, profile_steps, report_part
+from bench import Round, begin_page, clock, describe_machine, in_percent, measure, profile_steps, report_part
 from torch import Tensor, nn
 
 from resnest_imagenet.compute import keep_freed_memory, place
@@ -137,18 +137,13 @@ def bench_evaluation(batch: int, crop: int) -> dict[str, Round]:
 
 def report(result: dict) -> str:
     """Return docs/performance_segmentation.md."""
-    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    lines = [
-        "# Speed of segmentation, side by side",
-        "",
+    text = [
         "Made by `make bench-segmentation` (tools/benchmarks/bench_segmentation.py): DeepLabV3 on ResNeSt-50 at output",
         f"stride 8, {CLASSES} classes, against torchvision's DeepLabV3 on timm's ResNeSt-50, interleaved rounds in one",
         "process. A ratio is the competitor's time over ours, above 1 ours is faster: the median of the rounds, and",
         "their range. `kept` is what a forward pass and its loss keep for the backward pass.",
-        "",
-        f"{machine}.",
-        "",
     ]
+    lines = begin_page("Speed of segmentation, side by side", text, result["machine"])
     for part in result["parts"]:
         lines += report_part(part)
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import cast
 
 # First: it decides how OpenMP waits, before torch.
-from bench import Round, clock, count_kept, describe_machine, make_step, measure  # isort: skip
+from bench import Round, begin_page, clock, count_kept, describe_machine, format_machine, make_step, measure  # isort: skip
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -380,17 +380,10 @@ def _speed(points: dict, key: str) -> float:
 
 def report(result: dict) -> str:
     """Return docs/growth.md."""
-    machine = _describe(result["machine"])
     points = result["curves"]
+    text = ["Made by `tools/benchmarks/growth.py`. Times are ratios, medians of interleaved rounds."]
     lines = [
-        "# How cost grows",
-        "",
-        "Made by `tools/benchmarks/growth.py`. Times are ratios, medians of interleaved rounds.",
-        "",
-    ]
-    lines += [
-        f"{machine}, {result['precision']}.",
-        "",
+        *begin_page("How cost grows", text, result["machine"], f", {result['precision']}"),
         "![speed and memory against batch, crop, depth](growth.png)",
         "",
     ]
@@ -409,14 +402,10 @@ def report(result: dict) -> str:
     for title in ("start", "resume", "report", "listing", "checkpoint", "evaluation", "ranks"):
         seconds, other = result[title], result["machines"].get(title, result["machine"])
         lines += ["", f"## {title.capitalize()}", "", BOUNDS[title], ""]
-        lines += [] if other == result["machine"] else [f"{_describe(other)}.", ""]
+        lines += [] if other == result["machine"] else [f"{format_machine(other)}.", ""]
         lines += ["| | time |", "|---|---:|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in ratios(seconds, next(iter(seconds))).items()]
     return "\n".join(lines) + "\n"
-
-
-def _describe(machine: dict[str, str]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def main() -> None:

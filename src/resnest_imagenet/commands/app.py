@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.config import AppConfig
+from resnest_imagenet.config_reading import AppConfig
 from resnest_imagenet.errors import ConfigError
 
 if TYPE_CHECKING:

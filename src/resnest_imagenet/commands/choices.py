@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnest_imagenet.config import KINDS, OwnProtocolOptions, TrainConfig
+from resnest_imagenet.config import KINDS, TrainConfig
+from resnest_imagenet.config_reading import OwnProtocolOptions
 from resnest_imagenet.options import Options
 from resnest_imagenet.schemas import RECIPES, find_kind, find_part, list_schemas
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from resnest_imagenet.commands.evaluate import take_box_protocol, take_own_protocol, take_region_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
-from resnest_imagenet.config import CompareConfig
+from resnest_imagenet.config_reading import CompareConfig
 from resnest_imagenet.errors import ConfigError, printable
 from resnest_imagenet.files import write_atomically
 

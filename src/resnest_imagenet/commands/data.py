@@ -9,7 +9,7 @@ from typing import Any
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.commands.terminal import surviving_output
 from resnest_imagenet.commands.versions import asks_for_version, format_versions
-from resnest_imagenet.config import (
+from resnest_imagenet.config_data import (
     CheckDataConfig,
     DemoDataConfig,
     DemoObjectsConfig,

@@ -7,20 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnest_imagenet.config import (
+from resnest_imagenet.config import TrainConfig
+from resnest_imagenet.config_data import CheckDataConfig, PreviewDataConfig, ShardDataConfig, SplitDataConfig
+from resnest_imagenet.config_reading import (
     AppConfig,
-    CheckDataConfig,
     CompareConfig,
     EvalConfig,
     ExplainConfig,
     ExportConfig,
     PredictConfig,
-    PreviewDataConfig,
     ReportConfig,
-    ShardDataConfig,
-    SplitDataConfig,
     Table3Config,
-    TrainConfig,
 )
 from resnest_imagenet.data.csv_list import find_csv
 from resnest_imagenet.data.folder import match_paths

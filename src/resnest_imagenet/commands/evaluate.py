@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.config import AnyProtocolOptions, EvalConfig, OwnProtocolOptions
+from resnest_imagenet.config_reading import AnyProtocolOptions, EvalConfig, OwnProtocolOptions
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.recipe import BoxProtocolOptions, RegionProtocolOptions
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from resnest_imagenet.commands.launch import report_skipped, run_command
-from resnest_imagenet.config import ExplainConfig
+from resnest_imagenet.config_reading import ExplainConfig
 from resnest_imagenet.errors import ConfigError, printable
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from resnest_imagenet.commands.evaluate import is_own_protocol, take_box_protocol, take_own_protocol
 from resnest_imagenet.commands.launch import report_skipped, run_command
-from resnest_imagenet.config import ExportConfig
+from resnest_imagenet.config_reading import ExportConfig
 from resnest_imagenet.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """resnest-info: the costs of networks."""
 
 from resnest_imagenet.commands.launch import run_command
-from resnest_imagenet.config import InfoConfig
+from resnest_imagenet.config_reading import InfoConfig
 
 
 def run(config: InfoConfig) -> None:

@@ -12,7 +12,7 @@ from resnest_imagenet.commands.evaluate import (
     take_region_protocol,
 )
 from resnest_imagenet.commands.launch import report_skipped, run_command
-from resnest_imagenet.config import PredictConfig
+from resnest_imagenet.config_reading import PredictConfig
 from resnest_imagenet.errors import ConfigError
 from resnest_imagenet.files import require_writable, write_atomically
 

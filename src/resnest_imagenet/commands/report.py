@@ -7,7 +7,7 @@ from pathlib import Path
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.commands.table3 import load_recipes
-from resnest_imagenet.config import ReportConfig
+from resnest_imagenet.config_reading import ReportConfig
 from resnest_imagenet.errors import printable
 from resnest_imagenet.files import require_writable
 

@@ -5,7 +5,7 @@ import sys
 from typing import Any, cast
 
 from resnest_imagenet.commands.launch import find_conf, run_command
-from resnest_imagenet.config import Table3Config
+from resnest_imagenet.config_reading import Table3Config
 from resnest_imagenet.errors import printable
 
 

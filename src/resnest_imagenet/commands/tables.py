@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnest_imagenet.commands.launch import run_command
 from resnest_imagenet.commands.table3 import choose_form, load_recipes
-from resnest_imagenet.config import TablesConfig
+from resnest_imagenet.config_reading import TablesConfig
 from resnest_imagenet.errors import printable
 
 if TYPE_CHECKING:

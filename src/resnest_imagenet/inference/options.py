@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from resnest_imagenet.config import OwnProtocolOptions
+from resnest_imagenet.config_reading import OwnProtocolOptions
 from resnest_imagenet.errors import ConfigError, suggest
 from resnest_imagenet.options import Crop, Fraction, Layer, Options, Positive, Precision, Tta
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.features import STAGES
@@ -18,6 +19,8 @@ from resnest_imagenet.models.zoo import build_model, find_head
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -184,10 +187,10 @@ def _list_stages(model: nn.Module, head: str) -> dict[str, tuple[str, ...]]:
     return {**{name: (name,) for name in children}, "other": ("",)}
 
 
-def count_kept(name: str, crop: int, batch_size: int) -> int:
-    """Return the bytes that a training step's forward pass saves for the backward pass, on a CPU.
+def count_kept(name: str, crop: int, batch_size: int, device: torch.device = _CPU) -> int:
+    """Return the bytes that a training step's forward pass saves for the backward pass.
 
-    A GPU keeps about a sixth more of a ResNeSt: there no activation is recomputed (models/rectified.py).
+    A GPU keeps about a sixth more of a ResNeSt than a CPU: there no activation is recomputed (models/rectified.py).
 
     Counts each storage that autograd saves once, without the network's own: activations, the images, and under
     autocast its copies of the weights. The pass runs on fake tensors (`FakeTensorMode`), so little is allocated.
@@ -196,11 +199,14 @@ def count_kept(name: str, crop: int, batch_size: int) -> int:
         name: one of `list_models()`, with 1000 classes.
         crop: side of the images in pixels.
         batch_size: at least `smallest_batch`.
+        device: that computes the step; it need not be there. Of other devices than CUDA's, a CPU's bytes are counted.
     """
-    return _count_kept(partial(build_model, name), (crop, crop), batch_size, lambda logits: None)
+    return _count_kept(partial(build_model, name), (crop, crop), batch_size, device, lambda logits: None)
 
 
-def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, **options: Any) -> int:
+def count_kept_deeplab(
+    name: str, num_classes: int, crop: int, batch_size: int, device: torch.device = _CPU, **options: Any
+) -> int:
     """Return the bytes that a DeepLabV3's forward pass and cross entropy save for the backward pass; see `count_kept`.
 
     Args:
@@ -208,6 +214,7 @@ def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, 
         num_classes: width of the logits.
         crop: side of the images in pixels.
         batch_size: at least `smallest_batch`.
+        device: that computes the step.
         options: further options of `build_deeplab`.
     """
 
@@ -216,10 +223,12 @@ def count_kept_deeplab(name: str, num_classes: int, crop: int, batch_size: int, 
         masks = torch.zeros(batch_size, crop, crop, dtype=torch.int64)
         return [F.cross_entropy(of_head, masks) for of_head in of_heads]
 
-    return _count_kept(partial(build_deeplab, name, num_classes, **options), (crop, crop), batch_size, compare)
+    return _count_kept(partial(build_deeplab, name, num_classes, **options), (crop, crop), batch_size, device, compare)
 
 
-def count_kept_rcnn(name: str, num_classes: int, size: tuple[int, int], batch_size: int, **options: Any) -> int:
+def count_kept_rcnn(
+    name: str, num_classes: int, size: tuple[int, int], batch_size: int, device: torch.device = _CPU, **options: Any
+) -> int:
     """Return the bytes that a detector's forward pass leaves for the backward pass, as `count_kept` does.
 
     Every image has as many sampled boxes and positives as it may have. What the losses keep, some MB, is not counted.
@@ -229,6 +238,7 @@ def count_kept_rcnn(name: str, num_classes: int, size: tuple[int, int], batch_si
         num_classes: of the data set.
         size: (height, width) of the images with their padding, in pixels.
         batch_size: of images.
+        device: that computes the step.
         options: of `RCNNOptions`.
     """
     from resnest_imagenet.models.rcnn_options import RCNNOptions
@@ -236,11 +246,27 @@ def count_kept_rcnn(name: str, num_classes: int, size: tuple[int, int], batch_si
     settings = RCNNOptions(**options)
     numbers = batch_size * settings.samples, batch_size * settings.max_positives
     build = partial(_FixedBoxes, name, num_classes, *numbers, options)
-    return _count_kept(build, size, batch_size, lambda outputs: None)
+    return _count_kept(build, size, batch_size, device, lambda outputs: None)
+
+
+class _BatchStatistics(TorchDispatchMode):
+    """Runs the operator that batch norms take their statistics with, which torch lacks for fake tensors."""
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if operator is torch.ops.aten.batch_norm_update_stats.default:
+            _, running_mean, running_var, _ = arguments
+            return torch.empty_like(running_mean), torch.empty_like(running_var)
+        return operator(*arguments, **(options or {}))
 
 
 def _count_kept(
-    build: Callable[[], nn.Module], size: tuple[int, int], batch_size: int, compare: Callable[[Any], object]
+    build: Callable[[], nn.Module],
+    size: tuple[int, int],
+    batch_size: int,
+    device: torch.device,
+    compare: Callable[[Any], object],
 ) -> int:
     """Return the bytes that autograd saves while a network runs and `compare` turns its outputs into losses."""
     storages: set[torch.UntypedStorage] = set()
@@ -249,8 +275,11 @@ def _count_kept(
         storages.add(tensor.untyped_storage())
         return tensor
 
-    with FakeTensorMode():
+    with FakeTensorMode(), _BatchStatistics(), device:
         model = build()
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm):  # the other ranks do not count at the same time
+                module.forward = partial(nn.BatchNorm2d.forward, module)  # type: ignore[method-assign]
         images = torch.empty(batch_size, 3, *size).contiguous(memory_format=torch.channels_last)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             compare(model(images))

@@ -33,6 +33,14 @@ def choose_splits(device: torch.device, dtype: torch.dtype) -> type[Splits]:
     return TritonSplits
 
 
+def _make_splits(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics | None, radix: int
+) -> Splits:
+    """Return the splits of one batch; of a tensor without memory, such as a fake one, not in kernels of ours."""
+    implementation = choose_splits(y.device, y.dtype) if type(y) is Tensor else Splits
+    return implementation(y, weight, bias, statistics, radix)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -45,7 +53,7 @@ class _Attend(torch.autograd.Function):
         gate: Gate,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        splits = choose_splits(y.device, y.dtype)(y, weight, bias, statistics, radix)
+        splits = _make_splits(y, weight, bias, statistics, radix)
         splits.rectify()
         # The gate has a graph of its own, of some kilobytes: torch computes its gradients, whatever it consists of.
         with torch.enable_grad():
@@ -64,7 +72,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *of_rectified: None) -> tuple[Tensor | None, ...]:
         y, weight, bias = ctx.saved_tensors
-        splits = choose_splits(y.device, y.dtype)(y, weight, bias, ctx.statistics, ctx.radix)
+        splits = _make_splits(y, weight, bias, ctx.statistics, ctx.radix)
         pooled, weights, parameters = ctx.gate
         trained = [p for p in parameters if p.requires_grad]
         # The gate's graph is kept: a caller that keeps the outer graph for a second pass needs this one too.
@@ -100,7 +108,7 @@ def attend(y: Tensor, bn: nn.Module, radix: int, gate: Gate, parameters: Iterabl
     else:
         y = bn(y)
     if not torch.is_grad_enabled():
-        splits = choose_splits(y.device, y.dtype)(y, weight, bias, statistics, radix)
+        splits = _make_splits(y, weight, bias, statistics, radix)
         splits.rectify()
         return splits.sum_weighted(gate(splits.pool()))
     return _Attend.apply(y, weight, bias, statistics, radix, gate, *parameters)[0]

@@ -4,8 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-
 from resnest_imagenet.compute import autocast, keep_freed_memory, name_device
 from resnest_imagenet.distributed import choose_device
 from resnest_imagenet.evaluation.latency import measure_latency
@@ -42,7 +40,8 @@ class CostReport:
         batch_size: of the training step whose memory is counted, and of the second latency.
         precision: fp32, bf16 or fp16.
         rounds: of the latencies' measurement.
-        device: of the latencies, in words.
+        device_type: cpu, cuda or mps.
+        device: in words.
         networks: their costs.
     """
 
@@ -50,6 +49,7 @@ class CostReport:
     batch_size: int
     precision: str
     rounds: int
+    device_type: str
     device: str
     networks: list[NetworkCost]
 
@@ -71,7 +71,7 @@ def describe_networks(
         crop: side of the images in pixels.
         batch_size: of the training step whose memory is counted, and of the second latency.
         precision: fp32, bf16 or fp16.
-        device: of the latency: as of `distributed.choose_device`.
+        device: of the step and of the latency: as of `distributed.choose_device`.
         latency: whether to measure it.
         rounds: of its measurement.
 
@@ -92,13 +92,13 @@ def describe_networks(
     costs = []
     for name in names:
         stages = count_stages(name, crop)
-        with autocast(torch.device("cpu"), precision):
-            kept_bytes = count_kept(name, crop, batch_size)
+        with autocast(timed_on, precision):
+            kept_bytes = count_kept(name, crop, batch_size, timed_on)
         weights = 4 * sum(stage.parameters for stage in stages)
         training_bytes = {"parameters": weights, "gradients": weights, "momentum": weights, "kept": kept_bytes}
         of_network = {size: of_batch[name] for size, of_batch in seconds.items()}
         costs.append(NetworkCost(name, stages, training_bytes, of_network))
-    return CostReport(crop, batch_size, precision, rounds, name_device(timed_on), costs)
+    return CostReport(crop, batch_size, precision, rounds, timed_on.type, name_device(timed_on), costs)
 
 
 def format_costs(report: CostReport, form: str = "text") -> str:
@@ -131,8 +131,8 @@ def _explain(report: CostReport) -> str:
     lines = [
         "multiply-adds: of convolutions and fc, plus one for each activation that a batch norm scales",
         "activations: elements of all convolutions' outputs (Radosavovic et al. 2020)",
-        "training: SGD; kept: saved by the forward pass for the backward pass, on a CPU. Not counted: the backward",
-        "  pass's own tensors, and the libraries' workspaces",
+        f"training: SGD; kept: saved by the forward pass for the backward pass, on {report.device_type}. Not counted:",
+        "  the backward pass's own tensors, and the libraries' workspaces",
     ]
     if any(cost.seconds for cost in report.networks):
         how = f"{report.precision}, batch norms folded, the median of {report.rounds} interleaved rounds"

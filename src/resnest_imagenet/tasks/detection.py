@@ -81,7 +81,7 @@ class Detection:
         self.head: tuple[str, ...] = ("fpn", "rpn", "roi_heads")
         self._options = read_options(recipe.model_dump(), self._protocol.model_dump())
         with torch.device("meta"):
-            self._build(can_synchronise=False)  # refuses options that do not fit together
+            self._build(torch.device("cpu"))  # refuses options that do not fit together
         require_batch(
             config.model.name, recipe.batch_size, min(recipe.short_sides), build=lambda: self._build().backbone
         )
@@ -90,9 +90,15 @@ class Detection:
     def _recipe(self) -> DetectionRecipe:
         return cast(DetectionRecipe, self.config.train)
 
-    def _build(self, *, can_synchronise: bool = True) -> RCNN:
-        own = {name: "bn" for name in ("norm", "head_norm") if self._options[name] == "sync" and not can_synchronise}
-        return build_rcnn(self.config.model.name, len(self.classes), **(self._options | own))
+    def _options_on(self, device: torch.device) -> dict[str, Any]:
+        """Return the network's options with batch norms of its own for a rank that cannot synchronise them."""
+        if launched_as().world_size > 1 and device.type == "cuda":
+            return self._options
+        return self._options | {name: "bn" for name in ("norm", "head_norm") if self._options[name] == "sync"}
+
+    def _build(self, device: torch.device | None = None) -> RCNN:
+        options = self._options if device is None else self._options_on(device)
+        return build_rcnn(self.config.model.name, len(self.classes), **options)
 
     @property
     def _largest(self) -> tuple[int, int]:
@@ -114,28 +120,27 @@ class Detection:
             "val objects": self._val.digest(),
         }
 
-    def count_kept_bytes(self, enough: float = 0) -> int:
+    def count_kept_bytes(self, device: torch.device, enough: float = 0) -> int:
         """See `Task`; of the largest images."""
         recipe, (height, width) = self._recipe, self._largest
         of_boxes = recipe.samples * (1 + recipe.box_convs + recipe.mask_convs) * _BYTES_PER_CONV
         bound = recipe.batch_size * max(1.0, recipe.channels / 256) * (height * width * _BYTES_PER_PIXEL + of_boxes)
         if bound < enough:
             return int(bound)
-        with autocast(torch.device("cpu"), recipe.precision):
-            name, num_classes = self.config.model.name, len(self.classes)
-            return count_kept_rcnn(name, num_classes, self._largest, recipe.batch_size, **self._options)
+        with autocast(device, recipe.precision):
+            name, num_classes, options = self.config.model.name, len(self.classes), self._options_on(device)
+            return count_kept_rcnn(name, num_classes, self._largest, recipe.batch_size, device, **options)
 
     def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
         """See `Task`; batch norms are synchronised over several ranks on a device that supports it."""
         recipe = self._recipe
         torch.manual_seed(self.config.seed)
         launch = launched_as()
-        can_synchronise = launch.world_size > 1 and device.type == "cuda"
         synchronised = [name for name in ("norm", "head_norm") if self._options[name] == "sync"]
         if synchronised and launch.world_size > 1 and launch.rank == 0 and device.type == "cpu":
             option = f"train.{synchronised[0]}=sync"
             print(f"{option}: on a CPU the statistics of batch norms are each rank's own", flush=True)
-        model = self._build(can_synchronise=can_synchronise)
+        model = self._build(device)
         if is_new and recipe.init_from is not None:
             loaded = start_rcnn(model, self.config.model.name, self.classes, recipe.init_from)
             if launch.rank == 0:
@@ -156,6 +161,9 @@ class Detection:
             seed=self.config.seed,
             groups=self._train.groups,
         )
+
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> None:
+        """See `Task`: there is one loader."""
 
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """See `Task`."""

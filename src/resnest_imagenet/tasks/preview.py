@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from resnest_imagenet import distributed
-from resnest_imagenet.config import PreviewDataConfig
+from resnest_imagenet.config_data import PreviewDataConfig
 from resnest_imagenet.data.coco import open_coco
 from resnest_imagenet.data.instance_loader import InstanceLoader, restore_pixels
 from resnest_imagenet.data.loader import build_loader, choose_loader, to_pixels

@@ -85,8 +85,14 @@ class Segmentation:
             "zero_gamma": recipe.zero_gamma,
         }
 
-    def _build(self, norm: str | None = None) -> DeepLabV3:
-        options = self._options | ({"norm": norm} if norm else {})
+    def _options_on(self, device: torch.device) -> dict[str, Any]:
+        """The same with batch norms of its own for a rank that cannot synchronise them."""
+        can_synchronise = launched_as().world_size > 1 and device.type == "cuda"
+        is_own = self._recipe.norm == "sync" and not can_synchronise
+        return self._options | ({"norm": "bn"} if is_own else {})
+
+    def _build(self, device: torch.device | None = None) -> DeepLabV3:
+        options = self._options if device is None else self._options_on(device)
         return build_deeplab(self.config.model.name, len(self.classes), **options)
 
     def identify(self, ranks: Ranks, tick: Callable[[], None]) -> dict[str, Any]:
@@ -102,27 +108,24 @@ class Segmentation:
             **describe_images(files, config.data.digest, ranks, tick),
         }
 
-    def count_kept_bytes(self, enough: float = 0) -> int:
+    def count_kept_bytes(self, device: torch.device, enough: float = 0) -> int:
         """See `Task`."""
         recipe = self._recipe
         bound = recipe.batch_size * recipe.crop**2 * _BYTES_PER_PIXEL
         if bound < enough:
             return bound
-        with autocast(torch.device("cpu"), recipe.precision):
-            return count_kept_deeplab(
-                self.config.model.name, len(self.classes), recipe.crop, recipe.batch_size, **self._options
-            )
+        with autocast(device, recipe.precision):
+            name, num_classes, options = self.config.model.name, len(self.classes), self._options_on(device)
+            return count_kept_deeplab(name, num_classes, recipe.crop, recipe.batch_size, device, **options)
 
     def build_model(self, is_new: bool, device: torch.device) -> nn.Module:
         """See `Task`; batch norms are synchronised if there are several ranks and the device supports it."""
         recipe = self._recipe
         torch.manual_seed(self.config.seed)
         launch = launched_as()
-        can_synchronise = launch.world_size > 1 and device.type == "cuda"
-        norm = "bn" if recipe.norm == "sync" and not can_synchronise else recipe.norm
-        if norm != recipe.norm and launch.world_size > 1 and launch.rank == 0 and device.type == "cpu":
+        if recipe.norm == "sync" and launch.world_size > 1 and launch.rank == 0 and device.type == "cpu":
             print("train.norm=sync: on a CPU the statistics of batch norms are each rank's own", flush=True)
-        model = self._build(norm)
+        model = self._build(device)
         if is_new and recipe.init_from is not None:
             loaded = start_deeplab(model, self.config.model.name, self.classes, recipe.init_from)
             if launch.rank == 0:
@@ -140,6 +143,9 @@ class Segmentation:
             shuffle=True,
             seed=self.config.seed,
         )
+
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> None:
+        """See `Task`: there is one loader."""
 
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """See `Task`."""

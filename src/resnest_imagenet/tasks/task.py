@@ -55,10 +55,11 @@ class Task(Protocol):
             tick: called from time to time while files are read.
         """
 
-    def count_kept_bytes(self, enough: float = 0) -> int:
+    def count_kept_bytes(self, device: torch.device, enough: float = 0) -> int:
         """Return the bytes that a forward pass of one rank keeps for the backward pass.
 
         Args:
+            device: of the rank.
             enough: if a cheap upper bound is below this, return that bound.
         """
 
@@ -70,6 +71,18 @@ class Task(Protocol):
 
     def plan_batches(self, num_batches: int, ranks: Ranks) -> BatchPlan:
         """Plan this rank's share of the training set, in `num_batches` batches per epoch over all ranks."""
+
+    def choose_train_loader(self, device: torch.device, saved: str | None = None) -> str | None:
+        """Return the library that decodes the training images: dali or torchvision; None if there is no choice.
+
+        Args:
+            device: of the batches.
+            saved: the library in the checkpoint from which the run resumes: with loader=auto it stays where it is
+                installed, so that the run stays the same bit for bit.
+
+        Raises:
+            ConfigError: for loader=dali if DALI is not installed.
+        """
 
     def build_loader(self, plan: BatchPlan, ranks: Ranks) -> Loader:
         """Build the loader of the batches of a plan."""

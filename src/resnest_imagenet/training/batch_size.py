@@ -18,9 +18,12 @@ from resnest_imagenet.models.proving import use_implementation
 from resnest_imagenet.options import AUTO
 from resnest_imagenet.randomness import Draws
 from resnest_imagenet.tasks.task import Task
+from resnest_imagenet.training.identity import compare_identity, describe_identity
 from resnest_imagenet.training.memory import PEAK, count_free_bytes, require_memory
+from resnest_imagenet.training.run_folder import RunFolder
 from resnest_imagenet.training.schedule import StepPlan, plan_steps
 from resnest_imagenet.training.state import TrainingState
+from resnest_imagenet.training.upgrade import upgrade_checkpoint
 
 _LEAST = 2  # images of a pass: batch norms of some networks need two
 _STEPS = 16  # that an epoch should have at least, where train.global_batch does not tell
@@ -54,7 +57,8 @@ def choose_batch(task: Task, device: torch.device) -> Task:
 
     The images of a step do not depend on the device: they are train.global_batch, or those of the run in the folder, or
     a power of two for each rank: at most train.reference_batch and a sixteenth of the training images together. A run
-    that resumes keeps its batch. A GPU tries a step; on a CPU the bytes of a step are counted, see `require_memory`.
+    that resumes keeps its batch; that of a run that is set aside does not count. A GPU tries a step; on a CPU the bytes
+    of a step are counted, see `require_memory`.
 
     Args:
         task: opened with any batch size; it reads that from its `config`.
@@ -65,6 +69,8 @@ def choose_batch(task: Task, device: torch.device) -> Task:
     """
     config, world_size = task.config, distributed.launched_as().world_size
     before = _read_earlier(Path(config.run_dir))
+    if before and _sets_aside(task, config.train.global_batch or before[1], device):
+        before = None
     global_batch = config.train.global_batch or (before[1] if before else _aim(task, world_size))
     if global_batch % world_size:
         raise ConfigError(f"train.global_batch={global_batch} is not a multiple of {world_size} ranks")
@@ -76,7 +82,7 @@ def choose_batch(task: Task, device: torch.device) -> Task:
         size = next((size for size in sizes if _fits(_resize(task, size, global_batch), device)), sizes[-1])
         reason = "a step of it fits on the GPU"
     else:
-        size, reason = _estimate(task, sizes, global_batch)
+        size, reason = _estimate(task, sizes, global_batch, device)
     chosen = _resize(task, size, global_batch)
     if distributed.launched_as().rank == 0:
         print(_describe(size, global_batch, reason), flush=True)
@@ -124,13 +130,23 @@ def _read_earlier(run_dir: Path) -> tuple[int, int] | None:
         return None
 
 
-def _estimate(task: Task, sizes: list[int], global_batch: int) -> tuple[int, str]:
+def _sets_aside(task: Task, global_batch: int, device: torch.device) -> bool:
+    """Return whether the run in the folder is another one, which this one sets aside; the ranks do not meet."""
+    options = task.config.checkpoint
+    if options.on_mismatch != "set_aside":
+        return False
+    _, saved = RunFolder(task.config.run_dir, options.keep, is_main=False).read_newest()
+    identity = describe_identity(task, global_batch, Ranks(0, 1, 0, device))
+    return bool(compare_identity(upgrade_checkpoint(saved), identity))
+
+
+def _estimate(task: Task, sizes: list[int], global_batch: int, device: torch.device) -> tuple[int, str]:
     """Return the largest size whose step fits into this machine's memory with those of its other ranks, and why."""
     num_ranks = distributed.count_local_ranks()
     free = count_free_bytes()
     if free is None:
         return sizes[0], "the free memory is not known"
-    kept = _resize(task, sizes[0], global_batch).count_kept_bytes(enough=free / num_ranks / PEAK)
+    kept = _resize(task, sizes[0], global_batch).count_kept_bytes(device, enough=free / num_ranks / PEAK)
     needed = {size: PEAK * num_ranks * kept * size / sizes[0] for size in sizes}
     size = next((size for size in sizes if needed[size] < free), sizes[-1])
     return size, f"at most {needed[size] / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"

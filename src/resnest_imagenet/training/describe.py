@@ -159,7 +159,7 @@ def _describe_memory(task: Task, state: TrainingState, device: torch.device, is_
     sharing = 1 if device.type == "cuda" else count_local_ranks()
     enough = 0.0 if is_exact or free is None else free / sharing / PEAK
     checkpoint, parameters = count_state_bytes(state)
-    kept = task.count_kept_bytes(enough)
+    kept = task.count_kept_bytes(device, enough)
     at_most = "" if is_exact or kept >= enough else "at most "
     is_free = "" if free is None else f"; {format_bytes(free)} are free"
     return (

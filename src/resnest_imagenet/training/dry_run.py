@@ -67,7 +67,7 @@ def _describe_disk(num_kept: int, state: TrainingState, run: Path) -> str:
 
 def _describe_start(run: RunFolder, task: Task, plan: StepPlan, device: torch.device) -> str:
     config = task.config
-    identity = describe_identity(task, plan, Ranks(0, 1, 0, device))
+    identity = describe_identity(task, plan.global_batch, Ranks(0, 1, 0, device))
     newest = None if run.is_moving() else next(iter(run.list_checkpoints()), None)
     try:
         saved = {} if newest is None else upgrade_checkpoint(load_checkpoint(newest))

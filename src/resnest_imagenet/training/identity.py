@@ -5,14 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from resnest_imagenet.compute import name_device
-from resnest_imagenet.config import TrainConfig
-from resnest_imagenet.data.loader import choose_loader
 from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.options import format_value
-from resnest_imagenet.tasks.classification import choose_train_loader
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.run_folder import list_versions
-from resnest_imagenet.training.schedule import StepPlan
 
 # Entries for each part of the data; if one differs, those after it differ too.
 _OF_IMAGES = ("images", "labels", "sizes", "content", "objects")
@@ -31,7 +27,7 @@ _MAY_CHANGE = (
 
 
 def describe_identity(
-    task: Task, plan: StepPlan, ranks: Ranks, tick: Callable[[], None] = lambda: None
+    task: Task, global_batch: int, ranks: Ranks, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Return the values that must not change when a run resumes, by option name, and digests of the data.
 
@@ -39,7 +35,7 @@ def describe_identity(
 
     Args:
         task: of the run.
-        plan: its steps.
+        global_batch: images of a step.
         ranks: the ranks of the run.
         tick: called from time to time while files are read, which data.digest may require.
     """
@@ -47,30 +43,25 @@ def describe_identity(
     recipe["init_from"] = _locate(task.config.train.init_from)
     return {
         **{f"train.{name}": value for name, value in recipe.items()},
-        "train.global_batch": plan.global_batch,
+        "train.global_batch": global_batch,
         "seed": task.config.seed,
         **task.identify(ranks, tick),
     }
 
 
-def describe_circumstances(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+def describe_circumstances(task: Task, ranks: Ranks) -> dict[str, Any]:
     """Return the values that may change when a run is resumed; the result is then no longer the same bit for bit."""
+    config, loader = task.config, task.choose_train_loader(ranks.device)
     return {
         "ranks": ranks.world_size,
         "train.batch_size": config.train.batch_size,
         "train.compile": config.train.compile,
         "train.deterministic": config.train.deterministic,
         "model.split_attention": config.model.split_attention,
-        "loader": _choose_loader(config, ranks),
+        **({} if loader is None else {"loader": loader}),
         "device": name_device(ranks.device),
         **list_versions(),
     }
-
-
-def _choose_loader(config: TrainConfig, ranks: Ranks) -> str:
-    if config.train.task == "classification":
-        return choose_train_loader(config, ranks.device)
-    return choose_loader(config.loader.name)  # it is not used
 
 
 def compare_identity(saved: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def require_memory(task: Task, device: torch.device) -> None:
     free = None if device.type == "cuda" else count_free_bytes()
     if free is None:
         return
-    kept = num_ranks * task.count_kept_bytes(enough=free / num_ranks / PEAK)
+    kept = num_ranks * task.count_kept_bytes(device, enough=free / num_ranks / PEAK)
     if PEAK * kept < free:
         return
     is_sure = _SURE * kept > free

@@ -62,8 +62,8 @@ class Saver:
             ranks,
             plan,
             task.metric,
-            identity=describe_identity(task, plan, ranks, tick),
-            circumstances=describe_circumstances(config, ranks),
+            identity=describe_identity(task, plan.global_batch, ranks, tick),
+            circumstances=describe_circumstances(task, ranks),
             description={
                 "task": config.train.task,
                 "metric": task.metric,

@@ -14,7 +14,6 @@ from resnest_imagenet.distributed import Ranks
 from resnest_imagenet.evaluation.operators import Choice, choose_attention, choose_gpu_decoder
 from resnest_imagenet.models.proving import needs_proof
 from resnest_imagenet.randomness import Draws
-from resnest_imagenet.tasks.classification import choose_train_loader
 from resnest_imagenet.tasks.task import Task
 from resnest_imagenet.training.saving import Saver
 
@@ -42,7 +41,7 @@ def choose_operators(
     """
     recipe, option = task.config.train, task.config.model.split_attention
     before = (saved or {}).get("circumstances", {})
-    loader = str(before.get("loader", "")).partition(",")[0]
+    loader = task.choose_train_loader(ranks.device, str(before.get("loader", "")).partition(",")[0] or None)
     if before.get("device") != name_device(ranks.device):
         before = {}
     choices: dict[str, Choice | None] = {}
@@ -55,10 +54,13 @@ def choose_operators(
             trains=True,
             is_timed=not recipe.deterministic,
         )
-    if recipe.task == "classification":  # DALI decodes for this task alone
+    if loader is not None:
         decoded_on_cpu = before.get("loader") == _ON_CPU
         choices["decoder"] = choose_gpu_decoder(task.train_set, task.config.loader.name, ranks, decoded_on_cpu)
-        saver.circumstances.update(loader=_fix_train_loader(task, ranks.device, loader or None))
+        # Evaluation does not depend on the recipe: its loader is built before.
+        fixed = task.config.loader.model_copy(update={"name": loader})
+        task.config = task.config.model_copy(update={"loader": fixed})
+        saver.circumstances.update(loader=loader)
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
     for name, used, circumstance in (
         ("split_attention", "reference", ("model.split_attention", "reference")),
@@ -67,17 +69,6 @@ def choose_operators(
         if name in chosen and chosen[name].used == used:
             saver.circumstances.update([circumstance])
     return chosen
-
-
-def _fix_train_loader(task: Task, device: torch.device, saved: str | None) -> str:
-    """Replace loader=auto in the task's options by the loader of the training images, and return its name.
-
-    Evaluation does not depend on the recipe: its loader is built before.
-    """
-    name = choose_train_loader(task.config, device, saved)
-    loader = task.config.loader.model_copy(update={"name": name})
-    task.config = task.config.model_copy(update={"loader": loader})
-    return name
 
 
 def wrap(model: nn.Module, task: Task, ranks: Ranks) -> nn.Module:
