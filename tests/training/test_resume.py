@@ -134,6 +134,7 @@ def test_a_checkpoint_names_all_that_the_future_depends_on(tiny_run, tmp_path):
     assert saved["identity"]["training images"].startswith("103 ")
     assert saved["identity"]["train.global_batch"] == 16
     assert saved["circumstances"]["ranks"] == 1 and saved["circumstances"]["torch"] == torch.__version__.split("+")[0]
+    assert "loader" not in saved["circumstances"]  # the task has one alone
 
 
 def test_the_best_network_is_that_of_the_highest_score(tiny_run, tmp_path, monkeypatch):

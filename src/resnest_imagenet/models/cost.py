@@ -20,8 +20,6 @@ from resnest_imagenet.models.zoo import build_model, find_head
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-_CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class StageCost:
@@ -43,6 +41,9 @@ class StageCost:
     parameters: int
     multiply_adds: int
     activations: int
+
+
+_CPU = torch.device("cpu")
 
 
 def count_cost(name: str, crop: int, num_classes: int = 1000) -> tuple[int, int]:
