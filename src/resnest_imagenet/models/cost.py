@@ -5,19 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.features import STAGES
 from resnest_imagenet.models.zoo import build_model, find_head
-
-if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,7 @@ class _Stages(nn.Sequential):
 def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost]:
     """Return the cost of each stage of a network on the meta device; `head` is not counted as a convolution."""
     normalised: Counter[str] = Counter()
+    counting = _Counting()
     outputs: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
         is_norm = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
@@ -149,15 +148,11 @@ def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost
             # A norm keeps the shape, and torch's rules for it on the meta device take half of all time. The network is
             # this function's caller's own, made to be counted.
             module.forward = nn.Identity().forward
-    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
-
-    with (
-        torch.no_grad(),
-        FlopCounterMode(display=False) as operations,
-        FlopCounterMode(display=False, custom_mapping=_OUTPUT_SIZES) as sizes,
-    ):
+    for name, child in model.named_children():
+        child.register_forward_pre_hook(partial(counting.enter, name))
+        child.register_forward_hook(counting.leave)
+    with torch.no_grad(), counting:
         model(images)
-    multiplied, convolved = (_sum_by_child(model, counter) for counter in (operations, sizes))
     parameters: Counter[str] = Counter()
     for path, parameter in model.named_parameters():
         parameters[path.rpartition(".")[0].partition(".")[0]] += parameter.numel()
@@ -166,8 +161,8 @@ def _count_stages(model: nn.Module, head: str, images: Tensor) -> list[StageCost
             stage,
             outputs.get(parts[-1], ()),
             sum(parameters[part] for part in parts),
-            sum(multiplied[part] // 2 + normalised[part] for part in parts),
-            sum(convolved[part] for part in parts if part != head),
+            sum(counting.multiplied[part] + normalised[part] for part in parts),
+            sum(counting.convolved[part] for part in parts if part != head),
         )
         for stage, parts in _list_stages(model, head).items()
     ]
@@ -258,18 +253,75 @@ def _count_kept(
     return sum(storage.nbytes() for storage in storages)
 
 
-def _count_elements(*arguments: Any, out_shape: Any, **options: Any) -> int:
-    return prod(out_shape)
-
-
+_CONVOLUTION = torch.ops.aten.convolution
+# Products of matrices, by the place of the first factor among the arguments.
+_PRODUCTS = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
 # The operators that compute convolutions: a 1x1 convolution of a single pixel is computed as a product of matrices.
-_OUTPUT_SIZES = dict.fromkeys((torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.bmm), _count_elements)
+_CONVOLVING = {_CONVOLUTION, torch.ops.aten.addmm, torch.ops.aten.bmm}
 
 
-def _sum_by_child(model: nn.Module, counter: "FlopCounterMode") -> Counter[str]:
-    """Return the count of each child of the network, and under "" the count outside all of them."""
-    by_path = counter.get_flop_counts()
-    paths = {name: f"{type(model).__name__}.{name}" for name, _ in model.named_children()}
-    counts = Counter({name: sum(by_path[path].values()) for name, path in paths.items() if path in by_path})
-    counts[""] = sum(by_path["Global"].values()) - sum(counts.values())
-    return counts
+class _Counting(TorchDispatchMode):
+    """Counts multiply-adds and convolutions' outputs of each child of a network; under "" what is in no child.
+
+    torch's FlopCounterMode counts the same, but it imports torch's compiler, which takes as long as torch itself. For
+    an attention's fused operator, which no network of the zoo has, its formula is used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiplied: Counter[str] = Counter()
+        self.convolved: Counter[str] = Counter()
+        self._entered: list[str] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps the method below, and the wrapper imports the compiler
+
+    def enter(self, name: str, *_: Any) -> None:
+        """Count for this child from now on, unless another child has called it."""
+        self._entered.append(name)
+
+    def leave(self, *_: Any) -> None:
+        """Count for it no longer."""
+        self._entered.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output, operator = _run(func, args, kwargs or {}), func.overloadpacket
+        child = self._entered[0] if self._entered else ""
+        if operator == _CONVOLUTION:
+            images, kernel, is_transposed = args[0], args[1], args[6]
+            pixels = (images if is_transposed else output).shape[2:]
+            self.multiplied[child] += len(images) * prod(pixels) * kernel.numel()
+        elif operator in _PRODUCTS:
+            place = _PRODUCTS[operator]
+            self.multiplied[child] += args[place].numel() * args[place + 1].shape[-1]
+        elif "attention" in func.name():
+            from torch.utils.flop_counter import flop_registry
+
+            if operator in flop_registry:
+                self.multiplied[child] += flop_registry[operator](*args, **(kwargs or {}), out_val=output) // 2
+        if operator in _CONVOLVING:
+            self.convolved[child] += output.numel()
+        return output
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator on the meta device.
+
+    torch's own rules for some operators of a ResNeSt are written in Python and import torch's compiler: here they are
+    C++, or a line.
+    """
+    aten = torch.ops.aten
+    tensors = [argument for argument in args if isinstance(argument, Tensor)]
+    is_plain = not kwargs and len({tensor.dtype for tensor in tensors}) == 1
+    if is_plain and torch.Tag.pointwise in func.tags:
+        if func.name().partition(".")[0].endswith("_"):  # in place
+            return args[0]
+        return tensors[0].new_empty(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+    if is_plain and func == aten.mean.dim:
+        return aten.amax(*args)
+    if is_plain and func == aten.addmm.default:
+        return tensors[1].new_empty(len(tensors[1]), tensors[2].shape[1])
+    return func(*args, **kwargs)
