@@ -1,12 +1,13 @@
 """What a network costs: counted, not timed."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -310,18 +311,44 @@ class _Counting(TorchDispatchMode):
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the meta device.
 
-    torch's own rules for some operators of a ResNeSt are written in Python and import torch's compiler: here they are
-    C++, or a line.
+    torch's own rules for some operators of a ResNeSt are written in Python, and import torch's compiler or SymPy.
     """
-    aten = torch.ops.aten
     tensors = [argument for argument in args if isinstance(argument, Tensor)]
-    is_plain = not kwargs and len({tensor.dtype for tensor in tensors}) == 1
-    if is_plain and torch.Tag.pointwise in func.tags:
-        if func.name().partition(".")[0].endswith("_"):  # in place
-            return args[0]
-        return tensors[0].new_empty(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
-    if is_plain and func == aten.mean.dim:
-        return aten.amax(*args)
-    if is_plain and func == aten.addmm.default:
-        return tensors[1].new_empty(len(tensors[1]), tensors[2].shape[1])
-    return func(*args, **kwargs)
+    if kwargs or len({tensor.dtype for tensor in tensors}) != 1:
+        return func(*args, **kwargs)
+    is_pointwise = torch.Tag.pointwise in func.tags
+    if is_pointwise and func.name().partition(".")[0].endswith("_"):  # in place
+        return args[0]
+    shape = np.broadcast_shapes(*(x.shape for x in tensors)) if is_pointwise else _find_shape(func, args)
+    if shape is None:
+        return func(*args)
+    output = tensors[0].new_empty(shape)
+    is_max_pool = func == torch.ops.aten.max_pool2d_with_indices.default
+    return (output, output.new_empty(shape, dtype=torch.int64)) if is_max_pool else output
+
+
+def _find_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
+    """Return the shape of a convolution's output, or of a few other operators'; None for all others."""
+    aten = torch.ops.aten
+    if func == aten.convolution.default and not args[6]:  # not transposed
+        return *args[0].shape[:1], *args[1].shape[:1], *_slide(args[0].shape[2:], args[1].shape[2:], *args[3:6])
+    if func == aten.avg_pool2d.default and True not in args[4:5]:  # sides rounded down
+        return *args[0].shape[:2], *_slide(args[0].shape[2:], *args[1:4])
+    if func == aten.max_pool2d_with_indices.default and True not in args[5:6]:
+        return *args[0].shape[:2], *_slide(args[0].shape[2:], *args[1:5])
+    if func == aten.mean.dim:
+        return aten.amax(*args).shape
+    return (len(args[1]), args[2].shape[1]) if func == aten.addmm.default else None
+
+
+def _slide(
+    sides: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> list[int]:
+    """Return how many places a window has in an image, by side."""
+    windows = [spread * (size - 1) + 1 for size, spread in zip(kernel, dilation, strict=True)]
+    padded = [side + 2 * border for side, border in zip(sides, padding, strict=True)]
+    return [(side - window) // step + 1 for side, window, step in zip(padded, windows, stride, strict=True)]

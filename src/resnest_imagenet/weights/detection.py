@@ -146,7 +146,7 @@ def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) ->
     Raises:
         CheckpointError: the weights are not those of a detector, or do not fit their configuration.
     """
-    from resnest_imagenet.models.rcnn import build_rcnn  # late: torchvision's detectors take half a second to import
+    from resnest_imagenet.models.rcnn import build_rcnn  # late: torchvision's detectors take time to import
 
     weights = adopt_rcnn(weights)
     if weights.rcnn_options is not None:
