@@ -11,7 +11,7 @@ from torch import nn
 from conftest import CPU
 from resnest_imagenet import build_model
 from resnest_imagenet.compute import autocast, place
-from resnest_imagenet.models.cost import StageCost, count_kept, count_kept_deeplab, count_stages
+from resnest_imagenet.models.cost import StageCost, _Counting, count_kept, count_kept_deeplab, count_stages
 from resnest_imagenet.models.deeplab import build_deeplab
 from resnest_imagenet.models.split_attention import SplitAttention
 
@@ -45,6 +45,34 @@ def count_convolved(name):
     with torch.no_grad():
         model(image)
     return total
+
+
+class Attention(nn.Module):
+    """Every operator that is counted, and some that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), groups=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2, groups=2)
+        self.fc = nn.Linear(8, 8, bias=False)
+
+    def forward(self, images):
+        x = self.up(F.max_pool2d(F.avg_pool2d(self.conv(images), 3, 2, 1), 2)).flatten(2).mT
+        queries = self.fc(x) + torch.baddbmm(x[:, :1], x[:, :1], x[:, :8])
+        return F.scaled_dot_product_attention(queries, x, x.sigmoid().mul_(2)).mean(1)
+
+
+@pytest.mark.slow
+def test_all_operators_are_counted_as_torch_counts_them():
+    from torch.utils.flop_counter import FlopCounterMode  # late: it imports Triton
+
+    with torch.device("meta"):
+        network, images = Attention(), torch.empty(2, 3, 31, 33)
+    with torch.no_grad(), FlopCounterMode(display=False) as expected:
+        shape = network(images).shape
+    with torch.no_grad(), _Counting() as counting:
+        assert network(images).shape == shape
+    assert 2 * counting.multiplied[""] == expected.get_total_flops() > 0
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 
 from resnest_imagenet import build_model, list_models
 from resnest_imagenet.commands.launch import find_conf
+from resnest_imagenet.models import imagenet_classes
 from resnest_imagenet.models.cost import count_cost
 from resnest_imagenet.models.imagenet_classes import imagenet_synsets, short_class_names
 from resnest_imagenet.models.zoo import find_pixels
@@ -134,3 +135,17 @@ def test_imagenet_classes():
     assert len(classes) == 1000
     assert classes == sorted(classes)
     assert classes[207] == "n02099601"  # golden retriever
+
+
+@pytest.mark.slow
+def test_the_words_of_classes_are_those_of_timm(monkeypatch):
+    """Whether its files are read or timm is imported."""
+    from timm.data import ImageNetInfo
+
+    table = ImageNetInfo("imagenet-1k")
+    for folder in ("data/_info", "elsewhere"):
+        monkeypatch.setattr(imagenet_classes, "_FOLDER", folder)
+        imagenet_classes._read_words.cache_clear()
+        words = imagenet_classes._read_words()
+        assert list(words) == table.label_names() and list(words.values()) == table.label_descriptions()
+    imagenet_classes._read_words.cache_clear()

@@ -344,11 +344,11 @@ def _find_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
 def _slide(
     sides: Sequence[int],
     kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
 ) -> list[int]:
-    """Return how many places a window has in an image, by side."""
-    windows = [spread * (size - 1) + 1 for size, spread in zip(kernel, dilation, strict=True)]
-    padded = [side + 2 * border for side, border in zip(sides, padding, strict=True)]
-    return [(side - window) // step + 1 for side, window, step in zip(padded, windows, stride, strict=True)]
+    """Return how many places a window has in an image, by side; a single value is for all sides."""
+    options = (kernel, stride or kernel, padding, dilation)
+    by_side = zip(sides, *(values * len(sides) if len(values) == 1 else values for values in options), strict=True)
+    return [(side + 2 * border - gap * (size - 1) - 1) // step + 1 for side, size, step, border, gap in by_side]
