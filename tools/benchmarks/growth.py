@@ -193,12 +193,19 @@ def measure_report(folder: Path, rounds: int) -> dict[str, list[float]]:
     )
 
 
+# A process counts the memory of the one that started it as its own: this one is small.
+COUNT = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+"""
+
+
 def run_counted(command: list[str]) -> tuple[float, float]:
     """Return the CPU's seconds and the largest resident memory, in MB, of a process."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, command
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+    seconds, peak = subprocess.check_output([sys.executable, "-c", COUNT, *command], text=True).split()
+    return float(seconds), float(peak)
 
 
 def measure_listing(folder: Path, rounds: int) -> dict[str, list[float]]:

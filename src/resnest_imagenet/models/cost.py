@@ -336,8 +336,10 @@ def _find_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
         return *args[0].shape[:2], *_slide(args[0].shape[2:], *args[1:4])
     if func == aten.max_pool2d_with_indices.default and True not in args[5:6]:
         return *args[0].shape[:2], *_slide(args[0].shape[2:], *args[1:5])
-    if func == aten.mean.dim:
-        return aten.amax(*args).shape
+    if func == aten.mean.dim and args[1]:
+        summed = {axis % args[0].ndim for axis in args[1]}
+        sides = [1 if axis in summed else side for axis, side in enumerate(args[0].shape)]
+        return sides if True in args[2:] else [side for axis, side in enumerate(sides) if axis not in summed]
     return (len(args[1]), args[2].shape[1]) if func == aten.addmm.default else None
 
 
