@@ -65,8 +65,9 @@ BOUNDS = {  # what decides each cost
     "Memory grows with the batch.",
     "crop": "The arithmetic decides again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic decides: deeper networks have more of it, and are as fast per multiply-add.",
-    "start": "It takes the imports of torch and of DALI, DALI's graph, the network and the first step. Neither torch's "
-    "compiler nor Triton is imported. A folder, a file or a value that is wrong is refused before torch is imported.",
+    "start": "It takes the import of torch, the configuration, the network and the first step. torch's compiler and "
+    "Triton are not imported, though torchvision asks for the first; DALI is, for the first batch that it decodes. A "
+    "folder, a file or a value that is wrong is refused before torch is imported.",
     "resume": "Python reads the events and TensorBoard's records, one by one; it writes them more slowly.",
     "report": "The imports decide, torch's and matplotlib's; then each event is parsed once, and a chart draws as many "
     "points as it has pixels.",
@@ -192,12 +193,19 @@ def measure_report(folder: Path, rounds: int) -> dict[str, list[float]]:
     )
 
 
+# A process counts the memory of the one that started it as its own: this one is small.
+COUNT = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+"""
+
+
 def run_counted(command: list[str]) -> tuple[float, float]:
     """Return the CPU's seconds and the largest resident memory, in MB, of a process."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, command
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+    seconds, peak = subprocess.check_output([sys.executable, "-c", COUNT, *command], text=True).split()
+    return float(seconds), float(peak)
 
 
 def measure_listing(folder: Path, rounds: int) -> dict[str, list[float]]:

@@ -5,13 +5,14 @@ goes through Pillow, for both loaders and the data check: on such images the dec
 torchvision's may end the process.
 """
 
+import functools
 import io
 import re
 import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -188,17 +189,25 @@ def decode(encoded: bytes) -> "Tensor":
     Raises:
         BadImage: it cannot be used.
     """
-    # Imported late: the data check needs neither.
-    import torch
-    from torchvision.io import ImageReadMode, decode_image
+    import torch  # late: the data check does not need it
 
     # Not a PNG: torchvision 0.29 dies of a damaged one by a segmentation fault. Pillow's pixels are the same.
     if _is_ordinary_jpeg(encoded):
         try:
-            return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+            return _find_decoder()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
         except RuntimeError:
             pass  # Pillow's error names what is wrong
     return torch.from_numpy(decode_by_pillow(encoded)).permute(2, 0, 1)
+
+
+@functools.cache
+def _find_decoder() -> "Callable[[Tensor], Tensor]":
+    """Return torchvision's decoder to RGB."""
+    from resnest_imagenet.torchvision_import import importing_torchvision
+
+    with importing_torchvision():
+        from torchvision.io import ImageReadMode, decode_image
+    return functools.partial(decode_image, mode=ImageReadMode.RGB)
 
 
 def decode_by_pillow(encoded: bytes) -> np.ndarray:

@@ -15,9 +15,9 @@ from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
 from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
 from resnest_imagenet.data.workers import Samples, WorkerLoader
-from resnest_imagenet.errors import explaining_runtime
+from resnest_imagenet.torchvision_import import importing_torchvision
 
-with explaining_runtime():
+with importing_torchvision():
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import ops
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.ops.poolers import LevelMapper
 
 from resnest_imagenet.instances import Detections, Target
 from resnest_imagenet.models.proposals import widen
 from resnest_imagenet.models.rcnn_options import BoxWeights, RCNNOptions
+from resnest_imagenet.torchvision_import import importing_torchvision
+
+with importing_torchvision():
+    from torchvision import ops
+    from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+    from torchvision.ops.poolers import LevelMapper
 
 BOX_SIDE = 7  # of a box's pooled features
 BACKGROUND = 0  # index of the classifier; class k of the data set is k + 1, as in torchvision

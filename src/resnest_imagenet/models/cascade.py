@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision import ops
 
 from resnest_imagenet.instances import Detections, Target
 from resnest_imagenet.models.boxes import BOX_SIDE, Samples, label_boxes
 from resnest_imagenet.models.roi_heads import RoIHeads
+from resnest_imagenet.torchvision_import import importing_torchvision
+
+with importing_torchvision():
+    from torchvision import ops
 
 
 class CascadeHeads(RoIHeads):

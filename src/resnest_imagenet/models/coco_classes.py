@@ -8,7 +8,10 @@ NOTHING = "N/A"  # a category id that COCO has given to no class
 @functools.cache
 def coco_categories() -> tuple[str, ...]:
     """Return the names of COCO's category ids 1 to 90, as torchvision has them; `NOTHING` for ten of them."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights
+    from resnest_imagenet.torchvision_import import importing_torchvision  # it imports torch
+
+    with importing_torchvision():
+        from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights
 
     background, *names = FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
     assert background == "__background__"

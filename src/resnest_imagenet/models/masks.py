@@ -6,13 +6,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import ops
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from resnest_imagenet.errors import import_extra
 from resnest_imagenet.instances import Mask, RunLengths
 from resnest_imagenet.models.proposals import widen
 from resnest_imagenet.models.rcnn_options import RCNNOptions
+from resnest_imagenet.torchvision_import import importing_torchvision
+
+with importing_torchvision():
+    from torchvision import ops
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 POOLED_SIDE = 14  # of a box's pooled features
 MASK_SIDE = 28  # of its mask

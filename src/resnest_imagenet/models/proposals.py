@@ -6,11 +6,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from resnest_imagenet.instances import Target
 from resnest_imagenet.models.rcnn_options import RCNNOptions
+from resnest_imagenet.torchvision_import import importing_torchvision
+
+with importing_torchvision():
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 
 class Anchors(nn.Module):

@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from resnest_imagenet.instances import Detections, Target
 from resnest_imagenet.models.boxes import no_numbers
@@ -22,6 +20,11 @@ from resnest_imagenet.models.rcnn_options import RCNNOptions
 from resnest_imagenet.models.roi_heads import RoIHeads
 from resnest_imagenet.models.taps import use_taps
 from resnest_imagenet.models.zoo import build_model
+from resnest_imagenet.torchvision_import import importing_torchvision
+
+with importing_torchvision():
+    from torchvision.ops import FeaturePyramidNetwork
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 LEVELS = tuple(STAGES)[1:]  # of the backbone: strides 4 to 32
 

@@ -3,12 +3,15 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import ops
 
 from resnest_imagenet.models.boxes import MIN_SIDE
 from resnest_imagenet.models.masks import POOLED_SIDE
 from resnest_imagenet.models.rcnn import RCNN
 from resnest_imagenet.models.roi_heads import RoIHeads
+from resnest_imagenet.torchvision_import import importing_torchvision
+
+with importing_torchvision():
+    from torchvision import ops
 
 
 class RCNNGraph(nn.Module):

@@ -5,7 +5,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from resnest_imagenet.instances import Detections, Target
 from resnest_imagenet.models.boxes import (
@@ -18,6 +17,10 @@ from resnest_imagenet.models.boxes import (
 )
 from resnest_imagenet.models.masks import POOLED_SIDE, MaskHead, compute_mask_loss, rasterise_masks
 from resnest_imagenet.models.rcnn_options import RCNNOptions
+from resnest_imagenet.torchvision_import import importing_torchvision
+
+with importing_torchvision():
+    from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 
 class RoIHeads(nn.Module):

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from resnest_imagenet.errors import CheckpointError
-from resnest_imagenet.models.rcnn import RCNN, build_rcnn
 from resnest_imagenet.models.rcnn_options import RCNNOptions, title_detector
 from resnest_imagenet.weights.load import (
     TASK,
@@ -20,6 +19,9 @@ from resnest_imagenet.weights.load import (
     require_usual_pixels,
 )
 from resnest_imagenet.weights.published_rcnn import DETECTION, adopt_rcnn
+
+if TYPE_CHECKING:
+    from resnest_imagenet.models.rcnn import RCNN
 
 _BACKBONE = "backbone."
 # How the published detectors are tested (detectron2-ResNeSt's and torchvision's configurations).
@@ -40,7 +42,7 @@ def read_options(recipe: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict
 
 
 def start_rcnn(
-    model: RCNN, name: str, classes: Sequence[str], source: str | PathLike[str], choice: str = "auto"
+    model: "RCNN", name: str, classes: Sequence[str], source: str | PathLike[str], choice: str = "auto"
 ) -> str:
     """Load the weights of a source into a new detector; return in words which parts were loaded.
 
@@ -134,7 +136,7 @@ def name_rcnn(weights: Weights) -> str:
     return f"{title_detector(bool(recipe.get('cascade')), bool(recipe.get('masks')))} on {weights.model}"
 
 
-def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) -> RCNN:
+def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) -> "RCNN":
     """Build the network of a run's checkpoint, on the CPU, and load its weights.
 
     Args:
@@ -144,6 +146,8 @@ def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) ->
     Raises:
         CheckpointError: the weights are not those of a detector, or do not fit their configuration.
     """
+    from resnest_imagenet.models.rcnn import build_rcnn  # late: torchvision's detectors take time to import
+
     weights = adopt_rcnn(weights)
     if weights.rcnn_options is not None:
         return _restore_published(weights, weights.rcnn_options, {**PUBLISHED_PROTOCOL, **(protocol or {})})
@@ -164,7 +168,9 @@ def restore_rcnn(weights: Weights, protocol: Mapping[str, Any] | None = None) ->
     return model
 
 
-def _restore_published(weights: Weights, options: Mapping[str, Any], protocol: Mapping[str, Any]) -> RCNN:
+def _restore_published(weights: Weights, options: Mapping[str, Any], protocol: Mapping[str, Any]) -> "RCNN":
+    from resnest_imagenet.models.rcnn import build_rcnn
+
     assert weights.model is not None
     num_classes = len(weights.tensors["roi_heads.stages.0.classify.bias"]) - 1
     if weights.classes is None:
@@ -186,7 +192,7 @@ def _require_equal_shapes(own: Mapping[str, Tensor], weights: Weights) -> None:
             raise CheckpointError(f"{weights.source}: {key} has shape {shapes}")
 
 
-def _load_backbone(model: RCNN, name: str, weights: Weights) -> None:
+def _load_backbone(model: "RCNN", name: str, weights: Weights) -> None:
     """Load the backbone's weights, from a classification network or a detector."""
     require_usual_pixels(weights)
     tensors = weights.tensors

@@ -11,8 +11,6 @@ from torch import Tensor
 from resnest_imagenet.errors import CheckpointError
 from resnest_imagenet.instances import Pixels
 from resnest_imagenet.models.coco_classes import NOTHING, coco_categories, coco_classes
-from resnest_imagenet.models.proposals import Anchors
-from resnest_imagenet.models.rcnn import build_rcnn
 from resnest_imagenet.models.rcnn_options import RCNNOptions, title_detector
 from resnest_imagenet.models.resnest import ResNeStSpec
 from resnest_imagenet.models.zoo import ARCHITECTURES, find_pixels
@@ -135,6 +133,8 @@ def _match(
     weights: Weights, name: str, layout: str, options: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Tensor]]:
     """Return the first mismatch, or None, and the tensors before it by our names."""
+    from resnest_imagenet.models.rcnn import build_rcnn  # late: torchvision's detectors take time to import
+
     classifier = next((value for key, value in weights.tensors.items() if key.endswith("cls_score.bias")), None)
     num_classes = len(classifier) - 1 if classifier is not None and classifier.ndim and len(classifier) > 1 else 1
     with torch.device("meta"):
@@ -157,6 +157,8 @@ def _match(
 
 def _check_buffers(source: str, name: str, buffers: Mapping[str, Tensor]) -> None:
     """Compare a file's pixels and anchors with this network's."""
+    from resnest_imagenet.models.proposals import Anchors
+
     pixels: Pixels = find_pixels(name)
     options = RCNNOptions()
     cells = Anchors(options.anchor_sizes, options.anchor_ratios, ()).cells
