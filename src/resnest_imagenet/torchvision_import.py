@@ -29,7 +29,7 @@ def importing_torchvision() -> Iterator[None]:
             return
         disable, utils = torch.compiler.disable, _Utils(_UTILS)
         sys.modules[_UTILS] = utils
-        torch.compiler.disable = _disable_late
+        torch.compiler.disable = _disable_late  # type: ignore[assignment]
         try:
             yield
         finally:
