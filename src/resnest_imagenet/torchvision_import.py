@@ -1,7 +1,7 @@
 """Imports torchvision without torch's compiler, which takes longer to import than torch itself."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ def importing_torchvision() -> Iterator[None]:
             return
         disable, utils = torch.compiler.disable, _Utils(_UTILS)
         sys.modules[_UTILS] = utils
-        torch.compiler.disable = _disable_late  # type: ignore[assignment]
+        torch.compiler.disable = _disable_late
         try:
             yield
         finally:
@@ -60,6 +60,6 @@ class _Utils(ModuleType):
             del sys.modules[_UTILS]
 
 
-def _disable_late(function: Callable[..., Any], recursive: bool = True, *, reason: str | None = None) -> Any:
+def _disable_late(fn: Any = None, recursive: Any = True, *, reason: Any = None) -> Any:
     """Do what `torch.compiler.disable` does, as torch does it for its own functions: when they are called."""
-    return torch._disable_dynamo(function, recursive)
+    return torch._disable_dynamo(fn, recursive)
