@@ -78,7 +78,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "hydra": {"commands"},
     "omegaconf": {"commands"},
-    "nvidia": {"data/dali.py", "data/dali_decoding.py", "data/dali_graph.py", "data/dali_ops.py"},
+    "nvidia": {"data/dali.py", "data/dali_decoding.py", "data/dali_ops.py"},
     "timm": {"models/zoo.py", "models/imagenet_classes.py", "weights/published.py", "training/optimizer.py"},
 }
 ONLY_IN["wandb"] = ONLY_IN["mlflow"] = {"training/trackers.py"}
@@ -145,7 +145,7 @@ def test_what_takes_seconds_to_import_is_imported_late():
     """By files that others import; the loaders, the detectors and the Triton kernels are imported late themselves."""
     slow = {"timm", "torchvision", "nvidia", "triton", "matplotlib", "tensorboard", "gradio", "scipy", "captum"}
     slow |= {"torch._dynamo", "torch.compiler", "torch.utils.flop_counter", "torch.utils.tensorboard", "onnxruntime"}
-    late = {"data/dali_graph.py", "data/dali_decoding.py", "data/dali_ops.py", "models/triton_splits.py"}
+    late = {"data/dali.py", "data/dali_decoding.py", "data/dali_ops.py", "models/triton_splits.py"}
     late |= {"data/torchvision.py", "evaluation/charts.py", "models/coco_classes.py"} | DETECTORS | PAINTING
     for file in FILES.keys() - late:
         for node in FILES[file].body:

@@ -15,10 +15,11 @@ _UTILS = "torch._dynamo.utils"
 
 @contextmanager
 def importing_torchvision() -> Iterator[None]:
-    """Around the imports of torchvision: its compiled functions ask for torch's compiler when they are first called.
+    """Around the imports of torchvision, and of timm, which imports it.
 
-    torchvision asks for it when it is imported: `ops.roi_align` for the name of a function, `tv_tensors` to exclude
-    a function from compilation. What else is asked for meanwhile is imported as ever.
+    torchvision asks for torch's compiler when it is imported: `ops.roi_align` for the name of a function, `tv_tensors`
+    to exclude a function from compilation. Here they ask when they are called. What else is asked for meanwhile is
+    imported as ever.
 
     Raises:
         UserError: torchvision was built for another torch.

@@ -327,7 +327,7 @@ def test_auto_takes_the_loader_of_the_transform(images):
 
 def test_dali_decodes_the_crop_alone_only_where_it_does_not_matter(images, monkeypatch):
     """The batches are those of whole images, bit for bit."""
-    from resnest_imagenet.data import dali_graph as dali
+    from resnest_imagenet.data import dali
 
     rule, alone = dali._find_decoded_and_window, []
 

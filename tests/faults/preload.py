@@ -6,7 +6,7 @@ import torch.utils.tensorboard  # noqa: F401
 import torchvision  # noqa: F401
 
 import resnest_imagenet.commands.train
-import resnest_imagenet.data.dali_graph
+import resnest_imagenet.data.dali
 import resnest_imagenet.data.torchvision
 import resnest_imagenet.evaluation.charts
 import resnest_imagenet.training.train  # noqa: F401

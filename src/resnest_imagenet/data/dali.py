@@ -1,35 +1,126 @@
 """The DALI loader: the same plan, draws and windows as the torchvision loader, in a DALI graph.
 
-DALI takes half a second to import. It is imported for the first batch: a run's evaluation may come much later.
+Image sizes are known only inside the graph, so the graph calls the rules of `transforms.py`.
 """
 
 import itertools
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.util import cache_from_source
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
-from resnest_imagenet.data.decoders import choose_decoder
+from resnest_imagenet.data.augment import PIXELWISE
+from resnest_imagenet.data.dali_decoding import DecodingTrial, Vectors, compute_by_size, decode_window, find_device_id
+from resnest_imagenet.data.dali_ops import apply_operations
+from resnest_imagenet.data.decoders import Decoder, choose_decoder
 from resnest_imagenet.data.decoding import BadImage, decode_by_pillow, is_ordinary
 from resnest_imagenet.data.plan import BatchPlan
 from resnest_imagenet.data.source import ImageSource
 from resnest_imagenet.data.substitution import Substitution
-from resnest_imagenet.data.transforms import EvalTransform, TrainTransform
+from resnest_imagenet.data.transforms import (
+    Colour,
+    ERandomCrop,
+    EvalTransform,
+    RandomResizedCrop,
+    TrainTransform,
+    Window,
+)
 from resnest_imagenet.errors import ConfigError
-
-if TYPE_CHECKING:
-    from nvidia.dali import Pipeline
 
 PREFETCHED_BATCHES = 2  # decoded ahead of the consumer
 READING_THREADS = 8  # for shards: they wait for the storage rather than for the processor
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+Source = Callable[[], tuple]
+
+
+def _split(window: Window) -> Vectors:
+    top, left, *size = window
+    return (top, left), size
+
+
+def _find_window(cropping: RandomResizedCrop | ERandomCrop, height: int, width: int, draw: Sequence[float]) -> Vectors:
+    return _split(cropping.window(height, width, draw))
+
+
+def _find_decoded_and_window(
+    cropping: RandomResizedCrop | ERandomCrop,
+    height: int,
+    width: int,
+    draw: Sequence[float],
+    operations: Sequence[Sequence[float]],
+) -> Vectors:
+    """Return the window to decode, and the window of the crop in it; operations: those before the crop."""
+    start, shape = _find_window(cropping, height, width, draw)
+    if all(op in PIXELWISE for op, *_ in operations):
+        return start, shape, (0, 0), shape
+    return (0, 0), (height, width), start, shape
+
+
+def _find_square(transform: EvalTransform, height: int, width: int) -> Vectors:
+    return _split(transform.square(height, width))
+
+
+def _find_centre(transform: EvalTransform, height: int, width: int) -> Vectors:
+    """Return the window to resize (start, shape), its size after that, and the start of the centre crop in it."""
+    start, shape = _split(transform.source(height, width))
+    size = transform.resized(*shape)
+    return start, shape, size, transform.window(*size)[:2]
+
+
+def _normalise(images: DataNode, mean: DataNode | Colour, std: Colour, mirror: DataNode | int = 0) -> DataNode:
+    # The channels stay last: permuted to NCHW, that is channels_last.
+    return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC")
+
+
+@pipeline_def(enable_conditionals=True)
+def _train_pipeline(source: Source, transform: TrainTransform, decoder: Decoder) -> tuple[DataNode, DataNode]:
+    before, after = transform.augmentation.slots_before, transform.augmentation.slots_after
+    # Ask for the operations and vertical flips only if there are some: DALI warns about an unused input.
+    num_outputs = 5 + bool(before or after) + bool(transform.vertical_flip)
+    encoded, labels, draw, mirror, mean, *drawn = fn.external_source(source, num_outputs=num_outputs)
+    if before:
+        rule = partial(_find_decoded_and_window, transform.cropping)
+        *decoded, start, shape = compute_by_size(rule, 4, encoded, draw, drawn[0][: len(before)])
+        images = apply_operations(decode_window(encoded, tuple(decoded), decoder), drawn[0], before)
+        images = fn.slice(images, start=start, shape=shape, axes=[0, 1])
+    else:
+        images = decode_window(
+            encoded, compute_by_size(partial(_find_window, transform.cropping), 2, encoded, draw), decoder
+        )
+    resampling = {"interp_type": INTERPOLATIONS[transform.interpolation], "antialias": transform.antialias}
+    images = fn.resize(images, size=[transform.crop] * 2, **resampling)
+    if after:
+        images = apply_operations(images, drawn[0][len(before) :], after)
+    if transform.vertical_flip:
+        images = fn.flip(images, horizontal=0, vertical=drawn[-1])
+    return _normalise(images, mean, transform.std, mirror), labels
+
+
+@pipeline_def
+def _eval_pipeline(source: Source, transform: EvalTransform, decoder: Decoder) -> tuple[DataNode, DataNode]:
+    encoded, labels = fn.external_source(source, num_outputs=2)
+    crop = transform.crop
+    resampling = {"interp_type": INTERPOLATIONS[transform.resolved_interpolation], "antialias": transform.antialias}
+    if transform.order == "crop_resize":
+        images = decode_window(encoded, compute_by_size(partial(_find_square, transform), 2, encoded), decoder)
+        images = fn.resize(images, size=[crop, crop], **resampling)
+    else:
+        *window, size, corner = compute_by_size(partial(_find_centre, transform), 4, encoded)
+        images = decode_window(encoded, tuple(window), decoder)
+        images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT), **resampling)
+        images = fn.slice(images, start=corner, shape=[crop, crop], axes=[0, 1])
+    return _normalise(images, transform.mean, transform.std), labels
 
 
 def _to_decodable(encoded: bytes, by_pillow: bool = False) -> bytes:
@@ -221,11 +312,8 @@ class DaliLoader:
         pipeline.reset()
         self._pipeline = pipeline
 
-    def _build(self) -> "Pipeline":
-        from resnest_imagenet.data.dali_decoding import find_device_id
-        from resnest_imagenet.data.dali_graph import eval_pipeline, train_pipeline
-
-        build = train_pipeline if isinstance(self._inputs.transform, TrainTransform) else eval_pipeline
+    def _build(self) -> Pipeline:
+        build = _train_pipeline if isinstance(self._inputs.transform, TrainTransform) else _eval_pipeline
         pipeline = build(
             self._inputs,
             self._inputs.transform,
@@ -244,8 +332,6 @@ class DaliLoader:
 
         An image that Pillow does not decode either is then a bad image like any other.
         """
-        from resnest_imagenet.data.dali_decoding import DecodingTrial
-
         inputs = self._inputs
         # On a GPU, try the CPU too: an error of the GPU is not the image's.
         cpu = torch.device("cpu")

@@ -7,20 +7,25 @@ from collections.abc import Sequence
 
 def imagenet_synsets() -> list[str]:
     """Return ImageNet's 1000 synset ids in the order of the labels, from timm's table."""
-    from timm.data import ImageNetInfo
-
-    return list(ImageNetInfo("imagenet-1k").label_names())
+    return list(_read_table())
 
 
 def class_words(classes: Sequence[str]) -> list[str]:
     """Return the names of classes in words: synsets are looked up in timm's table, other names stay."""
     if not any(re.fullmatch(r"n\d{8}", name) for name in classes):
         return list(classes)  # without timm, which takes seconds to import
-    from timm.data import ImageNetInfo
+    words = _read_table()
+    return [words.get(name, name) for name in classes]
 
-    table = ImageNetInfo("imagenet-1k")
-    synsets = set(table.label_names())
-    return [table.label_name_to_description(name) if name in synsets else name for name in classes]
+
+def _read_table() -> dict[str, str]:
+    """Return the words of ImageNet's synsets, in the order of the labels."""
+    from resnest_imagenet.torchvision_import import importing_torchvision  # it imports torch
+
+    with importing_torchvision():
+        from timm.data import ImageNetInfo
+
+    return ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)
 
 
 def short_class_names(classes: Sequence[str]) -> list[str]:

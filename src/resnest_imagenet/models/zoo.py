@@ -18,6 +18,7 @@ from resnest_imagenet.models.features import STAGES, Backbone, Norm
 from resnest_imagenet.models.initialise import initialise
 from resnest_imagenet.models.resnest import ResNeSt, ResNeStSpec
 from resnest_imagenet.models.split_attention import Implementation
+from resnest_imagenet.torchvision_import import importing_torchvision
 
 # Mean and deviation of torchvision's and timm's training: .485 .456 .406 and .229 .224 .225, times 255.
 _IMAGENET_PIXELS = Pixels((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -212,13 +213,12 @@ def _build_peer(spec: PeerSpec, num_classes: int, dropout: float, zero_gamma: bo
         **spec.arguments,
     }
     # timm takes seconds to import, and the family does not need it.
-    if spec.timm_name == "resnet":
+    with importing_torchvision():
+        from timm import create_model
         from timm.models.resnet import ResNet
         from timm.models.sknet import SelectiveKernelBottleneck
-
+    if spec.timm_name == "resnet":
         return ResNet(SelectiveKernelBottleneck, **arguments)
-    from timm import create_model
-
     model = create_model(spec.timm_name, **arguments)
     return _move_strides(model) if spec.strides_first else model
 
