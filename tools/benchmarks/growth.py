@@ -65,9 +65,9 @@ BOUNDS = {  # what decides each cost
     "Memory grows with the batch.",
     "crop": "The arithmetic decides again: a multiply-add costs the same at every crop. Memory grows with the pixels.",
     "depth": "The arithmetic decides: deeper networks have more of it, and are as fast per multiply-add.",
-    "start": "It takes the imports of torch, torchvision and DALI, DALI's graph, the network and the first step. torch's "
-    "compiler and Triton are not imported, though torchvision asks for the first. A folder, a file or a value that is "
-    "wrong is refused before torch is imported.",
+    "start": "It takes the imports of torch, torchvision and DALI, DALI's graph, the network and the first step. "
+    "torch's compiler and Triton are not imported, though torchvision asks for the first. A folder, a file or a value "
+    "that is wrong is refused before torch is imported.",
     "resume": "Python reads the events and TensorBoard's records, one by one; it writes them more slowly.",
     "report": "The imports decide, torch's and matplotlib's; then each event is parsed once, and a chart draws as many "
     "points as it has pixels.",
