@@ -61,7 +61,7 @@ evaluate protocol=papr -> did you mean 'paper'?
 evaluate batch_size=0 -> batch_size=0: input should be greater than or equal to 1
 export layout=mmpretrian -> layout=mmpretrian: input should be 'official', 'timm', 'mmpretrain', 'mmsegmentation'
 export formt=pth -> did you mean 'format'?
-table3 format=html -> format=html: input should be 'markdown', 'json' or 'csv'
+table3 format=html -> format=html: input should be 'auto', 'text', 'markdown', 'json' or 'csv'
 data chek data.root=/nowhere -> did you mean 'check'?
 data check data.root=/nowhere worker=2 -> did you mean 'workers'?
 data demo out=/nowhere seed=zero -> seed=zero: input should be a valid integer
@@ -76,8 +76,10 @@ def explain_options(place: Place) -> dict[str, Any]:
     names = sorted(path.stem for path in (find_conf() / "experiment").glob("*.yaml"))
     mistakes = MISTAKES.strip().splitlines()
     for name in names:
+        # Fine-tuning is refused without a start.
+        overrides = ["data.root=/nowhere", "train.init_from=official:resnest50", f"+experiment={name}"]
         with initialize_config_dir(str(find_conf()), version_base="1.3"):
-            config = check_config(compose("train", ["data.root=/nowhere", f"+experiment={name}"]), TrainConfig)
+            config = check_config(compose("train", overrides), TrainConfig)
         recipe = config.train
         if not isinstance(recipe, ClassificationRecipe):
             continue
