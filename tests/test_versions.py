@@ -2,7 +2,7 @@
 
 import pytest
 
-from versions import add_faults, add_row, build_page, count_tests, describe_environment
+from versions import add_faults, add_row, add_speed, build_page, count_tests, describe_environment
 
 XML = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites name="pytest tests">
@@ -34,6 +34,26 @@ def test_an_environment_has_one_row_and_the_newest_comes_first():
     assert rows[0]["faults"] == "22 of 23" and rows[0]["failed"] == 4
     with pytest.raises(LookupError, match="run the tests there first"):
         add_faults(rows, {"held": 1, "of": 1, "machine": {"python": "3.13.0", "torch": "2.14.0"}})
+
+
+def test_speed_has_the_median_of_the_rounds_against_the_same_form_of_ours():
+    seconds = {
+        "ours": [1.0, 1.0, 2.0],
+        "timm, NCHW": [9.0, 9.0, 9.0],
+        "timm, channels_last": [1.5, 1.0, 4.0],
+        "ours, compiled": [0.5, 0.5, 0.5],
+        "timm, channels_last, compiled": [1.0, 0.5, 0.6],
+    }
+    machine = {"device": "a CPU", "Python": "3.13.0", "torch": "2.15.0+cu132"}
+    result = {"machine": machine, "parts": [{"title": "A step", "seconds": seconds}, {"title": "B", "seconds": {}}]}
+    rows = add_speed([make_row("3.13.0", "2.15.0"), make_row("3.10.1", "2.9.0")], result)
+    rows = add_row(rows, make_row("3.13.0", "2.15.0", failed=1))
+    table = [line for line in build_page(rows).splitlines() if line.startswith("| A step") or "against" in line]
+    assert table == [
+        "| | against | torch 2.15.0 |",
+        "| A step, a CPU | timm, channels_last | 1.50 (1.00 to 2.00) |",
+        "| A step, a CPU | timm, channels_last, compiled | 1.20 (1.00 to 2.00) |",
+    ]
 
 
 def test_this_environment_is_described():

@@ -2,6 +2,7 @@
 
 python tools/versions.py [--out docs/versions.json] [-- PYTEST_ARGUMENTS]   the tests; replaces this environment's row
 python tools/versions.py --faults reliability.json                          adds what `make fault-test` wrote here
+python tools/versions.py --speed performance.json [...]                     adds what benchmarks wrote (`make bench`)
 python tools/versions.py --report > docs/versions.md                        the page
 """
 
@@ -9,6 +10,7 @@ import argparse
 import datetime
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,12 @@ PACKAGES = (
     "onnxruntime",
     "pydantic",
 )
+# Of a benchmark's competitors those that a row has, and which of ours each is compared with.
+COMPETITORS = {
+    "timm, channels_last": "ours",
+    "timm, channels_last, compiled": "ours, compiled",
+    "torchvision's, channels_last": "ours",
+}
 Row = dict[str, Any]
 
 HEAD = """\
@@ -38,6 +46,12 @@ HEAD = """\
 The environments in which the tests ran. The newest is that of `constraints.txt`, which `make setup` installs and CI
 runs; the oldest has the lower bounds of `pyproject.toml`, on the oldest Python: `make test-oldest`. torch 2.15 has no
 build for Python 3.10, which takes 2.14. Made by `python tools/versions.py` with the Python of each environment.
+"""
+SPEED = """\
+## Speed
+
+How much faster than each competitor ours is in these environments, from the benchmarks of `make bench`,
+`make bench-segmentation` and `make bench-detection`: the median of interleaved rounds, and their range.
 """
 
 
@@ -87,9 +101,9 @@ def is_same_environment(row: Row, other: Row) -> bool:
 
 
 def add_row(rows: list[Row], row: Row) -> list[Row]:
-    """Return the rows with one more, which replaces that of its environment, but for the faults there."""
+    """Return the rows with one more, which replaces that of its environment, but for the faults and the speed there."""
     old = next((other for other in rows if is_same_environment(row, other)), {})
-    kept = {name: old[name] for name in ("faults",) if name in old}
+    kept = {name: old[name] for name in ("faults", "speed") if name in old}
     rest = [other for other in rows if other is not old]
     return sorted([*rest, {**kept, **row}], key=lambda row: (_to_numbers(row["torch"]), _to_numbers(row["python"])))
 
@@ -101,11 +115,38 @@ def add_faults(rows: list[Row], reliability: Row) -> list[Row]:
         LookupError: the tests did not run there.
     """
     machine = reliability["machine"]
+    row = _find_row(rows, machine["python"], machine["torch"])
+    return _replace(rows, row, {"faults": f"{reliability['held']} of {reliability['of']}"})
+
+
+def add_speed(rows: list[Row], result: Row) -> list[Row]:
+    """Return the rows with a benchmark's ratios of one environment: how much faster than each competitor ours is.
+
+    Raises:
+        LookupError: the tests did not run there.
+    """
+    machine = result["machine"]
+    row = _find_row(rows, machine["Python"], machine["torch"])
+    speed = {}
+    for part in result["parts"]:
+        for name, mine in COMPETITORS.items():
+            if name in part["seconds"] and mine in part["seconds"]:
+                pairs = zip(part["seconds"][name], part["seconds"][mine], strict=True)
+                ratios = sorted(other / ours for other, ours in pairs)
+                text = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                speed[f"{part['title']}, {machine['device']} | {name}"] = text
+    return _replace(rows, row, {"speed": {**row.get("speed", {}), **speed}})
+
+
+def _find_row(rows: list[Row], python: str, torch: str) -> Row:
     for row in rows:
-        if (row["python"], row["torch"]) == (machine["python"], machine["torch"].partition("+")[0]):
-            faults = f"{reliability['held']} of {reliability['of']}"
-            return [{**other, "faults": faults} if other is row else other for other in rows]
-    raise LookupError(f"no row of Python {machine['python']} with torch {machine['torch']}: run the tests there first")
+        if (row["python"], row["torch"]) == (python, torch.partition("+")[0]):
+            return row
+    raise LookupError(f"no row of Python {python} with torch {torch}: run the tests there first")
+
+
+def _replace(rows: list[Row], row: Row, more: Row) -> list[Row]:
+    return [{**other, **more} if other is row else other for other in rows]
 
 
 def _to_numbers(text: str) -> list[int]:
@@ -113,7 +154,7 @@ def _to_numbers(text: str) -> list[int]:
 
 
 def build_page(rows: list[Row]) -> str:
-    """Return the page with the table of all environments, the newest torch first."""
+    """Return the page with the tables of all environments, the newest torch first."""
     titles = {
         "nvidia-dali-cuda130": "DALI",
         "python": "Python",
@@ -125,6 +166,12 @@ def build_page(rows: list[Row]) -> str:
     lines = ["| " + " | ".join(titles.get(name, name) for name in columns) + " |", "|---" * len(columns) + "|"]
     for row in reversed(rows):
         lines.append("| " + " | ".join(str("" if row.get(name) is None else row[name]) for name in columns) + " |")
+    measured = [row for row in reversed(rows) if row.get("speed")]
+    if measured:
+        lines += ["", SPEED, "| | against | " + " | ".join(f"torch {row['torch']}" for row in measured) + " |"]
+        lines.append("|---|---|" + "---:|" * len(measured))
+        for name in dict.fromkeys(name for row in measured for name in row["speed"]):
+            lines.append(f"| {name} | " + " | ".join(row["speed"].get(name, "") for row in measured) + " |")
     return "\n".join([HEAD, *lines]) + "\n"
 
 
@@ -133,14 +180,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/versions.json")
     parser.add_argument("--report", action="store_true", help="write the page to standard output")
     parser.add_argument("--faults", type=Path, metavar="RELIABILITY.json")
+    parser.add_argument("--speed", type=Path, nargs="+", default=[], metavar="PERFORMANCE.json")
     parser.add_argument("arguments", nargs="*", help="pytest's")
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     if args.report:
         sys.stdout.write(build_page(rows))
         return
-    faults = args.faults and json.loads(args.faults.read_text())
-    rows = add_faults(rows, faults) if faults else add_row(rows, run_tests(args.arguments))
+    if args.faults:
+        rows = add_faults(rows, json.loads(args.faults.read_text()))
+    for path in args.speed:
+        rows = add_speed(rows, json.loads(path.read_text()))
+    if not args.faults and not args.speed:
+        rows = add_row(rows, run_tests(args.arguments))
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     sys.exit(any(row["failed"] for row in rows))
 

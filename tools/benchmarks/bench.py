@@ -333,7 +333,7 @@ def measure(rounds: dict[str, Round], count: int, warm_up: int = 1) -> dict[str,
 
 
 def profile_steps(rounds: dict[str, Round], device: torch.device, tries: int = 5) -> dict[str, dict[str, float]]:
-    """Return the time of each operator in a step, in microseconds; not of compiled competitors.
+    """Return the time of each operator in a step, in microseconds.
 
     Args:
         rounds: a step of each competitor.
@@ -342,8 +342,6 @@ def profile_steps(rounds: dict[str, Round], device: torch.device, tries: int = 5
     """
     profiles: dict[str, dict[str, float]] = {}
     for name, step in rounds.items():
-        if "compiled" in name:
-            continue
         profiled = []
         for _ in range(tries):
             with torch.profiler.profile() as profiler:
@@ -413,8 +411,12 @@ def report_part(part: dict) -> list[str]:
         "| against | ours is faster by | rounds |" + (" kept, MiB |" if kept else ""),
         "|---|---:|---:|" + ("---:|" if kept else ""),
     ]
-    for name, seconds in part["seconds"].items():
-        ratios = sorted(other / mine for other, mine in zip(seconds, ours, strict=True))
+    pairs = {name: (seconds, ours) for name, seconds in part["seconds"].items()}
+    compiled = {name.split(",")[0]: seconds for name, seconds in part["seconds"].items() if "compiled" in name}
+    if compiled:
+        pairs["timm compiled, against ours compiled"] = compiled["timm"], compiled["ours"]
+    for name, (seconds, mine) in pairs.items():
+        ratios = sorted(other / our for other, our in zip(seconds, mine, strict=True))
         row = f"| {name} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
         lines.append(row + (f" {kept[name]:.0f} |" if name in kept else " |" if kept else ""))
     return [*lines, "", *(tabulate(part["profile"]) if part["profile"] else [])]
@@ -423,7 +425,8 @@ def report_part(part: dict) -> list[str]:
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return what the figures depend on."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+    name = f"{cpu[1] if cpu else platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    name += f", {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     return {"device": name, "torch": torch.__version__, "timm": timm.__version__, "Python": platform.python_version()}

@@ -204,12 +204,14 @@ def main() -> None:
     if "step" in args.part:
         rounds, kept = bench_step(args.batch, args.size)
         seconds = measure(rounds, args.rounds)
-        part = {"title": f"Training step, {size}", "seconds": seconds, "kept": kept}
+        part = {"title": f"Training step of Faster R-CNN, {size}", "seconds": seconds, "kept": kept}
         result["parts"].append(part | {"profile": in_percent(profile_steps(rounds, CPU))})
         del rounds
     if "evaluation" in args.part:
         seconds = measure(bench_evaluation(args.batch, args.size), args.rounds)
-        result["parts"].append({"title": f"Evaluation, {size}", "seconds": seconds, "kept": {}, "profile": {}})
+        result["parts"].append(
+            {"title": f"Evaluation of Faster R-CNN, {size}", "seconds": seconds, "kept": {}, "profile": {}}
+        )
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))

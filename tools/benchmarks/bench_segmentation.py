@@ -172,11 +172,13 @@ def main() -> None:
         rounds, kept = bench_step(args.batch, args.crop, ["ours", *OTHERS])
         seconds = measure(rounds, args.rounds)
         del rounds
-        part = {"title": f"Training step, {size}", "seconds": seconds, "kept": kept}
+        part = {"title": f"Training step of DeepLabV3, {size}", "seconds": seconds, "kept": kept}
         result["parts"].append(part | {"profile": profile_each(args.batch, args.crop) if args.profile else {}})
     if "evaluation" in args.part:
         seconds = measure(bench_evaluation(args.batch, args.crop), args.rounds)
-        result["parts"].append({"title": f"Evaluation, {size}", "seconds": seconds, "kept": {}, "profile": {}})
+        result["parts"].append(
+            {"title": f"Evaluation of DeepLabV3, {size}", "seconds": seconds, "kept": {}, "profile": {}}
+        )
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(report(result))
