@@ -34,8 +34,10 @@ PACKAGES = (
 )
 # Of a benchmark's competitors those that a row has, and which of ours each is compared with.
 COMPETITORS = {
+    "timm, NCHW": "ours",
     "timm, channels_last": "ours",
     "timm, channels_last, compiled": "ours, compiled",
+    "torchvision's": "ours",
     "torchvision's, channels_last": "ours",
 }
 Row = dict[str, Any]
@@ -134,7 +136,7 @@ def add_speed(rows: list[Row], result: Row) -> list[Row]:
                 pairs = zip(part["seconds"][name], part["seconds"][mine], strict=True)
                 ratios = sorted(other / ours for other, ours in pairs)
                 text = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-                speed[f"{part['title']}, {machine['device']} | {name}"] = text
+                speed[f"{part['title']}, against {name}; {machine['device']}"] = text
     return _replace(rows, row, {"speed": {**row.get("speed", {}), **speed}})
 
 
@@ -168,8 +170,8 @@ def build_page(rows: list[Row]) -> str:
         lines.append("| " + " | ".join(str("" if row.get(name) is None else row[name]) for name in columns) + " |")
     measured = [row for row in reversed(rows) if row.get("speed")]
     if measured:
-        lines += ["", SPEED, "| | against | " + " | ".join(f"torch {row['torch']}" for row in measured) + " |"]
-        lines.append("|---|---|" + "---:|" * len(measured))
+        lines += ["", SPEED, "| | " + " | ".join(f"torch {row['torch']}" for row in measured) + " |"]
+        lines.append("|---|" + "---:|" * len(measured))
         for name in dict.fromkeys(name for row in measured for name in row["speed"]):
             lines.append(f"| {name} | " + " | ".join(row["speed"].get(name, "") for row in measured) + " |")
     return "\n".join([HEAD, *lines]) + "\n"
