@@ -429,8 +429,8 @@ def report_part(part: dict) -> list[str]:
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return what the figures depend on."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = f"{cpu[1] if cpu else platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
-    name += f", {torch.get_num_threads()} threads"
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    name = f"{cpu[1] if cpu else platform.machine()} with {capability}, {threads} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     return {"device": name, "torch": torch.__version__, "timm": timm.__version__, "Python": platform.python_version()}
